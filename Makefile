@@ -1,0 +1,49 @@
+# Everything a user needs; a bare `make` says what there is.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT ?= outputs/train.ipynb
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help env train test lab nbdime bench clean
+
+help: ## say what there is
+	@echo "refinelib: boundary-refined person masks, finite by construction"
+	@echo
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo
+	@echo '  make train ARGS="-p lr 5e-6"      passes parameters on; make train ARGS="-f params/stable.yaml" takes a recipe'
+
+env: $(READY) ## make the environment (.venv) with the tested versions
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "refinelib needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "$(PYTHON) -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@echo "installing into $(VENV) (the first time takes some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb through papermill
+	@mkdir -p $(dir $(OUT))
+	@$(BIN)/papermill notebooks/train.ipynb $(OUT) --kernel python3 --no-progress-bar --log-output $(ARGS)
+	@$(BIN)/python -m refinelib summary latest
+
+test: $(READY) ## pass every test, the notebooks' included
+	@$(BIN)/python -m pytest -q
+	@REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider notebooks
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir=notebooks
+
+nbdime: $(READY) ## let git show and merge notebooks cell by cell
+	@$(BIN)/nbdime config-git --enable
+
+bench: $(READY) ## measure the data path
+	@$(BIN)/python bench/store.py
+
+clean: ## remove the environment; outputs stay
+	rm -rf $(VENV) *.egg-info .pytest_cache

@@ -1,0 +1,40 @@
+"""refinelib: boundary-refined person masks whose training stays finite by construction.
+
+The names below are the public ones; they load what they need when first used, so that wrong
+settings are refused before torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Settings": "config",
+    "SettingsError": "config",
+    "resolve": "config",
+    "from_notebook": "config",
+    "describe": "config",
+    "recipe_names": "config",
+    "train": "train",
+    "Run": "runs",
+    "RunError": "runs",
+    "CheckpointError": "checkpoints",
+    "DataError": "data",
+    "load": "predict",
+    "Predictor": "predict",
+    "evaluate": "evaluate",
+}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'refinelib' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

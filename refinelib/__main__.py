@@ -1,0 +1,68 @@
+"""``python -m refinelib``: what one does with a finished run, from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m refinelib", description="Boundary-refined person masks.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    score = commands.add_parser("evaluate", help="score a run on annotated images; prints one JSON object")
+    score.add_argument("run", help="a run's name or folder, or a checkpoint file")
+    score.add_argument("--images", help="folder of the images")
+    score.add_argument("--annotations", help="COCO JSON of the people in them")
+    score.add_argument("--pennfudan", help="in place of both, the folder of the Penn-Fudan set (its validation images)")
+    score.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    score.add_argument("--max-images", type=int, help="score only the first so many images")
+    score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
+
+    summary = commands.add_parser("summary", help="print a run's metrics and where its figures lie")
+    summary.add_argument("run", help="a run's name or folder, or `latest`")
+
+    options = parser.parse_args(arguments)
+    try:
+        return {"evaluate": _evaluate, "summary": _summary}[options.command](options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluate import evaluate
+    from .predict import load
+    from .runs import dumps
+
+    predictor = load(options.run, device=options.device, output_dir=options.output_dir)
+    report = evaluate(
+        predictor,
+        images=options.images,
+        annotations=options.annotations,
+        pennfudan=options.pennfudan,
+        max_images=options.max_images,
+        progress=sys.stderr.isatty(),
+    )
+    print(dumps(report, indent=2))
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    from .runs import Run, latest
+
+    run = latest() if options.run == "latest" else Run.open(options.run)
+    status = run.status()
+    print(f"run      {run.name}: {status['state']}" + (f" ({status['last_error']})" if status.get("last_error") else ""))
+    for name, value in (status.get("metrics") or {}).items():
+        if isinstance(value, float):
+            print(f"         {name:20} {value:.3f}")
+        elif name == "iou":
+            print(f"         {name:20} " + "  ".join(f"{label} {x:.3f}" for label, x in zip(("background", "target", "non-target"), value) if x is not None))
+    print(f"skipped  {status['skipped_steps']} of {status['step']} steps")
+    print(f"figures  {run.folder / 'figures'}")
+    return 0 if status["state"] == "ok" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

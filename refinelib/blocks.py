@@ -1,0 +1,72 @@
+"""The few layers that the model and its refinements are built from."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation: statistics of one sample only, so a batch never changes a sample's output."""
+    groups = next(g for g in (8, 4, 2, 1) if channels % g == 0 and channels // g >= 2)
+    return nn.GroupNorm(groups, channels)
+
+
+def conv3x3(inputs: int, outputs: int, *, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
+
+
+class ConvNormAct(nn.Sequential):
+    """3 x 3 convolution, group normalisation, SiLU: ``[B, inputs, H, W]`` to ``[B, outputs, H / stride, W / stride]``."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
+        super().__init__(conv3x3(inputs, outputs, stride=stride), group_norm(outputs), nn.SiLU())
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions added to their input (He et al., 2016); keeps the shape."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(channels, channels)
+        self.norm1 = group_norm(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.norm2 = group_norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.norm1(self.conv1(x)))
+        return F.silu(x + self.norm2(self.conv2(y)))
+
+
+class ChannelAttention(nn.Module):
+    """Weighs channels by their mean over the image (Hu et al., Squeeze-and-Excitation, 2018, eq. 2-4)."""
+
+    def __init__(self, channels: int, *, reduction: int = 8) -> None:
+        super().__init__()
+        hidden = max(4, channels // reduction)
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.excite = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.excite(F.silu(self.squeeze(x.mean(dim=(-2, -1), keepdim=True))))
+        return x * torch.sigmoid(weight)
+
+
+class SpatialAttention(nn.Module):
+    """Weighs pixels by the mean and maximum over channels (Woo et al., CBAM, 2018, eq. 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        summary = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
+        return x * torch.sigmoid(self.conv(summary))
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize to ``size`` (height, width); nothing at all where it fits already."""
+    if x.shape[-2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

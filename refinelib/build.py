@@ -1,0 +1,90 @@
+"""From settings to the objects that use them: the one place where a setting's name meets its object."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .config import Settings
+from .guard import Guard, WarmupCosine, build_optimizer
+from .losses import MaskLoss
+from .model import HierarchicalUNet
+from .roi import canvas_size, mask_canvas_size
+
+
+def build_model(settings: Settings) -> HierarchicalUNet:
+    """The model a run trains, with fresh weights from the global random state."""
+    canvas = canvas_size(settings.roi_size, settings.context)
+    return HierarchicalUNet(
+        width=settings.width,
+        roi_size=settings.roi_size,
+        canvas=canvas,
+        mask_canvas=mask_canvas_size(settings.mask_size, settings.roi_size, canvas),
+        use_boundary_refinement=settings.use_boundary_refinement,
+        use_progressive_upsampling=settings.use_progressive_upsampling,
+        use_subpixel_conv=settings.use_subpixel_conv,
+        use_contour_detection=settings.use_contour_detection,
+        use_distance_transform=settings.use_distance_transform,
+        blend_init=settings.blend_init,
+        edge_gain_init=settings.edge_gain_init,
+        distance_threshold_init=settings.distance_threshold_init,
+    )
+
+
+def build_loss(settings: Settings) -> MaskLoss:
+    """The sum of losses a run minimises; a loss whose switch or module is off has no weight in it."""
+    return MaskLoss(
+        ce_weight=settings.ce_weight,
+        dice_weight=settings.dice_weight,
+        active_contour_weight=settings.active_contour_weight * settings.use_active_contour_loss,
+        active_contour_smoothness=settings.active_contour_smoothness,
+        boundary_aware_weight=settings.boundary_aware_weight * settings.use_boundary_aware_loss,
+        boundary_weight=settings.boundary_weight,
+        contour_weight=settings.contour_weight * settings.use_contour_detection,
+        distance_weight=settings.distance_weight * settings.use_distance_transform,
+        cap=settings.refinement_loss_cap,
+    )
+
+
+def build_guard(settings: Settings, model: nn.Module, average: nn.Module | None, *, steps_per_epoch: int) -> Guard:
+    """Optimizer, schedule and guard of a run."""
+    total = settings.epochs * steps_per_epoch
+    schedule = WarmupCosine(
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        warmup_steps=min(round(settings.warmup_epochs * steps_per_epoch), total // 2),
+        total_steps=total,
+    )
+    optimizer = build_optimizer(
+        model.named_parameters(), kind=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    return Guard(
+        model,
+        optimizer,
+        schedule,
+        grad_clip=settings.grad_clip,
+        average=average,
+        ema_decay=settings.ema_decay,
+        scaled=settings.amp == "fp16",
+        scale_init=settings.loss_scale_init,
+        scale_floor=settings.loss_scale_floor,
+    )
+
+
+def build_device(settings: Settings) -> torch.device:
+    """The device a run uses.
+
+    Raises:
+        ValueError: ``cuda`` was asked for and there is none.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = cuda, and PyTorch sees no CUDA device here: set device to auto or cpu")
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(settings.device)
+
+
+def autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    """Mixed precision as the settings ask for it."""
+    dtype = {"off": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=settings.amp != "off")

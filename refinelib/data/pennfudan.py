@@ -1,0 +1,131 @@
+"""The Penn-Fudan pedestrian set in its published layout as a source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from refinelib.data.errors import DataError, SceneError
+from refinelib.data.scenes import MISSING, NO_MASK, OTHER_SIZE, UNREADABLE, People, PeopleBuilder, Scene, decode_image
+
+
+class PennFudanPeople:
+    """Persons of Penn-Fudan: instance ids are pixel values of the masks, boxes are taken from them.
+
+    The set has no split of its own: an image is in ``val`` where the SHA-1 of its name is a
+    multiple of 5 (about every fifth), whatever other images are there, and in ``train`` else.
+
+    Args:
+        folder: holds ``PNGImages`` and ``PedMasks``.
+        split: ``train``, ``val`` or ``all``.
+
+    Raises:
+        DataError: a folder is missing.
+    """
+
+    name = "pennfudan"
+
+    def __init__(self, folder: str | Path, split: str = "train") -> None:
+        self.folder, self.split = Path(folder), split
+        if split not in ("train", "val", "all"):
+            raise DataError(f"Penn-Fudan has no split {split!r}: give train, val or all")
+        for place in (self.folder, self.folder / "PNGImages", self.folder / "PedMasks"):
+            if not place.is_dir():
+                raise DataError(f"there is no folder {place}: data_dir must hold PNGImages and PedMasks, as PennFudanPed does")
+
+    def __len__(self) -> int:
+        return self.people().images
+
+    def people(self, max_images: int | None = None) -> People:
+        """Every ROI of the first ``max_images`` images by name; reads the masks, not the images.
+
+        Raises:
+            DataError: no person that can be used.
+        """
+        builder = PeopleBuilder()
+        files = []
+        for image_id, file in self._files:
+            if max_images is not None and builder.images >= max_images:
+                break
+            try:
+                ids, owner = _read_mask(self._mask_file(file))
+            except SceneError as error:
+                builder.skip(error.reason, str(error))
+                continue
+            areas = np.array([(owner == i).sum() for i in ids], np.float64)
+            boxes = np.array([_box_of(owner == i) for i in ids], np.float64).reshape(-1, 4)
+            # An annotation id names the image and the person in it.
+            numbers = [image_id * 1000 + int(i) for i in ids]
+            if builder.add(image_id, owner.shape, numbers, list(range(len(ids))), boxes, areas, file.name):
+                files.append(file)
+        people = builder.people()
+        if not len(people):
+            listed = ", ".join(f"{count} {reason}" for reason, count in people.skipped.items())
+            raise DataError(f"{self.folder} has no person of the split {self.split} that can be used: {listed or 'no PNG in PNGImages'}")
+        if len(files) > len(self._used):
+            self._used[:] = files
+        return people
+
+    def scene(self, index: int) -> Scene:
+        """Image ``index`` of ``people()`` and the masks of all its persons."""
+        if index >= len(self._used):
+            self.people()
+        file = self._used[index]
+        ids, owner = _read_mask(self._mask_file(file))
+        image = decode_image(file)
+        if image.shape[:2] != owner.shape:
+            raise SceneError(OTHER_SIZE, f"{file} has {image.shape[1]}x{image.shape[0]} pixels, its mask {owner.shape[1]}x{owner.shape[0]}")
+        return Scene(image, owner[None] == ids[:, None, None])
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and times of all images and masks of the split."""
+        parts = []
+        for _, file in self._files:
+            for each in (file, self._mask_file(file)):
+                parts.append([each.name, *((each.stat().st_size, each.stat().st_mtime_ns) if each.exists() else ())])
+        return hashlib.sha256(json.dumps([self.split, parts]).encode()).hexdigest()
+
+    @cached_property
+    def _files(self) -> list[tuple[int, Path]]:
+        every = sorted((self.folder / "PNGImages").glob("*.png"))
+        wanted = {"train": lambda f: not _is_val(f), "val": _is_val, "all": lambda f: True}[self.split]
+        return [(number, file) for number, file in enumerate(every, 1) if wanted(file)]
+
+    @cached_property
+    def _used(self) -> list[Path]:
+        return []
+
+    def _mask_file(self, file: Path) -> Path:
+        return self.folder / "PedMasks" / f"{file.stem}_mask.png"
+
+
+def _is_val(file: Path) -> bool:
+    return int(hashlib.sha1(file.stem.encode()).hexdigest(), 16) % 5 == 0
+
+
+def _read_mask(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Instance ids [P] and the id of each pixel [H, W]."""
+    try:
+        with Image.open(file) as image:
+            owner = np.array(image)
+    except FileNotFoundError:
+        raise SceneError(MISSING, f"there is no mask file {file}") from None
+    except Exception as error:
+        raise SceneError(UNREADABLE, f"{file} cannot be decoded ({error}): fetch it again or take it out") from None
+    if owner.ndim != 2:
+        raise SceneError(UNREADABLE, f"{file} must have one value a pixel, the person's number, and has {owner.shape[2]}")
+    ids = np.unique(owner)
+    ids = ids[ids > 0]
+    if not len(ids):
+        raise SceneError(NO_MASK, f"{file} has no person in it")
+    return ids, owner
+
+
+def _box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

@@ -1,0 +1,166 @@
+"""What a source of people gives: an index of ROIs, and scenes.
+
+A source knows its people before any pixel is decoded (``people``) and decodes one image with
+everybody's mask at a time (``scene``). ``SyntheticPeople``, ``CocoPeople`` and
+``PennFudanPeople`` are sources.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from refinelib.data.errors import SceneError
+
+#: A person whose box has a side under this many pixels is no ROI (but still other people).
+MIN_SIDE = 16
+#: The largest so many people of an image are ROIs.
+MAX_PEOPLE = 10
+
+NO_AREA = "box of no area"
+OUTSIDE = "box outside the image"
+SMALL = f"box with a side under {MIN_SIDE} px"
+CROWDED = f"person beyond the {MAX_PEOPLE} largest of an image"
+NO_MASK = "annotation without mask"
+MISSING = "missing image"
+UNREADABLE = "unreadable image"
+OTHER_SIZE = "image of another size than its annotation"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image: ``image`` uint8 [H, W, 3]; ``masks`` bool [P, H, W], one a person, small ones too."""
+
+    image: np.ndarray
+    masks: np.ndarray
+
+
+@dataclass(frozen=True)
+class People:
+    """The ROIs of a source as columns, one row a ROI, ROIs of an image side by side.
+
+    ``image_index`` int32: argument of ``scene``; ``slots`` int32: the person's place in its
+    ``masks``; ``image_ids``, ``annotation_ids`` int64: the data set's own; ``boxes`` float32
+    [N, 4] xyxy; ``areas`` float32: pixels of the mask; ``image_sizes`` int32 [N, 2]: (h, w).
+    ``images``: number of images with a ROI. ``skipped``: who was left out, by reason.
+    """
+
+    image_index: np.ndarray
+    slots: np.ndarray
+    image_ids: np.ndarray
+    annotation_ids: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    image_sizes: np.ndarray
+    images: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.image_index)
+
+
+class Source(Protocol):
+    """Where people come from."""
+
+    name: str  # of the data set: synthetic, coco, pennfudan
+    split: str
+
+    def __len__(self) -> int:
+        """Number of images with at least one ROI, readable or not."""
+
+    def people(self, max_images: int | None = None) -> People:
+        """Every ROI of the first ``max_images`` images, without decoding images."""
+
+    def scene(self, index: int) -> Scene:
+        """Decode one image and its masks. Raises ``SceneError`` for an image that cannot be used."""
+
+    def fingerprint(self) -> str:
+        """Changes when the data may have; cheap, whatever the size of the data set."""
+
+
+COLUMNS = {"image_index": np.int32, "slots": np.int32, "image_ids": np.int64, "annotation_ids": np.int64,
+           "boxes": np.float32, "areas": np.float32, "image_sizes": np.int32}
+assert set(COLUMNS) < {f.name for f in fields(People)}
+
+
+class PeopleBuilder:
+    """Collects ROIs image by image and turns them into compact columns."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list] = {name: [] for name in COLUMNS}
+        self.images = 0
+        self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def skip(self, reason: str, example: str) -> None:
+        self.skipped[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def add(self, image_id: int, size: tuple[int, int], annotation_ids: list[int], slots: list[int],
+            boxes: np.ndarray, areas: np.ndarray, where: str) -> bool:
+        """Keep the ROIs among an image's people; False where there is none, and no image is used up."""
+        kept = []
+        for i, (x0, y0, x1, y1) in enumerate(np.asarray(boxes, np.float64).reshape(-1, 4)):
+            person = f"{where}, annotation {annotation_ids[i]}, box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy)"
+            if not (np.isfinite([x0, y0, x1, y1]).all() and x1 > x0 and y1 > y0):
+                self.skip(NO_AREA, person)
+            elif min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0):
+                self.skip(OUTSIDE, f"{person}, image {size[1]}x{size[0]}")
+            elif min(x1 - x0, y1 - y0) < MIN_SIDE:
+                self.skip(SMALL, person)
+            else:
+                kept.append(i)
+        largest = sorted(kept, key=lambda i: -areas[i])[:MAX_PEOPLE]
+        for i in sorted(set(kept) - set(largest)):
+            self.skip(CROWDED, f"{where}, annotation {annotation_ids[i]}")
+        for i in sorted(largest):
+            values = (self.images, slots[i], image_id, annotation_ids[i], boxes[i], areas[i], size)
+            for column, value in zip(self._rows.values(), values):
+                column.append(value)
+        self.images += bool(largest)
+        return bool(largest)
+
+    def people(self) -> People:
+        shapes = {"boxes": (-1, 4), "image_sizes": (-1, 2)}
+        columns = {name: np.asarray(self._rows[name], dtype).reshape(shapes.get(name, (-1,))) for name, dtype in COLUMNS.items()}
+        return People(**columns, images=self.images, skipped=dict(self.skipped), examples=dict(self.examples))
+
+
+def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An image file as uint8 [H, W, 3], in the frame its annotations are in.
+
+    COCO annotates the pixels as stored, so an EXIF orientation is not applied; where the stored
+    size differs from ``size`` and the upright one agrees, the annotations were made on the
+    upright image and it is. Greyscale, palette, CMYK, 16-bit and transparent images become RGB.
+
+    Args:
+        size: ``(h, w)`` that the annotation says; None: whatever the file has.
+
+    Raises:
+        SceneError: missing, unreadable or truncated file, or another size.
+    """
+    try:
+        with Image.open(file) as image:
+            if size is not None and (image.height, image.width) != tuple(size):
+                upright = ImageOps.exif_transpose(image)
+                if (upright.height, upright.width) != tuple(size):
+                    raise SceneError(OTHER_SIZE, f"{file} has {image.width}x{image.height} pixels, its annotation says {size[1]}x{size[0]}")
+                image = upright
+            if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+                grey = np.asarray(image).astype(np.float64) / 257
+                image = Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8))
+            elif image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise SceneError(MISSING, f"there is no image file {file}") from None
+    except SceneError:
+        raise
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, its own...
+        raise SceneError(UNREADABLE, f"{file} cannot be decoded ({error}): fetch it again or take it out") from None

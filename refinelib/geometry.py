@@ -1,0 +1,125 @@
+"""Distances, contours and edges of masks, by batched tensor operations.
+
+Masks are boolean ``[..., H, W]``; distances are in pixels between pixel centres unless said
+otherwise. Everything here runs on the tensor's own device and reads nothing back from it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Smoothing of an edge's length, in probability per pixel: below it the length is quadratic.
+EDGE_EPS = 1e-2
+
+# Rows of the second pass are taken so many elements at a time, which bounds its memory at 256 MB.
+_CHUNK_ELEMENTS = 2**26
+
+
+def edt(mask: Tensor) -> Tensor:
+    """Exact Euclidean distance from every pixel to the nearest ``True`` one.
+
+    Two separable passes: the distance along each row, then for each column the lower envelope of
+    the parabolas it leaves, by direct minimum (Felzenszwalb & Huttenlocher, "Distance Transforms
+    of Sampled Functions", 2012, eq. 2 and section 2.1; the direct minimum costs H more operations a
+    pixel than their envelope and has no data-dependent step). All squared distances are whole
+    numbers below 2**24 for sides under 2,900, hence exact in float32.
+
+    Args:
+        mask: bool ``[..., H, W]``.
+
+    Returns:
+        float32 ``[..., H, W]``, 0 on ``True``. Where a mask has no ``True`` pixel at all, the
+        diagonal ``sqrt(H^2 + W^2)``, which is larger than any distance that can occur.
+    """
+    height, width = mask.shape[-2:]
+    flat = mask.reshape(-1, height, width)
+    column = torch.arange(width, device=mask.device, dtype=torch.float32)
+    far = float(4 * (height + width))
+    last = torch.where(flat, column, -far).cummax(dim=-1).values
+    following = torch.where(flat, column, far + width).flip(-1).cummin(dim=-1).values.flip(-1)
+    along_row = torch.minimum(column - last, following - column).square()
+
+    row = torch.arange(height, device=mask.device, dtype=torch.float32)
+    apart = (row[:, None] - row[None, :]).square()
+    rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, flat.shape[0] * height * width))
+    pieces = [
+        (apart[start : start + rows_at_once, :, None] + along_row[:, None]).amin(dim=-2)
+        for start in range(0, height, rows_at_once)
+    ]
+    squared = torch.cat(pieces, dim=-2).clamp(max=float(height * height + width * width))
+    return squared.sqrt().reshape(mask.shape)
+
+
+def signed_distance(mask: Tensor) -> Tensor:
+    """Distance in pixels to the mask's outline: positive inside, negative outside.
+
+    The outline runs between pixels, so the two pixels beside it have +0.5 and -0.5, on either side
+    alike. An empty mask is minus the diagonal everywhere, a full one plus the diagonal: the edge of
+    the image is no outline.
+
+    Args:
+        mask: bool ``[..., H, W]``.
+
+    Returns:
+        float32 ``[..., H, W]``.
+    """
+    outside, inside = edt(torch.stack([mask, ~mask])).unbind(0)
+    return torch.where(mask, inside - 0.5, 0.5 - outside)
+
+
+def scaled_sdf(signed: Tensor, *, clip: float = 8.0) -> Tensor:
+    """Signed distance (pixels) clipped at ``clip`` pixels and scaled to -1..1."""
+    return (signed / clip).clamp(-1.0, 1.0)
+
+
+def contour_band(signed: Tensor, *, radius: float = 1.0) -> Tensor:
+    """Pixels within ``radius`` of the outline, on both sides of it alike.
+
+    Args:
+        signed: float ``[..., H, W]``, from :func:`signed_distance`.
+        radius: pixels; 1 takes the one pixel on either side.
+
+    Returns:
+        bool ``[..., H, W]``; all ``False`` for an empty or a full mask.
+    """
+    return signed.abs() < radius
+
+
+def edge_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward differences along y and x, per pixel; 0 in the last row and the last column.
+
+    Args:
+        x: float ``[..., H, W]``.
+
+    Returns:
+        ``(dy, dx)``, both ``[..., H, W]``.
+    """
+    dy = F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
+    dx = F.pad(x[..., :, 1:] - x[..., :, :-1], (0, 1, 0, 0))
+    return dy, dx
+
+
+def edge_strength(x: Tensor, *, eps: float = EDGE_EPS) -> Tensor:
+    """Smooth gradient magnitude ``sqrt(dx^2 + dy^2 + eps^2) - eps``.
+
+    ``sqrt(dx^2 + dy^2)`` has no derivative at 0, where backward makes 0/0 of it; one flat pixel
+    is then enough to turn every gradient into NaN. Here the derivative with respect to a
+    difference is ``d / sqrt(d^2 + eps^2)``: 0 on flat ground and never above 1 in size, so the
+    gradient with respect to a pixel of ``x``, which enters at most 3 magnitudes, is below 4.
+    Computed in float32 or wider whatever comes in (a squared logit difference overflows float16).
+
+    Args:
+        x: float ``[..., H, W]``.
+
+    Returns:
+        float32 (float64 for float64) ``[..., H, W]``, 0 on flat ground.
+    """
+    dy, dx = edge_vectors(widen(x))
+    return (dy.square() + dx.square() + eps * eps).sqrt() - eps
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is if it is wider: what sums and squares are taken in."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,122 @@
+"""Use what was trained: an image and boxes in, masks in image coordinates out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import checkpoints
+from .augment import MEAN, normalise
+from .build import autocast, build_device, build_model
+from .config import Settings
+from .losses import TARGET
+from .roi import centre_window, crop_rois, expand_boxes, paste_patches
+from .scoring import predict_probs
+
+
+def load(source: str | os.PathLike, *, device: str = "auto", output_dir: str = "outputs") -> "Predictor":
+    """The model of a run or of a checkpoint file, ready to predict.
+
+    Args:
+        source: a run's name, its folder (its best checkpoint is taken) or a checkpoint file.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        output_dir: where runs are looked for by name.
+
+    Raises:
+        CheckpointError: no such run, or its checkpoint is not whole.
+    """
+    path = checkpoints.find(source, output_dir=output_dir)
+    saved = checkpoints.load(path)
+    settings = Settings(**saved["settings"]).model_copy(update={"device": device})
+    model = build_model(settings)
+    model.load_state_dict(saved["average"] or saved["model"])
+    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"])
+
+
+class Predictor:
+    """A trained model with what it needs to crop an image and to paste a mask back.
+
+    Attributes:
+        model: in evaluation mode, on ``device``.
+        settings: of the run that trained it.
+        mean_coverage: float32 ``[Hm, Wm, 2]``, the training set's average mask.
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: Settings, *, path: Path, mean_coverage: Tensor) -> None:
+        self.device = build_device(settings)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
+
+    def probs(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Tensor:
+        """Class probabilities in each box's own grid.
+
+        Args:
+            image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file).
+            boxes: ``[N, 4]`` xyxy in pixels; may reach outside the image.
+            batch_size: ROIs at once.
+
+        Returns:
+            float32 ``[N, 3, *mask_size]`` on the CPU: background, this person, other people.
+
+        Raises:
+            ValueError: an image that is not RGB, or a box without area.
+        """
+        pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+        boxes = _checked_boxes(boxes)
+        canvas, size = self.model.canvas, self.settings.roi_size
+        regions = expand_boxes(boxes, (canvas[0] / size[0], canvas[1] / size[1]))
+        found = [torch.zeros(0, 3, *self.settings.mask_size)]
+        for part in regions.split(batch_size):
+            crops = crop_rois(pixels, part, canvas, fill=MEAN).round().to(self.device)  # rounded as the store's bytes are
+            found.append(self._probs(normalise(crops)).cpu())
+        return torch.cat(found)
+
+    def predict(self, image: Any, boxes: Any, *, batch_size: int = 32) -> np.ndarray:
+        """One mask a box, in image coordinates.
+
+        Arguments and errors are those of :meth:`probs`.
+
+        Returns:
+            bool ``[N, H, W]``: where this person is likelier than background and than other people.
+            Nothing outside the box.
+        """
+        pixels = _rgb(image)
+        probs = self.probs(pixels, boxes, batch_size=batch_size)
+        lead = probs[:, TARGET] - torch.cat([probs[:, :TARGET], probs[:, TARGET + 1 :]], dim=1).amax(dim=1)
+        masks = np.zeros((len(probs), *pixels.shape[:2]), dtype=bool)
+        for mask, (top, left, patch) in zip(masks, paste_patches(lead, _checked_boxes(boxes), pixels.shape[:2])):
+            mask[top : top + patch.shape[-2], left : left + patch.shape[-1]] = (patch > 0).numpy()
+        return masks
+
+    def roi_probs(self, images: Tensor) -> Tensor:
+        """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
+        with autocast(self.settings, self.device):
+            return predict_probs(self.model, images).float()
+
+    def _probs(self, crops: Tensor) -> Tensor:
+        return centre_window(self.roi_probs(crops), self.settings.mask_size)
+
+
+def _rgb(image: Any) -> np.ndarray:
+    if isinstance(image, (str, os.PathLike)):
+        image = Image.open(image)
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"the image must be uint8 [H, W, 3] in RGB, and is {array.dtype} {list(array.shape)}")
+    return np.array(array)
+
+
+def _checked_boxes(boxes: Any) -> Tensor:
+    table = torch.as_tensor(np.asarray(boxes, dtype=np.float64)).reshape(-1, 4)
+    for number, (x0, y0, x1, y1) in enumerate(table.tolist()):
+        if not (np.isfinite([x0, y0, x1, y1]).all() and x1 > x0 and y1 > y0):
+            raise ValueError(f"box {number} is {[x0, y0, x1, y1]}: give x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1")
+    return table

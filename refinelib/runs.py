@@ -1,0 +1,244 @@
+"""The run folder: what a run leaves behind, written so that a crash at any moment leaves it readable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+from .config import Settings, project_root
+
+
+class RunError(RuntimeError):
+    """A run folder is missing or not what it should be; the message says which and what to do."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one step: a reader sees the old text or the new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def strict(value: Any, found: dict[str, str] | None = None, at: str = "") -> Any:
+    """``value`` as strict JSON: a number that is not finite becomes null, and ``found[path]`` says which it was."""
+    if isinstance(value, float) and not math.isfinite(value):
+        if found is not None:
+            found[at] = "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+        return None
+    if isinstance(value, dict):
+        return {str(k): strict(v, found, f"{at}.{k}" if at else str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v, found, f"{at}[{i}]") for i, v in enumerate(value)]
+    return value
+
+
+def dumps(record: dict[str, Any], *, indent: int | None = None) -> str:
+    """One strict JSON object; ``nonfinite`` names the values that were not finite."""
+    found: dict[str, str] = {}
+    clean = strict(record, found)
+    if found:
+        clean["nonfinite"] = found
+    return json.dumps(clean, indent=indent, allow_nan=False)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file that may still be growing: a last, unfinished line is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class Run:
+    """One folder under ``outputs/``. Make one with :meth:`start`, look at one with :meth:`open`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._status: dict[str, Any] = {}
+        self._tensorboard = None
+
+    # -- making one --------------------------------------------------------------------------------
+    @classmethod
+    def start(cls, settings: Settings) -> "Run":
+        """A new folder for this run, or with ``resume`` the newest one of its name.
+
+        A folder that is there is never written over: the next free number is appended.
+        """
+        root = settings.path(settings.output_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        if settings.resume:
+            run = cls(cls._newest(root, settings.run_name))
+            run._status = run.status()
+            return run
+        for number in range(1, 100_000):
+            folder = root / (settings.run_name if number == 1 else f"{settings.run_name}-{number}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                continue
+        for name in ("checkpoints", "figures", "samples", "incidents", "tb"):
+            (folder / name).mkdir()
+        return cls(folder)
+
+    @classmethod
+    def open(cls, run: str | os.PathLike, *, output_dir: str = "outputs") -> "Run":
+        """A run on disk, finished or still going, by its folder or its name under ``outputs/``."""
+        for folder in (Path(run).expanduser(), project_root() / output_dir / run, project_root() / run):
+            if (folder / "status.json").is_file():
+                return cls(folder)
+        root = project_root() / output_dir
+        known = sorted(p.parent.name for p in root.glob("*/status.json"))
+        raise RunError(f"there is no run {str(run)!r}: give a folder that holds status.json, or one of {', '.join(known) or 'none yet: train first'}")
+
+    @classmethod
+    def _newest(cls, root: Path, name: str) -> Path:
+        numbered = [
+            (int(match[1] or 1), folder)
+            for folder in root.iterdir()
+            if (match := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", folder.name)) and (folder / "status.json").is_file()
+        ]
+        if not numbered:
+            raise RunError(f"resume: there is no run named {name!r} under {root}; start it without resume first")
+        return max(numbered)[1]
+
+    # -- writing -----------------------------------------------------------------------------------
+    def record_settings(self, settings: Settings, device: str) -> None:
+        """Write ``config.json``: settings as resolved, versions, device, commit."""
+        import numpy
+        import torch
+
+        config = {
+            "settings": settings.model_dump(mode="json"),
+            "recipe": settings.recipe,
+            "git_commit": _git_commit(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "numpy": numpy.__version__,
+            },
+            "device": device,
+            "command": sys.argv,
+            "started": _now(),
+        }
+        name = "config.json" if not (self.folder / "config.json").exists() else f"config.resumed-{int(time.time())}.json"
+        write_atomically(self.folder / name, dumps(config, indent=2))
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of ``status.json``, atomically."""
+        self._status.update(changes, updated=_now())
+        write_atomically(self.folder / "status.json", dumps(self._status, indent=2))
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Append a line to ``metrics.jsonl`` and the same scalars to TensorBoard."""
+        self._append("metrics.jsonl", record)
+        prefix = "train" if record["kind"] == "step" else "epoch"
+        for name, value in _scalars(record):
+            if name not in ("step", "epoch"):
+                self.tensorboard.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """Append a line to ``events.jsonl``."""
+        self._append("events.jsonl", {"kind": kind, "message": message, "time": _now(), **fields})
+
+    def rewind_records(self, step: int) -> None:
+        """Drop the lines of steps after ``step``, which a resumed run is about to take again."""
+        for name in ("metrics.jsonl", "events.jsonl"):
+            kept = [line for line in read_lines(self.folder / name) if line.get("step", 0) <= step]
+            write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    @property
+    def tensorboard(self):
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a writer needs it
+
+            self._tensorboard = SummaryWriter(str(self.folder / "tb"))
+        return self._tensorboard
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(dumps(record) + "\n")
+
+    # -- reading -----------------------------------------------------------------------------------
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+
+    def settings(self) -> Settings:
+        """The settings the run was made with."""
+        return Settings(**self.config()["settings"])
+
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
+
+    def steps(self) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.folder / "metrics.jsonl") if line["kind"] == "step"]
+
+    def epochs(self) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.folder / "metrics.jsonl") if line["kind"] == "epoch"]
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder / "events.jsonl")
+
+    def __repr__(self) -> str:
+        state = self.status().get("state") if (self.folder / "status.json").is_file() else "new"
+        return f"Run({self.name}: {state})"
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield prefix + name, float(value)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with ``+changes`` where the tree differs from it; none outside a checkout."""
+    try:
+        def ask(*arguments: str) -> str:
+            return subprocess.run(
+                ["git", "-C", str(project_root()), *arguments], capture_output=True, text=True, check=True, timeout=5
+            ).stdout.strip()
+
+        return ask("rev-parse", "HEAD") + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def latest(output_dir: str = "outputs") -> Run:
+    """The run whose status changed last."""
+    root = project_root() / output_dir
+    found = sorted(root.glob("*/status.json"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise RunError(f"there is no run under {root} yet: `make train` makes one")
+    return Run(found[-1].parent)

@@ -1,0 +1,110 @@
+"""Collects the steps' reports on the device and reads them back once every so many steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .guard import REPORT, Guard
+from .losses import MaskLoss
+from .runs import Run
+
+
+class StepLog:
+    """Turns reports into lines of ``metrics.jsonl`` and ``events.jsonl``.
+
+    Args:
+        run: where lines go.
+        loss: whose components lead each report.
+        guard: which makes the reports.
+        every: steps between lines.
+    """
+
+    def __init__(self, run: Run, loss: MaskLoss, guard: Guard, *, every: int) -> None:
+        self.run, self.names, self.guard, self.every = run, loss.names, guard, every
+        self.pending: list[tuple[Tensor, int, int]] = []
+        self.epoch_rows: list[np.ndarray] = []
+        self.skipped = 0
+        self.started = time.perf_counter()
+
+    def add(self, report: Tensor, step: int, epoch: int) -> None:
+        self.pending.append((report, step, epoch))
+        if len(self.pending) >= self.every or step == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the pending reports, write one line of them and one event for each that was skipped."""
+        if not self.pending:
+            return
+        rows = torch.stack([report for report, _, _ in self.pending]).cpu().numpy().astype(np.float64)
+        components, columns = rows[:, : len(self.names)], dict(zip(REPORT, rows[:, len(self.names) :].T))
+        for (_, step, epoch), row in zip(self.pending, rows):
+            self._event(step, epoch, row)
+        self.skipped += int(columns["skipped"].sum())
+        good = columns["skipped"] == 0
+        _, step, epoch = self.pending[-1]
+        self.run.metrics(
+            {
+                "kind": "step",
+                "step": step + 1,
+                "epoch": epoch,
+                "loss": _mean(columns["loss"], good),
+                "losses": {name: _mean(components[:, i], good) for i, name in enumerate(self.names)},
+                "grad_norm": _mean(columns["grad_norm"], good),
+                "grad_norm_max": float(columns["grad_norm"][good].max()) if good.any() else float(columns["grad_norm"][-1]),
+                "lr": float(columns["lr"][-1]),
+                "loss_scale": float(columns["loss_scale"][-1]),
+                "skipped": self.skipped,
+                "steps_per_second": round(len(self.pending) / (time.perf_counter() - self.started), 3),
+            }
+        )
+        self.started = time.perf_counter()
+        self.epoch_rows.append(rows)
+        self.pending = []
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Means over the epoch's applied steps; the gradient norm's median."""
+        self.flush()
+        rows = np.concatenate(self.epoch_rows)
+        self.epoch_rows = []
+        columns = dict(zip(REPORT, rows[:, len(self.names) :].T))
+        good = columns["skipped"] == 0
+        return {
+            "train_loss": _mean(columns["loss"], good),
+            "losses": {name: _mean(rows[:, i], good) for i, name in enumerate(self.names)},
+            "grad_norm": float(statistics.median(columns["grad_norm"][good])) if good.any() else float("nan"),
+            "grad_norm_max": float(columns["grad_norm"][good].max()) if good.any() else float("nan"),
+            "lr": float(columns["lr"][-1]),
+            "loss_scale": float(columns["loss_scale"][-1]),
+            "skipped": int(columns["skipped"].sum()),
+        }
+
+    def _event(self, step: int, epoch: int, row: np.ndarray) -> None:
+        columns = dict(zip(REPORT, row[len(self.names) :]))
+        if not columns["skipped"]:
+            return
+        norms = row[len(self.names) + len(REPORT) :]
+        terms = [name for name, value in zip(self.names, row) if not np.isfinite(value)]
+        parameters = [name for name, norm in zip(self.guard.names, norms) if not np.isfinite(norm)]
+        what = "the loss" if columns["bad_loss"] else "the gradient"
+        detail = f" (terms: {', '.join(terms)})" if terms else ""
+        if parameters:
+            detail += f" in {len(parameters)} of {len(norms)} parameters, first {parameters[0]}"
+        self.run.event(
+            "skip",
+            f"step {step} skipped: {what} was not finite{detail}",
+            step=step,
+            epoch=epoch,
+            loss_scale=columns["loss_scale"],
+            terms=terms,
+            parameters=parameters[:8],
+        )
+
+
+def _mean(values: np.ndarray, good: np.ndarray) -> float:
+    return float(values[good].mean()) if good.any() else float(values[-1])

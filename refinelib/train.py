@@ -1,0 +1,328 @@
+"""The training loop, top to bottom.
+
+    settings -> run folder -> stores -> model, loss, guard -> [ batch -> loss -> guard ] ... -> run folder
+
+Everything that a later look needs is in the run folder; nothing here knows of a notebook.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import signal
+import sys
+import threading
+import time
+from typing import Any, Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import checkpoints
+from .build import autocast, build_device, build_guard, build_loss, build_model
+from .config import Settings
+from .data import Store, open_splits
+from .feed import Batch, Feed
+from .runs import Run
+from .scoring import batches, predict_probs, score
+from .steplog import StepLog
+
+#: ROIs whose masks are kept after every epoch.
+SAMPLES = 12
+
+
+def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
+    """Train as the settings say and return the finished (or interrupted) run.
+
+    Args:
+        settings: from :func:`refinelib.resolve`.
+        on_epoch: called with the run after each epoch's records are on disk (a live panel, say).
+
+    Raises:
+        Whatever stopped the run, after ``status.json`` says so in one line. ``KeyboardInterrupt``
+        comes after a checkpoint of the very step that was reached.
+    """
+    run = Run.start(settings)
+    run.update(state="running", epoch=0, step=0, skipped_steps=0, rewinds=0, best=None, last_error=None)
+    try:
+        with Interruption() as interruption:
+            Trainer(settings, run).fit(interruption, on_epoch)
+    except KeyboardInterrupt:
+        run.update(state="interrupted", last_error="interrupted; go on with resume=true")
+        raise
+    except BaseException as error:
+        run.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+    finally:
+        run.close()
+    return run
+
+
+class Interruption:
+    """Turns Ctrl-C and SIGTERM into a request that the loop honours between two steps.
+
+    In the middle of a step half of the parameters may be updated; a checkpoint made then would be
+    of a state that never was. A second Ctrl-C stops at once.
+    """
+
+    def __enter__(self) -> "Interruption":
+        self.requested = False
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Trainer:
+    """A run's live objects and the loop over them."""
+
+    def __init__(self, settings: Settings, run: Run) -> None:
+        self.settings, self.run = settings, run
+        self.device = build_device(settings)
+        _seed_everything(settings)
+        run.record_settings(settings, _device_name(self.device))
+
+        self.train_store, self.val_store = open_splits(settings)
+        self.model = build_model(settings).to(self.device, memory_format=torch.channels_last)
+        if settings.init_from:
+            source = checkpoints.find(settings.init_from, output_dir=settings.output_dir)
+            load_weights(self.model, checkpoints.load(source), str(source))
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if settings.ema_decay else None
+        self.loss = build_loss(settings).to(self.device)
+        self.feed = Feed(
+            self.train_store,
+            device=self.device,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
+            mode=settings.augment,
+            seed=settings.seed,
+        )
+        self.guard = build_guard(settings, self.model, self.average, steps_per_epoch=self.feed.steps_per_epoch)
+        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every)
+        self.step = 0  # steps tried: the position in the data
+        self.best: dict[str, Any] | None = None
+        self.mean_coverage = torch.as_tensor(self.train_store.mean_coverage())
+
+    @property
+    def delivered(self) -> nn.Module:
+        """The model that is validated and used: the moving average where there is one."""
+        return self.average if self.average is not None else self.model
+
+    # -- the loop ----------------------------------------------------------------------------------
+    def fit(self, interruption: Interruption, on_epoch: Callable[[Run], None] | None) -> None:
+        settings, per_epoch = self.settings, self.feed.steps_per_epoch
+        if settings.resume:
+            self.restore()
+        total = settings.epochs * per_epoch
+        self.run.update(state="running", last_error=None, epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
+        bar = tqdm(total=total, initial=self.step, unit="step", mininterval=1.0, disable=None if sys.stderr.isatty() else _headless())
+        for epoch in range(self.step // per_epoch, settings.epochs):
+            started, first = time.perf_counter(), self.step % per_epoch
+            plan = self.feed.plan(epoch)
+            self.model.train()
+            for at in range(first, per_epoch):
+                self.log.add(self.train_step(plan, at), self.step, epoch)
+                self.step += 1
+                bar.update()
+                if interruption.requested:
+                    self.log.flush()
+                    self.save("last.pt")
+                    self.run.update(step=self.step, epoch=epoch)
+                    raise KeyboardInterrupt
+            self.end_epoch(epoch, seconds=time.perf_counter() - started)
+            bar.set_postfix_str(f"target IoU {self.last_metrics['target_iou']:.3f}")
+            if on_epoch is not None:
+                on_epoch(self.run)
+        bar.close()
+        self.run.update(state="ok")
+
+    def train_step(self, plan, at: int) -> Tensor:
+        """Forward, backward and guarded update of one step; its report, still on the device."""
+        total, components = 0.0, 0.0
+        share = 1.0 / self.settings.accumulate
+        self.guard.zero_grad()
+        for micro in range(self.settings.accumulate):
+            loss, parts = self.compute_loss(self.feed.batch(plan, at, micro))
+            self.guard.scale(loss * share).backward()
+            total, components = total + loss.detach() * share, components + parts * share
+        return torch.cat([components, self.guard.step(total)])
+
+    def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Total and components of one micro-batch."""
+        with autocast(self.settings, self.device):
+            output = self.model(batch.images.contiguous(memory_format=torch.channels_last))
+        return self.loss(output, batch.labels)
+
+    def end_epoch(self, epoch: int, *, seconds: float) -> None:
+        """Validate, record, keep."""
+        settings = self.settings
+        summary = self.log.end_epoch()
+        found = self.validate(final=epoch + 1 == settings.epochs)
+        self.last_metrics = metrics = found.compute()
+        best = self.best is None or metrics["target_iou"] > self.best["target_iou"]
+        if best:
+            self.best = {"epoch": epoch, "step": self.step, **{name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}}
+        self.write_samples(epoch, found.per_roi()["target_iou"])
+        self.run.metrics({"kind": "epoch", "epoch": epoch, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
+        if best:
+            self.save("best.pt")
+        if (epoch + 1) % settings.save_every == 0 or epoch + 1 == settings.epochs:
+            self.save("last.pt")
+        self.run.update(epoch=epoch + 1, step=self.step, skipped_steps=int(self.guard.state["skipped"]), best=self.best, metrics=metrics)
+        if _headless():
+            print(
+                f"epoch {epoch + 1:>4}/{settings.epochs}  loss {summary['train_loss']:.4f}  gradient norm {summary['grad_norm']:.3g}  "
+                f"target IoU {metrics['target_iou']:.3f}  Boundary IoU {metrics['boundary_iou']:.3f}  mIoU {metrics['miou']:.3f}  "
+                f"skipped {int(self.guard.state['skipped'])}  {seconds:.1f} s",
+                flush=True,
+            )
+
+    def validate(self, *, final: bool = False):
+        """Metrics of the delivered model on the validation people."""
+        self.delivered.eval()
+
+        def predict(images: Tensor) -> Tensor:
+            with autocast(self.settings, self.device):
+                return predict_probs(self.delivered, images)
+
+        found = score(predict, self.val_store, device=self.device, mask_size=self.settings.mask_size, full=final)
+        self.model.train()
+        return found
+
+    # -- what it leaves ----------------------------------------------------------------------------
+    @torch.no_grad()
+    def write_samples(self, epoch: int, target_iou: Tensor) -> None:
+        """Masks of some validation ROIs: the worst, the middle and the best third of ``SAMPLES`` of this epoch."""
+        ranked = target_iou.nan_to_num(2.0).cpu().argsort()[: int((~target_iou.isnan()).sum())]
+        third, count = SAMPLES // 3, len(ranked)
+        middle = max(0, count // 2 - third // 2)
+        groups = {"worst": ranked[:third], "median": ranked[middle : middle + third], "best": ranked[-third:].flip(0)}
+        fixed = torch.linspace(0, len(self.val_store) - 1, min(SAMPLES, len(self.val_store))).long()
+        rois = torch.cat([fixed, *groups.values()])
+        kinds = ["fixed"] * len(fixed) + [kind for kind, chosen in groups.items() for _ in chosen]
+        images, coverage = self.val_store.gather(rois)
+        crops, labels, _ = next(batches(_Subset(self.val_store, rois), self.device, len(rois)))
+        self.delivered.eval()
+        with autocast(self.settings, self.device):
+            probs = predict_probs(self.delivered, crops)
+        np.savez_compressed(
+            self.run.folder / "samples" / f"epoch_{epoch:04d}.npz",
+            image=images.numpy(),
+            labels=labels.cpu().numpy().astype(np.uint8),
+            probs=probs.float().cpu().numpy().astype(np.float16),
+            target_iou=target_iou.cpu()[rois].numpy().astype(np.float32),
+            roi=rois.numpy(),
+            image_id=np.asarray(self.val_store.image_ids)[rois.numpy()],
+            annotation_id=np.asarray(self.val_store.annotation_ids)[rois.numpy()],
+            kind=np.array(kinds),
+            mask_size=np.array(self.settings.mask_size),
+        )
+
+    def save(self, name: str) -> None:
+        """Write a complete checkpoint."""
+        checkpoints.save(self.run.folder / "checkpoints" / name, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "guard": self.guard.state_dict(),
+            "position": {"step": self.step, "epoch": self.step // self.feed.steps_per_epoch, "steps_per_epoch": self.feed.steps_per_epoch},
+            "random": _random_state(self.device),
+            "best": self.best,
+            "settings": self.settings.model_dump(mode="json"),
+            "mean_coverage": self.mean_coverage,
+        }
+
+    def restore(self) -> None:
+        """Take up the newest whole checkpoint of the run, and say what was wrong with the others."""
+        path, saved, problems = checkpoints.newest_whole(self.run.folder / "checkpoints")
+        for problem in problems:
+            self.run.event("checkpoint", problem, step=saved["position"]["step"])
+        if saved["position"]["steps_per_epoch"] != self.feed.steps_per_epoch:
+            raise checkpoints.CheckpointError(
+                f"{path} was made with {saved['position']['steps_per_epoch']} steps an epoch, this run has {self.feed.steps_per_epoch}: "
+                "resume with the data, batch_size and accumulate that it was started with"
+            )
+        load_weights(self.model, saved, str(path))
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"] or saved["model"])
+        self.guard.load_state_dict(saved["guard"])
+        _restore_random(saved["random"], self.device)
+        self.step, self.best = saved["position"]["step"], saved["best"]
+        self.run.rewind_records(self.step)
+        self.run.event("resume", f"resumed from {path.name} at step {self.step}", step=self.step)
+
+
+class _Subset:
+    """Some ROIs of a store, in the order given."""
+
+    def __init__(self, store: Store, rois: Tensor) -> None:
+        self.store, self.rois = store, rois
+
+    def __len__(self) -> int:
+        return len(self.rois)
+
+    def gather(self, places: Tensor):
+        return self.store.gather(self.rois[places])
+
+
+def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
+    """Weights of a checkpoint into a model; what only one of them has is left as it is where it is a refinement.
+
+    Raises:
+        CheckpointError: shapes differ, or the checkpoint lacks a part that is no refinement.
+    """
+    weights = saved["model"]
+    refinements = ("progressive.", "subpixel.", "contour.", "distance.", "boundary.")
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights and not name.startswith(refinements)]
+    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or shapes:
+        raise checkpoints.CheckpointError(
+            f"the weights in {source} do not fit this model (first {(missing + shapes)[0]}): use the width it was trained with, "
+            f"{saved['settings']['width']:g}"
+        )
+    model.load_state_dict({**own, **{name: value for name, value in weights.items() if name in own}})
+
+
+def _headless() -> bool:
+    """Neither a terminal nor a notebook's widgets: lines are better than a bar."""
+    return not sys.stderr.isatty()
+
+
+def _seed_everything(settings: Settings) -> None:
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    torch.use_deterministic_algorithms(settings.deterministic)
+    torch.backends.cudnn.benchmark = not settings.deterministic
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_random(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
