@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .geometry import widen
+
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group normalisation: statistics of one sample only, so a batch never changes a sample's output."""
@@ -15,6 +17,21 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 def conv3x3(inputs: int, outputs: int, *, stride: int = 1, bias: bool = False) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
+
+
+class Head(nn.Conv2d):
+    """Convolution to a few output channels, in float32 (or wider) whatever the precision around it.
+
+    Its weights' gradient is a sum over every pixel of the batch: in float16, times a loss scale of
+    65,536, that is the first thing to overflow. It costs next to nothing to keep it out of there.
+    """
+
+    def __init__(self, inputs: int, outputs: int, size: int = 1) -> None:
+        super().__init__(inputs, outputs, size, padding=size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(widen(x), widen(self.weight), widen(self.bias), padding=self.padding)
 
 
 class ConvNormAct(nn.Sequential):

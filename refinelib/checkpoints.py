@@ -57,7 +57,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{path} is not a whole checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})") from None
     if not isinstance(content, dict) or "checksum" not in content:
         raise CheckpointError(f"{path} was not written by refinelib: it has no checksum")
     if content["format"] != FORMAT:

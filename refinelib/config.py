@@ -308,7 +308,10 @@ def _read(name: str, value: Any, annotation: Any) -> Any:
         if bool in options:
             return _flag(word, name)
         if word.startswith("["):
-            return yaml.safe_load(word)
+            try:
+                return yaml.safe_load(word)
+            except yaml.YAMLError:
+                return word
         try:
             number = float(word)
         except ValueError:

@@ -81,7 +81,7 @@ def dice(log_probs: Tensor, labels: Tensor, *, smooth: float = 1.0) -> Tensor:
     ``1 - (2 sum(p y) + s) / (sum p + sum y + s)`` (Milletari et al., V-Net, 2016, with linear
     denominators), averaged over present classes. An absent class would cost 1 with no useful
     gradient; what is wrongly given to it is missed by the classes that are there. Gradient: at
-    most 3 in L1 norm a sample.
+    most 4 in L1 norm a sample.
 
     Args:
         log_probs: float ``[B, 3, H, W]``.

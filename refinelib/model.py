@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blocks import ChannelAttention, ConvNormAct, ResidualBlock, SpatialAttention, resize
+from .blocks import ChannelAttention, ConvNormAct, Head, ResidualBlock, SpatialAttention, resize
 from .losses import hierarchical_log_probs
 from .refine import BoundaryRefinement, ContourDetection, DistanceTransform, ProgressiveUpsampling, SubpixelConv
 
@@ -106,12 +106,12 @@ class HierarchicalUNet(nn.Module):
         self.stem = nn.Sequential(ConvNormAct(5, half), ConvNormAct(half, c))
         self.shared = nn.Sequential(*(ResidualBlock(c) for _ in range(4)))
         self.person = UNet(widths)
-        self.person_head = nn.Conv2d(c, 1, 1)
+        self.person_head = Head(c, 1)
         self.gate = nn.Sequential(nn.Conv2d(c + 1, c, 1), nn.Sigmoid())
         self.merge = nn.Conv2d(2 * c, c, 1)
         self.attention = nn.Sequential(ChannelAttention(c), SpatialAttention())
         self.target = UNet(widths)
-        self.target_head = nn.Conv2d(c, 1, 1)
+        self.target_head = Head(c, 1)
         for head in (self.person_head, self.target_head):
             # Nearly undecided at the start, so that the first loss is that of ignorance.
             nn.init.normal_(head.weight, std=1e-2 * c**-0.5)
@@ -148,10 +148,10 @@ class HierarchicalUNet(nn.Module):
         shared = self.shared(self.stem(torch.cat([image, place], dim=1)))
         person = self.person(shared)
         person_logit = self.person_head(person[0])
-        probability = torch.sigmoid(person_logit.float()).to(person_logit.dtype)
+        probability = torch.sigmoid(person_logit).to(shared.dtype)
         gated = shared * self.gate(torch.cat([person[0], probability], dim=1))
         target = self.target(self.attention(self.merge(torch.cat([gated, person[0]], dim=1))))
-        logits = torch.cat([person_logit, self.target_head(target[0])], dim=1).float()
+        logits = torch.cat([person_logit, self.target_head(target[0])], dim=1)
 
         features, logits = (resize(x, self.mask_canvas) for x in (person[0] + target[0], logits))
         contour_logits = distance = None

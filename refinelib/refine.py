@@ -2,11 +2,14 @@
 
 All share one contract. They take the logits so far (float32 ``[B, 2, H, W]``: person against
 background, target against non-target) and features, and return new logits of the same shape, and
-their head's output where they have one. The residual is bounded (``|new - old| <= blend * LIMIT``),
-so a refinement can go wrong by no more than that; the logits enter only through probabilities,
-which are bounded whatever their size, so the gradient with respect to a logit is that of the
-identity plus at most ``blend`` times a constant of the weights. No statistic is taken over the
-batch. At the start the blending weight is small: each is the identity, or nearly.
+their head's output where they have one.
+
+- The residual is bounded: ``|new - old| <= |blend| * LIMIT`` (for the distance, see there).
+- What they look at of the mask so far, they take as given: no gradient flows back through it. So the
+  gradient with respect to the logits is exactly that of the identity, bound 1, and a refinement can
+  neither amplify nor turn round what the mask learns.
+- No statistic is taken over the batch.
+- At the start the blending weight is small: each is the identity, or nearly.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import ConvNormAct, conv3x3, resize
+from .blocks import ConvNormAct, Head, resize
 from .geometry import edge_strength
 
 #: The largest residual a module can write before its blending weight: e^10 in odds.
@@ -23,8 +26,8 @@ LIMIT = 10.0
 
 
 def bounded(residual: Tensor) -> Tensor:
-    """``residual`` in float32, squashed smoothly into -LIMIT..LIMIT; slope 1 at 0, never above."""
-    return LIMIT * torch.tanh(residual.float() / LIMIT)
+    """``residual`` squashed smoothly into -LIMIT..LIMIT; slope 1 at 0, never above."""
+    return LIMIT * torch.tanh(residual / LIMIT)
 
 
 class BoundaryRefinement(nn.Module):
@@ -45,7 +48,7 @@ class BoundaryRefinement(nn.Module):
     def __init__(self, channels: int, *, hidden: int, blend_init: float = 0.1, edge_gain_init: float = 1.0) -> None:
         super().__init__()
         self.trunk = nn.Sequential(ConvNormAct(channels + 5, hidden), ConvNormAct(hidden, hidden))
-        self.edge_conv = conv3x3(hidden, 2, bias=True)
+        self.edge_conv = Head(hidden, 2, 3)
         nn.init.normal_(self.edge_conv.weight, std=edge_gain_init * (9 * hidden) ** -0.5)
         nn.init.zeros_(self.edge_conv.bias)
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
@@ -57,7 +60,7 @@ class BoundaryRefinement(nn.Module):
             features: float ``[B, channels, H, W]``.
             image: float ``[B, 3, H, W]``, normalised.
         """
-        probs = torch.sigmoid(logits)
+        probs = torch.sigmoid(logits.detach())
         edges = F.avg_pool2d(edge_strength(probs), 3, stride=1, padding=1, count_include_pad=False)
         undecided = 4 * probs * (1 - probs)
         gate = 1 - (1 - edges / (edges + 0.1)) * (1 - undecided)
@@ -81,7 +84,7 @@ class ProgressiveUpsampling(nn.Module):
         super().__init__()
         widths = [channels, *hidden]
         self.steps = nn.ModuleList(ConvNormAct(a, b) for a, b in zip(widths, widths[1:]))
-        self.head = nn.Conv2d(widths[-1], 2, 1)
+        self.head = Head(widths[-1], 2)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
@@ -115,7 +118,7 @@ class SubpixelConv(nn.Module):
         super().__init__()
         self.scale = scale
         self.trunk = ConvNormAct(channels, hidden)
-        self.conv = conv3x3(hidden, 2 * scale * scale, bias=True)
+        self.conv = Head(hidden, 2 * scale * scale, 3)
         with torch.no_grad():
             kernel = torch.randn(2, hidden, 3, 3) * (9 * hidden) ** -0.5
             self.conv.weight.copy_(kernel.repeat_interleave(scale * scale, dim=0))
@@ -144,8 +147,8 @@ class ContourDetection(nn.Module):
     def __init__(self, channels: int, *, hidden: int, blend_init: float = 0.1) -> None:
         super().__init__()
         self.trunk = ConvNormAct(channels, hidden)
-        self.head = nn.Conv2d(hidden, 2, 1)
-        self.fuse = nn.Sequential(ConvNormAct(hidden + 4, hidden), nn.Conv2d(hidden, 2, 1))
+        self.head = Head(hidden, 2)
+        self.fuse = nn.Sequential(ConvNormAct(hidden + 4, hidden), Head(hidden, 2))
         for last in (self.head, self.fuse[-1]):
             nn.init.normal_(last.weight, std=1e-3)
             nn.init.zeros_(last.bias)
@@ -161,8 +164,8 @@ class ContourDetection(nn.Module):
             New logits, and contour logits float32 ``[B, 2, H, W]`` (any person, this person).
         """
         own = self.trunk(features)
-        contour_logits = self.head(own).float()
-        evidence = torch.cat([torch.sigmoid(contour_logits), torch.sigmoid(logits)], dim=1)
+        contour_logits = self.head(own)
+        evidence = torch.cat([torch.sigmoid(contour_logits), torch.sigmoid(logits.detach())], dim=1)
         residual = self.fuse(torch.cat([own, evidence.to(own.dtype)], dim=1))
         return logits + self.blend * bounded(residual), contour_logits
 
@@ -171,7 +174,7 @@ class DistanceTransform(nn.Module):
     """A signed distance head; where the distance lies above a learned level, the mask gains.
 
     The head gives d in -1..1; scaled to 0..1, its excess over the threshold (0.5 is the outline)
-    is added to the logits, LIMIT for a whole unit.
+    is added to the logits, LIMIT for a whole unit: at most ``|blend| LIMIT (1 + |threshold|)``.
 
     Args:
         channels: of the features.
@@ -183,7 +186,7 @@ class DistanceTransform(nn.Module):
     def __init__(self, channels: int, *, hidden: int, blend_init: float = 0.1, threshold_init: float = 0.5) -> None:
         super().__init__()
         self.trunk = ConvNormAct(channels, hidden)
-        self.head = nn.Conv2d(hidden, 2, 1)
+        self.head = Head(hidden, 2)
         nn.init.normal_(self.head.weight, std=1e-3)
         nn.init.zeros_(self.head.bias)
         self.threshold = nn.Parameter(torch.tensor(float(threshold_init)))
@@ -198,6 +201,6 @@ class DistanceTransform(nn.Module):
         Returns:
             New logits, and the distance float32 ``[B, 2, H, W]`` in -1..1 (any person, this person).
         """
-        distance = torch.tanh(self.head(self.trunk(features)).float())
+        distance = torch.tanh(self.head(self.trunk(features)))
         excess = (distance + 1) / 2 - self.threshold
-        return logits + self.blend * bounded(LIMIT * excess), distance
+        return logits + self.blend * LIMIT * excess, distance

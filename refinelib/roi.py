@@ -64,7 +64,8 @@ def crop_rois(
             raise ValueError(f"batch_index must be [{count}], one a box, not {list(index.shape)}")
         readable = images.device.type == "cpu" or batch == 1
         if readable and count and not (0 <= int(index.min()) and int(index.max()) < batch):
-            raise ValueError(f"batch_index must lie in 0..{batch - 1}, and holds {int(index.min())}..{int(index.max())}")
+            found = f"{int(index.min())}..{int(index.max())}"
+            raise ValueError(f"batch_index must lie in 0..{batch - 1}, and holds {found}")
     outside = torch.as_tensor(fill, dtype=torch.float64, device=images.device).reshape(-1, 1, 1)
     if outside.shape[0] not in (1, channels):
         raise ValueError(f"fill must be one number or one for each of {channels} channels, not {outside.shape[0]}")

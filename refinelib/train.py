@@ -171,7 +171,7 @@ class Trainer:
         summary = self.log.end_epoch()
         found = self.validate(final=epoch + 1 == settings.epochs)
         self.last_metrics = metrics = found.compute()
-        best = self.best is None or metrics["target_iou"] > self.best["target_iou"]
+        best = self.best is None or _merit(metrics) > _merit(self.best)
         if best:
             self.best = {"epoch": epoch, "step": self.step, **{name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}}
         self.write_samples(epoch, found.per_roi()["target_iou"])
@@ -296,6 +296,11 @@ def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
             f"{saved['settings']['width']:g}"
         )
     model.load_state_dict({**own, **{name: value for name, value in weights.items() if name in own}})
+
+
+def _merit(metrics: dict[str, Any]) -> float:
+    """What the best checkpoint is the best by: target IoU; below all of them where nobody is a target."""
+    return -1.0 if metrics["target_iou"] is None else metrics["target_iou"]
 
 
 def _headless() -> bool:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from refinelib.data.errors import DataError
-from refinelib.data.scenes import NO_MASK, People, PeopleBuilder, Scene, decode_image
+from refinelib.data.scenes import NO_MASK, People, PeopleBuilder, Scene, counted, decode_image
+from refinelib.data.segmentation import decode_segmentation, has_mask
 
 CROWD = "crowd annotation"
 NO_FIELD = "annotation that lacks a field"
 NO_IMAGE = "annotation of an image that is not listed"
+NO_ENTRY = "image entry that lacks a field"
 
 
 class CocoPeople:
@@ -60,7 +60,7 @@ class CocoPeople:
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``people()`` and the masks of all its persons."""
-        if self._files is None:
+        if index >= len(self._files or ()):
             self.people()
         file_name, height, width = self._files[index]
         segmentations = json.loads(self._blobs[index])
@@ -96,22 +96,24 @@ class CocoPeople:
             if max_images is not None and builder.images >= max_images:
                 break
             entry, mine = listed[image_id], persons[image_id]
-            height, width = int(entry["height"]), int(entry["width"])
+            height, width = entry["height"], entry["width"]
             usable = []
             for annotation in mine:
-                if _has_mask(annotation["segmentation"]):
+                if has_mask(annotation["segmentation"]):
                     usable.append(annotation)
                 else:
-                    builder.skip(NO_MASK, f"annotation {annotation['id']} of image {image_id} in {self.annotations.name}")
+                    where = f"image {image_id} in {self.annotations.name}"
+                    builder.skip(NO_MASK, f"annotation {annotation['id']} of {where}")
             boxes = np.array([_xyxy(a["bbox"]) for a in usable], np.float64).reshape(-1, 4)
-            areas = [float(a.get("area", (b[2] - b[0]) * (b[3] - b[1]))) for a, b in zip(usable, boxes)]
-            ids = [int(a["id"]) for a in usable]
-            if builder.add(image_id, (height, width), ids, list(range(len(usable))), boxes, np.array(areas), f"image {image_id}"):
+            areas = np.array([_area(a.get("area"), box) for a, box in zip(usable, boxes)])
+            ids, slots = [a["id"] for a in usable], list(range(len(usable)))
+            if builder.add(image_id, (height, width), ids, slots, boxes, areas, f"image {image_id}"):
                 files.append((str(entry["file_name"]), height, width))
                 blobs.append(json.dumps([a["segmentation"] for a in usable]).encode())
         people = builder.people()
         if not len(people):
-            raise DataError(f"{self.annotations} has no person that can be used: {_counts(people.skipped) or 'no annotation of a person'}")
+            why = counted(people.skipped) or "no annotation of a person"
+            raise DataError(f"{self.annotations} has no person that can be used: {why}")
         # A shorter index is a prefix of a longer one: keep the longer.
         if self._files is None or len(files) > len(self._files):
             self._files, self._blobs = files, blobs
@@ -120,18 +122,18 @@ class CocoPeople:
     def _parse(self) -> tuple[dict[int, list], dict[int, dict], PeopleBuilder]:
         """Person annotations by image id, image entries by id, and a builder that counted the rest."""
         content = _load(self.annotations)
-        person = [c.get("id") for c in content["categories"] if isinstance(c, dict) and str(c.get("name", "")).lower() == "person"]
+        categories = [c for c in content["categories"] if isinstance(c, dict)]
+        person = [c.get("id") for c in categories if str(c.get("name", "")).lower() == "person"]
         if not person:
-            names = sorted(str(c.get("name")) for c in content["categories"] if isinstance(c, dict))
-            raise DataError(f"{self.annotations} has no category 'person'; its categories are {', '.join(names[:10]) or 'none'}")
-        listed = {}
-        for entry in content["images"]:
-            if not (isinstance(entry, dict) and {"id", "file_name", "height", "width"} <= set(entry)):
-                raise DataError(f"{self.annotations}: each image needs id, file_name, height and width, and one is {str(entry)[:200]}")
-            if not all(isinstance(entry[key], int) for key in ("id", "height", "width")):
-                raise DataError(f"{self.annotations}: id, height and width of an image are whole numbers, and one image is {str(entry)[:200]}")
-            listed[entry["id"]] = entry
-        builder, persons = PeopleBuilder(), {}
+            names = ", ".join(sorted(str(c.get("name")) for c in categories)[:10]) or "none"
+            raise DataError(f"{self.annotations} has no category 'person'; its categories are {names}")
+        builder, listed, persons = PeopleBuilder(), {}, {}
+        for number, entry in enumerate(content["images"]):
+            if _is_image(entry):
+                listed[entry["id"]] = entry
+            else:
+                needs = "id, height, width as whole numbers and file_name are needed"
+                builder.skip(NO_ENTRY, f"entry {number} of the images: {needs}, and it is {str(entry)[:200]}")
         for number, annotation in enumerate(content["annotations"]):
             if not isinstance(annotation, dict) or "category_id" not in annotation:
                 builder.skip(NO_FIELD, f"entry {number} of the annotations")
@@ -141,10 +143,11 @@ class CocoPeople:
                 builder.skip(CROWD, f"annotation {annotation.get('id', number)}")
             elif missing := {"image_id", "bbox", "segmentation"} - set(annotation):
                 builder.skip(NO_FIELD, f"annotation {annotation.get('id', number)} lacks {', '.join(sorted(missing))}")
-            elif annotation["image_id"] not in listed:
+            elif not _is_whole(annotation["image_id"]) or annotation["image_id"] not in listed:
                 builder.skip(NO_IMAGE, f"annotation {annotation.get('id', number)}, image {annotation['image_id']}")
             else:
-                annotation.setdefault("id", number)
+                if not _is_whole(annotation.get("id")):
+                    annotation["id"] = number
                 persons.setdefault(annotation["image_id"], []).append(annotation)
         return persons, listed, builder
 
@@ -169,87 +172,65 @@ def coco_paths(
         if given is None and data_dir is None:
             raise DataError(f"the {split} {what} of COCO are nowhere: give data_dir or {split}_{what}")
     if data_dir is not None and not data_dir.is_dir() and (annotations is None or images is None):
-        raise DataError(f"there is no data folder {data_dir}: data_dir must hold annotations/ and images/ in COCO's layout")
+        raise DataError(
+            f"there is no data folder {data_dir}: data_dir must hold annotations/ and images/ in COCO's layout"
+        )
     if annotations is None:
         place = data_dir / "annotations"
         exact = place / f"instances_{folder}.json"
         found = [exact] if exact.is_file() else sorted(place.glob(f"instances_{folder}*.json"))
         if len(found) != 1:
             listing = ", ".join(f.name for f in found) if found else "no such file"
-            raise DataError(f"one annotation file instances_{folder}*.json is needed in {place}, and there is {listing}: give {split}_annotations")
+            raise DataError(
+                f"one annotation file instances_{folder}*.json is needed in {place}, and there is {listing}: "
+                f"give {split}_annotations"
+            )
         annotations = found[0]
     if images is None:
         found = [place for place in (data_dir / "images" / folder, data_dir / folder) if place.is_dir()]
         if not found:
-            raise DataError(f"there is neither {data_dir / 'images' / folder} nor {data_dir / folder}: give {split}_images")
+            places = f"neither {data_dir / 'images' / folder} nor {data_dir / folder}"
+            raise DataError(f"there is {places}: give {split}_images")
         images = found[0]
     return annotations, images
-
-
-def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray | None:
-    """A COCO segmentation (polygons, RLE, compressed RLE) as bool [height, width]; None: no mask in it.
-
-    What would make pycocotools read or write out of bounds (coordinates that are not finite or
-    far away, run lengths of another size) counts as no mask.
-    """
-    try:
-        if isinstance(segmentation, list):
-            polygons = [p for p in segmentation if _is_polygon(p, height, width)]
-            if not polygons:
-                return None
-            rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-        else:
-            if [int(side) for side in segmentation["size"]] != [height, width]:
-                return None
-            counts = segmentation["counts"]
-            if isinstance(counts, list):
-                if sum(counts) != height * width or min(counts, default=0) < 0:
-                    return None
-                rle = coco_mask.frPyObjects(segmentation, height, width)
-            else:
-                rle = {"size": [height, width], "counts": counts}
-        mask = coco_mask.decode(rle).astype(bool)
-    except (KeyError, TypeError, ValueError, IndexError, UnicodeError):
-        return None
-    return mask if mask.any() else None
 
 
 # -- helpers ---------------------------------------------------------------------------------------
 def _load(file: Path) -> dict[str, list]:
     try:
         content = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON ({error}): fetch it again, it may be cut short") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     parts = ("images", "annotations", "categories")
     missing = [part for part in parts if not (isinstance(content, dict) and isinstance(content.get(part), list))]
     if missing:
-        raise DataError(f"{file} lacks the list {', '.join(missing)}: a COCO instances file has {', '.join(parts)}")
+        lists = ", ".join(missing)
+        raise DataError(f"{file} lacks the list {lists}: a COCO instances file has {', '.join(parts)}")
     return content
 
 
 def _xyxy(bbox: Any) -> tuple[float, float, float, float]:
     try:
         x, y, w, h = (float(value) for value in bbox)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return (0.0, 0.0, 0.0, 0.0)  # counted as a box of no area
     return x, y, x + w, y + h
 
 
-def _has_mask(segmentation: Any) -> bool:
-    """Whether a mask is there at all; whether it covers anything shows when it is decoded."""
-    if isinstance(segmentation, list):
-        return any(isinstance(p, list) and len(p) >= 6 for p in segmentation)
-    return isinstance(segmentation, dict) and bool(segmentation.get("counts")) and len(segmentation.get("size") or ()) == 2
+def _area(given: Any, box: np.ndarray) -> float:
+    """The annotation's own area in pixels, the box's where it gives none."""
+    if isinstance(given, (int, float)) and 0 < given < 1e12:
+        return float(given)
+    return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def _is_polygon(polygon: Any, height: int, width: int) -> bool:
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_image(entry: Any) -> bool:
+    if not (isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and _is_whole(entry.get("id"))):
         return False
-    reach = 2 * max(height, width)
-    return all(math.isfinite(value) and -reach <= value <= 2 * reach for value in polygon)
-
-
-def _counts(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    return all(_is_whole(entry.get(side)) and 0 < entry[side] < 2**31 for side in ("height", "width"))

@@ -11,7 +11,18 @@ import numpy as np
 from PIL import Image
 
 from refinelib.data.errors import DataError, SceneError
-from refinelib.data.scenes import MISSING, NO_MASK, OTHER_SIZE, UNREADABLE, People, PeopleBuilder, Scene, decode_image
+from refinelib.data.scenes import (
+    MISSING,
+    NO_MASK,
+    OTHER_SIZE,
+    UNREADABLE,
+    People,
+    PeopleBuilder,
+    Scene,
+    box_of,
+    counted,
+    decode_image,
+)
 
 
 class PennFudanPeople:
@@ -36,7 +47,9 @@ class PennFudanPeople:
             raise DataError(f"Penn-Fudan has no split {split!r}: give train, val or all")
         for place in (self.folder, self.folder / "PNGImages", self.folder / "PedMasks"):
             if not place.is_dir():
-                raise DataError(f"there is no folder {place}: data_dir must hold PNGImages and PedMasks, as PennFudanPed does")
+                raise DataError(
+                    f"there is no folder {place}: data_dir must hold PNGImages and PedMasks, as PennFudanPed does"
+                )
 
     def __len__(self) -> int:
         return self.people().images
@@ -58,15 +71,15 @@ class PennFudanPeople:
                 builder.skip(error.reason, str(error))
                 continue
             areas = np.array([(owner == i).sum() for i in ids], np.float64)
-            boxes = np.array([_box_of(owner == i) for i in ids], np.float64).reshape(-1, 4)
+            boxes = np.array([box_of(owner == i) for i in ids], np.float64).reshape(-1, 4)
             # An annotation id names the image and the person in it.
             numbers = [image_id * 1000 + int(i) for i in ids]
             if builder.add(image_id, owner.shape, numbers, list(range(len(ids))), boxes, areas, file.name):
                 files.append(file)
         people = builder.people()
         if not len(people):
-            listed = ", ".join(f"{count} {reason}" for reason, count in people.skipped.items())
-            raise DataError(f"{self.folder} has no person of the split {self.split} that can be used: {listed or 'no PNG in PNGImages'}")
+            why = counted(people.skipped) or "no PNG in PNGImages"
+            raise DataError(f"{self.folder} has no person of the split {self.split} that can be used: {why}")
         if len(files) > len(self._used):
             self._used[:] = files
         return people
@@ -79,7 +92,8 @@ class PennFudanPeople:
         ids, owner = _read_mask(self._mask_file(file))
         image = decode_image(file)
         if image.shape[:2] != owner.shape:
-            raise SceneError(OTHER_SIZE, f"{file} has {image.shape[1]}x{image.shape[0]} pixels, its mask {owner.shape[1]}x{owner.shape[0]}")
+            found, wanted = (f"{each.shape[1]}x{each.shape[0]}" for each in (image, owner))
+            raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its mask {wanted}")
         return Scene(image, owner[None] == ids[:, None, None])
 
     def fingerprint(self) -> str:
@@ -112,20 +126,17 @@ def _read_mask(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Instance ids [P] and the id of each pixel [H, W]."""
     try:
         with Image.open(file) as image:
+            image.load()
             owner = np.array(image)
     except FileNotFoundError:
         raise SceneError(MISSING, f"there is no mask file {file}") from None
     except Exception as error:
         raise SceneError(UNREADABLE, f"{file} cannot be decoded ({error}): fetch it again or take it out") from None
     if owner.ndim != 2:
-        raise SceneError(UNREADABLE, f"{file} must have one value a pixel, the person's number, and has {owner.shape[2]}")
+        many = owner.shape[2]
+        raise SceneError(UNREADABLE, f"{file} must have one value a pixel, the person's number, and has {many}")
     ids = np.unique(owner)
     ids = ids[ids > 0]
     if not len(ids):
         raise SceneError(NO_MASK, f"{file} has no person in it")
     return ids, owner
-
-
-def _box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

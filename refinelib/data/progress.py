@@ -25,7 +25,9 @@ class Progress:
         self._told = self._started
         # A text bar rather than a widget: a headless notebook keeps no widget state.
         live = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        self._bar = tqdm(total=total, desc=title, unit=f" {unit}", mininterval=0.5, dynamic_ncols=True) if live else None
+        self._bar = None
+        if live:
+            self._bar = tqdm(total=total, desc=title, unit=f" {unit}", mininterval=0.5, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -42,4 +44,5 @@ class Progress:
             self._told = time.monotonic()
             rate = self.done / (self._told - self._started)
             left = (self.total - self.done) / rate
-            print(f"{self.title} {self.done} of {self.total} {self.unit}, {rate:.0f} a second, {left:.0f} s left", flush=True)
+            done = f"{self.done} of {self.total} {self.unit}"
+            print(f"{self.title} {done}, {rate:.0f} a second, {left:.0f} s left", flush=True)

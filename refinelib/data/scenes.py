@@ -106,9 +106,12 @@ class PeopleBuilder:
             boxes: np.ndarray, areas: np.ndarray, where: str) -> bool:
         """Keep the ROIs among an image's people; False where there is none, and no image is used up."""
         kept = []
-        for i, (x0, y0, x1, y1) in enumerate(np.asarray(boxes, np.float64).reshape(-1, 4)):
+        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        with np.errstate(over="ignore"):  # they are stored as float32
+            finite = np.isfinite(boxes.astype(np.float32)).all(1)
+        for i, (x0, y0, x1, y1) in enumerate(boxes):
             person = f"{where}, annotation {annotation_ids[i]}, box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy)"
-            if not (np.isfinite([x0, y0, x1, y1]).all() and x1 > x0 and y1 > y0):
+            if not (finite[i] and x1 > x0 and y1 > y0):
                 self.skip(NO_AREA, person)
             elif min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0):
                 self.skip(OUTSIDE, f"{person}, image {size[1]}x{size[0]}")
@@ -128,8 +131,21 @@ class PeopleBuilder:
 
     def people(self) -> People:
         shapes = {"boxes": (-1, 4), "image_sizes": (-1, 2)}
-        columns = {name: np.asarray(self._rows[name], dtype).reshape(shapes.get(name, (-1,))) for name, dtype in COLUMNS.items()}
+        columns = {
+            name: np.asarray(self._rows[name], dtype).reshape(shapes.get(name, -1)) for name, dtype in COLUMNS.items()
+        }
         return People(**columns, images=self.images, skipped=dict(self.skipped), examples=dict(self.examples))
+
+
+def counted(skipped: dict[str, int]) -> str:
+    """Who was left out, in one line."""
+    return ", ".join(f"{reason} ({count})" for reason, count in sorted(skipped.items()))
+
+
+def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """xyxy of the smallest box around the true pixels of bool [H, W], of which there must be one."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
 def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -150,7 +166,8 @@ def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
             if size is not None and (image.height, image.width) != tuple(size):
                 upright = ImageOps.exif_transpose(image)
                 if (upright.height, upright.width) != tuple(size):
-                    raise SceneError(OTHER_SIZE, f"{file} has {image.width}x{image.height} pixels, its annotation says {size[1]}x{size[0]}")
+                    found, wanted = f"{image.width}x{image.height}", f"{size[1]}x{size[0]}"
+                    raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}")
                 image = upright
             if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
                 grey = np.asarray(image).astype(np.float64) / 257

@@ -69,8 +69,11 @@ def make_source(settings: Settings, split: str) -> Source:
         if data_dir is None:
             raise DataError("data = pennfudan needs data_dir, the folder that holds PNGImages and PedMasks")
         return PennFudanPeople(data_dir, split)
-    given = (settings.train_annotations, settings.train_images) if split == "train" else (settings.val_annotations, settings.val_images)
-    annotations, images = (settings.path(path) if path else None for path in given)
+    given = {
+        "train": (settings.train_annotations, settings.train_images),
+        "val": (settings.val_annotations, settings.val_images),
+    }
+    annotations, images = (settings.path(path) if path else None for path in given[split])
     return CocoPeople(*coco_paths(split, data_dir, annotations, images), split)
 
 
@@ -92,13 +95,17 @@ def find_store(root: Path, settings: Settings, split: str) -> Store | None:
             if file.parent.name.startswith(f"{settings.data}-{split}-"):
                 unreadable.append(error)
             continue
-        same = (info["source"], info["split"]) == (settings.data, split) and all(info[name] == size for name, size in sizes.items())
+        same = (info["source"], info["split"]) == (settings.data, split)
+        same = same and all(info[name] == size for name, size in sizes.items())
         limit = info["max_images"]
         if same and (limit is None or (settings.max_images is not None and limit >= settings.max_images)):
             fitting.setdefault(info.get("fingerprint"), []).append(file.parent)
     if len(fitting) > 1:
         names = ", ".join(folder.name for folders in fitting.values() for folder in folders)
-        raise DataError(f"{root} holds stores of different data that all fit {_wanted(settings, split)}: {names}; leave one there or give data_dir")
+        raise DataError(
+            f"{root} holds stores of different data, and each is one {_wanted(settings, split)}: {names}; "
+            f"leave one there or give data_dir"
+        )
     if not fitting:
         if unreadable:
             raise unreadable[0]

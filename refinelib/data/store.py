@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from refinelib.data.errors import DataError
-from refinelib.data.scenes import COLUMNS
+from refinelib.data.scenes import COLUMNS, counted
 
 #: Of the folder's layout and of what is in it: a store of another version is not read.
 FORMAT = 1
@@ -44,7 +44,9 @@ class Store:
         info: all of ``store.json``.
     """
 
-    def __init__(self, folder: Path, info: dict[str, Any], columns: dict[str, np.ndarray], mean: np.ndarray | None) -> None:
+    def __init__(
+        self, folder: Path, info: dict[str, Any], columns: dict[str, np.ndarray], mean: np.ndarray | None
+    ) -> None:
         self.folder, self.info, self._mean = folder, info, mean
         self.source, self.split = info["source"], info["split"]
         self.roi_size, self.mask_size = tuple(info["roi_size"]), tuple(info["mask_size"])
@@ -92,12 +94,14 @@ class Store:
         return _reopen, (self.folder, self.max_images)
 
     def gather(self, indices: Tensor | np.ndarray | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Copies of some ROIs: images uint8 ``[n, Hc, Wc, 3]``, coverage uint8 ``[n, Hm, Wm, 2]``, on the CPU.
+        """Copies of some ROIs on the CPU: images uint8 ``[n, Hc, Wc, 3]``, coverage uint8 ``[n, Hm, Wm, 2]``.
 
         Raises:
-            IndexError: an index outside the store.
+            IndexError: an index outside 0..N-1.
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+            raise IndexError(f"{self.folder} has the ROIs 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}")
         return torch.from_numpy(self._plain[0][rows]), torch.from_numpy(self._plain[1][rows])
 
     def as_tensors(self) -> tuple[Tensor, Tensor]:
@@ -120,12 +124,18 @@ class Store:
         return self._mean
 
     def first_images(self, count: int | None) -> "Store":
-        """The ROIs of the source's first ``count`` images, as if the store had been built with ``max_images=count``."""
+        """The ROIs of the source's first ``count`` images, as if built with ``max_images=count``.
+
+        ``skipped`` and ``examples`` stay those of the whole store.
+
+        Raises:
+            DataError: none of these images has a ROI.
+        """
         if count is None or (self.max_images is not None and count >= self.max_images):
             return self
         rois = int(np.searchsorted(self.image_index, count))  # ROIs are in the order of their images
         if rois == 0:
-            raise DataError(f"none of the first {count} images of {self.folder} could be used: give a larger max_images")
+            raise DataError(f"none of the first {count} images of {self.folder} has a ROI: give a larger max_images")
         info = {**self.info, "max_images": count, "rois": rois}
         columns = {name: getattr(self, name)[:rois] for name in COLUMNS if name != "slots"}
         return Store(self.folder, info, columns, self._mean if rois == len(self) else None)
@@ -133,15 +143,20 @@ class Store:
     def summary(self) -> str:
         """One line: what it is, how many ROIs, who was left out and why."""
         images = len(np.unique(self.image_index))
-        context = "" if self.canvas == self.roi_size else f", {self.canvas[0]}x{self.canvas[1]} with context"
-        line = f"{self.source} {self.split}: {len(self)} ROIs of {self.roi_size[0]}x{self.roi_size[1]}{context} from {images} images"
-        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
-        return f"{line}; left out: {left_out}" if left_out else line
+        size = f"{self.roi_size[0]}x{self.roi_size[1]}"
+        if self.canvas != self.roi_size:
+            size += f", {self.canvas[0]}x{self.canvas[1]} with context,"
+        line = f"{self.source} {self.split}: {len(self)} ROIs of {size} from {images} images"
+        return f"{line}; left out: {counted(self.skipped)}" if self.skipped else line
 
     @cached_property
     def _plain(self) -> tuple[np.ndarray, np.ndarray]:
         # Indexing a np.memmap costs more than indexing the plain array beneath it.
         return np.asarray(self.images), np.asarray(self.coverage)
+
+
+_NEEDED = {"source", "split", "rois", "roi_size", "mask_size", "canvas", "mask_canvas", "max_images", "skipped",
+           "examples"}
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -152,15 +167,19 @@ def read_info(folder: Path) -> dict[str, Any]:
     """
     file = folder / "store.json"
     if not file.is_file():
-        raise DataError(f"there is no store in {folder}: a store is a folder with store.json, index.npz, images.u8 and coverage.u8")
+        parts = "store.json, index.npz, images.u8 and coverage.u8"
+        raise DataError(f"there is no store in {folder}: a store is a folder with {parts}")
     try:
         info = json.loads(file.read_bytes())
         version = info["format"]
     except (OSError, ValueError, TypeError, KeyError):
         raise _broken(folder, "store.json cannot be read") from None
     if version != FORMAT:
-        raise DataError(f"the store {folder} has format {version}, this version reads format {FORMAT}: build it again from the images")
-    lacking = {"source", "split", "rois", "roi_size", "mask_size", "canvas", "mask_canvas", "max_images", "skipped", "examples"} - set(info)
+        raise DataError(
+            f"the store {folder} has format {version}, this version reads format {FORMAT}: "
+            f"delete the folder, and it is built again from the images"
+        )
+    lacking = _NEEDED - set(info)
     if lacking:
         raise _broken(folder, f"store.json lacks {', '.join(sorted(lacking))}")
     return info
@@ -171,4 +190,7 @@ def _reopen(folder: Path, max_images: int | None) -> Store:
 
 
 def _broken(folder: Path, what: str) -> DataError:
-    return DataError(f"the store {folder} is damaged: {what}; copy it again, or delete the folder and it is built again from the images")
+    return DataError(
+        f"the store {folder} is damaged: {what}; "
+        f"copy it again, or delete the folder, and it is built again from the images"
+    )

@@ -1,0 +1,66 @@
+"""One builder of a store at a time, and nothing left of those that were killed."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Iterator
+
+try:
+    import fcntl
+except ImportError:  # Windows: two builders of one store may both build it, and one result stays
+    fcntl = None
+
+
+def building_folder(folder: Path) -> Path:
+    """A fresh hidden name beside a store's folder, to build it under."""
+    return folder.parent / f".{folder.name}.building-{secrets.token_hex(4)}"
+
+
+@contextmanager
+def only_builder(folder: Path, progress: bool) -> Iterator[None]:
+    """Wait until nobody else builds this store, then clear what killed builders left beside it.
+
+    The lock dies with the last process of its builder. Where the file system has no locks, this
+    does nothing: builders then race, and the first to finish wins.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(_lock_of(folder), "w") as file:
+        try:
+            if not _taken(file):
+                if progress:
+                    print(f"another process is building {folder.name}; waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            _clear(folder)
+        except OSError:
+            pass
+        yield
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
+
+
+def _taken(file: IO) -> bool:
+    """Whether the lock is ours now; False: another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _clear(mine: Path) -> None:
+    """Remove half-built folders of this store, whose lock is ours, and of any other that nobody is building."""
+    for stale in mine.parent.glob(".*.building-*"):
+        folder = mine.parent / stale.name[1:].rpartition(".building-")[0]
+        if folder == mine:
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            with open(_lock_of(folder), "w") as file:
+                if _taken(file):
+                    shutil.rmtree(stale, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""Shared by all tests: one torch thread, the real data beside the project, small data sets made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+#: Real data lies beside the project, never in it.
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def real_folder(name: str) -> Path:
+    """A folder of real data; the test that asks is skipped, and says why, where it is absent."""
+    folder = REAL_DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"no real data: there is no folder {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_coco() -> Path:
+    """The folder of COCO persons, in COCO's layout."""
+    return real_folder("coco_person")
+
+
+@pytest.fixture(scope="session")
+def real_pennfudan() -> Path:
+    """The folder of Penn-Fudan, in its published layout."""
+    return real_folder("PennFudanPed")
+
+
+class CocoFiles:
+    """Writes a small COCO data set by hand: ``image``, ``person``, then ``source``.
+
+    ``content`` is the JSON as it will be written, to be spoilt at will.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.annotations, self.images = folder / "instances.json", folder / "images"
+        self.images.mkdir(parents=True)
+        categories = [{"id": 7, "name": "dog"}, {"id": 1, "name": "person"}]
+        self.content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+
+    def image(self, pixels: np.ndarray | Image.Image | tuple[int, int] = (80, 100), name: str | None = None, **save: Any) -> int:
+        """Lists and saves an image: uint8 [H, W, 3], a PIL image, or (h, w) of seeded noise. Returns its id."""
+        number = len(self.content["images"]) + 1
+        name = name or f"{number:03}.jpg"
+        if isinstance(pixels, tuple):
+            pixels = np.random.default_rng(number).integers(0, 256, (*pixels, 3), dtype=np.uint8)
+        picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        picture.save(self.images / name, **save)
+        entry = {"id": number, "file_name": name, "height": picture.height, "width": picture.width}
+        self.content["images"].append(entry)
+        return number
+
+    def person(self, image: int, box: tuple[float, float, float, float], segmentation: Any = None, **fields: Any) -> int:
+        """Annotates a person by an xyxy box; the mask is the box unless given. Returns the annotation's id."""
+        x0, y0, x1, y1 = box
+        number = 100 + len(self.content["annotations"])
+        area = (x1 - x0) * (y1 - y0)
+        outline = [[x0, y0, x1, y0, x1, y1, x0, y1]] if segmentation is None else segmentation
+        entry = {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, "area": area,
+                 "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": outline, **fields}
+        self.content["annotations"].append(entry)
+        return number
+
+    def source(self, split: str = "val"):
+        """Writes the JSON as it is now."""
+        from refinelib.data import CocoPeople
+
+        self.annotations.write_text(json.dumps(self.content))
+        return CocoPeople(self.annotations, self.images, split)
+
+    def truncate(self, image: int, share: float = 0.5) -> None:
+        """Cuts an image file short."""
+        file = self.images / self.content["images"][image - 1]["file_name"]
+        data = file.read_bytes()
+        file.write_bytes(data[: int(len(data) * share)])
+
+
+@pytest.fixture
+def coco_files(tmp_path: Path) -> CocoFiles:
+    """An empty COCO data set in ``tmp_path/coco``."""
+    return CocoFiles(tmp_path / "coco")

@@ -1,0 +1,236 @@
+"""Figures of runs in every state: finished, going on, diverged, one epoch old, empty."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from refinelib import plots, resolve
+from refinelib.runs import Run, dumps
+
+FIGURES = ("losses", "gradient_norm", "learning_rate", "ious", "sample_grid", "overview")
+NAMES = ("ce", "dice", "active_contour", "boundary_aware", "contour", "distance")
+
+
+def make_run(
+    folder: Path,
+    *,
+    epochs: int = 3,
+    per_epoch: int = 60,
+    state: str = "ok",
+    bad_from: int | None = None,
+    skips: tuple[int, ...] = (),
+    canvas: tuple[int, int] = (32, 32),
+    size: tuple[int, int] = (32, 32),
+    **settings,
+) -> Run:
+    """A run folder as the trainer writes it, with known numbers in it."""
+    random = np.random.default_rng(0)
+    (folder / "samples").mkdir(parents=True)
+    chosen = resolve(**{"output_dir": str(folder.parent), **settings})
+    (folder / "config.json").write_text(dumps({"settings": chosen.model_dump(mode="json")}))
+    total = epochs * per_epoch
+    lines = []
+    for step in range(10, total + 1, 10):
+        lost = bad_from is not None and step >= bad_from
+        parts = {name: math.nan if lost else 2.0 ** -i * (1 + 20 * math.exp(-step / 30)) for i, name in enumerate(NAMES)}
+        norm = math.inf if lost else 5 * math.exp(3 * random.random())
+        lines.append(
+            {
+                "kind": "step", "step": step, "epoch": (step - 1) // per_epoch, "loss": sum(parts.values()), "losses": parts,
+                "grad_norm": norm, "grad_norm_max": norm * 3, "lr": 1e-5 * math.sin(math.pi * step / total),
+                "loss_scale": 2.0 ** (16 - len([s for s in skips if s < step])), "skipped": 0,
+            }
+        )  # fmt: skip
+        if step % per_epoch == 0:
+            e = step // per_epoch - 1
+            scores = {"target_iou": 0.9 - 0.5 / (e + 1), "boundary_iou": math.nan if lost else 0.6 - 0.5 / (e + 1), "miou": 0.5, "iou": [0.8, 0.7, None]}
+            lines.append(
+                {"kind": "epoch", "epoch": e, "step": step, "train_loss": sum(parts.values()), "losses": parts, "grad_norm": norm, "lr": 1e-5, "metrics": scores}
+            )
+            write_samples(folder, e, canvas, size)
+    (folder / "metrics.jsonl").write_text("".join(dumps(line) + "\n" for line in lines))
+    events = [{"kind": "skip", "step": step, "epoch": 0, "message": f"step {step} skipped"} for step in skips]
+    (folder / "events.jsonl").write_text("".join(dumps(event) + "\n" for event in events))
+    status = {"state": state, "epoch": epochs, "epochs": epochs, "step": total, "steps": total, "skipped_steps": len(skips), "last_error": None}
+    (folder / "status.json").write_text(json.dumps(status))
+    return Run(folder)
+
+
+def write_samples(folder: Path, epoch: int, canvas: tuple[int, int], size: tuple[int, int], count: int = 12) -> None:
+    random = np.random.default_rng(epoch)
+    y, x = np.mgrid[: canvas[0], : canvas[1]] / np.array(canvas)[:, None, None]
+    labels = np.where((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1, 1, np.where(x > 0.8, 2, 0))
+    probs = np.stack([np.roll(labels, 2, axis=1) == value for value in range(3)]).astype(np.float16)
+    np.savez_compressed(
+        folder / "samples" / f"epoch_{epoch:04d}.npz",
+        image=random.integers(0, 255, (count, *canvas, 3), dtype=np.uint8),
+        labels=np.repeat(labels[None], count, 0).astype(np.uint8),
+        probs=np.repeat(probs[None], count, 0),
+        target_iou=np.linspace(0, 1, count, dtype=np.float32),
+        roi=np.arange(count),
+        image_id=np.arange(count) + 397133,
+        annotation_id=np.arange(count),
+        kind=np.array((["worst", "median", "best"] * count)[:count]),
+        mask_size=np.array(size),
+    )
+
+
+def pixels(figure) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Run:
+    return make_run(tmp_path / "finished")
+
+
+@pytest.fixture(params=["finished", "diverged", "one epoch", "first steps", "nothing yet", "no config"])
+def any_run(request, tmp_path: Path) -> Run:
+    run = make_run(
+        tmp_path / "run",
+        epochs=1 if request.param == "one epoch" else 3,
+        bad_from=70 if request.param == "diverged" else None,
+        skips=tuple(range(69, 180, 3)) if request.param == "diverged" else (),
+        amp="fp16" if request.param == "diverged" else "off",
+    )
+    if request.param in ("first steps", "nothing yet", "no config"):
+        kept = 1 if request.param == "first steps" else 0
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run.folder / "metrics.jsonl").write_text("".join(lines[:kept]) + lines[kept][:20])  # a line half written
+        for file in (run.folder / "samples").iterdir():
+            file.unlink()
+        (run.folder / "status.json").write_text(json.dumps({"state": "running", "epoch": 0, "step": 0}))
+    if request.param == "no config":
+        (run.folder / "config.json").unlink()
+        (run.folder / "metrics.jsonl").unlink()
+        (run.folder / "events.jsonl").unlink()
+    return run
+
+
+def test_every_figure_of_every_run_is_whole_and_no_legend_hides_a_line(any_run: Run):
+    for name in FIGURES:
+        figure = getattr(plots, name)(any_run)
+        picture = pixels(figure)
+        assert picture.shape[1] == plots.WIDTH * plots.DPI, name
+        frame = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])
+        assert (frame == 255).all(), f"{name}: something touches the figure's edge"
+        assert (picture < 255).any()
+        title = figure._suptitle.get_window_extent()
+        assert title.x1 <= figure.bbox.x1
+        for axes in figure.axes:
+            heads = [text.get_window_extent() for text in (axes.title, axes._left_title) if text.get_text()]
+            assert all(head.y1 <= title.y0 for head in heads), f"{name}: titles overlap"
+            if (legend := axes.get_legend()) is not None:
+                box, panel = legend.get_window_extent(), axes.get_window_extent()
+                assert box.y0 >= panel.y1 - 4 and box.x1 <= panel.x1 + 20, (name, axes.get_title(loc="left"))
+
+
+def test_lines_hold_the_recorded_numbers(finished: Run):
+    axes = {ax.get_title(loc="left").split("  ")[0]: ax for ax in plots.losses(finished).axes}
+    assert set(axes) == {"total training loss", "cross-entropy", "Dice", "active contour", "boundary-aware", "contour", "distance"}
+    steps = finished.steps()
+    for name, title in (("ce", "cross-entropy"), ("distance", "distance")):
+        (line,) = axes[title].lines
+        assert line.get_xdata().tolist() == [record["step"] for record in steps]
+        assert line.get_ydata().tolist() == [record["losses"][name] for record in steps]
+        assert line.get_color() == plots.LOSSES[name]
+    assert axes["total training loss"].lines[1].get_xdata().tolist() == [30.0, 90.0, 150.0]  # the middle of each epoch
+
+
+def test_gradient_norm_has_a_log_axis_with_its_three_lines(finished: Run):
+    (axes,) = plots.gradient_norm(finished).axes
+    assert axes.get_yscale() == "log"
+    levels = [line.get_ydata()[0] for line in axes.lines if line.get_gid() == "limit"]
+    assert levels == [10, 50, 100, finished.settings().grad_clip]
+    low, high = axes.get_ylim()
+    assert low < min(record["grad_norm"] for record in finished.steps())
+    assert high > max(record["grad_norm_max"] for record in finished.steps())
+
+
+def test_skipped_steps_and_lost_values_are_marked(tmp_path: Path):
+    run = make_run(tmp_path / "diverged", bad_from=70, skips=(68, 69, 75))
+    (axes,) = plots.gradient_norm(run).axes
+    marks = {line.get_gid(): line.get_xdata() for line in axes.lines if line.get_gid() in ("skips", "nonfinite")}
+    assert list(marks["skips"]) == [69, 70, 76]  # counted as in metrics.jsonl, from 1
+    assert list(marks["nonfinite"]) == list(range(70, 181, 10))
+    assert {"skipped, 3", "not finite"} <= {text.get_text() for text in axes.get_legend().get_texts()}
+
+
+def test_epochs_count_from_one_and_the_best_is_marked(finished: Run):
+    left, right = plots.ious(finished).axes
+    assert left.lines[0].get_xdata().tolist() == [1, 2, 3]
+    star = next(line for line in left.lines if line.get_marker() == "*")
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([3], [pytest.approx(0.9 - 0.5 / 3)])
+    assert [line.get_color() for line in right.lines[:2]] == [plots.CLASSES["background"], plots.CLASSES["target"]]
+
+
+def test_loss_scale_is_shown_under_fp16_only(tmp_path: Path):
+    assert len(plots.learning_rate(make_run(tmp_path / "a", amp="fp16")).axes) == 2
+    assert len(plots.learning_rate(make_run(tmp_path / "b", amp="off")).axes) == 1
+
+
+def test_samples_show_truth_prediction_and_error_in_the_class_colours(finished: Run):
+    figure = plots.sample_grid(finished, 2)
+    assert "epoch 2" in figure.get_suptitle()
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(shown) == 4 * 12
+    with np.load(finished.folder / "samples" / "epoch_0001.npz") as file:
+        labels, predicted = file["labels"][0], file["probs"][0].argmax(0)
+        assert (shown[0] == file["image"][0]).all()
+    rgb = {name: tuple(round(255 * x) for x in matplotlib.colors.to_rgb(c)) for name, c in (plots.CLASSES | plots.ERRORS).items()}
+    for value, name in enumerate(("background", "target", "other people")):
+        assert (shown[1][labels == value] == rgb[name]).all() and (shown[2][predicted == value] == rgb[name]).all()
+    missed, extra = (labels == 1) & (predicted != 1), (labels != 1) & (predicted == 1)
+    assert missed.any() and extra.any()
+    assert (shown[3][missed] == rgb["missed"]).all() and (shown[3][extra] == rgb["too much"]).all()
+    agreed = shown[3][labels == predicted]
+    assert (agreed == agreed[:, :1]).all()  # grey
+
+
+@pytest.mark.parametrize("canvas, size, boxed", [((32, 32), (32, 32), False), ((48, 24), (32, 16), True)])
+def test_the_box_is_outlined_where_the_crop_is_larger(tmp_path: Path, canvas, size, boxed):
+    figure = plots.sample_grid(make_run(tmp_path / "run", epochs=1, canvas=canvas, size=size))
+    outlines = [patch.get_bbox().bounds for axes in figure.axes for patch in axes.patches]
+    assert bool(outlines) == boxed
+    for bounds in outlines:
+        assert bounds == pytest.approx((1 / 6, 1 / 6, 2 / 3, 2 / 3))
+    pixels(figure)
+
+
+def test_an_epoch_without_samples_is_refused_with_those_there_are(finished: Run):
+    with pytest.raises(ValueError, match=r"no masks of epoch 9; there are 1, 2, 3"):
+        plots.sample_grid(finished, 9)
+
+
+def test_save_writes_the_figure_into_the_run_and_returns_it(finished: Run):
+    figure = plots.ious(finished)
+    assert plots.save(finished, figure, "ious") is figure
+    assert [file.name for file in (finished.folder / "figures").iterdir()] == ["ious.png"]
+    assert (np.asarray(Image.open(finished.folder / "figures" / "ious.png").convert("RGB")) == pixels(figure)).all()
+
+
+def test_a_run_is_found_by_folder_too(finished: Run):
+    assert "finished" in plots.overview(str(finished.folder)).get_suptitle()
+
+
+def test_table_names_last_and_best_epoch(finished: Run):
+    table = plots.metrics_table(finished)
+    assert "last (epoch 3)" in table and "best (epoch 3)" in table and "| target IoU | 0.733 | 0.733 |" in table
+
+
+def test_no_pyplot_is_loaded():
+    """Figures in pyplot's list show twice in a notebook and are never freed."""
+    tree = ast.parse(Path(plots.__file__).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} | {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert not [name for name in imported if name and "pyplot" in name]

@@ -1,0 +1,195 @@
+"""The loop: what it leaves, that it resumes exactly, that bad steps cost nothing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import refinelib.train as loop
+from refinelib import checkpoints
+from refinelib.config import resolve
+from refinelib.runs import Run
+from refinelib.train import train
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture
+def tiny(tmp_path, stores):
+    def settings(recipe="demo", **keywords):
+        defaults = dict(
+            output_dir=str(tmp_path), store_dir=stores, max_images=6, width=0.0625, roi_size=32, mask_size=32,
+            epochs=2, batch_size=3, log_every=2, device="cpu",
+        )  # fmt: skip
+        return resolve(recipe, **{**defaults, **keywords})
+
+    return settings
+
+
+def final_weights(run):
+    return checkpoints.load(run.folder / "checkpoints" / "last.pt")["model"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_leaves_what_the_readme_promises(tiny):
+    run = train(tiny(lr=3e-3, ema_decay=0))
+    status = run.status()
+    assert status["state"] == "ok" and status["epoch"] == 2 and status["skipped_steps"] == 0
+    assert 0 <= status["metrics"]["target_iou"] <= 1 and status["best"]["target_iou"] >= status["metrics"]["target_iou"]
+    names = {p.name for p in run.folder.iterdir()}
+    assert {"config.json", "status.json", "metrics.jsonl", "checkpoints", "figures", "samples", "incidents", "tb"} <= names
+    assert {p.name for p in (run.folder / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    epochs, steps = run.epochs(), run.steps()
+    assert [e["epoch"] for e in epochs] == [0, 1]
+    assert set(steps[0]["losses"]) == {"ce", "dice", "active_contour", "boundary_aware", "contour", "distance"}
+    assert steps[-1]["step"] == status["step"] == status["steps"]
+    assert all(math.isfinite(s["loss"]) and s["grad_norm"] > 0 for s in steps)
+    sample = np.load(run.folder / "samples" / "epoch_0001.npz")
+    assert {"worst", "median", "best", "fixed"} == set(sample["kind"].tolist())
+    assert sample["probs"].shape[1:] == (3, 32, 32)
+    np.testing.assert_allclose(sample["probs"].astype(np.float32).sum(1), 1.0, atol=5e-3)
+    worst, best = (sample["target_iou"][sample["kind"] == kind].mean() for kind in ("worst", "best"))
+    assert worst <= best and worst <= sample["target_iou"].mean() <= best
+
+
+def test_the_loss_falls_and_the_mask_beats_the_untrained_one(tiny):
+    run = train(tiny(epochs=8, lr=3e-3, warmup_epochs=1, ema_decay=0, augment="off"))
+    losses = [e["train_loss"] for e in run.epochs()]
+    assert losses[-1] < 0.85 * losses[0]
+
+
+def test_same_seed_same_run_and_another_seed_another(tiny):
+    first, again, other = train(tiny()), train(tiny()), train(tiny(seed=1))
+    assert_same(final_weights(first), final_weights(again))
+    assert any(not torch.equal(a, b) for a, b in zip(final_weights(first).values(), final_weights(other).values()))
+
+
+def test_interrupted_and_resumed_equals_never_stopped(tiny, monkeypatch):
+    whole = train(tiny(run="whole", epochs=3, augment="full"))
+    real, calls = loop.Trainer.train_step, []
+
+    def stop_at_seven(self, plan, at):
+        calls.append(at)
+        if len(calls) == 7:  # in the middle of an epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, plan, at)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", stop_at_seven)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(run="parts", epochs=3, augment="full"))
+    monkeypatch.undo()
+    status = Run.open(tiny(run="parts").path(tiny().output_dir) / "parts").status()
+    assert status["state"] == "interrupted" and status["step"] == 7 and "resume" in status["last_error"]
+    parts = train(tiny(run="parts", epochs=3, augment="full", resume=True))
+    assert parts.name == "parts" and parts.status()["state"] == "ok"
+    assert_same(final_weights(whole), final_weights(parts))
+    assert [e["train_loss"] for e in whole.epochs()][-1] == [e["train_loss"] for e in parts.epochs()][-1]
+    assert len({s["step"] for s in parts.steps()}) == len(parts.steps())  # no step is recorded twice
+
+
+def test_killed_and_resumed_from_the_last_whole_checkpoint(tiny, tmp_path):
+    settings = tiny(run="killed", epochs=6)
+    whole = train(settings.model_copy(update={"run": "whole"}))
+    code = "import json, sys; from refinelib.config import Settings; from refinelib.train import train; train(Settings(**json.loads(sys.argv[1])))"
+    process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (metrics.exists() and metrics.read_text().count('"kind": "epoch"') >= 2):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    if Run(tmp_path / "killed").status()["state"] == "ok":
+        pytest.skip("the run was over before it could be killed")
+    (tmp_path / "killed" / "checkpoints" / "best.pt").write_bytes(b"cut short")
+    run = train(settings.model_copy(update={"resume": True}))
+    assert run.status()["state"] == "ok"
+    assert_same(final_weights(whole), final_weights(run))
+    assert any("best.pt" in e["message"] for e in run.events()) or any(e["kind"] == "resume" for e in run.events())
+
+
+def test_a_poisoned_step_is_skipped_counted_and_named(tiny, monkeypatch):
+    real = loop.Trainer.compute_loss
+
+    def poisoned(self, batch):
+        loss, parts = real(self, batch)
+        if self.step == 3:
+            loss = loss * math.nan
+        return loss, parts
+
+    monkeypatch.setattr(loop.Trainer, "compute_loss", poisoned)
+    run = train(tiny())
+    assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 1
+    (event,) = run.events()
+    assert event["kind"] == "skip" and event["step"] == 3 and "the loss was not finite" in event["message"]
+    assert all(torch.isfinite(w).all() for w in final_weights(run).values())
+
+
+def test_every_step_bad_never_writes_nan(tiny, monkeypatch):
+    real = loop.Trainer.compute_loss
+    monkeypatch.setattr(loop.Trainer, "compute_loss", lambda self, batch: tuple(x * math.inf for x in real(self, batch)))
+    run = train(tiny(amp="bf16"))
+    assert run.status()["skipped_steps"] == run.status()["steps"]
+    assert all(torch.isfinite(w).all() for w in final_weights(run).values())
+    assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
+
+
+def test_accumulation_gives_the_same_step_as_a_larger_batch(tiny):
+    """With losses that are means over samples, two halves make the whole."""
+    whole = train(tiny(batch_size=4, epochs=1, grad_clip=1e6, ema_decay=0))
+    halves = train(tiny(batch_size=2, accumulate=2, epochs=1, grad_clip=1e6, ema_decay=0))
+    assert whole.status()["steps"] == halves.status()["steps"]
+    assert whole.steps()[0]["loss"] == pytest.approx(halves.steps()[0]["loss"], rel=1e-4)
+    assert whole.steps()[0]["grad_norm"] == pytest.approx(halves.steps()[0]["grad_norm"], rel=1e-3)
+
+
+def test_starts_from_another_runs_weights(tiny):
+    first = train(tiny("phase1", run="first", epochs=1, lr=1e-3))
+    second = train(tiny("phase4", run="second", init_from=str(first.folder), epochs=1, lr=1e-12, min_lr=1e-12))
+    weights, before = final_weights(second), final_weights(first)
+    for name, value in before.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+    assert any(name.startswith("distance.") for name in weights.keys() - before.keys())
+    with pytest.raises(checkpoints.CheckpointError, match="width"):
+        train(tiny("phase2", init_from=str(first.folder), width=0.125))
+    with pytest.raises(checkpoints.CheckpointError, match="no run"):
+        train(tiny("finetune", init_from="no-such-run"))
+
+
+def test_a_failure_is_recorded_in_a_sentence(tiny, tmp_path):
+    with pytest.raises(ValueError):
+        train(tiny(data="coco", data_dir=str(tmp_path / "nowhere"), store_dir=str(tmp_path / "none"), run="bad"))
+    status = Run.open(tmp_path / "bad").status()
+    assert status["state"] == "failed" and "nowhere" in status["last_error"]
+
+
+def test_stable_starts_between_1_5_and_2(tiny):
+    for seed in range(3):
+        run = train(tiny("stable", epochs=1, seed=seed, batch_size=2, max_images=4))
+        assert 1.5 < run.steps()[0]["loss"] < 2.0
+
+
+@pytest.mark.parametrize("size", [(32, 48), (40, 24)])
+def test_other_shapes_contexts_and_the_subpixel_decoder(tiny, size):
+    run = train(tiny(epochs=1, roi_size=size, mask_size=size, context=0.5, use_subpixel_conv=True, use_progressive_upsampling=False))
+    assert run.status()["state"] == "ok"
+
+
+def test_fp16_on_the_cpu_trains(tiny):
+    run = train(tiny(epochs=1, amp="fp16", max_images=3))
+    assert run.status()["state"] == "ok" and run.status()["skipped_steps"] <= 2
+    assert run.steps()[0]["loss_scale"] > 1
