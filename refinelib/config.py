@@ -121,7 +121,7 @@ class Settings(BaseModel):
     # -- what the run leaves ---------------------------------------------------------------------
     log_every: int = Field(20, ge=1, description="steps between lines in metrics.jsonl, TensorBoard and the log")
     save_every: int = Field(1, ge=1, description="epochs between checkpoints (the last epoch and every best one are always kept)")
-    smoke: bool = Field(False, description=f"shrink everything to test size; the environment variable {SMOKE_VARIABLE}=1 sets it")
+    smoke: bool = Field(False, description=f"shrink everything to test size; the environment variable {SMOKE_VARIABLE} set to 1 does so too")
 
     # -- validation ------------------------------------------------------------------------------
     @field_validator("roi_size", "mask_size", mode="before")
@@ -210,7 +210,12 @@ def from_notebook(namespace: Mapping[str, Any]) -> Settings:
         for name, value in namespace.items()
         if not name.startswith("_") and name not in ours and isinstance(value, plain)
     }
-    return resolve(**given)
+    try:
+        return resolve(**given)
+    except SettingsError as error:
+        if "there is no setting" in str(error):
+            raise SettingsError(f"{error} (a variable of your own? restart the kernel, or name it with a leading underscore)") from None
+        raise
 
 
 def load_recipe(recipe: str) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def dice(log_probs: Tensor, labels: Tensor, *, smooth: float = 1.0) -> Tensor:
         smooth: s, pixels.
     """
     probs = widen(log_probs).exp().flatten(2)
-    truth = F.one_hot(labels, probs.shape[1]).flatten(1, 2).transpose(1, 2).to(probs.dtype)
+    classes = torch.arange(probs.shape[1], device=labels.device).view(1, -1, 1)
+    truth = (labels.flatten(1)[:, None] == classes).to(probs.dtype)
     size = truth.sum(-1)
     cost = 1 - (2 * (probs * truth).sum(-1) + smooth) / (probs.sum(-1) + size + smooth)
     present = (size > 0).to(probs.dtype)
@@ -158,28 +159,29 @@ def contour_head(contour_logits: Tensor, truth: Truth, *, radius: float = 1.0) -
     return ((halves[0][0] + halves[1][0]) / weight).mean(dim=-1)
 
 
-def contour_mask(log_probs: Tensor, truth: Truth) -> Tensor:
+def contour_mask(log_probs: Tensor, truth: Truth, *, level: float = 0.05) -> Tensor:
     """How far the delivered mask's edges are from the true ones, as vectors, in 0..2.
 
-    ``sum |grad p - grad y|^2 / (sum |grad p|^2 + sum |grad y|^2 + 1)``: 0 when the edges agree, 1
-    when they lie elsewhere, 2 when they point the wrong way (a mask turned inside out). A contour
-    compared without its direction cannot tell the last from a perfect one. This lets the contour
-    supervise the mask itself. Gradient: at most ``16 sqrt(pixels)`` in L1 norm a sample, and as
-    small as one over the contour's length where there is one.
+    ``|p - y|^2 / (|p|^2 + |y|^2 + 1)`` in the Sobolev norm ``|f|^2 = sum |grad f|^2 + level f^2``:
+    0 when the edges agree, about 1 when they lie elsewhere, 2 when they point the wrong way. A
+    contour compared without its direction cannot tell a mask turned inside out from a perfect one;
+    without the level, none or all of the crop would be one and the same. This lets the contour
+    supervise the mask itself. Gradient: at most ``16 sqrt(pixels)`` in L1 norm a sample, and
+    smaller by the root of the contour's length where there is one.
 
     Args:
         log_probs: float ``[B, 3, H, W]``.
         truth: of the same batch.
+        level: weight of the values beside their differences.
     """
     probs = mask_probs(log_probs)
     masks = truth.masks.to(probs.dtype)
-    apart = _energy(probs - masks)
-    return (apart / (_energy(probs) + _energy(masks) + 1)).mean(dim=-1)
 
+    def energy(x: Tensor) -> Tensor:
+        dy, dx = edge_vectors(x)
+        return (dy.square() + dx.square() + level * x.square()).sum(dim=(-2, -1))
 
-def _energy(x: Tensor) -> Tensor:
-    dy, dx = edge_vectors(x)
-    return (dy.square() + dx.square()).sum(dim=(-2, -1))
+    return (energy(probs - masks) / (energy(probs) + energy(masks) + 1)).mean(dim=-1)
 
 
 def distance_head(distance: Tensor, truth: Truth, *, clip: float = 8.0, beta: float = 0.1) -> Tensor:

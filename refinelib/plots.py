@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure as _Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import LogFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from .runs import Run
 
@@ -129,7 +129,7 @@ def ious(run: Run | str | os.PathLike) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     _ious(left, run)
     epochs = run.epochs()
-    x = [line["epoch"] + 1 for line in epochs]
+    x = [line["epoch"] for line in epochs]
     for label, (name, color) in enumerate(CLASSES.items()):
         values = [(line["metrics"].get("iou") or [None] * 3)[label] for line in epochs]
         style = dict(marker="o", linestyle="--" if name == "other people" else "-")
@@ -171,7 +171,7 @@ def sample_grid(
     """
     run = _open(run)
     found = sorted((run.folder / "samples").glob("epoch_*.npz"))
-    files = {int(file.stem.rpartition("_")[2]) + 1: file for file in found}
+    files = {int(file.stem.rpartition("_")[2]): file for file in found}
     if epoch is not None and epoch not in files:
         known = ", ".join(map(str, files)) or "none yet"
         raise ValueError(f"{run.folder / 'samples'} holds no masks of epoch {epoch}; there are {known}")
@@ -242,7 +242,7 @@ def metrics_table(run: Run | str | os.PathLike) -> str:
         ("surface distance, px", "mean distance between the outlines; less is better", "surface_distance"),
         ("95 % Hausdorff distance, px", "distance that 95 % of the outline stays below; less is better", "hd95"),
     ]
-    lines = [f"| | last (epoch {last['epoch'] + 1}) | best (epoch {best['epoch'] + 1}) | what it says |"]
+    lines = [f"| | last (epoch {last['epoch']}) | best (epoch {best['epoch']}) | what it says |"]
     lines.append("| --- | --- | --- | --- |")
     for name, meaning, key in rows:
         found = [line["metrics"].get(key) for line in (last, best)]
@@ -299,7 +299,7 @@ def _learning_rate(axes: Axes, run: Run) -> None:
 
 def _ious(axes: Axes, run: Run) -> None:
     epochs = run.epochs()
-    x = [line["epoch"] + 1 for line in epochs]
+    x = [line["epoch"] for line in epochs]
     for name, color in METRICS.items():
         style = "--" if name == "miou" else "-"
         values = [line["metrics"].get(name) for line in epochs]
@@ -307,7 +307,7 @@ def _ious(axes: Axes, run: Run) -> None:
     scored = [(line["metrics"].get("target_iou"), epoch) for line, epoch in zip(epochs, x)]
     scored = [(value, epoch) for value, epoch in scored if value is not None]
     if scored:
-        value, epoch = max(scored)
+        value, epoch = max(scored, key=lambda pair: pair[0])  # the first of equals, as the trainer keeps it
         axes.plot([epoch], [value], "*", markersize=15, color=BLUE, markeredgecolor="white", zorder=5)
         place = dict(textcoords="offset points", fontsize=8, ha="right" if epoch > 1 else "left")
         axes.annotate(f"best {value:.3f}", (epoch, value), (6, -18 if value > 0.9 else 9), **place)
@@ -413,8 +413,10 @@ def _dress(axes: Axes, title: str, x: str, y: str, *, whole: bool = False) -> No
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(which="both", labelsize=8)
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter())
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -134,6 +134,7 @@ class Run:
                 "cuda": torch.version.cuda,
                 "numpy": numpy.__version__,
             },
+            "threads": torch.get_num_threads(),
             "device": device,
             "command": sys.argv,
             "started": _now(),

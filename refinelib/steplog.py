@@ -34,7 +34,7 @@ class StepLog:
 
     def add(self, report: Tensor, step: int, epoch: int) -> None:
         self.pending.append((report, step, epoch))
-        if len(self.pending) >= self.every or step == 0:
+        if len(self.pending) >= self.every or step == 1:
             self.flush()
 
     def flush(self) -> None:
@@ -51,7 +51,7 @@ class StepLog:
         self.run.metrics(
             {
                 "kind": "step",
-                "step": step + 1,
+                "step": step,
                 "epoch": epoch,
                 "loss": _mean(columns["loss"], good),
                 "losses": {name: _mean(components[:, i], good) for i, name in enumerate(self.names)},
@@ -64,7 +64,7 @@ class StepLog:
             }
         )
         self.started = time.perf_counter()
-        self.epoch_rows.append(rows)
+        self.epoch_rows.append(rows[:, : len(self.names) + len(REPORT)])
         self.pending = []
 
     def end_epoch(self) -> dict[str, Any]:
@@ -83,6 +83,15 @@ class StepLog:
             "loss_scale": float(columns["loss_scale"][-1]),
             "skipped": int(columns["skipped"].sum()),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch's means so far are made of; the pending reports are read back for it."""
+        self.flush()
+        rows = np.concatenate(self.epoch_rows) if self.epoch_rows else np.zeros((0, len(self.names) + len(REPORT)))
+        return {"rows": torch.from_numpy(rows), "skipped": self.skipped}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.epoch_rows, self.skipped = [saved["rows"].numpy()], saved["skipped"]
 
     def _event(self, step: int, epoch: int, row: np.ndarray) -> None:
         columns = dict(zip(REPORT, row[len(self.names) :]))

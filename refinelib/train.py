@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import random
 import signal
-import sys
 import threading
 import time
 from typing import Any, Callable
@@ -18,13 +17,13 @@ from typing import Any, Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import checkpoints
 from .build import autocast, build_device, build_guard, build_loss, build_model
 from .config import Settings
 from .data import Store, open_splits
 from .feed import Batch, Feed
+from .progress import Progress
 from .runs import Run
 from .scoring import batches, predict_probs, score
 from .steplog import StepLog
@@ -127,25 +126,24 @@ class Trainer:
             self.restore()
         total = settings.epochs * per_epoch
         self.run.update(state="running", last_error=None, epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
-        bar = tqdm(total=total, initial=self.step, unit="step", mininterval=1.0, disable=None if sys.stderr.isatty() else _headless())
-        for epoch in range(self.step // per_epoch, settings.epochs):
-            started, first = time.perf_counter(), self.step % per_epoch
-            plan = self.feed.plan(epoch)
-            self.model.train()
-            for at in range(first, per_epoch):
-                self.log.add(self.train_step(plan, at), self.step, epoch)
-                self.step += 1
-                bar.update()
-                if interruption.requested:
-                    self.log.flush()
-                    self.save("last.pt")
-                    self.run.update(step=self.step, epoch=epoch)
-                    raise KeyboardInterrupt
-            self.end_epoch(epoch, seconds=time.perf_counter() - started)
-            bar.set_postfix_str(f"target IoU {self.last_metrics['target_iou']:.3f}")
-            if on_epoch is not None:
-                on_epoch(self.run)
-        bar.close()
+        with Progress(total, self.run.name, "steps", done=self.step, every=30.0) as bar:
+            for epoch in range(self.step // per_epoch, settings.epochs):
+                started, first = time.perf_counter(), self.step % per_epoch
+                plan = self.feed.plan(epoch)
+                self.model.train()
+                for at in range(first, per_epoch):
+                    report = self.train_step(plan, at)
+                    self.step += 1
+                    self.log.add(report, self.step, epoch + 1)
+                    bar.add(1)
+                    if interruption.requested:
+                        self.save("last.pt")
+                        self.run.update(step=self.step, epoch=epoch)
+                        raise KeyboardInterrupt
+                self.end_epoch(epoch, seconds=time.perf_counter() - started)
+                bar.note(self.epoch_line(epoch, time.perf_counter() - started))
+                if on_epoch is not None:
+                    on_epoch(self.run)
         self.run.update(state="ok")
 
     def train_step(self, plan, at: int) -> Tensor:
@@ -168,26 +166,32 @@ class Trainer:
     def end_epoch(self, epoch: int, *, seconds: float) -> None:
         """Validate, record, keep."""
         settings = self.settings
-        summary = self.log.end_epoch()
+        self.last_summary = summary = self.log.end_epoch()
         found = self.validate(final=epoch + 1 == settings.epochs)
         self.last_metrics = metrics = found.compute()
         best = self.best is None or _merit(metrics) > _merit(self.best)
         if best:
-            self.best = {"epoch": epoch, "step": self.step, **{name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}}
-        self.write_samples(epoch, found.per_roi()["target_iou"])
-        self.run.metrics({"kind": "epoch", "epoch": epoch, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
+            self.best = {"epoch": epoch + 1, "step": self.step, **{name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}}
+        self.write_samples(epoch + 1, found.per_roi()["target_iou"])
+        self.run.metrics({"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
         if best:
             self.save("best.pt")
         if (epoch + 1) % settings.save_every == 0 or epoch + 1 == settings.epochs:
             self.save("last.pt")
         self.run.update(epoch=epoch + 1, step=self.step, skipped_steps=int(self.guard.state["skipped"]), best=self.best, metrics=metrics)
-        if _headless():
-            print(
-                f"epoch {epoch + 1:>4}/{settings.epochs}  loss {summary['train_loss']:.4f}  gradient norm {summary['grad_norm']:.3g}  "
-                f"target IoU {metrics['target_iou']:.3f}  Boundary IoU {metrics['boundary_iou']:.3f}  mIoU {metrics['miou']:.3f}  "
-                f"skipped {int(self.guard.state['skipped'])}  {seconds:.1f} s",
-                flush=True,
-            )
+
+    def epoch_line(self, epoch: int, seconds: float) -> str:
+        """One line about the epoch just ended."""
+        metrics, summary = self.last_metrics, self.last_summary
+
+        def shown(name: str) -> str:
+            return "none" if metrics[name] is None else f"{metrics[name]:.3f}"
+
+        return (
+            f"epoch {epoch + 1:>4}/{self.settings.epochs}  loss {summary['train_loss']:.4f}  gradient norm {summary['grad_norm']:.3g}  "
+            f"target IoU {shown('target_iou')}  Boundary IoU {shown('boundary_iou')}  mIoU {shown('miou')}  "
+            f"skipped {int(self.guard.state['skipped'])}  {seconds:.1f} s"
+        )
 
     def validate(self, *, final: bool = False):
         """Metrics of the delivered model on the validation people."""
@@ -204,7 +208,7 @@ class Trainer:
     # -- what it leaves ----------------------------------------------------------------------------
     @torch.no_grad()
     def write_samples(self, epoch: int, target_iou: Tensor) -> None:
-        """Masks of some validation ROIs: the worst, the middle and the best third of ``SAMPLES`` of this epoch."""
+        """Masks of ``SAMPLES`` fixed validation ROIs, and of this epoch's worst, middle and best."""
         ranked = target_iou.nan_to_num(2.0).cpu().argsort()[: int((~target_iou.isnan()).sum())]
         third, count = SAMPLES // 3, len(ranked)
         middle = max(0, count // 2 - third // 2)
@@ -240,6 +244,7 @@ class Trainer:
             "average": self.average.state_dict() if self.average is not None else None,
             "guard": self.guard.state_dict(),
             "position": {"step": self.step, "epoch": self.step // self.feed.steps_per_epoch, "steps_per_epoch": self.feed.steps_per_epoch},
+            "log": self.log.state_dict(),
             "random": _random_state(self.device),
             "best": self.best,
             "settings": self.settings.model_dump(mode="json"),
@@ -260,6 +265,7 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(saved["average"] or saved["model"])
         self.guard.load_state_dict(saved["guard"])
+        self.log.load_state_dict(saved["log"])
         _restore_random(saved["random"], self.device)
         self.step, self.best = saved["position"]["step"], saved["best"]
         self.run.rewind_records(self.step)
@@ -301,11 +307,6 @@ def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
 def _merit(metrics: dict[str, Any]) -> float:
     """What the best checkpoint is the best by: target IoU; below all of them where nobody is a target."""
     return -1.0 if metrics["target_iou"] is None else metrics["target_iou"]
-
-
-def _headless() -> bool:
-    """Neither a terminal nor a notebook's widgets: lines are better than a bar."""
-    return not sys.stderr.isatty()
 
 
 def _seed_everything(settings: Settings) -> None:

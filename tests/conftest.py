@@ -49,7 +49,9 @@ class CocoFiles:
         categories = [{"id": 7, "name": "dog"}, {"id": 1, "name": "person"}]
         self.content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
 
-    def image(self, pixels: np.ndarray | Image.Image | tuple[int, int] = (80, 100), name: str | None = None, **save: Any) -> int:
+    def image(
+        self, pixels: np.ndarray | Image.Image | tuple[int, int] = (80, 100), name: str | None = None, **save: Any
+    ) -> int:
         """Lists and saves an image: uint8 [H, W, 3], a PIL image, or (h, w) of seeded noise. Returns its id."""
         number = len(self.content["images"]) + 1
         name = name or f"{number:03}.jpg"
@@ -61,7 +63,9 @@ class CocoFiles:
         self.content["images"].append(entry)
         return number
 
-    def person(self, image: int, box: tuple[float, float, float, float], segmentation: Any = None, **fields: Any) -> int:
+    def person(
+        self, image: int, box: tuple[float, float, float, float], segmentation: Any = None, **fields: Any
+    ) -> int:
         """Annotates a person by an xyxy box; the mask is the box unless given. Returns the annotation's id."""
         x0, y0, x1, y1 = box
         number = 100 + len(self.content["annotations"])

@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib
+import matplotlib.colors
 import numpy as np
 import pytest
 from PIL import Image
@@ -41,26 +41,23 @@ def make_run(
     lines = []
     for step in range(10, total + 1, 10):
         lost = bad_from is not None and step >= bad_from
-        parts = {name: math.nan if lost else 2.0 ** -i * (1 + 20 * math.exp(-step / 30)) for i, name in enumerate(NAMES)}
+        level = math.nan if lost else 1 + 20 * math.exp(-step / 30)
+        parts = {name: 2.0**-i * level for i, name in enumerate(NAMES)}
         norm = math.inf if lost else 5 * math.exp(3 * random.random())
-        lines.append(
-            {
-                "kind": "step", "step": step, "epoch": (step - 1) // per_epoch, "loss": sum(parts.values()), "losses": parts,
-                "grad_norm": norm, "grad_norm_max": norm * 3, "lr": 1e-5 * math.sin(math.pi * step / total),
-                "loss_scale": 2.0 ** (16 - len([s for s in skips if s < step])), "skipped": 0,
-            }
-        )  # fmt: skip
+        common = {"step": step, "losses": parts, "grad_norm": norm, "grad_norm_max": norm * 3}
+        line = {"kind": "step", "epoch": (step - 1) // per_epoch + 1, "loss": sum(parts.values()), **common}
+        scale = 2.0 ** (16 - len([s for s in skips if s < step]))
+        lines.append({**line, "lr": 1e-5 * math.sin(math.pi * step / total), "loss_scale": scale, "skipped": 0})
         if step % per_epoch == 0:
-            e = step // per_epoch - 1
-            scores = {"target_iou": 0.9 - 0.5 / (e + 1), "boundary_iou": math.nan if lost else 0.6 - 0.5 / (e + 1), "miou": 0.5, "iou": [0.8, 0.7, None]}
-            lines.append(
-                {"kind": "epoch", "epoch": e, "step": step, "train_loss": sum(parts.values()), "losses": parts, "grad_norm": norm, "lr": 1e-5, "metrics": scores}
-            )
+            e = step // per_epoch
+            scores = {"target_iou": 0.9 - 0.5 / e, "miou": 0.5, "iou": [0.8, 0.7, None]}
+            scores["boundary_iou"] = math.nan if lost else 0.6 - 0.5 / e
+            lines.append({"kind": "epoch", "epoch": e, "train_loss": sum(parts.values()), "metrics": scores, **common})
             write_samples(folder, e, canvas, size)
     (folder / "metrics.jsonl").write_text("".join(dumps(line) + "\n" for line in lines))
     events = [{"kind": "skip", "step": step, "epoch": 0, "message": f"step {step} skipped"} for step in skips]
     (folder / "events.jsonl").write_text("".join(dumps(event) + "\n" for event in events))
-    status = {"state": state, "epoch": epochs, "epochs": epochs, "step": total, "steps": total, "skipped_steps": len(skips), "last_error": None}
+    status = {"state": state, "epoch": epochs, "epochs": epochs, "step": total, "skipped_steps": len(skips)}
     (folder / "status.json").write_text(json.dumps(status))
     return Run(folder)
 
@@ -121,8 +118,8 @@ def test_every_figure_of_every_run_is_whole_and_no_legend_hides_a_line(any_run: 
         figure = getattr(plots, name)(any_run)
         picture = pixels(figure)
         assert picture.shape[1] == plots.WIDTH * plots.DPI, name
-        frame = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])
-        assert (frame == 255).all(), f"{name}: something touches the figure's edge"
+        frame = (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])
+        assert all((side == 255).all() for side in frame), f"{name}: something touches the figure's edge"
         assert (picture < 255).any()
         title = figure._suptitle.get_window_extent()
         assert title.x1 <= figure.bbox.x1
@@ -136,7 +133,8 @@ def test_every_figure_of_every_run_is_whole_and_no_legend_hides_a_line(any_run: 
 
 def test_lines_hold_the_recorded_numbers(finished: Run):
     axes = {ax.get_title(loc="left").split("  ")[0]: ax for ax in plots.losses(finished).axes}
-    assert set(axes) == {"total training loss", "cross-entropy", "Dice", "active contour", "boundary-aware", "contour", "distance"}
+    parts = {"cross-entropy", "Dice", "active contour", "boundary-aware", "contour", "distance"}
+    assert set(axes) == {"total training loss"} | parts
     steps = finished.steps()
     for name, title in (("ce", "cross-entropy"), ("distance", "distance")):
         (line,) = axes[title].lines
@@ -183,10 +181,11 @@ def test_samples_show_truth_prediction_and_error_in_the_class_colours(finished: 
     assert "epoch 2" in figure.get_suptitle()
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
     assert len(shown) == 4 * 12
-    with np.load(finished.folder / "samples" / "epoch_0001.npz") as file:
+    with np.load(finished.folder / "samples" / "epoch_0002.npz") as file:
         labels, predicted = file["labels"][0], file["probs"][0].argmax(0)
         assert (shown[0] == file["image"][0]).all()
-    rgb = {name: tuple(round(255 * x) for x in matplotlib.colors.to_rgb(c)) for name, c in (plots.CLASSES | plots.ERRORS).items()}
+    colors = plots.CLASSES | plots.ERRORS
+    rgb = {name: tuple(round(255 * x) for x in matplotlib.colors.to_rgb(color)) for name, color in colors.items()}
     for value, name in enumerate(("background", "target", "other people")):
         assert (shown[1][labels == value] == rgb[name]).all() and (shown[2][predicted == value] == rgb[name]).all()
     missed, extra = (labels == 1) & (predicted != 1), (labels != 1) & (predicted == 1)

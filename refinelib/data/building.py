@@ -23,7 +23,7 @@ import torch
 
 from refinelib.data.errors import DataError
 from refinelib.data.locking import building_folder, only_builder
-from refinelib.data.progress import Progress
+from refinelib.progress import Progress
 from refinelib.data.rows import RowWriter, Written
 from refinelib.data.scenes import COLUMNS, MAX_PEOPLE, MIN_SIDE, Source, counted
 from refinelib.data.store import FORMAT, Store
@@ -146,7 +146,7 @@ def _run(arguments: tuple, workers: int | None, progress: bool) -> Written:
     size = max(1, min(32, people.images // (workers * 8)))
     parts = [range(at, min(at + size, people.images)) for at in range(0, people.images, size)]
     total: Written | None = None
-    with Progress(people.images, f"{info['source']} {info['split']}: decoding", "images", progress) as bar:
+    with Progress(people.images, f"{info['source']} {info['split']}: decoding", "images", show=progress) as bar:
         for part, written in zip(parts, _each(arguments, parts, workers)):
             total = written if total is None else total.add(written)
             bar.add(len(part))

@@ -18,16 +18,13 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
     """
     if isinstance(segmentation, list):
         polygons = [p for p in segmentation if _is_polygon(p, height, width)]
-        if not polygons:
-            return None
-        mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
-    else:
-        runs = _runs(segmentation, height, width)
-        if runs is None:
-            return None
-        # Column by column, beginning with background.
-        values = np.arange(len(runs)) % 2 == 1
-        mask = np.repeat(values, runs).reshape(width, height).T
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None
+    runs = _runs(segmentation, height, width)
+    if runs is None:
+        return None
+    # Column by column, beginning with background.
+    values = np.arange(len(runs)) % 2 == 1
+    mask = np.repeat(values, runs).reshape(width, height).T
     return mask if mask.any() else None
 
 

@@ -1,11 +1,17 @@
-"""A progress bar in a terminal or notebook, a line now and then elsewhere."""
+"""A progress bar where somebody watches, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
 from tqdm import tqdm
+
+
+def interactive() -> bool:
+    """Whether somebody watches: a terminal, or a kernel that a Jupyter server started (papermill and nbval start theirs without)."""
+    return sys.stderr.isatty() or ("ipykernel" in sys.modules and "JPY_SESSION_NAME" in os.environ)
 
 
 class Progress:
@@ -16,18 +22,19 @@ class Progress:
         title: what is going on.
         unit: plural noun of what is counted.
         show: False: count in silence.
-        every: seconds between lines where there is no terminal.
+        every: seconds between lines where nobody watches.
+        done: where counting starts.
     """
 
-    def __init__(self, total: int, title: str, unit: str, show: bool = True, every: float = 10.0) -> None:
+    def __init__(self, total: int, title: str, unit: str, *, show: bool = True, every: float = 10.0, done: int = 0) -> None:
         self.total, self.title, self.unit, self.show, self.every = total, title, unit, show, every
-        self.done, self._started = 0, time.monotonic()
+        self.done, self._first, self._started = done, done, time.monotonic()
         self._told = self._started
         # A text bar rather than a widget: a headless notebook keeps no widget state.
-        live = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        live = show and interactive()
         self._bar = None
         if live:
-            self._bar = tqdm(total=total, desc=title, unit=f" {unit}", mininterval=0.5, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", mininterval=0.5, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -42,7 +49,15 @@ class Progress:
             self._bar.update(count)
         elif self.show and time.monotonic() - self._told >= self.every:
             self._told = time.monotonic()
-            rate = self.done / (self._told - self._started)
+            rate = (self.done - self._first) / (self._told - self._started)
             left = (self.total - self.done) / rate
             done = f"{self.done} of {self.total} {self.unit}"
             print(f"{self.title} {done}, {rate:.0f} a second, {left:.0f} s left", flush=True)
+
+    def note(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(line)
+        elif self.show:
+            print(line, flush=True)
+        self._told = time.monotonic()
