@@ -29,8 +29,7 @@ $(READY): pyproject.toml constraints.txt
 
 train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb through papermill
 	@mkdir -p $(dir $(OUT))
-	@$(BIN)/papermill notebooks/train.ipynb $(OUT) --kernel python3 --no-progress-bar --log-output $(ARGS)
-	@$(BIN)/python -m refinelib summary latest
+	@$(BIN)/papermill notebooks/train.ipynb $(OUT) --kernel python3 --no-progress-bar --log-level WARNING --stdout-file - $(ARGS)
 
 test: $(READY) ## pass every test, the notebooks' included
 	@$(BIN)/python -m pytest -q

@@ -52,16 +52,8 @@ def _summary(options: argparse.Namespace) -> int:
     from .runs import Run, latest
 
     run = latest() if options.run == "latest" else Run.open(options.run)
-    status = run.status()
-    print(f"run      {run.name}: {status['state']}" + (f" ({status['last_error']})" if status.get("last_error") else ""))
-    for name, value in (status.get("metrics") or {}).items():
-        if isinstance(value, float):
-            print(f"         {name:20} {value:.3f}")
-        elif name == "iou":
-            print(f"         {name:20} " + "  ".join(f"{label} {x:.3f}" for label, x in zip(("background", "target", "non-target"), value) if x is not None))
-    print(f"skipped  {status['skipped_steps']} of {status['step']} steps")
-    print(f"figures  {run.folder / 'figures'}")
-    return 0 if status["state"] == "ok" else 1
+    print(run.summary())
+    return 0 if run.status()["state"] in ("ok", "running") else 1
 
 
 if __name__ == "__main__":

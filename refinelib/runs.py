@@ -206,6 +206,20 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "events.jsonl")
 
+    def summary(self) -> str:
+        """How the run stands, what it reached and where its figures lie, a few lines."""
+        status = self.status()
+        metrics = status.get("metrics") or {}
+        error = f" ({status['last_error']})" if status.get("last_error") else ""
+        lines = [f"{'run':20} {self.name}: {status['state']}{error}"]
+        lines += [f"{name:20} {value:.3f}" for name, value in metrics.items() if isinstance(value, float)]
+        if "iou" in metrics:
+            shown = ("none" if value is None else f"{value:.3f}" for value in metrics["iou"])
+            lines.append(f"{'IoU of each class':20} " + ", ".join(f"{c} {v}" for c, v in zip(("background", "target", "non-target"), shown)))
+        lines.append(f"{'skipped steps':20} {status.get('skipped_steps', 0)} of {status.get('step', 0)}")
+        lines += [f"{name:20} {self.folder / name}" for name in ("checkpoints", "figures")]
+        return "\n".join(lines)
+
     def __repr__(self) -> str:
         state = self.status().get("state") if (self.folder / "status.json").is_file() else "new"
         return f"Run({self.name}: {state})"

@@ -132,6 +132,7 @@ BROKEN = {
     "unending string": {"size": [60, 70], "counts": "o" * 50},
     "cut string": {"size": [60, 70], "counts": compressed(disc(60, 70, 30, 30, 20))["counts"][:-3]},
     "string cut in a number": {"size": [60, 70], "counts": compressed(np.ones((60, 70), bool))["counts"][:-1]},
+    "unfinished number": {"size": [60, 70], "counts": compressed(disc(60, 70, 30, 30, 20))["counts"] + "P"},
     "not ASCII": {"size": [60, 70], "counts": "é€"},
     "nobody": {"size": [60, 70], "counts": [4200]},
     "none": None,
@@ -395,6 +396,7 @@ def test_a_bad_person_is_counted_and_the_rest_is_used(coco_files, tmp_path, reas
     store = build(coco_files, tmp_path)
     assert store.skipped == {reason: 1}
     assert store.annotation_ids.tolist() == [100, good]
+    assert np.allclose(store.mean_coverage(), np.asarray(store.coverage, np.float64).mean(0) / 255, atol=1e-6)
     example = store.examples[reason]
     assert "101" in example or "entry 1" in example
     assert f"left out: {reason} (1)" in store.summary()

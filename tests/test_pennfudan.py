@@ -190,15 +190,16 @@ def test_real_people(real_pennfudan):
 
 @pytest.mark.real_data
 def test_real_boxes_are_the_published_ones(real_pennfudan):
-    """The set's own text files list a box a person, drawn by hand a little loosely."""
+    """The set's own text files list a box a person; they count pixels from 1."""
     people = PennFudanPeople(real_pennfudan, "all").people()
     names = sorted(file.stem for file in (real_pennfudan / "PNGImages").glob("*.png"))
     gaps = []
     for box, number in zip(people.boxes, people.annotation_ids):
         text = (real_pennfudan / "Annotation" / f"{names[number // 1000 - 1]}.txt").read_text(errors="replace")
         found = re.search(rf"Bounding box for object {number % 1000} .*: \((\d+), (\d+)\) - \((\d+), (\d+)\)", text)
-        gaps.append(np.abs(box - [int(side) for side in found.groups()]).max())
-    assert len(gaps) == 420 and np.median(gaps) <= 10 and np.mean(np.array(gaps) < 25) > 0.95
+        x0, y0, x1, y1 = (int(side) for side in found.groups())
+        gaps.append(np.abs(box - (x0 - 1, y0 - 1, x1, y1)).max())
+    assert len(gaps) == 420 and max(gaps) <= 7 and np.mean(np.array(gaps) == 0) > 0.95
 
 
 @pytest.mark.real_data

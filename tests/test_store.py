@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -152,6 +153,15 @@ def test_the_key_is_what_made_it(store, tmp_path):
         assert len(list(tmp_path.glob("synthetic-*"))) == len(folders) - 1
 
 
+@pytest.mark.parametrize("module", ["synthetic", "scenery", "figures", "drawing"])
+def test_another_way_to_draw_is_other_data(people, tmp_path, monkeypatch, module):
+    name = f"refinelib.data.{module}"
+    before, code = people.fingerprint(), Path(sys.modules[name].__file__).read_text()
+    (tmp_path / "other.py").write_text(code + "\n")
+    monkeypatch.setattr(f"{name}.__file__", str(tmp_path / "other.py"))
+    assert people.fingerprint() != before
+
+
 def test_max_images_of_a_whole_store_and_on_its_own(people, store, tmp_path):
     alone = open_store(people, root=tmp_path, max_images=6, **SMALL)
     part = open_store(Untouchable(20), root=store.folder.parent, max_images=6, **SMALL)
@@ -233,14 +243,15 @@ def test_places_that_cannot_hold_a_store(people, tmp_path, monkeypatch):
 class Logged(SyntheticPeople):
     """Notes who draws which image; waits at image ``stop`` while the file ``gate`` is there."""
 
-    def __init__(self, n_images: int, log: Path, stop: int | None = None) -> None:
+    def __init__(self, n_images: int, gate: Path, stop: int) -> None:
         super().__init__(n_images)
-        self.log, self.stop = log, stop
+        self.gate, self.log, self.stop = gate, gate.with_name("log"), stop
+        self.log.touch()
 
     def scene(self, index):
         with open(self.log, "a") as file:
             file.write(f"{os.getpid()} {index}\n")
-        while index == self.stop and self.log.with_name("gate").exists():
+        while index == self.stop and self.gate.exists():
             time.sleep(0.02)
         return super().scene(index)
 
@@ -249,6 +260,15 @@ class Logged(SyntheticPeople):
 
 
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts builders by fork, which this system lacks")
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """A closed gate; opened at the latest when the test has failed, so that nobody waits for ever."""
+    file = tmp_path / "gate"
+    file.touch()
+    yield file
+    file.unlink(missing_ok=True)
 
 
 def start(source, root: Path, **how) -> multiprocessing.Process:
@@ -275,14 +295,13 @@ def alive(pid: int) -> bool:
 
 
 @fork
-def test_two_builders_one_builds_the_other_waits(tmp_path, capfd):
-    source = Logged(10, tmp_path / "log", stop=5)
-    source.log.touch(), (tmp_path / "gate").touch()
+def test_two_builders_one_builds_the_other_waits(tmp_path, gate, capfd):
+    source = Logged(10, gate, stop=5)
     first = start(source, tmp_path / "s")
     wait(lambda: len(source.lines()) == 6)
     second = start(source, tmp_path / "s", progress=True)
     wait(lambda: "another process is building synthetic-train-" in capfd.readouterr().out)
-    (tmp_path / "gate").unlink()
+    gate.unlink()
     first.join(30), second.join(30)
     assert first.exitcode == second.exitcode == 0
     assert [index for _, index in source.lines()] == list(range(10))
@@ -291,14 +310,13 @@ def test_two_builders_one_builds_the_other_waits(tmp_path, capfd):
 
 
 @fork
-def test_without_locks_builders_race_and_one_result_stays(tmp_path, monkeypatch):
+def test_without_locks_builders_race_and_one_result_stays(tmp_path, gate, monkeypatch):
     monkeypatch.setattr("refinelib.data.locking.fcntl", None)
-    source = Logged(8, tmp_path / "log", stop=7)
-    source.log.touch(), (tmp_path / "gate").touch()
+    source = Logged(8, gate, stop=7)
     both = [start(source, tmp_path / "s") for _ in range(2)]
     wait(lambda: len(source.lines()) == 16)
     assert len(hidden(tmp_path / "s")) == 2
-    (tmp_path / "gate").unlink()
+    gate.unlink()
     for process in both:
         process.join(30)
         assert process.exitcode == 0
@@ -308,9 +326,8 @@ def test_without_locks_builders_race_and_one_result_stays(tmp_path, monkeypatch)
 
 
 @fork
-def test_killed_half_way_and_started_again(tmp_path):
-    source = Logged(20, tmp_path / "log", stop=9)
-    source.log.touch(), (tmp_path / "gate").touch()
+def test_killed_half_way_and_started_again(tmp_path, gate):
+    source = Logged(20, gate, stop=9)
     builder = start(source, tmp_path / "s", workers=2)
     wait(lambda: 9 in [index for _, index in source.lines()])
     workers = {pid for pid, _ in source.lines()}
@@ -318,9 +335,12 @@ def test_killed_half_way_and_started_again(tmp_path):
     os.kill(builder.pid, signal.SIGKILL)
     builder.join(30)
     assert len(hidden(tmp_path / "s")) == 1 and not list((tmp_path / "s").glob("synthetic-*"))
-    # Its workers end by themselves, gate or no gate, and the lock goes with them.
-    wait(lambda: not any(alive(pid) for pid in workers), seconds=10)
-    (tmp_path / "gate").unlink()
+    try:  # its workers end by themselves, gate or no gate, and the lock goes with them
+        wait(lambda: not any(alive(pid) for pid in workers), seconds=10)
+    finally:
+        for pid in filter(alive, workers):
+            os.kill(pid, signal.SIGKILL)
+    gate.unlink()
     again = open_store(source, root=tmp_path / "s", **SMALL)
     reference = open_store(SyntheticPeople(20), root=tmp_path / "reference", **SMALL)
     assert content(again) == content(reference) and not hidden(tmp_path / "s")
