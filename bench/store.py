@@ -11,6 +11,7 @@ Prints one JSON line. Everything is written into a temporary folder (``--scratch
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -86,7 +87,8 @@ def main() -> None:
     except DataError as error:
         sys.exit(f"bench/store.py: {error}")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    print(json.dumps({**report, "cores": len(os.sched_getaffinity(0)), **versions}))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(json.dumps({**report, "cores": cores, **versions}))
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -104,7 +106,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     how = dict(roi_size=size, mask_size=size, context=options.context, root=str(scratch / "stores"))
     started = time.perf_counter()
     source = {"coco": CocoPeople, "synthetic": SyntheticPeople}[kind](*arguments)
-    store = open_store(source, workers=options.workers, progress=sys.stderr.isatty(), **how)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output has the JSON alone
+        store = open_store(source, workers=options.workers, **how)
     seconds = time.perf_counter() - started
     report = {
         "source": f"{store.source} {store.split}",

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 REPORT = ("loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped")
 
 
+FLOAT16_MAX = 65504.0
+#: The loss scale keeps the largest gradient this many times below float16's largest number.
+HEADROOM = 4.0
+
+
 class WarmupCosine:
     """Linear warm-up over steps, then a cosine down to ``min_lr`` (Loshchilov & Hutter, SGDR, 2017, eq. 5).
 
@@ -84,10 +89,12 @@ class Guard:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averages = list(average.parameters()) if average is not None else []
         device = self.parameters[0].device
+        self.root_sizes = torch.tensor([math.sqrt(p.numel()) for p in self.parameters], device=device)
         self.state = {
             "applied": torch.zeros((), dtype=torch.int64, device=device),
             "skipped": torch.zeros((), dtype=torch.int64, device=device),
             "scale": torch.tensor(scale_init if scaled else 1.0, dtype=torch.float32, device=device),
+            "headroom_peak": torch.zeros((), dtype=torch.float32, device=device),
             "good_in_a_row": torch.zeros((), dtype=torch.int64, device=device),
         }
 
@@ -113,8 +120,7 @@ class Guard:
         largest = torch.stack(torch._foreach_norm(grads, math.inf)) / scale
         bad_loss, bad_grad = ~torch.isfinite(loss), ~torch.isfinite(largest).all()
         # Squares of finite gradients above 1e19 overflow: the norm is then bounded by the largest element.
-        fallback = largest * torch.tensor([math.sqrt(g.numel()) for g in grads], device=largest.device)
-        norms = torch.where(torch.isfinite(norms), norms, fallback)
+        norms = torch.where(torch.isfinite(norms), norms, largest * self.root_sizes)
         peak = norms.amax()
         total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
 
@@ -128,13 +134,14 @@ class Guard:
         self.optimizer.found_inf = skip.to(torch.float32)
         self.optimizer.step()
         self._follow(skip)
-        report = torch.stack([loss.float(), total, largest.amax(), lr, scale.clone(), *(x.float() for x in (bad_loss, bad_grad, skip))])
+        flags = (x.float() for x in (bad_loss, bad_grad, skip))
+        report = torch.stack([loss.float(), total, largest.amax(), lr, scale.clone(), *flags])
 
         applied = (~skip).to(torch.int64)
         state["applied"] += applied
         state["skipped"] += 1 - applied
         if self.scaled:
-            self._rescale(skip, overflow=bad_grad & ~bad_loss)
+            self._rescale(skip, overflow=bad_grad & ~bad_loss, largest=report[2] * scale)
         return torch.cat([report, norms])
 
     def _follow(self, skip: Tensor) -> None:
@@ -146,14 +153,24 @@ class Guard:
         torch._foreach_mul_(moved, weight)
         torch._foreach_add_(self.averages, moved)
 
-    def _rescale(self, skip: Tensor, *, overflow: Tensor) -> None:
-        """Halve on overflow down to the floor; double after a run of good steps. A bad loss is no overflow."""
+    def _rescale(self, skip: Tensor, *, overflow: Tensor, largest: Tensor) -> None:
+        """Move the loss scale: back before float16 overflows, and up only where there is room.
+
+        An overflow halves it, down to the floor; a bad loss is no overflow. It also halves when the
+        largest scaled gradient has come within ``HEADROOM`` of float16's largest number: waiting for the
+        overflow would cost a step. It doubles after ``growth_interval`` good steps, if the largest
+        gradient of those steps leaves room for it.
+        """
         state = self.state
         good = torch.where(skip, torch.where(overflow, 0, state["good_in_a_row"]), state["good_in_a_row"] + 1)
-        grown = good >= self.growth_interval
-        factor = torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0))
+        peak = torch.where(skip, state["headroom_peak"], torch.maximum(state["headroom_peak"], largest))
+        near = peak * HEADROOM > FLOAT16_MAX
+        grown = (good >= self.growth_interval) & ~near
+        roomy = grown & (2 * HEADROOM * peak < FLOAT16_MAX)
+        factor = torch.where(overflow | near, 0.5, torch.where(roomy, 2.0, 1.0))
         state["scale"].copy_((state["scale"] * factor).clamp(self.scale_floor, 2.0**24))
-        state["good_in_a_row"].copy_(torch.where(grown, 0, good))
+        state["headroom_peak"].copy_(torch.where(grown | near, 0.0, peak))
+        state["good_in_a_row"].copy_(torch.where(grown | near, 0, good))
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -139,6 +139,16 @@ def test_loss_scale_halves_to_its_floor_and_recovers():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_loss_scale_backs_off_before_it_overflows():
+    """A step is lost to every overflow that was waited for; none is where the gradient was watched."""
+    model, guard = make(scaled=True, scale_init=2.0**24, growth_interval=2)
+    reports = run(model, guard, batches(30))
+    assert sum(r["skipped"] for r in reports) == 0
+    largest = [r["grad_max"] * r["loss_scale"] for r in reports]
+    assert largest[0] > 65504 / 4  # it had to back off
+    assert max(largest[12:]) <= 65504 / 2 and min(r["loss_scale"] for r in reports[12:]) > 1
+
+
 def test_a_bad_loss_does_not_touch_the_scale():
     model, guard = make(scaled=True, scale_init=16.0)
     scales = [r["loss_scale"] for r in run(model, guard, batches(), {2: POISONS["nan loss, finite gradient"]})]

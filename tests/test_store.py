@@ -20,6 +20,7 @@ from refinelib.data import DataError, SceneError, Store, SyntheticPeople, buildi
 from refinelib.data.locking import only_builder
 from refinelib.data.scenes import COLUMNS, UNREADABLE
 from refinelib.data.store import FORMAT
+from refinelib.progress import Progress
 from refinelib.roi import crop_rois, expand_boxes
 
 SMALL = dict(roi_size=(16, 32), mask_size=(16, 32), context=0.5, progress=False, workers=1)
@@ -364,11 +365,17 @@ def test_a_killed_worker_is_told(tmp_path):
 def test_stale_folders_go_and_those_in_use_stay(people, store, tmp_path):
     mine = tmp_path / store.folder.name
     with only_builder(tmp_path / "coco-val-bbbbbbbbbbbb", False):
-        for name in (f".{mine.name}", ".coco-train-aaaaaaaaaaaa", ".coco-val-bbbbbbbbbbbb"):
-            (tmp_path / f"{name}.building-0a").mkdir()
-            (tmp_path / f"{name}.building-0a" / "images.u8").write_bytes(b"half")
+        for name in (mine.name, "coco-train-aaaaaaaaaaaa", "coco-train-cccccccccccc", "coco-val-bbbbbbbbbbbb"):
+            (tmp_path / f".{name}.building-0a").mkdir()
+            (tmp_path / f".{name}.building-0a" / "images.u8").write_bytes(b"half")
+        keys = ("train-aaaaaaaaaaaa", "train-cccccccccccc", "val-bbbbbbbbbbbb")
+        old, new, locked = (f".coco-{key}.building-0a" for key in keys)
+        for name in (old, locked):
+            for file in (tmp_path / name / "images.u8", tmp_path / name):
+                os.utime(file, (1, 1))
         open_store(people, root=tmp_path, **SMALL)
-        assert hidden(tmp_path) == [".coco-val-bbbbbbbbbbbb.building-0a"]
+        # Its own at once; another store's where nobody holds its lock and nobody wrote for an hour.
+        assert sorted(hidden(tmp_path)) == [new, locked]
     assert mine.is_dir()
 
 
@@ -499,6 +506,17 @@ def test_synthetic_stores_lie_in_the_output_folder(tmp_path):
     assert (train.split, val.split) == ("train", "val") and not np.array_equal(train.images[0], val.images[0])
     index = SyntheticPeople(240, "train").people(3)
     assert np.array_equal(train.boxes, index.boxes)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+    with Progress(10, "coco val: decoding", "images", every=0.0) as bar:
+        bar.add(5)
+    assert capsys.readouterr().out.startswith("coco val: decoding 5 of 10 images, ")
+    with Progress(10, "coco val: decoding", "images", show=False, every=0.0) as bar:
+        bar.add(5)
+    with Progress(10, "coco val: decoding", "images") as bar:  # a short one needs no line
+        bar.add(10)
+    assert capsys.readouterr().out == ""
 
 
 def test_scene_errors_travel_between_processes():

@@ -23,10 +23,10 @@ import torch
 
 from refinelib.data.errors import DataError
 from refinelib.data.locking import building_folder, only_builder
-from refinelib.progress import Progress
 from refinelib.data.rows import RowWriter, Written
 from refinelib.data.scenes import COLUMNS, MAX_PEOPLE, MIN_SIDE, Source, counted
 from refinelib.data.store import FORMAT, Store
+from refinelib.progress import Progress
 from refinelib.roi import canvas_size, mask_canvas_size
 
 

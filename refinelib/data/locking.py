@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Iterator
@@ -55,12 +56,16 @@ def _taken(file: IO) -> bool:
 
 
 def _clear(mine: Path) -> None:
-    """Remove half-built folders of this store, whose lock is ours, and of any other that nobody is building."""
+    """Remove half-built folders of this store, whose lock is ours, and of any other that nobody is building.
+
+    Some shared file systems lock within one machine only: another store's folder must also have lain
+    untouched for an hour.
+    """
     for stale in mine.parent.glob(".*.building-*"):
         folder = mine.parent / stale.name[1:].rpartition(".building-")[0]
         if folder == mine:
             shutil.rmtree(stale, ignore_errors=True)
-        else:
+        elif time.time() - max(file.stat().st_mtime for file in (stale, *stale.iterdir())) > 3600:
             with open(_lock_of(folder), "w") as file:
                 if _taken(file):
                     shutil.rmtree(stale, ignore_errors=True)

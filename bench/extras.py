@@ -1,0 +1,164 @@
+"""Do three losses and modules that people ask for help on real data? Train with and without each, and compare.
+
+    python bench/extras.py --data-dir ~/coco [--seeds 3] [--epochs 40] [--width 0.25] [--parallel 6]
+
+- ``boundary_loss``: the boundary loss on the signed distance (Kervadec et al., MIDL 2019), by itself beside the
+  distance loss, of which it is a part already.
+- ``active_boundary_loss``: Wang et al., "Active Boundary Loss for Semantic Segmentation", AAAI 2022: the predicted
+  boundary is pulled towards the true one, pixel by pixel, through the divergence of neighbours.
+- ``point_refinement``: Kirillov et al., PointRend, CVPR 2020, on the mask's own grid: a small per-pixel network rewrites
+  the least certain quarter of the pixels and is trained on those.
+
+Prints one JSON line a run (``--one``) or a table of mean and spread over seeds. bench/quality.md holds the outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import refinelib.train as loop
+from refinelib.blocks import Head
+from refinelib.build import build_loss, build_model
+from refinelib.config import resolve
+from refinelib.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, truth_of
+from refinelib.model import MaskOutput
+from refinelib.refine import bounded
+
+VARIANTS = ("base", "boundary_loss", "active_boundary_loss", "point_refinement")
+
+
+def active_boundary_loss(log_probs: Tensor, labels: Tensor, *, share: float = 0.01, reach: float = 20.0) -> Tensor:
+    """Wang et al. 2022, eq. 3-7, one cost a sample; the boundary's ``share`` of the pixels by rank, on the device."""
+    distance = truth_of(labels).signed.abs().amin(dim=1)
+    probs = log_probs.exp()
+    offsets = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+
+    def moved(x: Tensor, dy: int, dx: int) -> Tensor:
+        return F.pad(x, (1, 1, 1, 1), mode="replicate")[..., 1 + dy : x.shape[-2] + 1 + dy, 1 + dx : x.shape[-1] + 1 + dx]
+
+    divergence = torch.stack([(probs * (log_probs - moved(log_probs.detach(), *o))).sum(1).clamp(0, 20) for o in offsets], 1)
+    towards = torch.stack([moved(distance[:, None], *o)[:, 0] for o in offsets], 1).argmin(dim=1)
+    strength = torch.maximum(divergence[:, offsets.index((0, 1))], divergence[:, offsets.index((1, 0))]).detach()
+    count = max(1, int(share * strength[0].numel()))
+    least = strength.flatten(1).topk(count, dim=1).values[:, -1]
+    chosen = (strength >= least[:, None, None]) & (strength > 1e-3)
+    cost = F.cross_entropy(divergence, towards, label_smoothing=0.2, reduction="none") * distance.clamp(max=reach) / reach
+    return (cost * chosen).sum(dim=(-2, -1)) / chosen.sum(dim=(-2, -1)).clamp(min=1)
+
+
+class WithLoss(MaskLoss):
+    """The loss of a run, and one more term."""
+
+    def __init__(self, base: MaskLoss, extra, weight: float) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(base.__dict__)
+        self.extra, self.weight = extra, weight
+
+    def forward(self, output, labels):
+        total, parts = super().forward(output, labels)
+        with torch.autocast(labels.device.type, enabled=False):
+            return total + self.weight * self.extra(output, labels).mean(), parts
+
+
+class PointRefinement(nn.Module):
+    """Rewrites the least certain ``share`` of the pixels, each from its features and its mask so far."""
+
+    def __init__(self, model: nn.Module, share: float = 0.25) -> None:
+        super().__init__()
+        self.model, self.share = model, share
+        self.canvas, self.mask_canvas = model.canvas, model.mask_canvas
+        channels = model.person_head.in_channels
+        self.net = nn.Sequential(nn.Conv2d(channels + 2, channels, 1), nn.SiLU(), nn.Conv2d(channels, channels, 1), nn.SiLU(), Head(channels, 2))
+        nn.init.zeros_(self.net[-1].weight)
+
+    def forward(self, image: Tensor) -> MaskOutput:
+        seen: list[Tensor] = []
+        hook = self.model.target.register_forward_hook(lambda module, inputs, result: seen.append(result[0]))
+        output = self.model(image)
+        hook.remove()
+        (features,) = seen
+        probs = torch.sigmoid(output.logits.detach())
+        undecided = (1 - (2 * probs - 1).abs()).amax(dim=1)
+        count = int(self.share * undecided[0].numel())
+        least = undecided.flatten(1).topk(count, dim=1).values[:, -1]
+        chosen = (undecided >= least[:, None, None])[:, None]
+        residual = bounded(self.net(torch.cat([features, probs.to(features.dtype)], dim=1)))
+        self.chosen = chosen[:, 0]
+        return output._replace(logits=output.logits + chosen * residual)
+
+
+def one(variant: str, settings_json: str) -> dict:
+    """Train one variant and return its figures."""
+    settings = resolve("original", **json.loads(settings_json))
+    if variant in ("boundary_loss", "active_boundary_loss"):
+        extra = {
+            "boundary_loss": lambda o, y: distance_mask(hierarchical_log_probs(o.logits), truth_of(y)),
+            "active_boundary_loss": lambda o, y: active_boundary_loss(hierarchical_log_probs(o.logits), y),
+        }[variant]
+        loop.build_loss = lambda s: WithLoss(build_loss(s), extra, weight=1.0)
+    if variant == "point_refinement":
+        models = []
+
+        def build(s):
+            models.append(PointRefinement(build_model(s)))
+            return models[-1]
+
+        loop.build_model = build
+        on_points = lambda o, y: cross_entropy(hierarchical_log_probs(o.logits), y, pixel_weights=models[-1].chosen.float())  # noqa: E731
+        loop.build_loss = lambda s: WithLoss(build_loss(s), on_points, weight=1.0)
+    run = loop.train(settings)
+    last = run.epochs()[-1]["metrics"]
+    return {"variant": variant, "seed": settings.seed, "skipped": run.status()["skipped_steps"],
+            **{name: last[name] for name in ("target_iou", "boundary_iou", "miou", "nontarget_iou")}}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir")
+    parser.add_argument("--store-dir")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--parallel", type=int, default=6)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SETTINGS"))
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(*options.one)), flush=True)
+        return
+    amp = "bf16" if torch.cuda.is_available() else "off"
+    with tempfile.TemporaryDirectory() as folder:
+        common = dict(data="coco", data_dir=options.data_dir, store_dir=options.store_dir, output_dir=folder, epochs=options.epochs, width=options.width,
+                      batch_size=16, lr=1e-3, min_lr=1e-5, warmup_epochs=2, ema_decay=0.98, amp=amp, augment="full")  # fmt: skip
+        waiting = [(v, {**common, "seed": s, "run": f"{v}-{s}"}) for s in range(options.seeds) for v in options.variants]
+        running, done = [], []
+        while waiting or running:
+            while waiting and len(running) < options.parallel:
+                variant, settings = waiting.pop(0)
+                command = [sys.executable, __file__, "--one", variant, json.dumps({k: v for k, v in settings.items() if v is not None})]
+                running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            process = running.pop(0)
+            text = process.communicate()[0]
+            done += [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+            print(text.splitlines()[-1] if text else "failed", flush=True)
+    print(f"\n{'variant':22}" + "".join(f"{name:>18}" for name in ("target_iou", "boundary_iou", "miou", "nontarget_iou")))
+    for variant in options.variants:
+        cells = []
+        for name in ("target_iou", "boundary_iou", "miou", "nontarget_iou"):
+            values = [row[name] for row in done if row["variant"] == variant]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.4f} +- {spread:.4f}" if values else "failed")
+        print(f"{variant:22}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
