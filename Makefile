@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= outputs/train.ipynb
 ARGS ?=
+NOTEBOOKS := $(or $(shell git ls-files "notebooks/*.ipynb" 2>/dev/null),$(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
 .PHONY: help env train test lab nbdime bench clean
@@ -33,7 +34,7 @@ train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb th
 
 test: $(READY) ## pass every test, the notebooks' included
 	@$(BIN)/python -m pytest -q
-	@REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider notebooks
+	@REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider $(NOTEBOOKS)
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -66,7 +66,7 @@ class Settings(BaseModel):
 
     # -- data ------------------------------------------------------------------------------------
     data: Literal["synthetic", "coco", "pennfudan"] = Field("synthetic", description="where people come from")
-    data_dir: str | None = Field(None, description="folder of the data set in its published layout; not used by synthetic")
+    data_dir: str | None = Field(None, description="folder of the data set in its published layout; a relative path starts at the project's root")
     train_annotations: str | None = Field(None, description="COCO JSON to train on, where it is not data_dir/annotations/instances_train2017*.json")
     train_images: str | None = Field(None, description="folder of its images, where it is not data_dir/images/train2017 or data_dir/train2017")
     val_annotations: str | None = Field(None, description="COCO JSON to validate on, where it is not data_dir/annotations/instances_val2017*.json")
@@ -276,6 +276,7 @@ def _smoke(settings: Settings) -> dict[str, Any]:
         roi_size=tuple(min(side, 32) for side in settings.roi_size),
         mask_size=tuple(min(side, 32) for side in settings.mask_size),
         log_every=1,
+        output_dir="outputs/smoke" if settings.output_dir == "outputs" else settings.output_dir,
     )
 
 

@@ -70,7 +70,7 @@ def signed_distance(mask: Tensor) -> Tensor:
 
 
 def scaled_sdf(signed: Tensor, *, clip: float = 8.0) -> Tensor:
-    """Signed distance (pixels) clipped at ``clip`` pixels and scaled to -1..1."""
+    """Signed distance (pixels) clipped at ``clip`` pixels and scaled to -1..1; its slope is at most ``1 / clip``."""
     return (signed / clip).clamp(-1.0, 1.0)
 
 
@@ -89,6 +89,8 @@ def contour_band(signed: Tensor, *, radius: float = 1.0) -> Tensor:
 
 def edge_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """Forward differences along y and x, per pixel; 0 in the last row and the last column.
+
+    Linear; a pixel enters two differences of either kind, each with weight 1 or -1.
 
     Args:
         x: float ``[..., H, W]``.

@@ -232,6 +232,9 @@ class MaskLoss(nn.Module):
 
     ``forward`` returns the total (float32 scalar, mean over the batch) and the components before
     their weights (``names`` gives their order) as a detached float32 ``[len(names)]``.
+
+    Gradient: with respect to one sample's logits and heads, at most the sum of each loss's bound times
+    its weight in L1 norm, divided by the batch size; a cap only lowers it.
     """
 
     def __init__(

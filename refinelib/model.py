@@ -65,6 +65,11 @@ class UNet(nn.Module):
 class HierarchicalUNet(nn.Module):
     """Mask logits of one person in a crop, from its RGB image.
 
+    Gradient: what arrives at the logits is bounded by the loss (:class:`~refinelib.losses.MaskLoss`) and the
+    refinements pass it on unchanged; below them a layer multiplies it by no more than its weights' norm
+    and, where it normalises, by 32 (see ``blocks.group_norm``): bounded for finite weights, whatever the
+    image.
+
     Args:
         width: channels relative to the full model; 1.0 has 256 at full resolution.
         roi_size: input pixels across the person's box (height, width).

@@ -44,7 +44,8 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         comes after a checkpoint of the very step that was reached.
     """
     run = Run.start(settings)
-    run.update(state="running", epoch=0, step=0, skipped_steps=0, rewinds=0, best=None, last_error=None)
+    fresh = {} if settings.resume else dict(epoch=0, step=0, skipped_steps=0, rewinds=0, best=None, metrics=None)
+    run.update(state="running", last_error=None, **fresh)
     try:
         with Interruption() as interruption:
             Trainer(settings, run).fit(interruption, on_epoch)
@@ -125,7 +126,7 @@ class Trainer:
         if settings.resume:
             self.restore()
         total = settings.epochs * per_epoch
-        self.run.update(state="running", last_error=None, epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
+        self.run.update(epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
         with Progress(total, self.run.name, "steps", done=self.step, every=30.0) as bar:
             for epoch in range(self.step // per_epoch, settings.epochs):
                 started, first = time.perf_counter(), self.step % per_epoch
