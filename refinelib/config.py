@@ -118,6 +118,8 @@ class Settings(BaseModel):
     loss_scale_init: float = Field(65536.0, ge=1.0, le=2.0**24, description="fp16 loss scale at the start")
     loss_scale_floor: float = Field(1.0, gt=0.0, le=2.0**24, description="fp16 loss scale never falls below this; at most loss_scale_init")
 
+    inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/inject.py")
+
     # -- what the run leaves ---------------------------------------------------------------------
     log_every: int = Field(20, ge=1, description="steps between lines in metrics.jsonl, TensorBoard and the log")
     save_every: int = Field(1, ge=1, description="epochs between checkpoints (the last epoch and every best one are always kept)")

@@ -23,6 +23,7 @@ from .build import autocast, build_device, build_guard, build_loss, build_model
 from .config import Settings
 from .data import Store, open_splits
 from .feed import Batch, Feed
+from .inject import Injector
 from .progress import Progress
 from .runs import Run
 from .scoring import batches, predict_probs, score
@@ -110,6 +111,7 @@ class Trainer:
             seed=settings.seed,
         )
         self.guard = build_guard(settings, self.model, self.average, steps_per_epoch=self.feed.steps_per_epoch)
+        self.injector = Injector(settings.inject, self.model)
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every)
         self.step = 0  # steps tried: the position in the data
         self.best: dict[str, Any] | None = None
@@ -153,9 +155,13 @@ class Trainer:
         share = 1.0 / self.settings.accumulate
         self.guard.zero_grad()
         for micro in range(self.settings.accumulate):
-            loss, parts = self.compute_loss(self.feed.batch(plan, at, micro))
+            batch = self.feed.batch(plan, at, micro)
+            batch = Batch(*self.injector.before(self.step + 1, batch.images, batch.labels), batch.rois)
+            loss, parts = self.compute_loss(batch)
+            loss = self.injector.loss(loss)
             self.guard.scale(loss * share).backward()
             total, components = total + loss.detach() * share, components + parts * share
+        self.injector.after_backward()
         return torch.cat([components, self.guard.step(total)])
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

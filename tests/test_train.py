@@ -14,7 +14,7 @@ import torch
 
 import refinelib.train as loop
 from refinelib import checkpoints
-from refinelib.config import resolve
+from refinelib.config import SettingsError, resolve
 from refinelib.runs import Run
 from refinelib.train import train
 
@@ -123,27 +123,51 @@ def test_killed_and_resumed_from_the_last_whole_checkpoint(tiny, tmp_path):
     assert any("best.pt" in e["message"] for e in run.events()) or any(e["kind"] == "resume" for e in run.events())
 
 
-def test_a_poisoned_step_is_skipped_counted_and_named(tiny, monkeypatch):
-    real = loop.Trainer.compute_loss
-
-    def poisoned(self, batch):
-        loss, parts = real(self, batch)
-        if self.step == 3:
-            loss = loss * math.nan
-        return loss, parts
-
-    monkeypatch.setattr(loop.Trainer, "compute_loss", poisoned)
-    run = train(tiny())
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("loss:nan@4", ["the loss was not finite"]),
+        ("loss:inf@4", ["the loss was not finite"]),
+        ("grad:nan@4:boundary", ["the gradient was not finite", "1 of", "boundary."]),
+        ("grad:inf@4:stem", ["the gradient was not finite", "1 of", "stem."]),
+        ("activation:nan@4:contour.trunk", ["contour"]),
+        ("activation:inf@4:person", ["not finite"]),
+        ("input:nan@4", ["the loss was not finite", "ce"]),
+    ],
+)
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_bad_step_is_skipped_counted_and_named(tiny, fault, words, amp):
+    run = train(tiny(inject=fault, amp=amp, epochs=1))
     assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 1
     (event,) = run.events()
-    assert event["kind"] == "skip" and event["step"] == 4 and "the loss was not finite" in event["message"]
+    assert event["kind"] == "skip" and event["step"] == 4
+    assert all(word in event["message"] for word in words), event["message"]
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
 
 
-def test_every_step_bad_never_writes_nan(tiny, monkeypatch):
-    real = loop.Trainer.compute_loss
-    monkeypatch.setattr(loop.Trainer, "compute_loss", lambda self, batch: tuple(x * math.inf for x in real(self, batch)))
-    run = train(tiny(amp="bf16"))
+@pytest.mark.parametrize("fault", ["grad:overflow@4", "label:swap@4", "grad:spike@4"])
+def test_a_finite_fault_is_no_reason_to_skip(tiny, fault):
+    run = train(tiny(inject=fault, epochs=1))
+    assert run.status()["skipped_steps"] == 0 and run.events() == []
+    assert all(torch.isfinite(w).all() for w in final_weights(run).values())
+
+
+def test_killed_by_injection(tiny, tmp_path):
+    settings = tiny(run="killed", inject="kill@5", epochs=2)
+    code = "import json, sys; from refinelib.config import Settings; from refinelib.train import train; train(Settings(**json.loads(sys.argv[1])))"
+    done = subprocess.run([sys.executable, "-c", code, settings.model_dump_json()], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert Run.open(tmp_path / "killed").status()["state"] == "running"  # it had no time to say otherwise
+
+
+@pytest.mark.parametrize("text", ["grad@3", "grad:nan", "grad:nan@0", "loss:swap@3", "activation:nan@3", "weights:nan@3", "grad:nan@3:nowhere"])
+def test_a_fault_that_cannot_be_read_is_refused(tiny, text):
+    with pytest.raises(SettingsError, match="inject"):
+        train(tiny(inject=text))
+
+
+def test_every_step_bad_never_writes_nan(tiny):
+    run = train(tiny(amp="bf16", inject="loss:inf@1:always"))
     assert run.status()["skipped_steps"] == run.status()["steps"]
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
     assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
