@@ -13,6 +13,7 @@ from torch import Tensor
 from .guard import REPORT, Guard
 from .losses import MaskLoss
 from .runs import Run
+from .watch import Watch
 
 
 class StepLog:
@@ -26,7 +27,9 @@ class StepLog:
     """
 
     def __init__(self, run: Run, loss: MaskLoss, guard: Guard, *, every: int) -> None:
-        self.run, self.names, self.guard, self.every = run, loss.names, guard, every
+        self.run, self.names, self.every = run, loss.names, every
+        floor = guard.scale_floor if guard.scaled else None
+        self.watch = Watch(run, losses=loss.names, parameters=guard.names, cap=loss.cap, scale_floor=floor)
         self.pending: list[tuple[Tensor, int, int]] = []
         self.epoch_rows: list[np.ndarray] = []
         self.skipped = 0
@@ -43,8 +46,10 @@ class StepLog:
             return
         rows = torch.stack([report for report, _, _ in self.pending]).cpu().numpy().astype(np.float64)
         components, columns = rows[:, : len(self.names)], dict(zip(REPORT, rows[:, len(self.names) :].T))
-        for (_, step, epoch), row in zip(self.pending, rows):
-            self._event(step, epoch, row)
+        first_norm = len(self.names) + len(REPORT)
+        for (_, step, epoch), row in zip(self.pending, rows.tolist()):
+            report = dict(zip(REPORT, row[len(self.names) : first_norm]))
+            self.watch.step(step, epoch, report, row[: len(self.names)], row[first_norm:])
         self.skipped += int(columns["skipped"].sum())
         good = columns["skipped"] == 0
         _, step, epoch = self.pending[-1]
@@ -67,9 +72,10 @@ class StepLog:
         self.epoch_rows.append(rows[:, : len(self.names) + len(REPORT)])
         self.pending = []
 
-    def end_epoch(self) -> dict[str, Any]:
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
         """Means over the epoch's applied steps; the gradient norm's median."""
         self.flush()
+        self.watch.end_epoch(epoch)
         rows = np.concatenate(self.epoch_rows)
         self.epoch_rows = []
         columns = dict(zip(REPORT, rows[:, len(self.names) :].T))
@@ -92,27 +98,6 @@ class StepLog:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.epoch_rows, self.skipped = [saved["rows"].numpy()], saved["skipped"]
-
-    def _event(self, step: int, epoch: int, row: np.ndarray) -> None:
-        columns = dict(zip(REPORT, row[len(self.names) :]))
-        if not columns["skipped"]:
-            return
-        norms = row[len(self.names) + len(REPORT) :]
-        terms = [name for name, value in zip(self.names, row) if not np.isfinite(value)]
-        parameters = [name for name, norm in zip(self.guard.names, norms) if not np.isfinite(norm)]
-        what = "the loss" if columns["bad_loss"] else "the gradient"
-        detail = f" (terms: {', '.join(terms)})" if terms else ""
-        if parameters:
-            detail += f" in {len(parameters)} of {len(norms)} parameters, first {parameters[0]}"
-        self.run.event(
-            "skip",
-            f"step {step} skipped: {what} was not finite{detail}",
-            step=step,
-            epoch=epoch,
-            loss_scale=columns["loss_scale"],
-            terms=terms,
-            parameters=parameters[:8],
-        )
 
 
 def _mean(values: np.ndarray, good: np.ndarray) -> float:

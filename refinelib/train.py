@@ -173,7 +173,7 @@ class Trainer:
     def end_epoch(self, epoch: int, *, seconds: float) -> None:
         """Validate, record, keep."""
         settings = self.settings
-        self.last_summary = summary = self.log.end_epoch()
+        self.last_summary = summary = self.log.end_epoch(epoch + 1)
         found = self.validate(final=epoch + 1 == settings.epochs)
         self.last_metrics = metrics = found.compute()
         best = self.best is None or _merit(metrics) > _merit(self.best)

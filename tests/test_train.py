@@ -148,7 +148,7 @@ def test_a_bad_step_is_skipped_counted_and_named(tiny, fault, words, amp):
 @pytest.mark.parametrize("fault", ["grad:overflow@4", "label:swap@4", "grad:spike@4"])
 def test_a_finite_fault_is_no_reason_to_skip(tiny, fault):
     run = train(tiny(inject=fault, epochs=1))
-    assert run.status()["skipped_steps"] == 0 and run.events() == []
+    assert run.status()["skipped_steps"] == 0 and all(e["kind"] != "skip" for e in run.events())
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
 
 

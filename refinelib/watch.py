@@ -1,0 +1,91 @@
+"""Turns what steps report into few, readable events: skips, high gradients, a scale at its floor, losses at their cap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Mapping, Sequence
+
+from .runs import Run
+
+#: Gradient norms above the first are noted, above the second warned of.
+HIGH_NORM, UNSTABLE_NORM = 50.0, 100.0
+
+
+@dataclass
+class _Seen:
+    """One kind of event since it was last written down."""
+
+    first: int
+    last: int
+    count: int
+    worst: float
+
+
+class Watch:
+    """Writes an event the first time something happens, and once an epoch how often it came again.
+
+    Args:
+        run: whose ``events.jsonl`` is written.
+        losses: names of the loss components.
+        parameters: names of the parameters.
+        cap: value at which refinement losses are held; none: no cap.
+        scale_floor: least loss scale; none: no scale is in use.
+    """
+
+    def __init__(self, run: Run, *, losses: Sequence[str], parameters: Sequence[str], cap: float | None, scale_floor: float | None) -> None:
+        self.run, self.losses, self.parameters, self.cap, self.scale_floor = run, losses, parameters, cap, scale_floor
+        self.seen: dict[tuple[str, str], _Seen] = {}
+
+    def step(self, step: int, epoch: int, report: Mapping[str, float], components: Sequence[float], norms: Sequence[float]) -> None:
+        """Judge one step: its report by column, its loss components, its per-parameter gradient norms."""
+        if report["skipped"]:
+            self._skip(step, epoch, report, components, norms)
+            return
+        norm = report["grad_norm"]
+        if norm > HIGH_NORM:
+            kind, word = ("unstable", "unstable") if norm > UNSTABLE_NORM else ("high", "high")
+            largest = max(range(len(norms)), key=norms.__getitem__)
+            self._once(
+                kind, "gradient", step, epoch, norm,
+                f"step {step}: gradient norm {norm:.3g} is {word} (above {UNSTABLE_NORM if kind == 'unstable' else HIGH_NORM:g}), most of it in {self.parameters[largest]}",
+            )  # fmt: skip
+        if self.scale_floor is not None and report["loss_scale"] <= self.scale_floor:
+            self._once("scale_floor", "loss_scale", step, epoch, norm, f"step {step}: the loss scale is at its floor {self.scale_floor:g}")
+        for name, value in zip(self.losses, components):
+            if self.cap is not None and name not in ("ce", "dice") and value >= 0.999 * self.cap:
+                self._once("capped", name, step, epoch, value, f"step {step}: the {name} loss is at its cap {self.cap:g}")
+
+    def end_epoch(self, epoch: int) -> None:
+        """Write down what came again since it was first told, and start afresh."""
+        for (kind, subject), seen in self.seen.items():
+            if seen.count > 1:
+                worst = f", at worst {seen.worst:.3g}" if math.isfinite(seen.worst) else ""
+                self.run.event(
+                    kind, f"epoch {epoch}: {kind} ({subject}) in {seen.count} steps, {seen.first} to {seen.last}{worst}",
+                    step=seen.last, epoch=epoch, first_step=seen.first, count=seen.count,
+                )  # fmt: skip
+        self.seen.clear()
+
+    def _skip(self, step: int, epoch: int, report: Mapping[str, float], components: Sequence[float], norms: Sequence[float]) -> None:
+        terms = [name for name, value in zip(self.losses, components) if not math.isfinite(value)]
+        bad = [name for name, norm in zip(self.parameters, norms) if not math.isfinite(norm)]
+        what = "the loss" if report["bad_loss"] else "the gradient"
+        detail = f" (terms: {', '.join(terms)})" if terms else ""
+        if bad:
+            detail += f" in {len(bad)} of {len(norms)} parameters, first {bad[0]}"
+        if self.scale_floor is not None and report["loss_scale"] <= self.scale_floor and not report["bad_loss"]:
+            detail += f", with the loss scale at its floor {self.scale_floor:g}: float16 overflows there by itself"
+        self._once(
+            "skip", f"{what}{' of ' + ', '.join(terms) if terms else ''}", step, epoch, math.nan, f"step {step} skipped: {what} was not finite{detail}",
+            terms=terms, parameters=bad[:8], loss_scale=report["loss_scale"],
+        )  # fmt: skip
+
+    def _once(self, kind: str, subject: str, step: int, epoch: int, size: float, message: str, **fields: Any) -> None:
+        seen = self.seen.get((kind, subject))
+        if seen is None:
+            self.seen[kind, subject] = _Seen(step, step, 1, size)
+            self.run.event(kind, message, step=step, epoch=epoch, **fields)
+        else:
+            seen.last, seen.count = step, seen.count + 1
+            seen.worst = max(seen.worst, size)

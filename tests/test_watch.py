@@ -1,0 +1,58 @@
+"""Events: the first time in a sentence, repeats in one line an epoch."""
+
+import math
+
+import pytest
+
+from refinelib.config import resolve
+from refinelib.guard import REPORT
+from refinelib.runs import Run
+from refinelib.watch import Watch
+
+GOOD = dict(zip(REPORT, [1.0, 2.0, 0.5, 1e-3, 1024.0, 0, 0, 0]))
+NORMS = [1.0, 3.0]
+
+
+@pytest.fixture
+def watch(tmp_path):
+    run = Run.start(resolve("demo", output_dir=str(tmp_path)))
+    return Watch(run, losses=["ce", "contour"], parameters=["stem.weight", "contour.weight"], cap=10.0, scale_floor=1.0)
+
+
+def test_ordinary_steps_leave_no_event(watch):
+    for step in range(1, 50):
+        watch.step(step, 1, GOOD, [1.0, 9.0], NORMS)
+    watch.end_epoch(1)
+    assert watch.run.events() == []
+
+
+@pytest.mark.parametrize(("norm", "kind", "line"), [(60.0, "high", "above 50"), (150.0, "unstable", "above 100")])
+def test_large_gradients_name_the_parameter_they_are_in(watch, norm, kind, line):
+    watch.step(7, 1, {**GOOD, "grad_norm": norm}, [1.0, 1.0], NORMS)
+    (event,) = watch.run.events()
+    assert event["kind"] == kind and line in event["message"] and "contour.weight" in event["message"] and event["step"] == 7
+
+
+def test_repeats_are_merged_into_one_line_an_epoch(watch):
+    for step in range(1, 101):
+        watch.step(step, 1, {**GOOD, "grad_norm": 100.0 + step}, [1.0, 1.0], NORMS)
+    watch.end_epoch(1)
+    first, again = watch.run.events()
+    assert first["step"] == 1 and again["count"] == 100 and again["first_step"] == 1 and again["step"] == 100
+    assert "100 steps" in again["message"] and "at worst 200" in again["message"]
+    watch.step(101, 2, {**GOOD, "grad_norm": 120.0}, [1.0, 1.0], NORMS)
+    assert len(watch.run.events()) == 3  # a new epoch tells it anew
+
+
+def test_a_skip_says_loss_or_gradient_which_term_and_which_parameter(watch):
+    watch.step(3, 1, {**GOOD, "skipped": 1, "bad_grad": 1}, [1.0, 1.0], [1.0, math.inf])
+    watch.step(4, 1, {**GOOD, "skipped": 1, "bad_loss": 1, "bad_grad": 1}, [1.0, math.nan], [math.nan, math.nan])
+    gradient, loss = watch.run.events()
+    assert "the gradient was not finite in 1 of 2 parameters, first contour.weight" in gradient["message"] and gradient["terms"] == []
+    assert "the loss was not finite (terms: contour)" in loss["message"] and loss["terms"] == ["contour"]
+
+
+def test_cap_and_floor_are_events(watch):
+    watch.step(5, 1, {**GOOD, "loss_scale": 1.0}, [20.0, 10.0], NORMS)
+    assert [(e["kind"], e["step"]) for e in watch.run.events()] == [("scale_floor", 5), ("capped", 5)]
+    assert "contour" in watch.run.events()[1]["message"]  # cross-entropy has no cap
