@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import refinelib.train as loop
+import refinelib.training as loop
 from refinelib.blocks import Head
 from refinelib.build import build_loss, build_model
 from refinelib.config import resolve

@@ -16,14 +16,14 @@ _HOME = {
     "from_notebook": "config",
     "describe": "config",
     "recipe_names": "config",
-    "train": "train",
+    "train": "training",
     "Run": "runs",
     "RunError": "runs",
     "CheckpointError": "checkpoints",
     "DataError": "data",
     "load": "predict",
     "Predictor": "predict",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
 }
 
 __all__ = sorted(_HOME)

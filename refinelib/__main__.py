@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 
@@ -31,19 +32,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluate import evaluate
+    from .evaluation import evaluate
     from .predict import load
     from .runs import dumps
 
     predictor = load(options.run, device=options.device, output_dir=options.output_dir)
-    report = evaluate(
-        predictor,
-        images=options.images,
-        annotations=options.annotations,
-        pennfudan=options.pennfudan,
-        max_images=options.max_images,
-        progress=sys.stderr.isatty(),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
+        report = evaluate(
+            predictor,
+            images=options.images,
+            annotations=options.annotations,
+            pennfudan=options.pennfudan,
+            max_images=options.max_images,
+            progress=sys.stderr.isatty(),
+        )
     print(dumps(report, indent=2))
     return 0
 

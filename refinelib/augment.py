@@ -8,6 +8,7 @@ a replayed incident see the very same pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -64,8 +65,14 @@ def draw(
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 or float ``[B, 3, H, W]`` in 0..255 to float32 of about -2..2."""
-    mean, std = (torch.tensor(value, device=images.device).view(1, 3, 1, 1) for value in (MEAN, STD))
+    mean, std = _statistics(images.device)
     return (images.float() - mean) / std
+
+
+@functools.lru_cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept on the device: copying them there for every batch would make the host wait each time.
+    return tuple(torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
 
 
 def apply(images: Tensor, coverage: Tensor, table: Tensor, *, mode: str) -> tuple[Tensor, Tensor]:
@@ -88,16 +95,19 @@ def apply(images: Tensor, coverage: Tensor, table: Tensor, *, mode: str) -> tupl
         flip = table[:, FLIP].bool().view(-1, 1, 1, 1)
         pixels, shares = (torch.where(flip, x.flip(-1), x) for x in (pixels, shares))
     if mode == "full":
-        pixels, shares = (_warp(x, table) for x in (pixels, shares))
+        aspect = pixels.shape[-2] / pixels.shape[-1]
+        pixels, shares = (_warp(x, table, aspect) for x in (pixels, shares))
         pixels = _recolour(pixels, table)
     return normalise(pixels), shares
 
 
-def _warp(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate, scale and shift about the middle; what lies beyond the crop is its mirror image."""
-    height, width = x.shape[-2:]
+def _warp(x: Tensor, table: Tensor, aspect: float) -> Tensor:
+    """Rotate, scale and shift about the middle; what lies beyond the crop is its mirror image.
+
+    ``aspect`` is the crop's height over its width in input pixels; a mask of another shape covers the same crop.
+    """
     cos, sin = table[:, ANGLE].cos() / table[:, SCALE], table[:, ANGLE].sin() / table[:, SCALE]
-    aspect = height / width
+    # Normalised coordinates run -1..1 along both sides, so a rotation has to know their ratio.
     matrix = torch.stack(
         [
             torch.stack([cos, -sin * aspect, table[:, SHIFT_X]], dim=-1),

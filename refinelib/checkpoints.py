@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .config import absolute
 
 FORMAT = 1
 
@@ -56,7 +56,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise CheckpointError(f"{path} is not a whole checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})") from None
     if not isinstance(content, dict) or "checksum" not in content:
         raise CheckpointError(f"{path} was not written by refinelib: it has no checksum")
@@ -104,9 +104,9 @@ def find(source: str | os.PathLike, *, output_dir: str = "outputs") -> Path:
     """
     from .runs import Run, RunError
 
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
+    for path in (Path(source).expanduser(), absolute(source)):
+        if path.is_file():
+            return path
     try:
         folder = Run.open(source, output_dir=output_dir).folder / "checkpoints"
     except RunError as error:

@@ -22,6 +22,8 @@ import yaml
 from pydantic_core import PydanticCustomError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from . import faults
+
 SMOKE_VARIABLE = "REFINELIB_SMOKE"
 
 #: The names under which two recipes are known elsewhere.
@@ -43,6 +45,12 @@ def project_root() -> Path:
     """
     checkout = Path(__file__).resolve().parents[1]
     return checkout if (checkout / "params").is_dir() else Path.cwd()
+
+
+def absolute(value: str | os.PathLike) -> Path:
+    """Absolute form of a path: a relative one starts at the project's root, wherever it is said."""
+    path = Path(value).expanduser()
+    return path if path.is_absolute() else project_root() / path
 
 
 def _size(description: str, default: int = 64) -> Any:
@@ -80,7 +88,7 @@ class Settings(BaseModel):
     augment: Literal["off", "flip", "full"] = Field("flip", description="full: flip, affine, colour; on the device, whole batches at once")
 
     # -- model -----------------------------------------------------------------------------------
-    width: float = Field(1.0, ge=0.03125, le=2.0, description="channels relative to the full model: 1.0 has 23 M parameters, 0.125 trains on a laptop")
+    width: float = Field(1.0, ge=0.0625, le=2.0, description="channels relative to the full model: 1.0 has 23 M parameters, 0.125 trains on a laptop")
     use_boundary_refinement: bool = Field(True, description="residual on the mask, gated by edge strength")
     use_progressive_upsampling: bool = Field(True, description="coarse-to-fine resize-convolution decoder")
     use_subpixel_conv: bool = Field(False, description="sub-pixel (pixel shuffle) decoder, the alternative to progressive upsampling")
@@ -118,10 +126,10 @@ class Settings(BaseModel):
     loss_scale_init: float = Field(65536.0, ge=1.0, le=2.0**24, description="fp16 loss scale at the start")
     loss_scale_floor: float = Field(1.0, gt=0.0, le=2.0**24, description="fp16 loss scale never falls below this; at most loss_scale_init")
 
-    inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/inject.py")
+    inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/faults.py")
 
     # -- what the run leaves ---------------------------------------------------------------------
-    log_every: int = Field(20, ge=1, description="steps between lines in metrics.jsonl, TensorBoard and the log")
+    log_every: int = Field(20, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
     save_every: int = Field(1, ge=1, description="epochs between checkpoints (the last epoch and every best one are always kept)")
     smoke: bool = Field(False, description=f"shrink everything to test size; the environment variable {SMOKE_VARIABLE} set to 1 does so too")
 
@@ -136,6 +144,12 @@ class Settings(BaseModel):
             if isinstance(side, bool) or int(side) != side or not 16 <= side <= 512:
                 raise ValueError("each side is a whole number from 16 to 512")
         return tuple(int(side) for side in pair)
+
+    @field_validator("inject")
+    @classmethod
+    def _readable_faults(cls, value: str | None) -> str | None:
+        faults.parse(value or "")
+        return value
 
     @model_validator(mode="after")
     def _together(self) -> "Settings":
@@ -159,8 +173,7 @@ class Settings(BaseModel):
     # -- paths -----------------------------------------------------------------------------------
     def path(self, value: str) -> Path:
         """Absolute form of a path in the settings: relative ones start at the project's root."""
-        path = Path(value).expanduser()
-        return path if path.is_absolute() else project_root() / path
+        return absolute(value)
 
     @property
     def run_name(self) -> str:
@@ -325,6 +338,8 @@ def _read(name: str, value: Any, annotation: Any) -> Any:
         except ValueError:
             return word
         return int(number) if math.isfinite(number) and number == int(number) else number
+    if options <= {str, type(None)} and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # papermill makes a number of -p run 20261122
     if isinstance(value, bool) and bool not in options:
         if not value and "off" in _choices(annotation):
             return "off"

@@ -80,4 +80,4 @@ class Feed:
         else:
             images, coverage = (x.to(self.device, non_blocking=True) for x in self.store.gather(rois))
         pixels, shares = augment.apply(images, coverage, plan.table[step, micro], mode=self.mode)
-        return Batch(pixels, labels_from_coverage(shares.permute(0, 2, 3, 1)), rois)
+        return Batch(pixels, labels_from_coverage(shares.round().permute(0, 2, 3, 1)), rois)

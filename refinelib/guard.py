@@ -169,7 +169,7 @@ class Guard:
         roomy = grown & (2 * HEADROOM * peak < FLOAT16_MAX)
         factor = torch.where(overflow | near, 0.5, torch.where(roomy, 2.0, 1.0))
         state["scale"].copy_((state["scale"] * factor).clamp(self.scale_floor, 2.0**24))
-        state["headroom_peak"].copy_(torch.where(grown | near, 0.0, peak))
+        state["headroom_peak"].copy_(torch.where(grown | near | overflow, 0.0, peak))
         state["good_in_a_row"].copy_(torch.where(grown | near, 0, good))
 
     def zero_grad(self) -> None:

@@ -1,72 +1,20 @@
-"""Faults on demand: what would happen if this loss, gradient, activation or input went bad at that step?
-
-A fault is written ``WHAT:VALUE@STEP[:WHERE][:always]``, several with ``;`` between them::
-
-    grad:nan@12:boundary       NaN in the gradient of the first parameter whose name starts with "boundary", at step 12
-    activation:inf@3:person    Inf in the output of the module "person" at step 3
-    loss:nan@5:always          every loss from step 5 on
-    input:overflow@7           a huge value in the crops of step 7
-    label:swap@7               every label of step 7 turned to another class
-    kill@20                    SIGKILL at step 20
-
-``VALUE`` is ``nan``, ``inf``, ``overflow`` (finite, but its square is not) or ``spike`` (a thousand times what it was).
-Steps count from 1, as in the log. Nothing here runs in a run without the setting ``inject``.
-"""
+"""Plants the faults that the setting ``inject`` asks for (faults.py says how they are written) into a run's steps."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import signal
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .config import SettingsError
+from .faults import Fault, parse
 
-WHATS = ("loss", "grad", "activation", "input", "label", "kill")
-VALUES = {"nan": math.nan, "inf": math.inf, "overflow": 1e30, "spike": None, "swap": None}
+#: What a bad element becomes; the largest float16 where 1e30 does not fit.
+NUMBERS = {"nan": math.nan, "inf": math.inf, "overflow": 1e30}
 SPIKE = 1000.0
-
-
-class Fault(NamedTuple):
-    """One planted fault."""
-
-    what: str
-    value: str
-    step: int
-    where: str
-    always: bool
-
-    def due(self, step: int) -> bool:
-        return step == self.step or (self.always and step > self.step)
-
-
-def parse(text: str) -> list[Fault]:
-    """The faults of a setting ``inject``.
-
-    Raises:
-        SettingsError: a fault that cannot be read; the sentence shows how one is written.
-    """
-    faults = []
-    for part in filter(None, (piece.strip() for piece in text.split(";"))):
-        match = re.fullmatch(r"(\w+)(?::(\w+))?@(\d+)((?::[\w.]+)*)", part)
-        what, value, step, rest = match.groups() if match else ("", None, "0", "")
-        words = [word for word in rest.split(":") if word]
-        always = "always" in words
-        where = [word for word in words if word != "always"]
-        good = what in WHATS and int(step) >= 1 and len(where) <= 1 and (what == "kill") == (value is None)
-        good = good and (value is None or (value == "swap" if what == "label" else value in VALUES and value != "swap"))
-        good = good and (what != "activation" or where)
-        if not good:
-            raise SettingsError(
-                f"inject = {part!r}: write WHAT:VALUE@STEP[:WHERE][:always], such as grad:nan@12:boundary, activation:inf@3:person, "
-                f"loss:nan@5:always, input:spike@7, label:swap@7 or kill@20; WHAT is one of {', '.join(WHATS)}, VALUE nan, inf, overflow or spike"
-            )
-        faults.append(Fault(what, value or "", int(step), where[0] if where else "", always))
-    return faults
 
 
 class Injector:
@@ -77,7 +25,7 @@ class Injector:
         model: whose modules and parameters ``WHERE`` names.
 
     Raises:
-        SettingsError: a fault that cannot be read, or whose ``WHERE`` is nowhere in the model.
+        SettingsError: a fault whose ``WHERE`` is nowhere in the model.
     """
 
     def __init__(self, text: str | None, model: nn.Module) -> None:
@@ -111,7 +59,7 @@ class Injector:
     def loss(self, loss: Tensor) -> Tensor:
         """Called with each micro-batch's loss before its backward."""
         for fault in self._due("loss"):
-            loss = loss * SPIKE if fault.value == "spike" else loss * VALUES[fault.value]
+            loss = loss * SPIKE if fault.value == "spike" else loss * NUMBERS[fault.value]
         return loss
 
     def after_backward(self) -> None:
@@ -136,4 +84,8 @@ def _spoil(x: Tensor, value: str) -> Tensor:
         return x * SPIKE
     mark = torch.zeros_like(x, dtype=torch.bool)
     mark[(0,) * x.ndim] = True
-    return torch.where(mark, torch.full((), VALUES[value], dtype=x.dtype, device=x.device), x)
+    return torch.where(mark, torch.full((), _number(value, x.dtype), dtype=x.dtype, device=x.device), x)
+
+
+def _number(value: str, dtype: torch.dtype) -> float:
+    return min(NUMBERS[value], torch.finfo(dtype).max) if value == "overflow" else NUMBERS[value]

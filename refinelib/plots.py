@@ -394,9 +394,14 @@ def _line(
 
 
 def _skips(axes: Axes, run: Run) -> None:
-    steps = [event["step"] + 1 for event in run.events() if event["kind"] == "skip" and "step" in event]
+    events = run.events()
+    steps = [event["step"] for event in events if event["kind"] == "skip" and "step" in event]
+    # Repeats within an epoch are told in one line, at the last of them.
+    again = [event for event in events if event["kind"] == "again" and event.get("of") == "skip"]
+    count = len(steps) + sum(event["count"] - 1 for event in again)
+    steps += [event["step"] for event in again]
     if steps:
-        place = dict(transform=axes.get_xaxis_transform(), label=f"skipped, {len(steps)}", gid="skips")
+        place = dict(transform=axes.get_xaxis_transform(), label=f"skipped, {count}", gid="skips")
         axes.plot(steps, [0.025] * len(steps), "^", color=VERMILLION, markersize=5, **place)
 
 

@@ -15,6 +15,7 @@ from . import checkpoints
 from .augment import MEAN, normalise
 from .build import autocast, build_device, build_model
 from .config import Settings
+from .data import decode_image
 from .losses import TARGET
 from .roi import centre_window, crop_rois, expand_boxes, paste_patches
 from .scoring import predict_probs
@@ -105,7 +106,7 @@ class Predictor:
 
 def _rgb(image: Any) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
-        image = Image.open(image)
+        return decode_image(Path(image))
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
     array = np.asarray(image)
@@ -115,7 +116,12 @@ def _rgb(image: Any) -> np.ndarray:
 
 
 def _checked_boxes(boxes: Any) -> Tensor:
-    table = torch.as_tensor(np.asarray(boxes, dtype=np.float64)).reshape(-1, 4)
+    boxes = boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes
+    table = torch.as_tensor(np.asarray(boxes, dtype=np.float64))
+    if table.numel() == 0:
+        return torch.zeros(0, 4, dtype=torch.float64)
+    if table.dim() != 2 or table.shape[1] != 4:
+        raise ValueError(f"boxes must be [N, 4], x0, y0, x1, y1 a row, and are {list(table.shape)}")
     for number, (x0, y0, x1, y1) in enumerate(table.tolist()):
         if not (np.isfinite([x0, y0, x1, y1]).all() and x1 > x0 and y1 > y0):
             raise ValueError(f"box {number} is {[x0, y0, x1, y1]}: give x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1")

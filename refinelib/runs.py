@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
-from .config import Settings, project_root
+from .config import Settings, absolute, project_root
 
 
 class RunError(RuntimeError):
@@ -72,6 +72,7 @@ class Run:
         self.folder = Path(folder)
         self._status: dict[str, Any] = {}
         self._tensorboard = None
+        self._purge_step: int | None = None
 
     # -- making one --------------------------------------------------------------------------------
     @classmethod
@@ -100,10 +101,10 @@ class Run:
     @classmethod
     def open(cls, run: str | os.PathLike, *, output_dir: str = "outputs") -> "Run":
         """A run on disk, finished or still going, by its folder or its name under ``outputs/``."""
-        for folder in (Path(run).expanduser(), project_root() / output_dir / run, project_root() / run):
+        for folder in (Path(run).expanduser(), absolute(output_dir) / run, absolute(run)):
             if (folder / "status.json").is_file():
                 return cls(folder)
-        root = project_root() / output_dir
+        root = absolute(output_dir)
         known = sorted(p.parent.name for p in root.glob("*/status.json"))
         raise RunError(f"there is no run {str(run)!r}: give a folder that holds status.json, or one of {', '.join(known) or 'none yet: train first'}")
 
@@ -114,6 +115,8 @@ class Run:
             for folder in root.iterdir()
             if (match := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", folder.name)) and (folder / "status.json").is_file()
         ]
+        # A start that failed early has nothing to go on from: it must not hide the run before it.
+        numbered = [item for item in numbered if any((item[1] / "checkpoints").glob("*.pt"))] or numbered
         if not numbered:
             raise RunError(f"resume: there is no run named {name!r} under {root}; start it without resume first")
         return max(numbered)[1]
@@ -159,8 +162,12 @@ class Run:
         """Append a line to ``events.jsonl``."""
         self._append("events.jsonl", {"kind": kind, "message": message, "time": _now(), **fields})
 
-    def rewind_records(self, step: int) -> None:
-        """Drop the lines of steps after ``step``, which a resumed run is about to take again."""
+    def rewind_records(self, step: int, epoch: int) -> None:
+        """Drop what is on record of later steps and epochs, which a resumed run is about to take again."""
+        self._purge_step = step + 1
+        for file in (self.folder / "samples").glob("epoch_*.npz"):
+            if int(file.stem.rpartition("_")[2]) > epoch:
+                file.unlink()
         for name in ("metrics.jsonl", "events.jsonl"):
             kept = [line for line in read_lines(self.folder / name) if line.get("step", 0) <= step]
             write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
@@ -175,7 +182,7 @@ class Run:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a writer needs it
 
-            self._tensorboard = SummaryWriter(str(self.folder / "tb"))
+            self._tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=self._purge_step)
         return self._tensorboard
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
@@ -252,7 +259,7 @@ def _git_commit() -> str | None:
 
 def latest(output_dir: str = "outputs") -> Run:
     """The run whose status changed last."""
-    root = project_root() / output_dir
+    root = absolute(output_dir)
     found = sorted(root.glob("*/status.json"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise RunError(f"there is no run under {root} yet: `make train` makes one")

@@ -35,6 +35,10 @@ class StepLog:
         self.skipped = 0
         self.started = time.perf_counter()
 
+    def restart_clock(self) -> None:
+        """Leave what happened since the last line (validation, checkpoints) out of the next line's speed."""
+        self.started = time.perf_counter()
+
     def add(self, report: Tensor, step: int, epoch: int) -> None:
         self.pending.append((report, step, epoch))
         if len(self.pending) >= self.every or step == 1:

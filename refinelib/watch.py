@@ -62,8 +62,8 @@ class Watch:
             if seen.count > 1:
                 worst = f", at worst {seen.worst:.3g}" if math.isfinite(seen.worst) else ""
                 self.run.event(
-                    kind, f"epoch {epoch}: {kind} ({subject}) in {seen.count} steps, {seen.first} to {seen.last}{worst}",
-                    step=seen.last, epoch=epoch, first_step=seen.first, count=seen.count,
+                    "again", f"epoch {epoch}: {kind} ({subject}) in {seen.count} steps, {seen.first} to {seen.last}{worst}",
+                    step=seen.last, epoch=epoch, first_step=seen.first, count=seen.count, of=kind,
                 )  # fmt: skip
         self.seen.clear()
 

@@ -154,7 +154,9 @@ def test_rewinding_the_records_drops_later_steps(tmp_path):
     for step in range(1, 6):
         run.metrics({"kind": "step", "step": step, "loss": 1.0})
     run.event("skip", "something", step=5)
-    run.rewind_records(3)
+    (run.folder / "samples" / "epoch_0002.npz").touch()
+    run.rewind_records(3, epoch=1)
+    assert not list((run.folder / "samples").iterdir())
     assert [line["step"] for line in run.steps()] == [1, 2, 3] and run.events() == []
     run.close()
 

@@ -13,9 +13,9 @@ import refinelib
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
 from refinelib.data import SyntheticPeople
-from refinelib.evaluate import evaluate, grid_ceiling
+from refinelib.evaluation import evaluate, grid_ceiling
 from refinelib.roi import centre_window, labels_from_coverage
-from refinelib.train import train
+from refinelib.training import train
 
 
 @pytest.fixture(scope="module")

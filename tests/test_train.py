@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import refinelib.train as loop
+import refinelib.training as loop
 from refinelib import checkpoints
 from refinelib.config import SettingsError, resolve
 from refinelib.runs import Run
-from refinelib.train import train
+from refinelib.training import train
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_interrupted_and_resumed_equals_never_stopped(tiny, monkeypatch):
 def test_killed_and_resumed_from_the_last_whole_checkpoint(tiny, tmp_path):
     settings = tiny(run="killed", epochs=6)
     whole = train(settings.model_copy(update={"run": "whole"}))
-    code = "import json, sys; from refinelib.config import Settings; from refinelib.train import train; train(Settings(**json.loads(sys.argv[1])))"
+    code = "import json, sys; from refinelib.config import Settings; from refinelib.training import train; train(Settings(**json.loads(sys.argv[1])))"
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order
     process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
     metrics = tmp_path / "killed" / "metrics.jsonl"
@@ -154,7 +154,7 @@ def test_a_finite_fault_is_no_reason_to_skip(tiny, fault):
 
 def test_killed_by_injection(tiny, tmp_path):
     settings = tiny(run="killed", inject="kill@5", epochs=2)
-    code = "import json, sys; from refinelib.config import Settings; from refinelib.train import train; train(Settings(**json.loads(sys.argv[1])))"
+    code = "import json, sys; from refinelib.config import Settings; from refinelib.training import train; train(Settings(**json.loads(sys.argv[1])))"
     done = subprocess.run([sys.executable, "-c", code, settings.model_dump_json()], capture_output=True)
     assert done.returncode == -signal.SIGKILL
     assert Run.open(tmp_path / "killed").status()["state"] == "running"  # it had no time to say otherwise
@@ -162,7 +162,7 @@ def test_killed_by_injection(tiny, tmp_path):
 
 @pytest.mark.parametrize("text", ["grad@3", "grad:nan", "grad:nan@0", "loss:swap@3", "activation:nan@3", "weights:nan@3", "grad:nan@3:nowhere"])
 def test_a_fault_that_cannot_be_read_is_refused(tiny, text):
-    with pytest.raises(SettingsError, match="inject"):
+    with pytest.raises((SettingsError, ValueError), match="inject"):
         train(tiny(inject=text))
 
 
@@ -218,3 +218,93 @@ def test_fp16_on_the_cpu_trains(tiny):
     run = train(tiny(epochs=1, amp="fp16", max_images=3))
     assert run.status()["state"] == "ok" and run.status()["skipped_steps"] <= 2
     assert run.steps()[0]["loss_scale"] > 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_deterministic_on_cuda_is_bitwise_and_resumes_exactly(tiny, amp, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    common = dict(device="cuda", deterministic=True, amp=amp, epochs=3, augment="full")
+    first, again = train(tiny(run="first", **common)), train(tiny(run="again", **common))
+    assert_same(final_weights(first), final_weights(again))
+    real, calls = loop.Trainer.train_step, []
+
+    def stop_at_seven(self, plan, at):
+        calls.append(at)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, plan, at)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", stop_at_seven)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(run="parts", **common))
+    monkeypatch.setattr(loop.Trainer, "train_step", real)
+    assert_same(final_weights(first), final_weights(train(tiny(run="parts", resume=True, **common))))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fault", ["grad:nan@4:boundary", "loss:inf@4", "activation:nan@4:contour.trunk"])
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_bad_step_on_cuda_is_skipped_and_named(tiny, fault, amp):
+    run = train(tiny(device="cuda", inject=fault, amp=amp, epochs=1))
+    assert run.status()["skipped_steps"] >= 1 and any(e["step"] == 4 and e["kind"] == "skip" for e in run.events())
+    assert all(torch.isfinite(w).all() for w in final_weights(run).values())
+
+
+def test_public_names_stay_functions_after_first_use():
+    import refinelib
+
+    for name in ("train", "evaluate", "load", "resolve"):
+        assert callable(getattr(refinelib, name)) and callable(getattr(refinelib, name)), name
+
+
+def test_resume_refuses_other_settings_and_leaves_the_run_as_it_was(tiny):
+    train(tiny(run="mine", epochs=2))
+    with pytest.raises(checkpoints.CheckpointError, match="lr was .*, is .*optimizer was adamw, is adam|optimizer.*lr"):
+        train(tiny(run="mine", epochs=3, lr=1e-4, optimizer="adam", resume=True))
+    assert Run.open(tiny().path(tiny().output_dir) / "mine").status()["state"] == "ok"
+    longer = train(tiny(run="mine", epochs=3, resume=True))
+    assert longer.status()["state"] == "ok" and [e["epoch"] for e in longer.epochs()] == [1, 2, 3]
+
+
+def test_interrupted_at_the_end_of_an_epoch_the_epoch_is_not_lost(tiny, monkeypatch):
+    whole = train(tiny(run="whole", epochs=2))
+    per_epoch = whole.status()["steps"] // 2
+    real, calls = loop.Trainer.train_step, []
+
+    def stop_at_the_end(self, plan, at):
+        calls.append(at)
+        if len(calls) == per_epoch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, plan, at)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", stop_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(run="parts", epochs=2))
+    monkeypatch.undo()
+    parts = train(tiny(run="parts", epochs=2, resume=True))
+    assert_same(final_weights(whole), final_weights(parts))
+    assert [e["metrics"] for e in whole.epochs()] == [e["metrics"] for e in parts.epochs()]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_training_step_on_cuda_reads_nothing_back(tiny, amp, monkeypatch):
+    real, calls = loop.Trainer.train_step, []
+
+    def watched(self, plan, at):
+        calls.append(at)
+        if len(calls) <= 3:  # kernels are chosen and memory is found in the first steps
+            return real(self, plan, at)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(self, plan, at)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop.Trainer, "train_step", watched)
+    run = train(tiny(device="cuda", amp=amp, epochs=2, augment="full", ema_decay=0.9))
+    assert run.status()["state"] == "ok" and len(calls) > 4

@@ -67,27 +67,31 @@ def evaluate(
         common = dict(device=predictor.device, mask_size=settings.mask_size, full=True)
         report = score(predictor.roi_probs, store, **common).compute()
         report["blind"] = score(blind(predictor.mean_coverage), store, **common).compute()
-        report["grid"] = grid_ceiling(source, mask_size=settings.mask_size, max_images=max_images).compute()
+        report["grid"] = grid_ceiling(source, mask_size=settings.mask_size, max_images=max_images, only=store.annotation_ids).compute()
         report["skipped"] = dict(store.skipped)
         del store  # its files are mapped, and Windows deletes no mapped file
     report["checkpoint"] = str(predictor.path)
     return report
 
 
-def grid_ceiling(source: Source, *, mask_size: tuple[int, int], max_images: int | None = None) -> SegmentationMetrics:
+def grid_ceiling(
+    source: Source, *, mask_size: tuple[int, int], max_images: int | None = None, only: np.ndarray | None = None
+) -> SegmentationMetrics:
     """Metrics of the truth through a binary grid of ``mask_size``, pasted back, at the image's own pixels.
 
-    The Boundary IoU's band scales with the diagonal of the box, so the figures compare.
+    The Boundary IoU's band scales with the diagonal of the box, so the figures compare. ``only`` limits it to
+    these annotation ids.
     """
     people = source.people(max_images)
     metrics = SegmentationMetrics(full=False)
-    for index in np.unique(people.image_index):
+    chosen = np.ones(len(people), bool) if only is None else np.isin(people.annotation_ids, only)
+    for index in np.unique(people.image_index[chosen]):
         try:
             scene = source.scene(int(index))
         except SceneError:  # counted when the store was built
             continue
         masks = torch.from_numpy(scene.masks)
-        for row in np.flatnonzero(people.image_index == index):
+        for row in np.flatnonzero(chosen & (people.image_index == index)):
             target = masks[people.slots[row]]
             truth = target.long() * TARGET + (masks.any(dim=0) & ~target).long() * NON_TARGET
             box = torch.from_numpy(people.boxes[row : row + 1])
@@ -95,6 +99,8 @@ def grid_ceiling(source: Source, *, mask_size: tuple[int, int], max_images: int 
             grid = F.one_hot(labels_from_coverage(shares[0].round().to(torch.uint8).permute(1, 2, 0)), 3)
             top, left, layers = zip(*paste_patches(grid.permute(2, 0, 1).float(), box.expand(3, 4), truth.shape))
             found = torch.stack(layers).argmax(dim=0)
+            if not found.numel():  # less than half a pixel of the box lies in the image
+                continue
             window = truth[top[0] : top[0] + found.shape[0], left[0] : left[0] + found.shape[1]]
             metrics.update(found[None], window[None], torch.from_numpy(people.areas[row : row + 1]))
     return metrics

@@ -8,6 +8,7 @@ Everything that a later look needs is in the run folder; nothing here knows of a
 from __future__ import annotations
 
 import copy
+import os
 import random
 import signal
 import threading
@@ -45,13 +46,22 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         comes after a checkpoint of the very step that was reached.
     """
     run = Run.start(settings)
+    before = run.status() if settings.resume else None
     fresh = {} if settings.resume else dict(epoch=0, step=0, skipped_steps=0, rewinds=0, best=None, metrics=None)
     run.update(state="running", last_error=None, **fresh)
     try:
+        trainer = Trainer(settings, run)
         with Interruption() as interruption:
-            Trainer(settings, run).fit(interruption, on_epoch)
+            trainer.fit(interruption, on_epoch)
     except KeyboardInterrupt:
-        run.update(state="interrupted", last_error="interrupted; go on with resume=true")
+        kept = any((run.folder / "checkpoints").glob("*.pt"))
+        run.update(state="interrupted", last_error="interrupted; " + ("go on with resume=true" if kept else "before there was a checkpoint"))
+        raise
+    except checkpoints.CheckpointError as error:
+        if before is not None:  # refused before its first step: the run is still what it was
+            run.update(**before)
+        else:
+            run.update(state="failed", last_error=str(error))
         raise
     except BaseException as error:
         run.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
@@ -99,7 +109,8 @@ class Trainer:
         self.model = build_model(settings).to(self.device, memory_format=torch.channels_last)
         if settings.init_from:
             source = checkpoints.find(settings.init_from, output_dir=settings.output_dir)
-            load_weights(self.model, checkpoints.load(source), str(source))
+            saved = checkpoints.load(source)
+            load_weights(self.model, {**saved, "model": saved["average"] or saved["model"]}, str(source))
         self.average = copy.deepcopy(self.model).requires_grad_(False) if settings.ema_decay else None
         self.loss = build_loss(settings).to(self.device)
         self.feed = Feed(
@@ -134,20 +145,28 @@ class Trainer:
                 started, first = time.perf_counter(), self.step % per_epoch
                 plan = self.feed.plan(epoch)
                 self.model.train()
+                self.log.restart_clock()
                 for at in range(first, per_epoch):
                     report = self.train_step(plan, at)
                     self.step += 1
                     self.log.add(report, self.step, epoch + 1)
                     bar.add(1)
-                    if interruption.requested:
-                        self.save("last.pt")
-                        self.run.update(step=self.step, epoch=epoch)
-                        raise KeyboardInterrupt
-                self.end_epoch(epoch, seconds=time.perf_counter() - started)
+                    if interruption.requested and at + 1 < per_epoch:
+                        self.stop(epoch)
+                self.end_epoch(epoch, started)
                 bar.note(self.epoch_line(epoch, time.perf_counter() - started))
                 if on_epoch is not None:
                     on_epoch(self.run)
+                if interruption.requested and epoch + 1 < settings.epochs:
+                    self.stop(epoch + 1)
         self.run.update(state="ok")
+
+    def stop(self, epochs_done: int) -> None:
+        """Keep the very step that was reached, and leave."""
+        self.log.watch.end_epoch(epochs_done + 1)
+        self.save("last.pt")
+        self.run.update(step=self.step, epoch=epochs_done, skipped_steps=int(self.guard.state["skipped"]))
+        raise KeyboardInterrupt
 
     def train_step(self, plan, at: int) -> Tensor:
         """Forward, backward and guarded update of one step; its report, still on the device."""
@@ -170,10 +189,11 @@ class Trainer:
             output = self.model(batch.images.contiguous(memory_format=torch.channels_last))
         return self.loss(output, batch.labels)
 
-    def end_epoch(self, epoch: int, *, seconds: float) -> None:
+    def end_epoch(self, epoch: int, started: float) -> None:
         """Validate, record, keep."""
         settings = self.settings
         self.last_summary = summary = self.log.end_epoch(epoch + 1)
+        seconds = time.perf_counter() - started  # the reports were read back, so the device is done
         found = self.validate(final=epoch + 1 == settings.epochs)
         self.last_metrics = metrics = found.compute()
         best = self.best is None or _merit(metrics) > _merit(self.best)
@@ -263,6 +283,7 @@ class Trainer:
         path, saved, problems = checkpoints.newest_whole(self.run.folder / "checkpoints")
         for problem in problems:
             self.run.event("checkpoint", problem, step=saved["position"]["step"])
+        refuse_other_settings(self.settings, saved["settings"])
         if saved["position"]["steps_per_epoch"] != self.feed.steps_per_epoch:
             raise checkpoints.CheckpointError(
                 f"{path} was made with {saved['position']['steps_per_epoch']} steps an epoch, this run has {self.feed.steps_per_epoch}: "
@@ -275,7 +296,7 @@ class Trainer:
         self.log.load_state_dict(saved["log"])
         _restore_random(saved["random"], self.device)
         self.step, self.best = saved["position"]["step"], saved["best"]
-        self.run.rewind_records(self.step)
+        self.run.rewind_records(self.step, saved["position"]["epoch"])
         self.run.event("resume", f"resumed from {path.name} at step {self.step}", step=self.step)
 
 
@@ -290,6 +311,28 @@ class _Subset:
 
     def gather(self, places: Tensor):
         return self.store.gather(self.rois[places])
+
+
+#: Settings that a resumed run may have changed: none of them changes what a step does.
+_FREE_TO_CHANGE = {
+    "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images",
+    "device", "workers", "log_every", "save_every", "epochs", "inject", "init_from", "recipe",
+}  # fmt: skip
+
+
+def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
+    """A run that resumed with another learning rate, optimizer or precision would be neither the old one nor the new.
+
+    Raises:
+        CheckpointError: names each setting that differs.
+    """
+    now = settings.model_dump(mode="json")
+    changed = [f"{k} was {then[k]}, is {now[k]}" for k in then if k in now and k not in _FREE_TO_CHANGE and then[k] != now[k]]
+    if changed:
+        raise checkpoints.CheckpointError(
+            f"resume goes on with the settings it was started with, and {'; '.join(changed)}: leave that as it was, "
+            "or start a new run from these weights with init_from"
+        )
 
 
 def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
@@ -320,6 +363,8 @@ def _seed_everything(settings: Settings) -> None:
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it cuBLAS refuses
     torch.use_deterministic_algorithms(settings.deterministic)
     torch.backends.cudnn.benchmark = not settings.deterministic
 

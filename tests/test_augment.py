@@ -1,0 +1,73 @@
+"""Augmentation: image and mask move together, and only as drawn."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from refinelib import augment
+
+
+def disc(size, count=4):
+    """A white disc on black, as crops and as coverage of another resolution."""
+
+    def draw(height, width):
+        rows, columns = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        return (((rows - 0.4) / 0.3) ** 2 + ((columns - 0.6) / 0.2) ** 2 < 1).float() * 255
+
+    image = draw(64, 64)[None, :, :, None].expand(count, -1, -1, 3).to(torch.uint8)
+    cover = torch.stack([draw(*size), torch.zeros(size)], dim=-1)[None].expand(count, -1, -1, -1).to(torch.uint8)
+    return image, cover
+
+
+def table(mode, count=4, seed=0):
+    return augment.draw(count, mode=mode, generator=torch.Generator().manual_seed(seed))
+
+
+def test_off_changes_nothing():
+    image, cover = disc((64, 64))
+    pixels, shares = augment.apply(image, cover, table("off"), mode="off")
+    assert torch.equal(shares, cover.permute(0, 3, 1, 2).float())
+    torch.testing.assert_close(pixels, augment.normalise(image.permute(0, 3, 1, 2)))
+
+
+def test_flip_takes_image_and_mask_along_and_about_half_of_all():
+    image, cover = disc((64, 64), count=64)
+    drawn = table("flip", 64)
+    flipped = drawn[:, augment.FLIP].bool()
+    assert 16 < flipped.sum() < 48
+    pixels, shares = augment.apply(image, cover, drawn, mode="flip")
+    plain = augment.apply(image, cover, drawn, mode="off")
+    for now, then in zip((pixels, shares), plain):
+        assert torch.equal(now[flipped], then[flipped].flip(-1)) and torch.equal(now[~flipped], then[~flipped])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 32), (64, 32), (96, 64)])
+def test_warped_mask_stays_on_the_warped_image(size):
+    image, cover = disc(size, count=16)
+    drawn = table("full", 16)
+    drawn[:, [augment.BRIGHTNESS, augment.CONTRAST, augment.SATURATION]] = 1.0
+    drawn[:, augment.ANGLE] = torch.linspace(-0.5, 0.5, 16)
+    pixels, shares = augment.apply(image, cover, drawn, mode="full")
+    mean, std = augment.MEAN[0], augment.STD[0]
+    seen = (pixels[:, :1] * std + mean) / 255
+    mask = F.interpolate(shares[:, :1] / 255, size=(64, 64), mode="bilinear", align_corners=False)
+    apart = (seen - mask).abs().sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+    assert apart.max() < 0.12, apart.max()  # blur of the coarser edge only
+    assert (seen[0] - seen[-1]).abs().mean() > 0.01  # and it did move
+
+
+def test_draw_depends_on_the_seed_alone_and_stays_in_range():
+    assert torch.equal(table("full", 100), table("full", 100)) and not torch.equal(table("full", 100), table("full", 100, seed=1))
+    drawn = table("full", 1000)
+    assert drawn[:, augment.ANGLE].abs().max() <= 0.1746 and 0.86 < drawn[:, augment.SCALE].min() and drawn[:, augment.SCALE].max() < 1.16
+    assert drawn[:, augment.BRIGHTNESS].min() >= 0.7 and drawn[:, augment.BRIGHTNESS].max() <= 1.3
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    augment.draw(10, mode="off", generator=generators[0]), augment.draw(10, mode="full", generator=generators[1])
+    assert torch.equal(*(torch.rand(3, generator=g) for g in generators))  # a mode changes no later draw
+
+
+def test_colours_stay_in_range():
+    image = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8)
+    pixels, _ = augment.apply(image, torch.zeros(8, 16, 16, 2, dtype=torch.uint8), table("full", 8), mode="full")
+    low, high = (augment.normalise(torch.full((1, 3, 1, 1), value)) for value in (0, 255))
+    assert (pixels >= low - 1e-4).all() and (pixels <= high + 1e-4).all()
