@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import os
 import random
-import signal
-import threading
 import time
 from typing import Any, Callable
 
@@ -22,16 +20,15 @@ from torch import Tensor, nn
 from . import checkpoints
 from .build import autocast, build_device, build_guard, build_loss, build_model
 from .config import Settings
-from .data import Store, open_splits
+from .data import open_splits
 from .feed import Batch, Feed
 from .inject import Injector
+from .interruption import Interruption
 from .progress import Progress
 from .runs import Run
-from .scoring import batches, predict_probs, score
+from .samples import write_samples
+from .scoring import predict_probs, score
 from .steplog import StepLog
-
-#: ROIs whose masks are kept after every epoch.
-SAMPLES = 12
 
 
 def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
@@ -69,31 +66,6 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
     finally:
         run.close()
     return run
-
-
-class Interruption:
-    """Turns Ctrl-C and SIGTERM into a request that the loop honours between two steps.
-
-    In the middle of a step half of the parameters may be updated; a checkpoint made then would be
-    of a state that never was. A second Ctrl-C stops at once.
-    """
-
-    def __enter__(self) -> "Interruption":
-        self.requested = False
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 class Trainer:
@@ -199,7 +171,14 @@ class Trainer:
         best = self.best is None or _merit(metrics) > _merit(self.best)
         if best:
             self.best = {"epoch": epoch + 1, "step": self.step, **{name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}}
-        self.write_samples(epoch + 1, found.per_roi()["target_iou"])
+        write_samples(
+            self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz",
+            self.val_store,
+            self.predict,
+            found.per_roi()["target_iou"],
+            device=self.device,
+            mask_size=settings.mask_size,
+        )
         self.run.metrics({"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
         if best:
             self.save("best.pt")
@@ -220,47 +199,19 @@ class Trainer:
             f"skipped {int(self.guard.state['skipped'])}  {seconds:.1f} s"
         )
 
+    def predict(self, images: Tensor) -> Tensor:
+        """Class probabilities of normalised crops, by the delivered model in the run's precision."""
+        with autocast(self.settings, self.device):
+            return predict_probs(self.delivered, images)
+
     def validate(self, *, final: bool = False):
         """Metrics of the delivered model on the validation people."""
         self.delivered.eval()
-
-        def predict(images: Tensor) -> Tensor:
-            with autocast(self.settings, self.device):
-                return predict_probs(self.delivered, images)
-
-        found = score(predict, self.val_store, device=self.device, mask_size=self.settings.mask_size, full=final)
+        found = score(self.predict, self.val_store, device=self.device, mask_size=self.settings.mask_size, full=final)
         self.model.train()
         return found
 
     # -- what it leaves ----------------------------------------------------------------------------
-    @torch.no_grad()
-    def write_samples(self, epoch: int, target_iou: Tensor) -> None:
-        """Masks of ``SAMPLES`` fixed validation ROIs, and of this epoch's worst, middle and best."""
-        ranked = target_iou.nan_to_num(2.0).cpu().argsort()[: int((~target_iou.isnan()).sum())]
-        third, count = SAMPLES // 3, len(ranked)
-        middle = max(0, count // 2 - third // 2)
-        groups = {"worst": ranked[:third], "median": ranked[middle : middle + third], "best": ranked[-third:].flip(0)}
-        fixed = torch.linspace(0, len(self.val_store) - 1, min(SAMPLES, len(self.val_store))).long()
-        rois = torch.cat([fixed, *groups.values()])
-        kinds = ["fixed"] * len(fixed) + [kind for kind, chosen in groups.items() for _ in chosen]
-        images, coverage = self.val_store.gather(rois)
-        crops, labels, _ = next(batches(_Subset(self.val_store, rois), self.device, len(rois)))
-        self.delivered.eval()
-        with autocast(self.settings, self.device):
-            probs = predict_probs(self.delivered, crops)
-        np.savez_compressed(
-            self.run.folder / "samples" / f"epoch_{epoch:04d}.npz",
-            image=images.numpy(),
-            labels=labels.cpu().numpy().astype(np.uint8),
-            probs=probs.float().cpu().numpy().astype(np.float16),
-            target_iou=target_iou.cpu()[rois].numpy().astype(np.float32),
-            roi=rois.numpy(),
-            image_id=np.asarray(self.val_store.image_ids)[rois.numpy()],
-            annotation_id=np.asarray(self.val_store.annotation_ids)[rois.numpy()],
-            kind=np.array(kinds),
-            mask_size=np.array(self.settings.mask_size),
-        )
-
     def save(self, name: str) -> None:
         """Write a complete checkpoint."""
         checkpoints.save(self.run.folder / "checkpoints" / name, self.state_dict())
@@ -298,19 +249,6 @@ class Trainer:
         self.step, self.best = saved["position"]["step"], saved["best"]
         self.run.rewind_records(self.step, saved["position"]["epoch"])
         self.run.event("resume", f"resumed from {path.name} at step {self.step}", step=self.step)
-
-
-class _Subset:
-    """Some ROIs of a store, in the order given."""
-
-    def __init__(self, store: Store, rois: Tensor) -> None:
-        self.store, self.rois = store, rois
-
-    def __len__(self) -> int:
-        return len(self.rois)
-
-    def gather(self, places: Tensor):
-        return self.store.gather(self.rois[places])
 
 
 #: Settings that a resumed run may have changed: none of them changes what a step does.

@@ -52,7 +52,7 @@ def test_warped_mask_stays_on_the_warped_image(size):
     seen = (pixels[:, :1] * std + mean) / 255
     mask = F.interpolate(shares[:, :1] / 255, size=(64, 64), mode="bilinear", align_corners=False)
     apart = (seen - mask).abs().sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
-    assert apart.max() < 0.12, apart.max()  # blur of the coarser edge only
+    assert apart.max() < 0.15, apart.max()  # blur of the coarser edge only
     assert (seen[0] - seen[-1]).abs().mean() > 0.01  # and it did move
 
 

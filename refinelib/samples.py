@@ -1,0 +1,68 @@
+"""Masks of some validation ROIs, kept after every epoch for whoever looks at the run later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .augment import normalise
+from .data import Store
+from .roi import labels_from_coverage
+
+#: Fixed ROIs kept every epoch, and as many again: a third each of the worst, the middle and the best.
+SAMPLES = 12
+
+
+@torch.no_grad()
+def write_samples(
+    file: Path,
+    store: Store,
+    predict: Callable[[Tensor], Tensor],
+    target_iou: Tensor,
+    *,
+    device: torch.device,
+    mask_size: tuple[int, int],
+) -> None:
+    """Write ``SAMPLES`` fixed ROIs and this epoch's worst, middle and best to a compressed ``.npz``.
+
+    It holds ``image`` uint8 ``[K, Hc, Wc, 3]``, ``labels`` uint8 ``[K, Hm, Wm]``, ``probs`` float16
+    ``[K, 3, Hm, Wm]``, ``target_iou`` float32, ``roi``, ``image_id``, ``annotation_id`` int64 and ``kind`` (``fixed``,
+    ``worst``, ``median``, ``best``), all ``[K]``, and ``mask_size``.
+
+    Args:
+        file: to write.
+        store: of the validation people.
+        predict: normalised crops to class probabilities.
+        target_iou: float ``[len(store)]``; nan where the truth has no target.
+        device: where ``predict`` wants its crops.
+        mask_size: pixels across the box.
+    """
+    scores = target_iou.cpu()
+    ranked = scores.nan_to_num(2.0).argsort()[: int((~scores.isnan()).sum())]
+    third = SAMPLES // 3
+    middle = max(0, len(ranked) // 2 - third // 2)
+    groups = {
+        "fixed": torch.linspace(0, len(store) - 1, min(SAMPLES, len(store))).long(),
+        "worst": ranked[:third],
+        "median": ranked[middle : middle + third],
+        "best": ranked[-third:].flip(0),
+    }
+    rois = torch.cat([*groups.values()])
+    images, coverage = store.gather(rois)
+    probs = predict(normalise(images.to(device).permute(0, 3, 1, 2)))
+    np.savez_compressed(
+        file,
+        image=images.numpy(),
+        labels=labels_from_coverage(coverage).numpy().astype(np.uint8),
+        probs=probs.float().cpu().numpy().astype(np.float16),
+        target_iou=scores[rois].numpy().astype(np.float32),
+        roi=rois.numpy(),
+        image_id=store.image_ids[rois.numpy()],
+        annotation_id=store.annotation_ids[rois.numpy()],
+        kind=np.array([kind for kind, chosen in groups.items() for _ in chosen]),
+        mask_size=np.array(mask_size),
+    )
