@@ -82,7 +82,10 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(2, 1, 7, padding=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        summary = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
+        # Not amax: its backward shares the gradient among all elements that equal the maximum, by comparing again. Compiled
+        # in half precision the two sides are rounded at different places, none is equal, and the share is 0/0.
+        largest = x.max(dim=1, keepdim=True).values
+        summary = torch.cat([x.mean(dim=1, keepdim=True), largest], dim=1)
         return x * torch.sigmoid(self.conv(summary))
 
 
