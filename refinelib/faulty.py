@@ -7,8 +7,13 @@ plants a NaN: :func:`attempt` trains our model on real crops, and what goes wron
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from typing import Any, Collection, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -57,7 +62,8 @@ def one_bin_crop(image: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
     return F.grid_sample(image[None].double(), grid[None], align_corners=False)[0].float()
 
 
-class Crops(NamedTuple):
+@dataclass(frozen=True)
+class Crops:
     """The same people through both samplers."""
 
     one_bin: Tensor  # float32 [N, 3, h, w], normalised
@@ -65,12 +71,12 @@ class Crops(NamedTuple):
     labels: Tensor  # int64 [N, h, w]
 
 
-def crop_people(settings: Settings, split: str, count: int) -> Crops:
-    """The first ``count`` people of a split (or as many as ``max_images`` has), cut by both samplers."""
+def crop_people(settings: Settings, split: str) -> Crops:
+    """The people of a split's first ``max_images`` images, cut by both samplers."""
     source = make_source(settings, split)
     people = source.people(settings.max_images)
     crops, scene, shown = [], None, None
-    for index, slot, box in list(zip(people.image_index, people.slots, torch.from_numpy(people.boxes)))[:count]:
+    for index, slot, box in zip(people.image_index, people.slots, torch.from_numpy(people.boxes)):
         if index != shown:
             scene, shown = source.scene(int(index)), index
         image, mine = torch.from_numpy(scene.image).permute(2, 0, 1), scene.masks[slot]
@@ -187,7 +193,7 @@ class FirstLoop:
     Instead: :class:`~refinelib.guard.Guard` holds the scale at ``loss_scale_floor`` and divides.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, schedule: WarmupCosine, *, floor: float, guarded: bool) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, schedule: WarmupCosine, *, floor: float = 0.0, guarded: bool = False) -> None:
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
         kind, mixed = self.parameters[0].device.type, settings.amp == "fp16"
@@ -232,6 +238,29 @@ class OurLoop:
         return dict(grad_norm=norm, reported=report["grad_norm"], loss_scale=scale, skipped=bool(report["skipped"]), lr=report["lr"])
 
 
+def guard_trial(settings: Settings, spoil: str, *, mixed: bool, ours: bool) -> dict[str, Any]:
+    """One step of a one-layer network that is spoilt by hand, to see who notices; nothing else here does so.
+
+    Args:
+        spoil: ``NaN`` or ``Inf``, then ``loss`` (the gradient stays finite) or ``gradient``; or ``tiny scale``, a healthy
+            step at a loss scale of 2^-130.
+
+    Returns:
+        ``skipped``, ``reported`` (the norm that was logged) and ``finite`` (the weights after the step).
+    """
+    amp, scale = "fp16" if mixed else "off", 2.0**-130 if spoil == "tiny scale" else settings.loss_scale_init
+    settings, device = settings.model_copy(update=dict(amp=amp, loss_scale_init=scale)), build_device(settings)
+    torch.manual_seed(settings.seed)
+    model = nn.Linear(4, 2).to(device)
+    loop = OurLoop(model, settings, steps=1) if ours else FirstLoop(model, settings, first_build(settings, 1)[1])
+    loss = model(torch.ones(3, 4, device=device)).square().mean()
+    value, _, place = spoil.partition(" ")
+    if place == "gradient":
+        model.weight.register_hook(lambda g: g.index_fill(1, torch.tensor([0], device=device), float(value)))
+    record = loop.step(loss + float(value) if place == "loss" else loss)
+    return {**record, "finite": all(bool(p.isfinite().all()) for p in model.parameters())}
+
+
 # -- 5: settings that did not reach the run --------------------------------------------------------
 class LoweredLoss(MaskLoss):
     """Did: lowered the refinement losses to 0.01 here, after the first NaN.
@@ -265,11 +294,16 @@ class HalfConvolutions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Attempt(NamedTuple):
-    """A run: one record a step, and the target IoU it reached (NaN: its masks are NaN)."""
+@dataclass(frozen=True)
+class Attempt:
+    """A run: one record a step, and the target IoU it reached, from each person's own crop and from another's.
+
+    Where both are alike, the network does not look. NaN: its masks are NaN.
+    """
 
     steps: list[dict[str, Any]]
     target_iou: float
+    swapped_iou: float
 
 
 def attempt(
@@ -277,24 +311,23 @@ def attempt(
 ) -> Attempt:
     """Train ``steps`` steps with some of the faults, and against them one of the remedies; without faults, it is ours.
 
-    A record holds loss, grad_norm (true, unscaled), reported (the norm that was logged), loss_scale, skipped, lr and
-    nan_tensors (parameter tensors with NaN after the step). A run whose weights are NaN is given ten more steps.
+    A record holds loss, grad_norm (true, unscaled), reported (the norm that was logged), loss_scale, skipped, lr,
+    nan_tensors (parameter tensors with NaN after the step) and contrast (standard deviation inside a crop). A run whose weights are NaN is given ten more steps.
     """
     settings = settings.model_copy(update=REMEDIES[remedy] if remedy else {})
-    device, per_epoch = build_device(settings), max(1, round(steps / settings.epochs))
+    device = build_device(settings)
     torch.manual_seed(settings.seed)
-    model, criterion = build_model(settings).to(device, memory_format=torch.channels_last), build_loss(settings)
+    model, criterion = build_model(settings).to(device), build_loss(settings)
     if "edges" in faults:
         use_bare_edges(model)
         criterion = BareLoss(criterion, clamps=remedy == "clamps")
     loop: FirstLoop | OurLoop = OurLoop(model, settings, steps=steps)
+    if "settings" in faults and remedy != "warm-up that is read":
+        loop.guard.schedule = first_build(settings, steps)[1]
     if {"scale", "guard"} & set(faults):
-        warm = "settings" not in faults or remedy == "warm-up that is read"
-        schedule = loop.guard.schedule if warm else first_build(settings, steps)[1]
         floor = 0.0 if "scale" in faults else settings.loss_scale_floor
-        loop = FirstLoop(model, settings, schedule, floor=floor, guarded="guard" not in faults)
-    images = (learn.one_bin if "sampler" in faults else learn.whole).to(device, memory_format=torch.channels_last)
-    labels = learn.labels.to(device)
+        loop = FirstLoop(model, settings, loop.guard.schedule, floor=floor, guarded="guard" not in faults)
+    images, labels = (x.to(device) for x in (learn.one_bin if "sampler" in faults else learn.whole, learn.labels))
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(-(-steps * settings.batch_size // len(labels)))])
     records: list[dict[str, Any]] = []
@@ -303,10 +336,29 @@ def attempt(
             loss, _ = criterion(model(images[rois.to(device)]), labels[rois.to(device)])
         record = loop.step(loss)
         broken = int(torch.stack(torch._foreach_norm(list(model.parameters()))).isnan().sum())
-        records.append(dict(record, loss=loss.item(), nan_tensors=broken))
+        records.append(dict(record, loss=loss.item(), nan_tensors=broken, contrast=float(images[rois].std(dim=(-2, -1)).mean())))
         if len(records) > 10 and records[-11]["nan_tensors"]:
             break
-    return Attempt(records, target_iou(model, settings, judge.one_bin if "sampler" in faults else judge.whole, judge.labels))
+    shown = judge.one_bin if "sampler" in faults else judge.whole
+    return Attempt(records, *(target_iou(model, settings, images, judge.labels) for images in (shown, shown.roll(1, 0))))
+
+
+def attempts(settings: Settings, learn: Crops, judge: Crops, jobs: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, Attempt]]:
+    """Several of :func:`attempt`, ``{name: keywords}``, in order; on a CPU side by side, a core each."""
+    if build_device(settings).type != "cpu":
+        yield from ((name, attempt(settings, learn, judge, **job)) for name, job in jobs.items())
+        return
+    # Bytes, not tensors: those would travel through shared memory, of which a container has little.
+    parcels = [pickle.dumps((settings, learn, judge, job)) for job in jobs.values()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ProcessPoolExecutor(min(cores, len(jobs), 4), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from zip(jobs, pool.map(_attempt, parcels))
+
+
+def _attempt(parcel: bytes) -> Attempt:
+    torch.set_num_threads(1)  # so small a network gains nothing from a second
+    settings, learn, judge, job = pickle.loads(parcel)
+    return attempt(settings, learn, judge, **job)
 
 
 def half_convolutions(device: torch.device):
