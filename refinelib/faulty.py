@@ -39,7 +39,10 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "smaller learning rate": dict(lr=5e-6, min_lr=1e-6),
     "warm-up that is read": {},
     "fewer modules": dict(
-        use_progressive_upsampling=False, use_contour_detection=False, use_distance_transform=False, use_active_contour_loss=False
+        use_progressive_upsampling=False,
+        use_contour_detection=False,
+        use_distance_transform=False,
+        use_active_contour_loss=False,
     ),
     "no mixed precision": dict(amp="off"),
     "clamps": {},
@@ -83,7 +86,8 @@ def crop_people(settings: Settings, split: str) -> Crops:
         layers = torch.from_numpy(np.stack([mine, scene.masks.any(0) & ~mine]))
         covered = crop_rois(layers, box[None], settings.mask_size)[0].mul(255).round().to(torch.uint8)
         whole = crop_rois(image, box[None], settings.roi_size)[0]
-        crops.append((one_bin_crop(image, box, settings.roi_size), whole, labels_from_coverage(covered.permute(1, 2, 0))))
+        labels = labels_from_coverage(covered.permute(1, 2, 0))
+        crops.append((one_bin_crop(image, box, settings.roi_size), whole, labels))
     one_bin, whole, labels = (torch.stack(x) for x in zip(*crops))
     return Crops(normalise(one_bin), normalise(whole), labels)
 
@@ -123,14 +127,15 @@ class BatchGate(BoundaryRefinement):
 
 
 class BareLoss(MaskLoss):
-    """Did: our losses with the length term of the active contour from bare edges; ``clamps``: cut at 10, value and gradient.
+    """Did: our losses, the length term of the active contour from bare edges; with ``clamps`` each is cut at 10.
 
     Fails: as :func:`bare_edges`; ``clamp(max=10)`` lets NaN through and has no gradient above 10.
     Instead: :func:`~refinelib.losses.active_contour` and :func:`~refinelib.losses.capped`.
     """
 
     def __init__(self, whole: MaskLoss, *, clamps: bool) -> None:
-        super().__init__(boundary_weight=whole.boundary_weight, distance_clip=whole.distance_clip, active_contour_smoothness=0.0)
+        kept = dict(boundary_weight=whole.boundary_weight, distance_clip=whole.distance_clip)
+        super().__init__(**kept, active_contour_smoothness=0.0)
         self.weights, self.length_weight, self.clamps = whole.weights, whole.active_contour_smoothness, clamps
 
     def per_sample(self, output, labels: Tensor) -> dict[str, Tensor]:
@@ -188,14 +193,18 @@ def gradient_norm(parameters: list[Tensor], scale: float = 1.0) -> float:
 class FirstLoop:
     """Did: ``torch.amp.GradScaler`` as it comes, then the optimizer. ``floor`` and ``guarded`` put ours in its place.
 
-    Fails: every skipped step halves the scale and nothing holds it. Below 2^-128 its inverse is infinite in float32. The
-    scaler looks at gradients before it multiplies them with that: the first healthy step writes Inf and NaN.
+    Fails: every skipped step halves the scale and nothing holds it. From 2^-128 down its inverse is infinite in
+    float32. The scaler looks at gradients before it multiplies them with that: the first healthy step writes Inf
+    and NaN into the weights.
     Instead: :class:`~refinelib.guard.Guard` holds the scale at ``loss_scale_floor`` and divides.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, schedule: WarmupCosine, *, floor: float = 0.0, guarded: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Settings, schedule: WarmupCosine, *, floor: float = 0.0, guarded: bool = False
+    ) -> None:
         self.parameters = list(model.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+        rates = dict(lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, **rates, foreach=True)
         kind, mixed = self.parameters[0].device.type, settings.amp == "fp16"
         self.scaler = torch.amp.GradScaler(kind, init_scale=settings.loss_scale_init, enabled=mixed)
         self.schedule, self.clip, self.floor, self.guarded, self.count = schedule, settings.grad_clip, floor, guarded, 0
@@ -235,15 +244,16 @@ class OurLoop:
         self.guard.scale(loss).backward()
         norm = gradient_norm(self.guard.parameters, scale)
         report = dict(zip(REPORT, self.guard.step(loss.detach()).tolist()))
-        return dict(grad_norm=norm, reported=report["grad_norm"], loss_scale=scale, skipped=bool(report["skipped"]), lr=report["lr"])
+        told = dict(reported=report["grad_norm"], skipped=bool(report["skipped"]), lr=report["lr"])
+        return dict(told, grad_norm=norm, loss_scale=scale)
 
 
 def guard_trial(settings: Settings, spoil: str, *, mixed: bool, ours: bool) -> dict[str, Any]:
     """One step of a one-layer network that is spoilt by hand, to see who notices; nothing else here does so.
 
     Args:
-        spoil: ``NaN`` or ``Inf``, then ``loss`` (the gradient stays finite) or ``gradient``; or ``tiny scale``, a healthy
-            step at a loss scale of 2^-130.
+        spoil: ``NaN`` or ``Inf``, then ``loss`` (the gradient stays finite) or ``gradient``; or ``tiny scale``, a
+            healthy step at a loss scale of 2^-130.
 
     Returns:
         ``skipped``, ``reported`` (the norm that was logged) and ``finite`` (the weights after the step).
@@ -256,7 +266,8 @@ def guard_trial(settings: Settings, spoil: str, *, mixed: bool, ours: bool) -> d
     loss = model(torch.ones(3, 4, device=device)).square().mean()
     value, _, place = spoil.partition(" ")
     if place == "gradient":
-        model.weight.register_hook(lambda g: g.index_fill(1, torch.tensor([0], device=device), float(value)))
+        first = torch.tensor([0], device=device)
+        model.weight.register_hook(lambda gradient: gradient.index_fill(1, first, float(value)))
     record = loop.step(loss + float(value) if place == "loss" else loss)
     return {**record, "finite": all(bool(p.isfinite().all()) for p in model.parameters())}
 
@@ -265,15 +276,24 @@ def guard_trial(settings: Settings, spoil: str, *, mixed: bool, ours: bool) -> d
 class LoweredLoss(MaskLoss):
     """Did: lowered the refinement losses to 0.01 here, after the first NaN.
 
-    Fails: :func:`first_build` names every weight, so a default is never used, and the schedule it builds reads no warm-up.
+    Fails: :func:`first_build` names every weight, so a default is never used, and its schedule reads no warm-up.
     Instead: ``build.py`` is the one place where a setting meets its object, and a test changes each and looks for it.
     """
 
     def __init__(
-        self, *, active_contour_weight=0.01, boundary_aware_weight=0.01, contour_weight=0.01, distance_weight=0.01, **others
+        self,
+        *,
+        active_contour_weight: float = 0.01,
+        boundary_aware_weight: float = 0.01,
+        contour_weight: float = 0.01,
+        distance_weight: float = 0.01,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name.endswith("_weight")}
-        super().__init__(**given, **others)
+        super().__init__(
+            active_contour_weight=active_contour_weight,
+            boundary_aware_weight=boundary_aware_weight,
+            contour_weight=contour_weight,
+            distance_weight=distance_weight,
+        )
 
 
 def first_build(settings: Settings, steps: int) -> tuple[MaskLoss, WarmupCosine]:
@@ -284,7 +304,10 @@ def first_build(settings: Settings, steps: int) -> tuple[MaskLoss, WarmupCosine]
 
 # -- all together ----------------------------------------------------------------------------------
 class HalfConvolutions(TorchFunctionMode):
-    """float16 convolutions on a CPU as on a GPU: float16 in and out, sums in float32; PyTorch's own take ten times as long."""
+    """float16 convolutions on a CPU as on a GPU: float16 in and out, sums in float32.
+
+    PyTorch's own take ten times as long on a CPU without float16 arithmetic.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.conv2d and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
@@ -307,12 +330,19 @@ class Attempt:
 
 
 def attempt(
-    settings: Settings, learn: Crops, judge: Crops, *, steps: int, faults: Collection[str] = FAULTS, remedy: str | None = None
+    settings: Settings,
+    learn: Crops,
+    judge: Crops,
+    *,
+    steps: int,
+    faults: Collection[str] = FAULTS,
+    remedy: str | None = None,
 ) -> Attempt:
     """Train ``steps`` steps with some of the faults, and against them one of the remedies; without faults, it is ours.
 
     A record holds loss, grad_norm (true, unscaled), reported (the norm that was logged), loss_scale, skipped, lr,
-    nan_tensors (parameter tensors with NaN after the step) and contrast (standard deviation inside a crop). A run whose weights are NaN is given ten more steps.
+    nan_tensors (parameter tensors with NaN after the step) and contrast (standard deviation inside a crop).
+    A run whose weights are NaN is given ten more steps.
     """
     settings = settings.model_copy(update=REMEDIES[remedy] if remedy else {})
     device = build_device(settings)
@@ -329,21 +359,26 @@ def attempt(
         loop = FirstLoop(model, settings, loop.guard.schedule, floor=floor, guarded="guard" not in faults)
     images, labels = (x.to(device) for x in (learn.one_bin if "sampler" in faults else learn.whole, learn.labels))
     generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(-(-steps * settings.batch_size // len(labels)))])
+    rounds = range(math.ceil(steps * settings.batch_size / len(labels)))
+    order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in rounds])
     records: list[dict[str, Any]] = []
     for rois in order[: steps * settings.batch_size].view(steps, -1):
         with half_convolutions(device), autocast(settings, device):
             loss, _ = criterion(model(images[rois.to(device)]), labels[rois.to(device)])
         record = loop.step(loss)
         broken = int(torch.stack(torch._foreach_norm(list(model.parameters()))).isnan().sum())
-        records.append(dict(record, loss=loss.item(), nan_tensors=broken, contrast=float(images[rois].std(dim=(-2, -1)).mean())))
+        contrast = float(images[rois.to(device)].std(dim=(-2, -1)).mean())
+        records.append(dict(record, loss=loss.item(), nan_tensors=broken, contrast=contrast))
         if len(records) > 10 and records[-11]["nan_tensors"]:
             break
     shown = judge.one_bin if "sampler" in faults else judge.whole
-    return Attempt(records, *(target_iou(model, settings, images, judge.labels) for images in (shown, shown.roll(1, 0))))
+    ious = (target_iou(model, settings, images, judge.labels) for images in (shown, shown.roll(1, 0)))
+    return Attempt(records, *ious)
 
 
-def attempts(settings: Settings, learn: Crops, judge: Crops, jobs: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, Attempt]]:
+def attempts(
+    settings: Settings, learn: Crops, judge: Crops, jobs: Mapping[str, dict[str, Any]]
+) -> Iterator[tuple[str, Attempt]]:
     """Several of :func:`attempt`, ``{name: keywords}``, in order; on a CPU side by side, a core each."""
     if build_device(settings).type != "cpu":
         yield from ((name, attempt(settings, learn, judge, **job)) for name, job in jobs.items())

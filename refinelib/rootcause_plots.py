@@ -42,7 +42,8 @@ def sampler(people: Sequence[tuple[np.ndarray, Sequence[float], np.ndarray, np.n
     for row, (image, box, one_bin, whole, labels) in zip(tiles, people):
         (x0, y0, x1, y1), (h, w) = box, labels.shape
         for axes, picture in zip(row, (image, one_bin, whole, colors[labels])):
-            axes.imshow(picture, interpolation="nearest", aspect="equal" if picture is image else (y1 - y0) / (x1 - x0) * w / h)
+            aspect = "equal" if picture is image else (y1 - y0) / (x1 - x0) * w / h
+            axes.imshow(picture, interpolation="nearest", aspect=aspect)
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=SKY, linewidth=2))
@@ -93,13 +94,15 @@ def scale_fall(records: Sequence[Record]) -> Figure:
     finite = np.isfinite(inverses)
     below.plot(steps[finite], inverses[finite], color=BLACK, linewidth=1.5)
     below.plot(steps[~finite], np.full((~finite).sum(), 2.0**142), "x", color=VERMILLION, markersize=4)
-    below.annotate("infinite in float32", (1, 2.0**136), (2, 0), textcoords="offset points", fontsize=8)
     below.axhline(2.0**128, color=GREY, linestyle="--", linewidth=1)
     above.axhline(SMALLEST, color=GREY, linestyle="--", linewidth=1)
-    above.annotate("2⁻¹²⁸: from here down the inverse is infinite", (1, SMALLEST), (2, 4), textcoords="offset points", fontsize=8)
+    place = dict(textcoords="offset points", fontsize=8)
+    above.annotate("2⁻¹²⁸: from here down the inverse is infinite", (1, SMALLEST), (2, 4), **place)
+    below.annotate("infinite in float32", (1, 2.0**136), (2, 0), **place)
     if not records[-1]["finite"]:
+        label = f"step {steps[-1]} writes Inf or NaN into the weights"
         for axes, y in ((above, shown[-1]), (below, 2.0**142)):
-            axes.plot(steps[-1:], [y], "*", color=VERMILLION, markersize=15, label=f"step {steps[-1]} writes Inf or NaN into the weights")
+            axes.plot(steps[-1:], [y], "*", color=VERMILLION, markersize=15, label=label)
     _powers(above, -151, 20, zero=True)
     _powers(below, -20, 150)
     _dress(above, "fp16 loss scale", "", "factor")
@@ -122,12 +125,19 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
         if len(lost):
             place = dict(transform=panels[0].get_xaxis_transform(), clip_on=False, label="NaN")
             panels[0].plot(lost, np.full(len(lost), 0.97), "x", color=color, markersize=4, **place)
-        panels[1].plot(steps, [max(record["loss_scale"], 2.0**-151) for record in records], color=color, linewidth=2, drawstyle="steps-post")
-        panels[2].plot(steps, [record["nan_tensors"] for record in records], color=color, linewidth=2, drawstyle="steps-post")
-        panels[3].plot(steps, np.cumsum([record["skipped"] for record in records]), color=color, linewidth=2)
+        scales = [max(record["loss_scale"], 2.0**-151) for record in records]
+        broken = [record["nan_tensors"] for record in records]
+        skips = np.cumsum([record["skipped"] for record in records])
+        for axes, values in zip(panels[1:], (scales, broken, skips)):
+            axes.plot(steps, values, color=color, linewidth=2, drawstyle="steps-post")
     panels[1].axhline(SMALLEST, color=GREY, linestyle="--", linewidth=1)
     _powers(panels[1], -151, 20, zero=True)
-    titles = ("training loss, and its mean of 25 steps", "fp16 loss scale (dashed: its inverse turns infinite)", "parameter tensors with NaN", "steps skipped so far")
+    titles = (
+        "training loss, and its mean of 25 steps",
+        "fp16 loss scale (dashed: its inverse turns infinite)",
+        "parameter tensors with NaN",
+        "steps skipped so far",
+    )
     for axes, title, unit in zip(panels, titles, ("loss", "factor", "tensors", "steps")):
         _dress(axes, title, "step" if axes in panels[2:] else "", unit)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -145,12 +155,14 @@ def remedies(runs: Mapping[str, Sequence[Record]]) -> Figure:
         scales = np.array([max(record["loss_scale"], 2.0**-151) for record in records])
         end = died(records)
         # The first is drawn broad, so that a run that is exactly like it does not hide it.
-        left.plot(steps[:end], scales[:end], color=SERIES[i], linewidth=5 if i == 0 else 1.6, drawstyle="steps-post", alpha=0.6 if i == 0 else 1)
+        width, alpha, size = (5, 0.6, 13) if i == 0 else (1.6, 1, 8)
+        left.plot(steps[:end], scales[:end], color=SERIES[i], linewidth=width, alpha=alpha, drawstyle="steps-post")
         if end is not None:
-            left.plot([end], scales[end - 1 : end], "X", color=SERIES[i], markersize=13 if i == 0 else 8, markeredgecolor="white")
+            left.plot([end], scales[end - 1 : end], "X", color=SERIES[i], markersize=size, markeredgecolor="white")
         share = skipped_share(records)
         right.barh(i, share, color=SERIES[i], height=0.7)
-        right.annotate(f"{share:.0%}, {fate(records)}", (share, i), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        place = dict(textcoords="offset points", va="center", fontsize=8)
+        right.annotate(f"{share:.0%}, {fate(records)}", (share, i), (4, 0), **place)
     left.axhline(SMALLEST, color=GREY, linestyle="--", linewidth=1)
     _powers(left, -151, 20, zero=True)
     _dress(left, "loss scale (cross: NaN in the weights; flat at 1: no fp16)", "step", "factor")
@@ -193,9 +205,9 @@ def least_scale(records: Sequence[Record]) -> float:
 
 
 def true_norms(records: Sequence[Record]) -> float:
-    """Share of the steps with a finite gradient whose logged norm is the true one."""
-    known = [record for record in living(records) if math.isfinite(record["grad_norm"])]
-    return statistics.fmean(math.isclose(r["reported"], r["grad_norm"], rel_tol=1e-2, abs_tol=1e-30) for r in known) if known else 0.0
+    """Share of the steps with a finite gradient (and one at all) whose logged norm is the true one."""
+    known = [(r["reported"], r["grad_norm"]) for r in living(records) if 0 < r["grad_norm"] < math.inf]
+    return statistics.fmean(math.isclose(*pair, rel_tol=1e-2) for pair in known) if known else 0.0
 
 
 def first_rate(records: Sequence[Record]) -> float:
@@ -251,8 +263,11 @@ def thirds_table(records: Sequence[Record], tensors: int) -> str:
     for part, places in enumerate(np.array_split(np.arange(len(records)), 3), 1):
         some = [records[i] for i in places]
         loss, norm = (statistics.fmean(record[name] for record in some) for name in ("loss", "reported"))
-        rows.append([part, f"{loss:.3f}", f"{norm:.3g}", f"{some[-1]['loss_scale']:.1e}", f"{some[-1]['nan_tensors']} of {tensors}"])
-    return table(["third of the run", "train loss", "logged gradient norm", "loss scale after it", "parameter tensors with NaN"], rows)
+        last = some[-1]
+        found = f"{last['nan_tensors']} of {tensors}"
+        rows.append([part, f"{loss:.3f}", f"{norm:.3g}", f"{last['loss_scale']:.1e}", found])
+    head = ["third of the run", "train loss", "logged gradient norm", "loss scale after it", "parameter tensors with NaN"]
+    return table(head, rows)
 
 
 def runs_table(runs: Mapping[str, Any], *, masks: bool = True) -> str:
@@ -279,8 +294,10 @@ def closing_table(first: Sequence[Record], ours: Sequence[Record], treated: Mapp
     for name, cause in CAUSES.items():
         before, after = cause.measure(first), cause.measure(ours)
         helped = [remedy for remedy, records in treated.items() if cause.cured(cause.measure(records), after)]
-        rows.append([name, cause.symptom, cause.how, cause.shown(before), cause.shown(after), ", ".join(helped) or "none", cause.instead])
-    return table(["cause", "symptom", "how we measured it", "first attempt", "ours", "old remedies that helped", "what we do instead"], rows)
+        measured = cause.how, cause.shown(before), cause.shown(after), ", ".join(helped) or "none"
+        rows.append([name, cause.symptom, *measured, cause.instead])
+    head = ["cause", "symptom", "how we measured it", "first attempt", "ours", "old remedies that helped", "what we do instead"]
+    return table(head, rows)
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -311,7 +328,11 @@ def _powers(axes: Axes, low: int, high: int, *, zero: bool = False) -> None:
     axes.yaxis.set_major_locator(FixedLocator(([2.0**low] if zero else []) + ticks))
     axes.yaxis.set_minor_locator(FixedLocator([]))
     superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: "0" if y == 2.0**low and zero else "2" + str(round(math.log2(y))).translate(superscript)))
+
+    def name(y: float, _: object) -> str:
+        return "0" if zero and y == 2.0**low else "2" + str(round(math.log2(y))).translate(superscript)
+
+    axes.yaxis.set_major_formatter(FuncFormatter(name))
 
 
 def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
