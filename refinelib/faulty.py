@@ -337,14 +337,18 @@ def attempt(
     steps: int,
     faults: Collection[str] = FAULTS,
     remedy: str | None = None,
+    seed: int | None = None,
 ) -> Attempt:
     """Train ``steps`` steps with some of the faults, and against them one of the remedies; without faults, it is ours.
+
+    ``seed`` takes the place of the settings' own.
 
     A record holds loss, grad_norm (true, unscaled), reported (the norm that was logged), loss_scale, skipped, lr,
     nan_tensors (parameter tensors with NaN after the step) and contrast (standard deviation inside a crop).
     A run whose weights are NaN is given ten more steps.
     """
-    settings = settings.model_copy(update=REMEDIES[remedy] if remedy else {})
+    changes = dict(REMEDIES[remedy]) if remedy else {}
+    settings = settings.model_copy(update=changes | ({} if seed is None else {"seed": seed}))
     device = build_device(settings)
     torch.manual_seed(settings.seed)
     model, criterion = build_model(settings).to(device), build_loss(settings)
