@@ -23,9 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
     summary = commands.add_parser("summary", help="print a run's metrics and where its figures lie")
     summary.add_argument("run", help="a run's name or folder, or `latest`")
 
+    again = commands.add_parser("replay", help="take an incident's step again and name what was not finite first; prints one JSON object")
+    again.add_argument("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
+    again.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+
     options = parser.parse_args(arguments)
     try:
-        return {"evaluate": _evaluate, "summary": _summary}[options.command](options)
+        return {"evaluate": _evaluate, "summary": _summary, "replay": _replay}[options.command](options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{options.command}: {error}", file=sys.stderr)
         return 2
@@ -47,6 +51,16 @@ def _evaluate(options: argparse.Namespace) -> int:
             progress=sys.stderr.isatty(),
         )
     print(dumps(report, indent=2))
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from .incidents import replay
+    from .runs import dumps
+
+    finding = replay(options.incident, device=options.device)
+    print(dumps(finding.as_dict(), indent=2))
+    print(finding.sentence, file=sys.stderr)
     return 0
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from .config import Settings
-from .guard import Guard, WarmupCosine, build_optimizer
+from .guard import Guard
 from .losses import MaskLoss
 from .model import HierarchicalUNet
+from .optim import WarmupCosine, build_optimizer
 from .roi import canvas_size, mask_canvas_size
 
 
@@ -56,7 +57,11 @@ def build_guard(settings: Settings, model: nn.Module, average: nn.Module | None,
         total_steps=total,
     )
     optimizer = build_optimizer(
-        model.named_parameters(), kind=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
+        model.named_parameters(),
+        kind=settings.optimizer,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        fused=settings.fused_optimizer,
     )
     return Guard(
         model,
@@ -68,6 +73,8 @@ def build_guard(settings: Settings, model: nn.Module, average: nn.Module | None,
         scaled=settings.amp == "fp16",
         scale_init=settings.loss_scale_init,
         scale_floor=settings.loss_scale_floor,
+        on_spike=settings.on_spike,
+        spike_sigma=settings.spike_sigma,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
         path: file to replace.
         content: nested dictionaries and lists of tensors and plain values.
     """
-    content = _to_cpu(content)
+    _write(path, to_cpu(content))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     content = {"format": FORMAT, "checksum": checksum(content), **content}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,6 +47,61 @@ def save(path: Path, content: dict[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Writer:
+    """Writes checkpoints in the background, one after the other; training goes on meanwhile.
+
+    ``save`` copies the content before it returns, so that later steps don't touch it. A write that fails (a full
+    disk) leaves the old file; ``problems`` hands out what went wrong.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Path, dict[str, Any]] = {}  # the newest content of each file that is not written yet
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._problems: list[tuple[str, OSError]] = []
+
+    def save(self, path: Path, content: dict[str, Any]) -> None:
+        """Have ``content`` written to ``path``; where an older one still waits, the newer takes its place."""
+        content = to_cpu(content)
+        with self._wake:
+            self._waiting[path] = content
+            if self._thread is None:
+                # Not a daemon: the interpreter waits for a checkpoint that is being written.
+                self._thread = threading.Thread(target=self._run, name="checkpoints")
+                self._thread.start()
+
+    def flush(self) -> None:
+        """Wait until everything is on disk, or has failed."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever ended the run."""
+        self.flush()
+
+    def problems(self) -> list[tuple[str, OSError]]:
+        """What failed since the last call: a sentence and the error."""
+        with self._wake:
+            found, self._problems = self._problems, []
+        return found
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                if not self._waiting:
+                    self._thread = None
+                    return
+                path = next(iter(self._waiting))
+                content = self._waiting.pop(path)
+            try:
+                _write(path, content)
+            except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+                old = "the one before it stays" if path.exists() else "there is none before it"
+                with self._wake:
+                    self._problems.append((f"the checkpoint {path.name} could not be written ({error}); {old}", error))
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -141,12 +200,12 @@ def _feed(value: Any, digest) -> None:
         digest.update(json.dumps(value).encode())
 
 
-def _to_cpu(value: Any) -> Any:
+def to_cpu(value: Any) -> Any:
     """A copy that later training steps do not touch."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
+        return {key: to_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_cpu(item) for item in value]
+        return [to_cpu(item) for item in value]
     return value

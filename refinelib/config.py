@@ -126,6 +126,14 @@ class Settings(BaseModel):
     loss_scale_init: float = Field(65536.0, ge=1.0, le=2.0**24, description="fp16 loss scale at the start")
     loss_scale_floor: float = Field(1.0, gt=0.0, le=2.0**24, description="fp16 loss scale never falls below this; at most loss_scale_init")
 
+    fused_optimizer: bool = Field(True, description="one kernel that can skip a step on the device; false: plain kernels and one read of the host a step")
+
+    # -- when a step goes wrong --------------------------------------------------------------------
+    on_spike: Literal["skip", "clip", "note"] = Field("clip", description="what to do with a loss or gradient norm far above its past: skip the step, clip its gradient to the usual norm, or only note it")
+    spike_sigma: float = Field(6.0, ge=2.0, le=100.0, description="standard deviations (of the logarithm) above its past that make a spike")
+    max_consecutive_skips: int = Field(20, ge=2, le=10_000, description="skips in a row after which the run goes back to its last good state")
+    max_rewinds: int = Field(3, ge=0, le=100, description="how often a run may go back before it stops as diverged")
+    max_incidents: int = Field(5, ge=0, le=1000, description="incidents kept for replay, each with a copy of the weights")
     inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/faults.py")
 
     # -- what the run leaves ---------------------------------------------------------------------

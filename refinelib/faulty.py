@@ -27,7 +27,8 @@ from .blocks import Head
 from .build import autocast, build_device, build_guard, build_loss, build_model
 from .config import Settings
 from .data import make_source
-from .guard import REPORT, WarmupCosine
+from .guard import REPORT
+from .optim import WarmupCosine
 from .losses import MaskLoss
 from .refine import BoundaryRefinement, bounded
 from .roi import crop_rois, labels_from_coverage

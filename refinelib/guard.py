@@ -2,57 +2,64 @@
 
 One path for every precision and optimizer. The judgement is a tensor (``found_inf``, float32,
 exactly 0.0 or 1.0) that PyTorch's fused optimizers take on the device and return early on, so
-nothing is read back. All else that a step moves (moving average, schedule, loss scale) hangs on the
-same tensor. A skipped step leaves parameters, moments and step counts bit for bit as they were.
+nothing is read back. All else that a step moves (moving average, buffers, schedule, loss scale, statistics)
+hangs on the same tensor. A skipped step leaves all of it bit for bit as it was.
+
+    gradients -> norms, once -> judgement -> optimizer, average, buffers, scale, statistics: all or nothing
+                                         -> report: one row, which the host reads later
 """
 
 from __future__ import annotations
 
 import math
-from typing import Iterable
+from typing import Iterable, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-#: Columns of a step's report, before the loss components and the per-parameter norms.
-REPORT = ("loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped")
+from .optim import WarmupCosine
 
+#: Columns of a step's report, before the per-parameter norms. ``froze``: an incident, the guard stands still from the next
+#: step on; ``frozen``: this step was void because of that.
+REPORT = (
+    "loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped", "spike_loss", "spike_grad", "froze", "frozen",
+)  # fmt: skip
 
 FLOAT16_MAX = 65504.0
 #: The loss scale keeps the largest gradient this many times below float16's largest number.
 HEADROOM = 4.0
+#: float16 that overflows by itself is no incident before it has done so this many times in a row.
+ORDINARY_OVERFLOWS = 3
+#: A spike in the first steps, while there is no spread to go by, is this many times the usual.
+EARLY_SPIKE, EARLY_STEPS = 10.0, 8
+#: Steps over which the statistics of spikes look back.
+WINDOW = 100
 
 
-class WarmupCosine:
-    """Linear warm-up over steps, then a cosine down to ``min_lr`` (Loshchilov & Hutter, SGDR, 2017, eq. 5).
+class Judgement(NamedTuple):
+    """What is thought of one step; tensors on the device."""
 
-    Args:
-        lr: peak rate.
-        min_lr: rate at the last step.
-        warmup_steps: steps of warm-up; the first step has ``lr / warmup_steps``.
-        total_steps: steps of the whole run.
-    """
-
-    def __init__(self, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> None:
-        self.lr, self.min_lr = lr, min_lr
-        self.warmup_steps = warmup_steps
-        self.total_steps = max(total_steps, warmup_steps + 1)
-
-    def __call__(self, step: Tensor) -> Tensor:
-        """Rate of step number ``step`` (from 0; a tensor, so that it stays on its device), float32."""
-        done = step.to(torch.float32)
-        rise = self.lr * (done + 1) / max(self.warmup_steps, 1)
-        along = (done - self.warmup_steps) / max(self.total_steps - 1 - self.warmup_steps, 1)
-        fall = self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + torch.cos(math.pi * along.clamp(0.0, 1.0)))
-        return torch.where(done < self.warmup_steps, rise, fall)
+    skip: Tensor  # bool: nothing may move
+    clip: Tensor  # factor on the gradients, 1 or less
+    lr: Tensor
+    report: Tensor  # float32 [len(REPORT)]
+    norms: Tensor  # float32 [parameters]
+    state: dict[str, Tensor]  # what the guard's state becomes
 
 
 class Guard:
     """Owns the optimizer's step, the loss scale, the schedule's position and the moving average.
 
+    Spikes are judged on the logarithms of loss and gradient norm, against their running mean and mean absolute
+    deviation. Values that were skipped never enter these, and no value enters further from the mean than the limit
+    that makes it a spike (Huber, Robust Estimation of a Location Parameter, 1964, eq. 2.7), so a spike cannot
+    hide the next one.
+
     Args:
-        model: whose parameters are trained.
-        optimizer: ``torch.optim.Adam`` or ``AdamW`` built with ``fused=True`` and a tensor ``lr``.
+        model: whose parameters are trained. Buffers that a forward pass moves (BatchNorm's) are put back when
+            the step is skipped.
+        optimizer: best one whose kernel is fused (``fused=True``, tensor ``lr``): it skips on the device. Before any
+            other the judgement is read back, once a step.
         schedule: learning rate by number of applied steps.
         grad_clip: largest L2 norm of the gradient after clipping.
         average: model that holds the moving average of the weights; none: no average.
@@ -62,6 +69,9 @@ class Guard:
             150 skips in a row make its inverse infinite, and the next healthy step writes that into
             every weight.
         growth_interval: good steps in a row after which the scale doubles.
+        on_spike: ``skip`` the step; ``clip`` its gradient to the usual norm; ``note`` it in the report only.
+        spike_sigma: how many standard deviations above the mean make a spike.
+        losses: modules beside the model whose buffers a step may move (running class weights, say).
     """
 
     def __init__(
@@ -77,6 +87,9 @@ class Guard:
         scale_init: float = 65536.0,
         scale_floor: float = 1.0,
         growth_interval: int = 2000,
+        on_spike: str = "note",
+        spike_sigma: float = 6.0,
+        losses: Iterable[nn.Module] = (),
     ) -> None:
         self.optimizer = optimizer
         self.schedule = schedule
@@ -85,18 +98,43 @@ class Guard:
         self.scaled = scaled
         self.scale_floor = scale_floor
         self.growth_interval = growth_interval
+        self.on_spike, self.spike_sigma = on_spike, spike_sigma
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averages = list(average.parameters()) if average is not None else []
+        self.buffers = [b for module in (model, *losses) for b in _persistent_buffers(module)]
+        self.kept: list[Tensor] = []
+        #: Whether the optimizer takes ``found_inf`` and skips by itself.
+        self.fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         device = self.parameters[0].device
         self.root_sizes = torch.tensor([math.sqrt(p.numel()) for p in self.parameters], device=device)
+
+        def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(value, dtype=dtype, device=device)
+
+        count, flag = torch.int64, torch.bool
         self.state = {
-            "applied": torch.zeros((), dtype=torch.int64, device=device),
-            "skipped": torch.zeros((), dtype=torch.int64, device=device),
-            "scale": torch.tensor(scale_init if scaled else 1.0, dtype=torch.float32, device=device),
-            "headroom_peak": torch.zeros((), dtype=torch.float32, device=device),
-            "good_in_a_row": torch.zeros((), dtype=torch.int64, device=device),
+            "applied": scalar(0, count),
+            "skipped": scalar(0, count),
+            "skips_in_a_row": scalar(0, count),
+            "scale": scalar(scale_init if scaled else 1.0),
+            "headroom_peak": scalar(0.0),
+            "good_in_a_row": scalar(0, count),
+            "lr_factor": scalar(1.0),
+            "lr_factor_until": scalar(0, count),  # applied steps
+            "center": torch.zeros(2, device=device),  # mean log loss, mean log gradient norm
+            "spread": torch.zeros(2, device=device),  # mean absolute deviations from it
+            "seen": scalar(0, count),
+            "armed": scalar(False, flag),
+            "frozen": scalar(False, flag),
         }
+
+    # -- a step, in the order of its calls -----------------------------------------------------------
+    def zero_grad(self) -> None:
+        """Start a step: no gradients, and buffers kept as they are now."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.buffers:
+            self.kept = [buffer.clone() for buffer in self.buffers]
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward`` on."""
@@ -113,48 +151,116 @@ class Guard:
             float32 ``[len(REPORT) + parameters]`` on the device: the columns of ``REPORT``, then
             the L2 norm of each parameter's gradient, unscaled and before clipping.
         """
-        state = self.state
-        grads = [p.grad for p in self.parameters]
-        scale = state["scale"]
-        norms = torch.stack(torch._foreach_norm(grads, 2)) / scale
-        largest = torch.stack(torch._foreach_norm(grads, math.inf)) / scale
+        found = self.judge(loss, *self.measure())
+        self._apply(found)
+        self._follow(found.skip)
+        for name, value in found.state.items():
+            self.state[name].copy_(value)
+        return torch.cat([found.report, found.norms])
+
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """L2 norm and largest magnitude of each parameter's gradient as it stands (still scaled), float32 ``[parameters]``."""
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        return torch.stack(torch._foreach_norm(grads, 2)).float(), torch.stack(torch._foreach_norm(grads, math.inf)).float()
+
+    def judge(self, loss: Tensor, norms: Tensor, largest: Tensor) -> Judgement:
+        """What to do with a step; changes nothing.
+
+        Args:
+            loss: scalar, unscaled.
+            norms, largest: from :meth:`measure`.
+        """
+        state, scale, frozen = self.state, self.state["scale"], self.state["frozen"]
+        norms, largest = norms / scale, largest / scale
         bad_loss, bad_grad = ~torch.isfinite(loss), ~torch.isfinite(largest).all()
+        bad = bad_loss | bad_grad
         # Squares of finite gradients above 1e19 overflow: the norm is then bounded by the largest element.
         norms = torch.where(torch.isfinite(norms), norms, largest * self.root_sizes)
         peak = norms.amax()
         total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
 
-        skip = bad_loss | bad_grad
-        lr = self.schedule(state["applied"])
-        for group in self.optimizer.param_groups:
-            group["lr"].copy_(lr)
-        clip = (self.grad_clip / total.clamp(min=1e-12)).clamp(max=1.0)
-        # The fused step divides by grad_scale, so unscaling and clipping cost no pass of their own.
-        self.optimizer.grad_scale = torch.where(skip, 1.0, scale / clip)
-        self.optimizer.found_inf = skip.to(torch.float32)
-        self.optimizer.step()
-        self._follow(skip)
-        flags = (x.float() for x in (bad_loss, bad_grad, skip))
-        report = torch.stack([loss.float(), total, largest.amax(), lr, scale.clone(), *flags])
+        spikes, statistics = self._spikes(torch.stack([loss.float(), total]))
+        spike = spikes.any() & ~bad
+        skip = bad | (spike if self.on_spike == "skip" else False) | frozen
+        longest = torch.full_like(total, self.grad_clip)
+        if self.on_spike == "clip":
+            longest = torch.where(spike, torch.minimum(longest, state["center"][1].exp()), longest)
+        clip = (longest / total.clamp(min=1e-12)).clamp(max=1.0)
+        lr = self.schedule(state["applied"]) * torch.where(state["applied"] < state["lr_factor_until"], state["lr_factor"], 1.0)
 
-        applied = (~skip).to(torch.int64)
-        state["applied"] += applied
-        state["skipped"] += 1 - applied
+        ordinary = bad_grad & ~bad_loss & (scale > self.scale_floor) & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
+        froze = state["armed"] & bad & ~frozen & ~(ordinary if self.scaled else torch.zeros_like(bad))
+        flags = (bad_loss, bad_grad, skip & ~frozen, spikes[0] & ~bad, spikes[1] & ~bad, froze, frozen)
+        report = torch.stack([loss.float(), total, largest.amax(), lr, scale, *(flag.float() for flag in flags)])
+
+        new = {
+            "applied": state["applied"] + (~skip).to(torch.int64),
+            "skipped": state["skipped"] + skip.to(torch.int64),
+            "skips_in_a_row": torch.where(skip, state["skips_in_a_row"] + 1, 0),
+            **{name: torch.where(skip, state[name], value) for name, value in statistics.items()},
+        }
         if self.scaled:
-            self._rescale(skip, overflow=bad_grad & ~bad_loss, largest=report[2] * scale)
-        return torch.cat([report, norms])
+            new |= self._rescaled(skip, overflow=bad_grad & ~bad_loss, largest=report[2] * scale)
+        # A frozen guard stands still: the host will come back to the step after the one that froze it.
+        new = {name: torch.where(frozen, state[name], value) for name, value in new.items()}
+        return Judgement(skip, clip, lr, report, norms, {**new, "frozen": frozen | froze})
+
+    def thaw(self, *, armed: bool) -> None:
+        """Go on after an incident, ready to freeze at the next one or not."""
+        self.state["frozen"].fill_(False)
+        self.state["armed"].fill_(armed)
+
+    def slow_down(self, factor: float, steps: int) -> None:
+        """Multiply the learning rate by ``factor`` for the next ``steps`` applied steps."""
+        self.state["lr_factor"].fill_(factor)
+        self.state["lr_factor_until"].copy_(self.state["applied"] + steps)
+
+    # -- its parts -----------------------------------------------------------------------------------
+    def _apply(self, found: Judgement) -> None:
+        """The optimizer's step, where the judgement allows one."""
+        scale = self.state["scale"]
+        if self.fused:
+            for group in self.optimizer.param_groups:
+                group["lr"].copy_(found.lr)
+            # The fused step divides by grad_scale, so unscaling and clipping cost no pass of their own.
+            self.optimizer.grad_scale = torch.where(found.skip, 1.0, scale / found.clip)
+            self.optimizer.found_inf = found.skip.to(torch.float32)
+            self.optimizer.step()
+            return
+        if bool(found.skip):  # the one read of the host in a step, where the optimizer cannot skip by itself
+            return
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(grads, found.clip / scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(found.lr)
+        self.optimizer.step()
 
     def _follow(self, skip: Tensor) -> None:
-        """Moving average of the weights; a skipped step weighs exactly nothing (weights are always finite)."""
+        """Moving average of the weights and buffers; a skipped step weighs exactly nothing."""
+        for buffer, kept in zip(self.buffers, self.kept):
+            buffer.copy_(torch.where(skip, kept, buffer))
         if not self.averages:
             return
         weight = torch.where(skip, 0.0, 1.0 - self.ema_decay).to(torch.float32)
-        moved = torch._foreach_sub(self.parameters, self.averages)
+        moved = torch._foreach_sub(self.parameters, self.averages)  # weights are always finite
         torch._foreach_mul_(moved, weight)
         torch._foreach_add_(self.averages, moved)
 
-    def _rescale(self, skip: Tensor, *, overflow: Tensor, largest: Tensor) -> None:
-        """Move the loss scale: back before float16 overflows, and up only where there is room.
+    def _spikes(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Whether loss and gradient norm (float32 ``[2]``) stand out, bool ``[2]``, and the statistics with them taken in."""
+        center, spread, seen = (self.state[name] for name in ("center", "spread", "seen"))
+        logs = values.clamp(min=torch.finfo(torch.float32).tiny).log()
+        sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
+        limit = torch.where(seen < EARLY_STEPS, math.log(EARLY_SPIKE), (self.spike_sigma * sigma).clamp(min=math.log(1.5)))
+        limit = torch.where(seen == 0, math.inf, limit)
+        off = logs - center
+        moved = off.clamp(-limit, limit)
+        weight = (1.0 / (seen + 1)).clamp(min=1.0 / WINDOW)
+        grown = torch.where(seen == 0, spread, spread + (1.0 / seen.clamp(min=1)).clamp(min=1.0 / WINDOW) * (moved.abs() - spread))
+        return off > limit, {"center": center + weight * moved, "spread": grown, "seen": seen + 1}
+
+    def _rescaled(self, skip: Tensor, *, overflow: Tensor, largest: Tensor) -> dict[str, Tensor]:
+        """The loss scale's next value: back before float16 overflows, and up only where there is room.
 
         An overflow halves it, down to the floor; a bad loss is no overflow. It also halves when the
         largest scaled gradient has come within ``HEADROOM`` of float16's largest number: waiting for the
@@ -168,13 +274,13 @@ class Guard:
         grown = (good >= self.growth_interval) & ~near
         roomy = grown & (2 * HEADROOM * peak < FLOAT16_MAX)
         factor = torch.where(overflow | near, 0.5, torch.where(roomy, 2.0, 1.0))
-        state["scale"].copy_((state["scale"] * factor).clamp(self.scale_floor, 2.0**24))
-        state["headroom_peak"].copy_(torch.where(grown | near | overflow, 0.0, peak))
-        state["good_in_a_row"].copy_(torch.where(grown | near, 0, good))
+        return {
+            "scale": (state["scale"] * factor).clamp(self.scale_floor, 2.0**24),
+            "headroom_peak": torch.where(grown | near | overflow, 0.0, peak),
+            "good_in_a_row": torch.where(grown | near, 0, good),
+        }
 
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
+    # -- kept and taken up again -----------------------------------------------------------------------
     def state_dict(self) -> dict:
         return {"state": dict(self.state), "optimizer": self.optimizer.state_dict()}
 
@@ -184,26 +290,11 @@ class Guard:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate.copy_(group["lr"])
+            if isinstance(rate, Tensor):  # the very tensor that the fused kernel reads
+                group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, kind: str, lr: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW with tensor learning rates; only kernels and matrices are decayed.
-
-    Args:
-        parameters: ``model.named_parameters()``.
-        kind: ``adamw`` (Loshchilov & Hutter, 2019) or ``adam`` (decay as an L2 penalty).
-        lr, weight_decay: as named.
-    """
-    trained = [p for _, p in parameters if p.requires_grad]
-    device = trained[0].device
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["lr"] = torch.tensor(lr, dtype=torch.float32, device=device)
-    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[kind]
-    return cls(groups, lr=torch.tensor(lr, dtype=torch.float32, device=device), fused=True)
+def _persistent_buffers(module: nn.Module) -> list[Tensor]:
+    """Buffers that a checkpoint holds: state. The others are constants."""
+    held = module.state_dict(keep_vars=True)
+    return [buffer for name, buffer in module.named_buffers() if name in held]

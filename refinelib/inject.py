@@ -31,6 +31,7 @@ class Injector:
     def __init__(self, text: str | None, model: nn.Module) -> None:
         self.faults = parse(text or "")
         self.step = 0
+        self.replaying = False  # a step that is looked at again is not killed again
         names = {"activation": [n for n, _ in model.named_modules() if n], "grad": [n for n, _ in model.named_parameters()]}
         self.parameters = dict(model.named_parameters())
         for fault in self.faults:
@@ -42,13 +43,17 @@ class Injector:
                 name = min((n for n in known if n.startswith(fault.where)), key=len)
                 model.get_submodule(name).register_forward_hook(lambda module, inputs, output, fault=fault: self._activation(fault, output))
 
+    def planted(self, step: int) -> list[str]:
+        """The faults that this step has, as they are written."""
+        return [str(fault) for fault in self.faults if fault.what not in ("kill", "file") and fault.due(step)]
+
     def _due(self, *whats: str) -> list[Fault]:
         return [fault for fault in self.faults if fault.what in whats and fault.due(self.step)]
 
     def before(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Called with each micro-batch of step number ``step``."""
         self.step = step
-        if self._due("kill"):
+        if self._due("kill") and not self.replaying:
             os.kill(os.getpid(), signal.SIGKILL)
         for fault in self._due("input"):
             images = _spoil(images, fault.value)

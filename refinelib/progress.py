@@ -43,6 +43,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
+    def reach(self, done: int) -> None:
+        """Counting stands at ``done``; it may go back."""
+        self.add(done - self.done)
+
     def add(self, count: int) -> None:
         self.done += count
         if self._bar is not None:

@@ -1,10 +1,10 @@
-"""Collects the steps' reports on the device and reads them back once every so many steps."""
+"""Reads the steps' reports back from the device, late and in bundles, and writes the log."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,22 @@ from .losses import MaskLoss
 from .runs import Run
 from .watch import Watch
 
+#: Steps whose reports travel together on CUDA. The host learns of a step after at most twice as many.
+BUNDLE = 16
+
+
+class Row(NamedTuple):
+    """One step's report on the host."""
+
+    step: int
+    epoch: int
+    components: np.ndarray  # float64 [losses], before their weights
+    report: dict[str, float]  # by the names in REPORT
+    norms: np.ndarray  # float64 [parameters]
+
 
 class StepLog:
-    """Turns reports into lines of ``metrics.jsonl`` and ``events.jsonl``.
+    """Turns reports into rows, and rows into lines of ``metrics.jsonl`` and ``events.jsonl``.
 
     Args:
         run: where lines go.
@@ -29,9 +42,12 @@ class StepLog:
     def __init__(self, run: Run, loss: MaskLoss, guard: Guard, *, every: int) -> None:
         self.run, self.names, self.every = run, loss.names, every
         floor = guard.scale_floor if guard.scaled else None
-        self.watch = Watch(run, losses=loss.names, parameters=guard.names, cap=loss.cap, scale_floor=floor)
-        self.pending: list[tuple[Tensor, int, int]] = []
+        self.watch = Watch(run, losses=loss.names, parameters=guard.names, cap=loss.cap, scale_floor=floor, on_spike=guard.on_spike)
+        self.pending: list[tuple[Tensor, int, int]] = []  # reports on the device, step, epoch
+        self.travelling: tuple[Tensor, Any, list[tuple[int, int]]] | None = None
+        self.line_rows: list[Row] = []
         self.epoch_rows: list[np.ndarray] = []
+        self.norms: list[tuple[int, bool, np.ndarray]] = []  # this epoch's step, skipped, gradient norms
         self.skipped = 0
         self.started = time.perf_counter()
 
@@ -39,29 +55,78 @@ class StepLog:
         """Leave what happened since the last line (validation, checkpoints) out of the next line's speed."""
         self.started = time.perf_counter()
 
+    # -- from the device ---------------------------------------------------------------------------
     def add(self, report: Tensor, step: int, epoch: int) -> None:
         self.pending.append((report, step, epoch))
-        if len(self.pending) >= self.every or step == 1:
-            self.flush()
 
-    def flush(self) -> None:
-        """Read the pending reports, write one line of them and one event for each that was skipped."""
-        if not self.pending:
+    def read(self, *, wait: bool) -> list[Row]:
+        """The rows that have arrived; with ``wait`` all there are.
+
+        On a CPU that is every step's at once. From CUDA they travel in bundles while the next one is computed, so
+        that nothing ever waits for the device.
+        """
+        if not self.pending and self.travelling is None:
+            return []
+        if self.pending and self.pending[0][0].device.type == "cpu":
+            rows = self._rows(torch.stack([report for report, _, _ in self.pending]), [key for _, *key in self.pending])
+            self.pending = []
+            return rows
+        rows = []
+        if wait or len(self.pending) >= BUNDLE:
+            rows += self._arrived()
+            if self.pending:
+                there = torch.stack([report for report, _, _ in self.pending])
+                here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+                here.copy_(there, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+                self.travelling = here, event, [key for _, *key in self.pending]
+                self.pending = []
+            if wait:
+                rows += self._arrived()
+        return rows
+
+    def forget(self) -> None:
+        """Drop what has not been read yet: steps that are taken again."""
+        self.pending, self.travelling = [], None
+
+    def _arrived(self) -> list[Row]:
+        if self.travelling is None:
+            return []
+        here, event, keys = self.travelling
+        event.synchronize()
+        self.travelling = None
+        return self._rows(here, keys)
+
+    def _rows(self, reports: Tensor, keys: list) -> list[Row]:
+        first, norms = len(self.names), len(self.names) + len(REPORT)
+        values = reports.numpy().astype(np.float64)
+        return [Row(*key, v[:first], dict(zip(REPORT, v[first:norms].tolist())), v[norms:]) for key, v in zip(keys, values)]
+
+    # -- into the log ------------------------------------------------------------------------------
+    def record(self, row: Row) -> None:
+        """Take a row into the epoch's means, the events and, with enough of them, a line."""
+        self.watch.step(row.step, row.epoch, row.report, row.components.tolist(), row.norms.tolist())
+        self.skipped += int(row.report["skipped"])
+        self.line_rows.append(row)
+        self.epoch_rows.append(np.concatenate([row.components, list(row.report.values())]))
+        self.norms.append((row.step, bool(row.report["skipped"]), row.norms.astype(np.float32)))
+        if len(self.line_rows) >= self.every or row.step == 1:
+            self.write_line()
+
+    def write_line(self) -> None:
+        """One line of ``metrics.jsonl`` for the rows since the last one."""
+        if not self.line_rows:
             return
-        rows = torch.stack([report for report, _, _ in self.pending]).cpu().numpy().astype(np.float64)
-        components, columns = rows[:, : len(self.names)], dict(zip(REPORT, rows[:, len(self.names) :].T))
-        first_norm = len(self.names) + len(REPORT)
-        for (_, step, epoch), row in zip(self.pending, rows.tolist()):
-            report = dict(zip(REPORT, row[len(self.names) : first_norm]))
-            self.watch.step(step, epoch, report, row[: len(self.names)], row[first_norm:])
-        self.skipped += int(columns["skipped"].sum())
+        rows, self.line_rows = self.line_rows, []
+        columns = {name: np.array([row.report[name] for row in rows]) for name in REPORT}
+        components = np.stack([row.components for row in rows])
         good = columns["skipped"] == 0
-        _, step, epoch = self.pending[-1]
         self.run.metrics(
             {
                 "kind": "step",
-                "step": step,
-                "epoch": epoch,
+                "step": rows[-1].step,
+                "epoch": rows[-1].epoch,
                 "loss": _mean(columns["loss"], good),
                 "losses": {name: _mean(components[:, i], good) for i, name in enumerate(self.names)},
                 "grad_norm": _mean(columns["grad_norm"], good),
@@ -69,19 +134,17 @@ class StepLog:
                 "lr": float(columns["lr"][-1]),
                 "loss_scale": float(columns["loss_scale"][-1]),
                 "skipped": self.skipped,
-                "steps_per_second": round(len(self.pending) / (time.perf_counter() - self.started), 3),
+                "steps_per_second": round(len(rows) / (time.perf_counter() - self.started), 3),
             }
         )
         self.started = time.perf_counter()
-        self.epoch_rows.append(rows[:, : len(self.names) + len(REPORT)])
-        self.pending = []
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """Means over the epoch's applied steps; the gradient norm's median."""
-        self.flush()
+        self.write_line()
         self.watch.end_epoch(epoch)
-        rows = np.concatenate(self.epoch_rows)
-        self.epoch_rows = []
+        rows = np.stack(self.epoch_rows)
+        self.epoch_rows, self.norms = [], []
         columns = dict(zip(REPORT, rows[:, len(self.names) :].T))
         good = columns["skipped"] == 0
         return {
@@ -95,13 +158,13 @@ class StepLog:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What the epoch's means so far are made of; the pending reports are read back for it."""
-        self.flush()
-        rows = np.concatenate(self.epoch_rows) if self.epoch_rows else np.zeros((0, len(self.names) + len(REPORT)))
+        """What the epoch's means so far are made of."""
+        self.write_line()
+        rows = np.stack(self.epoch_rows) if self.epoch_rows else np.zeros((0, len(self.names) + len(REPORT)))
         return {"rows": torch.from_numpy(rows), "skipped": self.skipped}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.epoch_rows, self.skipped = [saved["rows"].numpy()], saved["skipped"]
+        self.epoch_rows, self.skipped = list(saved["rows"].numpy()), saved["skipped"]
 
 
 def _mean(values: np.ndarray, good: np.ndarray) -> float:

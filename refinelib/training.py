@@ -7,6 +7,7 @@ Everything that a later look needs is in the run folder; nothing here knows of a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import random
@@ -22,13 +23,15 @@ from .build import autocast, build_device, build_guard, build_loss, build_model
 from .config import Settings
 from .data import open_splits
 from .feed import Batch, Feed
+from .incidents import capture
 from .inject import Injector
 from .interruption import Interruption
 from .progress import Progress
+from .recovery import DivergedError, Recovery
 from .runs import Run
 from .samples import write_samples
 from .scoring import predict_probs, score
-from .steplog import StepLog
+from .steplog import Row, StepLog
 
 
 def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
@@ -40,7 +43,8 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
 
     Raises:
         Whatever stopped the run, after ``status.json`` says so in one line. ``KeyboardInterrupt``
-        comes after a checkpoint of the very step that was reached.
+        comes after a checkpoint of the very step that was reached. :class:`~refinelib.recovery.DivergedError` when
+        skipping and going back did not help; the best checkpoint stays.
     """
     run = Run.start(settings)
     before = run.status() if settings.resume else None
@@ -53,6 +57,9 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
     except KeyboardInterrupt:
         kept = any((run.folder / "checkpoints").glob("*.pt"))
         run.update(state="interrupted", last_error="interrupted; " + ("go on with resume=true" if kept else "before there was a checkpoint"))
+        raise
+    except DivergedError as error:
+        run.update(state="diverged", last_error=str(error))
         raise
     except checkpoints.CheckpointError as error:
         if before is not None:  # refused before its first step: the run is still what it was
@@ -95,6 +102,13 @@ class Trainer:
         )
         self.guard = build_guard(settings, self.model, self.average, steps_per_epoch=self.feed.steps_per_epoch)
         self.injector = Injector(settings.inject, self.model)
+        self.recovery = Recovery(
+            self.model, self.guard, max_consecutive_skips=settings.max_consecutive_skips, max_rewinds=settings.max_rewinds
+        )
+        self.incidents: list[str] = []  # kinds that were kept
+        self.repeats = 0  # looks at a kind already known
+        self.guard.thaw(armed=settings.max_incidents > 0)
+        self.writer = checkpoints.Writer()
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every)
         self.step = 0  # steps tried: the position in the data
         self.best: dict[str, Any] | None = None
@@ -112,33 +126,123 @@ class Trainer:
             self.restore()
         total = settings.epochs * per_epoch
         self.run.update(epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
-        with Progress(total, self.run.name, "steps", done=self.step, every=30.0) as bar:
+        self.recovery.start(self.step)
+        with contextlib.closing(self.writer), Progress(total, self.run.name, "steps", done=self.step, every=30.0) as bar:
             for epoch in range(self.step // per_epoch, settings.epochs):
-                started, first = time.perf_counter(), self.step % per_epoch
+                started, end = time.perf_counter(), (epoch + 1) * per_epoch
                 plan = self.feed.plan(epoch)
                 self.model.train()
                 self.log.restart_clock()
-                for at in range(first, per_epoch):
-                    report = self.train_step(plan, at)
+                while self.step < end:
+                    report = self.train_step(plan, self.step % per_epoch)
                     self.step += 1
                     self.log.add(report, self.step, epoch + 1)
-                    bar.add(1)
-                    if interruption.requested and at + 1 < per_epoch:
-                        self.stop(epoch)
+                    self.oversee(plan, wait=self.step == end)  # may go back within the epoch
+                    self.recovery.offer(self.step)
+                    bar.reach(self.step)
+                    if interruption.requested and self.step < end:
+                        self.stop(plan, epoch)
                 self.end_epoch(epoch, started)
                 bar.note(self.epoch_line(epoch, time.perf_counter() - started))
                 if on_epoch is not None:
                     on_epoch(self.run)
                 if interruption.requested and epoch + 1 < settings.epochs:
-                    self.stop(epoch + 1)
+                    self.stop(plan, epoch + 1)
+        self.report_writes(final=True)
         self.run.update(state="ok")
 
-    def stop(self, epochs_done: int) -> None:
+    def stop(self, plan, epochs_done: int) -> None:
         """Keep the very step that was reached, and leave."""
+        self.oversee(plan, wait=True)
         self.log.watch.end_epoch(epochs_done + 1)
         self.save("last.pt")
+        self.report_writes(final=True)
         self.run.update(step=self.step, epoch=epochs_done, skipped_steps=int(self.guard.state["skipped"]))
         raise KeyboardInterrupt
+
+    # -- when a step goes wrong --------------------------------------------------------------------
+    def oversee(self, plan, *, wait: bool) -> None:
+        """Take in the reports that have arrived: log them, keep incidents, go back when the run is lost.
+
+        With ``wait``, all of them. Afterwards ``step`` may be smaller: after an incident the guard lets nothing through
+        until the host has looked at the weights the step met, and the steps in between are taken again.
+        """
+        rows = self.log.read(wait=wait)
+        while rows:
+            row = rows.pop(0)
+            self.log.record(row)
+            if row.report["froze"]:
+                self.keep_incident(plan, row)
+                self.recovery.spoilt()
+                self.log.forget()
+                self.step, rows = row.step, []
+            reason = self.recovery.look(row)
+            if reason is not None:
+                for late in (*rows, *self.log.read(wait=True)):  # steps taken before this one was read
+                    if not late.report["frozen"]:
+                        self.log.record(late)
+                self.rewind(reason, row)
+                return
+
+    def keep_incident(self, plan, row: Row) -> None:
+        """Look at a step that went wrong, with the weights it met, and keep what is new; then go on."""
+        at = (row.step - 1) % self.feed.steps_per_epoch
+        batches = [self.feed.batch(plan, at, micro) for micro in range(self.settings.accumulate)]
+        rois = torch.cat([batch.rois for batch in batches]).tolist()
+        folder = self.run.folder / "incidents" / f"{row.step:06d}"
+        try:
+            finding = capture(
+                folder,
+                row,
+                settings=self.settings,
+                model=self.model,
+                loss=self.loss,
+                injector=self.injector,
+                batches=[(batch.images, batch.labels) for batch in batches],
+                people=[self.train_store.person(roi) for roi in rois],
+                names=self.guard.names,
+                random=_random_state(self.device),
+                device=self.device,
+                known=self.incidents,
+            )
+        except (OSError, RuntimeError) as error:  # no room on the disk or the device: training is worth more than the record of it
+            self.run.event("incident", f"step {row.step}: the incident could not be kept ({error})", step=row.step, epoch=row.epoch)
+            self.repeats += 1
+        else:
+            if finding.kind in self.incidents:
+                self.repeats += 1
+            else:
+                self.incidents.append(finding.kind)
+                self.run.event(
+                    "incident", f"{finding.sentence}; kept in incidents/{folder.name}", step=row.step, epoch=row.epoch,
+                    folder=f"incidents/{folder.name}", **finding.as_dict(),
+                )  # fmt: skip
+        self.guard.thaw(armed=len(self.incidents) < self.settings.max_incidents and self.repeats < self.settings.max_incidents)
+
+    def rewind(self, reason: str, row: Row) -> None:
+        """Back to the last good state and past the data that hurt, or the end."""
+        try:
+            message = self.recovery.rewind(reason, self.step)
+        except DivergedError:
+            self.report_writes(final=True)
+            self.run.update(step=self.step, epoch=row.epoch - 1, skipped_steps=int(self.guard.state["skipped"]))
+            raise
+        self.run.event("rewind", message, step=row.step, epoch=row.epoch)
+        self.run.update(rewinds=self.recovery.rewinds)
+
+    def report_writes(self, *, final: bool = False) -> None:
+        """Say which checkpoints could not be written.
+
+        Raises:
+            OSError: with ``final``, when the last one of all is among them.
+        """
+        if final:
+            self.writer.flush()
+        problems = self.writer.problems()
+        for message, _ in problems:
+            self.run.event("checkpoint", message, step=self.step)
+        if final and problems:
+            raise OSError(f"{problems[-1][0]}: make room in {self.run.folder} and go on with resume=true")
 
     def train_step(self, plan, at: int) -> Tensor:
         """Forward, backward and guarded update of one step; its report, still on the device."""
@@ -180,6 +284,7 @@ class Trainer:
             mask_size=settings.mask_size,
         )
         self.run.metrics({"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
+        self.report_writes()
         if best:
             self.save("best.pt")
         if (epoch + 1) % settings.save_every == 0 or epoch + 1 == settings.epochs:
@@ -213,8 +318,8 @@ class Trainer:
 
     # -- what it leaves ----------------------------------------------------------------------------
     def save(self, name: str) -> None:
-        """Write a complete checkpoint."""
-        checkpoints.save(self.run.folder / "checkpoints" / name, self.state_dict())
+        """Have a complete checkpoint written."""
+        self.writer.save(self.run.folder / "checkpoints" / name, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -223,6 +328,7 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "position": {"step": self.step, "epoch": self.step // self.feed.steps_per_epoch, "steps_per_epoch": self.feed.steps_per_epoch},
             "log": self.log.state_dict(),
+            "recovery": {**self.recovery.state_dict(), "incidents": list(self.incidents), "repeats": self.repeats},
             "random": _random_state(self.device),
             "best": self.best,
             "settings": self.settings.model_dump(mode="json"),
@@ -245,6 +351,8 @@ class Trainer:
             self.average.load_state_dict(saved["average"] or saved["model"])
         self.guard.load_state_dict(saved["guard"])
         self.log.load_state_dict(saved["log"])
+        self.recovery.load_state_dict(saved["recovery"])
+        self.incidents, self.repeats = list(saved["recovery"]["incidents"]), saved["recovery"]["repeats"]
         _restore_random(saved["random"], self.device)
         self.step, self.best = saved["position"]["step"], saved["best"]
         self.run.rewind_records(self.step, saved["position"]["epoch"])
@@ -254,7 +362,7 @@ class Trainer:
 #: Settings that a resumed run may have changed: none of them changes what a step does.
 _FREE_TO_CHANGE = {
     "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images",
-    "device", "workers", "log_every", "save_every", "epochs", "inject", "init_from", "recipe",
+    "device", "workers", "log_every", "save_every", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents",
 }  # fmt: skip
 
 
@@ -289,6 +397,9 @@ def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
             f"the weights in {source} do not fit this model (first {(missing + shapes)[0]}): use the width it was trained with, "
             f"{saved['settings']['width']:g}"
         )
+    broken = [name for name in own if name in weights and not bool(weights[name].isfinite().all())]
+    if broken:
+        raise checkpoints.CheckpointError(f"the weights in {source} are not finite (first {broken[0]}): start from another checkpoint")
     model.load_state_dict({**own, **{name: value for name, value in weights.items() if name in own}})
 
 

@@ -1,4 +1,4 @@
-"""Turns what steps report into few, readable events: skips, high gradients, a scale at its floor, losses at their cap."""
+"""Turns what steps report into few, readable events: skips, spikes, high gradients, a scale at its floor, losses at their cap."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ class Watch:
         parameters: names of the parameters.
         cap: value at which refinement losses are held; none: no cap.
         scale_floor: least loss scale; none: no scale is in use.
+        on_spike: what the guard does with a spike, see :class:`~refinelib.guard.Guard`.
     """
 
-    def __init__(self, run: Run, *, losses: Sequence[str], parameters: Sequence[str], cap: float | None, scale_floor: float | None) -> None:
+    def __init__(self, run: Run, *, losses: Sequence[str], parameters: Sequence[str], cap: float | None, scale_floor: float | None, on_spike: str = "note") -> None:
         self.run, self.losses, self.parameters, self.cap, self.scale_floor = run, losses, parameters, cap, scale_floor
+        self.on_spike = on_spike
         self.seen: dict[tuple[str, str], _Seen] = {}
 
     def step(self, step: int, epoch: int, report: Mapping[str, float], components: Sequence[float], norms: Sequence[float]) -> None:
         """Judge one step: its report by column, its loss components, its per-parameter gradient norms."""
-        if report["skipped"]:
+        if report["skipped"] and (report["bad_loss"] or report["bad_grad"]):
             self._skip(step, epoch, report, components, norms)
             return
+        self._spike(step, epoch, report, norms)
         norm = report["grad_norm"]
         if norm > HIGH_NORM:
             kind, word = ("unstable", "unstable") if norm > UNSTABLE_NORM else ("high", "high")
@@ -71,15 +74,27 @@ class Watch:
         terms = [name for name, value in zip(self.losses, components) if not math.isfinite(value)]
         bad = [name for name, norm in zip(self.parameters, norms) if not math.isfinite(norm)]
         what = "the loss" if report["bad_loss"] else "the gradient"
+        place = "".join(sorted({name.partition(".")[0] for name in bad}, key=[n.partition(".")[0] for n in self.parameters].index)[-1:])
         detail = f" (terms: {', '.join(terms)})" if terms else ""
         if bad:
             detail += f" in {len(bad)} of {len(norms)} parameters, first {bad[0]}"
         if self.scale_floor is not None and report["loss_scale"] <= self.scale_floor and not report["bad_loss"]:
-            detail += f", with the loss scale at its floor {self.scale_floor:g}: float16 overflows there by itself"
+            detail += f", with the loss scale at its floor {self.scale_floor:g}: float16 overflows in {place} by itself"
         self._once(
             "skip", f"{what}{' of ' + ', '.join(terms) if terms else ''}", step, epoch, math.nan, f"step {step} skipped: {what} was not finite{detail}",
             terms=terms, parameters=bad[:8], loss_scale=report["loss_scale"],
         )  # fmt: skip
+
+    def _spike(self, step: int, epoch: int, report: Mapping[str, float], norms: Sequence[float]) -> None:
+        done = "skipped" if report["skipped"] else {"clip": "clipped to the usual norm", "note": "applied as it is"}.get(self.on_spike, "")
+        if report["spike_loss"]:
+            self._once("spike", "loss", step, epoch, report["loss"], f"step {step}: the loss {report['loss']:.3g} is far above its past; {done}")
+        if report["spike_grad"]:
+            largest = self.parameters[max(range(len(norms)), key=norms.__getitem__)]
+            self._once(
+                "spike", "gradient", step, epoch, report["grad_norm"],
+                f"step {step}: the gradient norm {report['grad_norm']:.3g} is far above its past, most of it in {largest}; {done}", parameter=largest,
+            )  # fmt: skip
 
     def _once(self, kind: str, subject: str, step: int, epoch: int, size: float, message: str, **fields: Any) -> None:
         seen = self.seen.get((kind, subject))

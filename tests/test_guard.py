@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from refinelib.guard import REPORT, Guard, WarmupCosine, build_optimizer
+from refinelib.guard import REPORT, Guard
+from refinelib.optim import WarmupCosine, build_optimizer
 
 
 class Net(nn.Module):

@@ -139,9 +139,10 @@ def test_killed_and_resumed_from_the_last_whole_checkpoint(tiny, tmp_path):
 def test_a_bad_step_is_skipped_counted_and_named(tiny, fault, words, amp):
     run = train(tiny(inject=fault, amp=amp, epochs=1))
     assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 1
-    (event,) = run.events()
-    assert event["kind"] == "skip" and event["step"] == 4
+    event, incident = run.events()
+    assert (event["kind"], incident["kind"]) == ("skip", "incident") and event["step"] == incident["step"] == 4
     assert all(word in event["message"] for word in words), event["message"]
+    assert f"planted by inject: {fault}" in incident["message"] and incident["same_step"]
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from refinelib import faults
 from refinelib.config import Settings
 from refinelib.data.building import open_store, sampling
 from refinelib.data.coco import CocoPeople, coco_paths
 from refinelib.data.errors import DataError
 from refinelib.data.pennfudan import PennFudanPeople
 from refinelib.data.scenes import Source
+from refinelib.data.spoilt import SpoiltFiles
 from refinelib.data.store import Store, read_info
 from refinelib.data.synthetic import SyntheticPeople
 
@@ -33,8 +35,10 @@ def open_splits(settings: Settings, *, progress: bool = True) -> tuple[Store, St
 def open_split(settings: Settings, split: str, *, progress: bool = True) -> Store:
     """One of ``open_splits``: ``train`` or ``val``."""
     root = settings.path(settings.store_dir or f"{settings.output_dir}/stores")
+    spoilt = [fault for fault in faults.parse(settings.inject or "") if fault.what == "file" and split == "train"]
     try:
         source = make_source(settings, split)
+        source = SpoiltFiles(source, spoilt) if spoilt else source
     except DataError as missing:
         travelled = find_store(root, settings, split) if settings.store_dir else None
         if travelled is None:

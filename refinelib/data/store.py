@@ -140,6 +140,16 @@ class Store:
         columns = {name: getattr(self, name)[:rois] for name in COLUMNS if name != "slots"}
         return Store(self.folder, info, columns, self._mean if rois == len(self) else None)
 
+    def person(self, roi: int) -> dict[str, Any]:
+        """Who ROI ``roi`` is, as plain values: the data set's ids and the box."""
+        return {
+            "roi": int(roi),
+            "source": self.source,
+            "image_id": int(self.image_ids[roi]),
+            "annotation_id": int(self.annotation_ids[roi]),
+            "box": [round(float(side), 2) for side in self.boxes[roi]],
+        }
+
     def summary(self) -> str:
         """One line: what it is, how many ROIs, who was left out and why."""
         images = len(np.unique(self.image_index))

@@ -1,0 +1,180 @@
+"""The fault matrix: every kind of fault, in every precision, under every optimizer, on this device.
+
+    python bench/fault_matrix.py [--device cuda] [--out bench/fault_matrix.md]
+
+Real training steps of a small model with every module on; a fault every third step. For each cell:
+
+    survived      every weight and moment is finite afterwards, and the next step is taken
+    exact         a skipped step moved nothing: weights, moments, step counts, average, statistics, schedule are bit for bit
+                  what they were (fp16's loss scale moves by its own rule, and only by that)
+    attribution   the log names what was planted: module, parameter, input or loss
+
+Exit code 1 if a cell fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from refinelib.config import resolve
+from refinelib.faults import parse
+from refinelib.runs import Run
+from refinelib.training import Trainer
+
+#: Fault, and whether the step has to be skipped.
+KINDS = {
+    "loss:nan": True, "loss:inf": True, "loss:spike": True,
+    "grad:nan:boundary": True, "grad:inf:stem": True, "grad:nan:target": True, "grad:overflow:contour": True, "grad:spike": True,
+    "activation:nan:contour": True, "activation:inf:person": True, "activation:nan:progressive": True, "activation:nan:distance": True,
+    "activation:spike:boundary": None, "activation:overflow:shared": None,
+    "input:nan": True, "input:inf": True, "input:overflow": None, "input:spike": None, "label:swap": None,
+}  # fmt: skip
+PRECISIONS = ("off", "bf16", "fp16")
+#: Name, optimizer, fused, micro-batches.
+PATHS = {
+    "adamw": ("adamw", True, 1), "adam": ("adam", True, 1), "adamw, 2 micro-batches": ("adamw", True, 2),
+    "adamw, not fused": ("adamw", False, 1), "adam, not fused": ("adam", False, 1),
+}  # fmt: skip
+CLEAN = 12  # steps before the first fault, for the statistics of spikes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cells = [cell for amp, path in itertools.product(PRECISIONS, PATHS) for cell in column(options.device, amp, path, folder)]
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    text = table(cells, f"{name}, torch {torch.__version__}")
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+    failed = [cell for cell in cells if not (cell["survived"] and cell["exact"] and cell["attribution"])]
+    for cell in failed:
+        print(json.dumps(cell), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def column(device: str, amp: str, path: str, folder: str, kinds: dict = KINDS) -> list[dict]:
+    """All faults of one precision and path, one after the other in one run."""
+    optimizer, fused, accumulate = PATHS[path]
+    settings = resolve(
+        "demo", run=f"{amp}-{path.replace(', ', '-').replace(' ', '-')}", output_dir=folder, device=device, amp=amp, optimizer=optimizer, fused_optimizer=fused,
+        accumulate=accumulate, batch_size=2, width=0.0625, roi_size=32, mask_size=32, max_images=4, epochs=1000, ema_decay=0.9, on_spike="skip",
+        max_incidents=1000, max_consecutive_skips=1000, lr=1e-4, warmup_epochs=0, log_every=1000, loss_scale_init=2.0**24, deterministic=True,
+        inject=";".join(f"{at(kind)}@{CLEAN + 3 * i}{where(kind)}" for i, kind in enumerate(kinds)),
+    )  # fmt: skip
+    run = Run.start(settings)
+    trainer = Trainer(settings, run)
+    trainer.recovery.start(0)
+    cells = []
+    for step in range(1, CLEAN + 3 * len(kinds)):
+        due = step >= CLEAN and (step - CLEAN) % 3 == 0
+        before = everything(trainer) if due else None
+        trainer.log.watch.seen.clear()  # told and looked at afresh for every cell
+        trainer.incidents.clear()
+        told = len(run.events())
+        advance(trainer)
+        if due:
+            kind = list(kinds)[(step - CLEAN) // 3]
+            cells.append(judge(trainer, kind, kinds[kind], before, run.events()[told:]) | dict(device=device, amp=amp, path=path))
+    run.close()
+    return cells
+
+
+def advance(trainer: Trainer) -> None:
+    """One step as the loop takes it."""
+    per_epoch = trainer.feed.steps_per_epoch
+    epoch, at_step = divmod(trainer.step, per_epoch)
+    plan = trainer.feed.plan(epoch)
+    trainer.model.train()
+    report = trainer.train_step(plan, at_step)
+    trainer.step += 1
+    trainer.log.add(report, trainer.step, epoch + 1)
+    trainer.oversee(plan, wait=True)
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every tensor that a step may move, but for the counts of skips and the loss scale's own rule."""
+    guard = trainer.guard
+    found = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    found |= {f"average.{i}": v for i, v in enumerate(guard.averages)}
+    for i, p in enumerate(guard.parameters):
+        found |= {f"moments.{i}.{k}": v for k, v in guard.optimizer.state[p].items()}
+    ruled = {"skipped", "skips_in_a_row", "armed", "scale", "headroom_peak", "good_in_a_row"}
+    found |= {f"guard.{k}": v for k, v in guard.state.items() if k not in ruled}
+    return {k: v.detach().clone() for k, v in found.items()}
+
+
+def judge(trainer: Trainer, kind: str, skips: bool | None, before: dict, events: list[dict]) -> dict:
+    """Survived, exact, attribution of the step just taken."""
+    after = everything(trainer)
+    finite = all(bool(v.isfinite().all()) for v in after.values() if v.is_floating_point())
+    moved = [name for name in after if not torch.equal(after[name], before[name])]
+    skipped = any(event["kind"] in ("skip", "spike", "incident") and "skipped" in event["message"] or event["kind"] == "incident" for event in events)
+    exact = not moved if skipped else bool(moved)  # a step that was not skipped was taken
+    if skips is not None:
+        exact = exact and skipped == skips
+    return dict(kind=kind, survived=finite, exact=exact, attribution=attributed(kind, skipped, events), skipped=skipped, moved=moved[:3],
+                events=[event["message"] for event in events])  # fmt: skip
+
+
+def attributed(kind: str, skipped: bool, events: list[dict]) -> bool:
+    """Whether the events name what was planted. A finite fault that was taken as an ordinary step needs no name."""
+    if not skipped:
+        return True
+    what, value, *place = kind.split(":")
+    (fault,) = parse(f"{what}:{value}@1{''.join(':' + p for p in place)}")
+    for event in events:
+        if event["kind"] == "spike":
+            return what in ("loss", "label", "input", "activation") or event.get("parameter", "").startswith(fault.where) or not fault.where
+        if event["kind"] == "incident":
+            if not event["same_step"]:
+                return False
+            if what == "loss":
+                return event["phase"] == "loss"
+            if what == "input":
+                return event["phase"] == "input" and event["places"] == [0] if value != "overflow" and value != "spike" else bool(event["module"])
+            if what == "activation":
+                return event["module"].startswith(fault.where) if value in ("nan", "inf") else bool(event["module"])
+            return event["phase"] == "gradient" and len(event["parameters"]) == 1 and event["parameters"][0].startswith(fault.where)
+    # fp16 that overflows is no incident the first few times; the skip itself names the parameters.
+    return any(event["kind"] == "skip" and all(name.startswith(fault.where) for name in event["parameters"]) for event in events)
+
+
+def at(kind: str) -> str:
+    return ":".join(kind.split(":")[:2])
+
+
+def where(kind: str) -> str:
+    place = kind.split(":")[2:]
+    return f":{place[0]}" if place else ""
+
+
+def table(cells: list[dict], device: str) -> str:
+    """A row a fault, a column a precision and path; what failed is spelt out."""
+    paths = [(amp, path) for amp in PRECISIONS for path in PATHS if any((c["amp"], c["path"]) == (amp, path) for c in cells)]
+    good = sum(c["survived"] and c["exact"] and c["attribution"] for c in cells)
+    lines = [f"Fault matrix, {device}: {good} of {len(cells)} cells good (survived, state exact, attribution right).", ""]
+    lines += ["| fault | " + " | ".join(f"{'fp32' if amp == 'off' else amp} {path}" for amp, path in paths) + " |", "| --- " * (len(paths) + 1) + "|"]
+    for kind in dict.fromkeys(c["kind"] for c in cells):
+        row = {(c["amp"], c["path"]): c for c in cells if c["kind"] == kind}
+        lines.append(f"| `{kind}` | " + " | ".join(word(row[key]) for key in paths) + " |")
+    return "\n".join([*lines, "", "*skipped*: nothing moved, named in the log; *taken*: finite, an ordinary clipped step."])
+
+
+def word(cell: dict) -> str:
+    wrong = [name for name in ("survived", "exact", "attribution") if not cell[name]]
+    return f"**not {', '.join(wrong)}**" if wrong else ("skipped" if cell["skipped"] else "taken")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
