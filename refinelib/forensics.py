@@ -71,6 +71,7 @@ def examine(step: Step) -> Finding:
     The model has to be in the mode it was in.
     """
     step.injector.replaying = True
+    step.injector.start(step.number)
     finding = Finding(planted=step.injector.planted(step.number))
     try:
         finding.loss, norms = _plain(step)
@@ -107,7 +108,7 @@ def _plain(step: Step) -> tuple[float, list[float]]:
 
 
 def _forward(step: Step, images: Tensor, labels: Tensor) -> Tensor:
-    images, labels = step.injector.before(step.number, images, labels)
+    images, labels = step.injector.batch(images, labels)
     with step.autocast():
         output = step.model(images.contiguous(memory_format=torch.channels_last))
     return step.injector.loss(step.loss(output, labels)[0])
@@ -132,7 +133,7 @@ class _FirstBad(TorchDispatchMode):
 
 def _watched(step: Step, finding: Finding) -> None:
     """Run the step with every operation watched; phase, module, operation and node into ``finding``."""
-    batches = [step.injector.before(step.number, *batch) for batch in step.batches]
+    batches = [step.injector.batch(*batch) for batch in step.batches]
     if not all(bool(images.isfinite().all()) for images, _ in batches):
         finding.phase = "input"
         return
@@ -179,7 +180,7 @@ def _terms_and_places(step: Step, finding: Finding) -> None:
     """Which loss terms and which samples are not finite, in value or in gradient."""
     offset = 0
     for images, labels in step.batches:
-        images, labels = step.injector.before(step.number, images, labels)
+        images, labels = step.injector.batch(images, labels)
         images = images.detach().requires_grad_()
         with step.autocast():
             output = step.model(images.contiguous(memory_format=torch.channels_last))

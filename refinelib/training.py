@@ -248,10 +248,11 @@ class Trainer:
         """Forward, backward and guarded update of one step; its report, still on the device."""
         total, components = 0.0, 0.0
         share = 1.0 / self.settings.accumulate
+        self.injector.start(self.step + 1)
         self.guard.zero_grad()
         for micro in range(self.settings.accumulate):
             batch = self.feed.batch(plan, at, micro)
-            batch = Batch(*self.injector.before(self.step + 1, batch.images, batch.labels), batch.rois)
+            batch = Batch(*self.injector.batch(batch.images, batch.labels), batch.rois)
             loss, parts = self.compute_loss(batch)
             loss = self.injector.loss(loss)
             self.guard.scale(loss * share).backward()

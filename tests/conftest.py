@@ -94,3 +94,24 @@ class CocoFiles:
 def coco_files(tmp_path: Path) -> CocoFiles:
     """An empty COCO data set in ``tmp_path/coco``."""
     return CocoFiles(tmp_path / "coco")
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory) -> str:
+    """A folder for the decoded crops of all tiny runs."""
+    return str(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture
+def tiny(tmp_path, stores):
+    """Makes settings of a run that takes a second, in ``tmp_path``."""
+    from refinelib.config import resolve
+
+    def settings(recipe="demo", **keywords):
+        defaults = dict(
+            output_dir=str(tmp_path), store_dir=stores, max_images=6, width=0.0625, roi_size=32, mask_size=32,
+            epochs=2, batch_size=3, log_every=2, device="cpu",
+        )  # fmt: skip
+        return resolve(recipe, **{**defaults, **keywords})
+
+    return settings

@@ -19,23 +19,6 @@ from refinelib.runs import Run
 from refinelib.training import train
 
 
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("stores"))
-
-
-@pytest.fixture
-def tiny(tmp_path, stores):
-    def settings(recipe="demo", **keywords):
-        defaults = dict(
-            output_dir=str(tmp_path), store_dir=stores, max_images=6, width=0.0625, roi_size=32, mask_size=32,
-            epochs=2, batch_size=3, log_every=2, device="cpu",
-        )  # fmt: skip
-        return resolve(recipe, **{**defaults, **keywords})
-
-    return settings
-
-
 def final_weights(run):
     return checkpoints.load(run.folder / "checkpoints" / "last.pt")["model"]
 

@@ -1,0 +1,135 @@
+"""Incidents: found where they were planted, kept whole, replayed bit for bit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import refinelib
+from refinelib.forensics import Step, examine
+from refinelib.incidents import IncidentError, load, replay
+from refinelib.inject import Injector
+from refinelib.runs import Run, dumps
+from refinelib.training import train
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_replay_is_the_same_step_and_names_the_module(tiny, amp):
+    run = train(tiny(inject="activation:nan@5:contour.trunk", amp=amp, epochs=2))
+    (folder,) = (run.folder / "incidents").iterdir()
+    report = json.loads((folder / "report.json").read_text())
+    finding = replay(folder)
+    assert finding.same_step and finding.phase == "forward" and finding.module.startswith("contour.trunk")
+    assert finding.places == [0] and finding.samples == [report["people"][0]] and finding.samples[0]["source"] == "synthetic"
+    assert json.loads(dumps(finding.as_dict())) | {"nonfinite": 0} == report["finding"] | {"nonfinite": 0} == {"nonfinite": 0} | {k: v for k, v in run.events()[1].items() if k in report["finding"]}
+    assert set(finding.terms) == set(report["losses"])
+    for file in ("batch.pt", "state.pt"):
+        assert torch.load(folder / file, weights_only=True)
+
+
+def test_each_kind_is_kept_once_and_the_trajectory_is_that_of_a_run_that_keeps_none(tiny):
+    faults = "grad:nan@3:stem;grad:nan@4:stem;input:inf@6;loss:nan@8"
+    kept = train(tiny(run="kept", inject=faults, epochs=4, batch_size=2))
+    plain = train(tiny(run="plain", inject=faults, epochs=4, batch_size=2, max_incidents=0))
+    assert sorted(p.name for p in (kept.folder / "incidents").iterdir()) == ["000003", "000006", "000008"]
+    assert not list((plain.folder / "incidents").iterdir())
+    names = [json.loads((p / "report.json").read_text())["finding"]["phase"] for p in sorted((kept.folder / "incidents").iterdir())]
+    assert names == ["gradient", "input", "loss"]
+    a, b = (torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True)["model"] for r in (kept, plain))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [line["loss"] for line in kept.steps()] == [line["loss"] for line in plain.steps()]
+
+
+def test_no_more_than_asked_for_are_kept(tiny):
+    faults = ";".join(f"grad:nan@{2 * i}:{part}" for i, part in enumerate(("stem", "shared", "person", "target"), 1))
+    run = train(tiny(inject=faults, epochs=4, batch_size=2, max_incidents=2))
+    assert len(list((run.folder / "incidents").iterdir())) == 2 and run.status()["skipped_steps"] == 4
+
+
+class Bare(nn.Module):
+    """A planted cause, not a planted NaN: a square root without protection."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.root = Root()
+
+    def forward(self, image):
+        output = self.model(image)
+        return output._replace(logits=self.root(output.logits, image))
+
+
+class Root(nn.Module):
+    def forward(self, logits, image):
+        flat = (image[:, :1, :1, 1:2] - image[:, :1, :1, :1]).square()  # 0 where two pixels are equal
+        return logits + (flat * self.weight.square()).sqrt() if hasattr(self, "weight") else logits
+
+
+def test_a_gradient_born_in_the_backward_pass_is_traced_to_module_operation_and_sample(tiny):
+    from refinelib.build import autocast, build_device, build_loss, build_model
+
+    settings = tiny()
+    model = Bare(build_model(settings))
+    model.root.weight = nn.Parameter(torch.ones(()))
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images[1, :, 0, :2] = 0.25
+    labels = torch.randint(0, 3, (3, 32, 32), generator=torch.Generator().manual_seed(1))
+    people = [dict(image_id=10 + i, annotation_id=100 + i) for i in range(3)]
+    step = Step(model, build_loss(settings), [(images, labels)], people, lambda: autocast(settings, build_device(settings)), Injector("", model), 7)
+    finding = examine(step)
+    assert (finding.phase, finding.module) == ("backward", "root")
+    assert "Sqrt" in finding.node or "div" in finding.operation
+    assert finding.places == [1] and "annotation 101 in image 11" in finding.sentence
+    assert finding.parameters[0] == "root.weight" and finding.planted == []
+    images[1, :, 0, 1] = 3.0
+    healthy = examine(step)
+    assert healthy.phase == "none" and healthy.parameters == [] and healthy.places == []
+
+
+def test_weights_that_are_not_finite_are_told_as_such(tiny):
+    from refinelib.build import autocast, build_device, build_loss, build_model
+
+    settings = tiny()
+    model = build_model(settings)
+    with torch.no_grad():
+        model.merge.weight[0, 0] = torch.nan
+    batch = torch.zeros(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.int64)
+    finding = examine(Step(model, build_loss(settings), [batch], [], lambda: autocast(settings, build_device(settings)), Injector("", model), 1))
+    assert (finding.phase, finding.module) == ("weights", "merge") and "weights themselves" in finding.sentence
+
+
+def test_the_command_prints_one_json_object(tiny):
+    run = train(tiny(inject="grad:inf@3:boundary", epochs=1))
+    (folder,) = (run.folder / "incidents").iterdir()
+    done = subprocess.run([sys.executable, "-m", "refinelib", "replay", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same_step"] and found["parameters"][0].startswith("boundary.") and found["sentence"] in done.stderr
+
+
+def test_what_cannot_be_replayed_is_refused_in_a_sentence(tiny, tmp_path):
+    with pytest.raises(IncidentError, match="no report.json"):
+        refinelib.replay(tmp_path)
+    run = train(tiny(inject="grad:inf@3:boundary", epochs=1))
+    with pytest.raises(IncidentError, match="such as .*000003"):
+        replay(run.folder)
+    (folder,) = (run.folder / "incidents").iterdir()
+    state = folder / "state.pt"
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(IncidentError, match="state.pt is not a whole"):
+        replay(folder)
+    (folder / "report.json").write_text("{")
+    with pytest.raises(IncidentError, match="cannot be read"):
+        load(folder)
+
+
+def test_a_disk_without_room_costs_the_incident_and_not_the_run(tiny, monkeypatch):
+    from refinelib import incidents
+
+    monkeypatch.setattr(incidents.checkpoints, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    run = train(tiny(inject="grad:nan@3:stem", epochs=1))
+    assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 1
+    assert any(e["kind"] == "incident" and "No space left" in e["message"] for e in Run.open(run.folder).events())
