@@ -74,7 +74,7 @@ def examine(step: Step) -> Finding:
     step.injector.start(step.number)
     finding = Finding(planted=step.injector.planted(step.number))
     try:
-        finding.loss, norms = _plain(step)
+        finding.loss, norms = take(step)
         finding.same_step = None if step.recorded is None else _same(step.recorded, (finding.loss, norms))
         names = [name for name, p in step.model.named_parameters() if p.requires_grad]
         finding.parameters = [name for name, norm in zip(names, norms) if not _finite(norm)][::-1]
@@ -92,7 +92,7 @@ def examine(step: Step) -> Finding:
     return finding
 
 
-def _plain(step: Step) -> tuple[float, list[float]]:
+def take(step: Step) -> tuple[float, list[float]]:
     """Loss and unscaled gradient norms of the step, computed as training computes them."""
     step.model.zero_grad(set_to_none=True)
     total, share = 0.0, 1.0 / len(step.batches)
@@ -125,7 +125,7 @@ class _FirstBad(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if self.found is None and not str(func).startswith(_UNINITIALISED):
-            if not all(_all_finite(x) for x in _tensors(out)) and all(_all_finite(x) for x in _tensors((args, kwargs or {}))):
+            if not all(_all_finite(x) for x in tensors(out)) and all(_all_finite(x) for x in tensors((args, kwargs or {}))):
                 node = torch._C._current_autograd_node() if self.backward else None
                 self.found = (str(func).rsplit(".", 1)[0], self.where(), node.name() if node is not None else "", self.backward)
         return out
@@ -144,7 +144,7 @@ def _watched(step: Step, finding: Finding) -> None:
 
     def leave(module, inputs, output):
         places.pop()
-        for tensor in _tensors(output):
+        for tensor in tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient, name=names[module]: places.__setitem__(0, name))
 
@@ -256,12 +256,12 @@ def _all_finite(x: Tensor) -> bool:
     return not x.is_floating_point() or x.numel() == 0 or bool(torch.isfinite(x.detach()).all())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)

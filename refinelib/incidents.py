@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import checkpoints
 from .build import autocast, build_device, build_loss, build_model
-from .config import Settings
+from .config import Settings, absolute
 from .forensics import Finding, Step, examine
 from .inject import Injector
 from .losses import MaskLoss
@@ -138,6 +138,25 @@ def load(incident: str | os.PathLike, *, device: str = "auto") -> tuple[dict[str
         Injector(settings.inject, model), report["step"], state["scale"], recorded,
     )  # fmt: skip
     return report, settings, step
+
+
+def find(incident: str | os.PathLike | None = None, *, output_dir: str = "outputs") -> Path | None:
+    """The folder of an incident; without one given, the newest of the run under ``output_dir`` that last had one (none: no run has).
+
+    Raises:
+        IncidentError: the folder given holds none.
+    """
+    if incident is not None:
+        folder = next((path for path in (Path(incident).expanduser(), absolute(incident)) if path.is_dir()), Path(incident))
+        read_report(folder)
+        return folder
+    root = absolute(output_dir)
+    runs = [file.parent for pattern in ("*/status.json", "smoke/*/status.json") for file in root.glob(pattern)]
+    runs = [run for run in runs if any(run.glob("incidents/*/report.json"))]
+    if not runs:
+        return None
+    latest = max(runs, key=lambda run: (run / "status.json").stat().st_mtime)
+    return max(file.parent for file in latest.glob("incidents/*/report.json"))
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Injector:
         device = next(model.parameters()).device
         self.flags = [torch.tensor(False, device=device) for _ in self.faults]
         self.replaying = False  # a step that is looked at again is not killed again
-        names = {"activation": [n for n, _ in model.named_modules() if n], "grad": list(self.parameters)}
+        # A list of modules is never called itself: a fault in it would never come.
+        names = {"activation": [n for n, m in model.named_modules() if n and not isinstance(m, nn.ModuleList)], "grad": list(self.parameters)}
         for fault, flag in zip(self.faults, self.flags):
             known = names.get(fault.what, [])
             if fault.where and not any(name.startswith(fault.where) for name in known):

@@ -163,3 +163,27 @@ def test_papermill_stops_at_once_with_a_sentence(tmp_path: Path, given, sentence
     assert not (tmp_path / "runs").exists()
     reached = [cell.id for cell in read(tmp_path / "out.ipynb").cells if cell.get("execution_count")]
     assert reached[-1] == "settings"
+
+
+INCIDENT = project_root() / "notebooks" / "incident.ipynb"
+
+
+def test_incident_makes_its_own_where_there_is_none_and_finds_it_again(tmp_path: Path):
+    where = ("-p", "output_dir", tmp_path / "runs", "-p", "device", "cpu")
+    done = papermill("incident.ipynb", tmp_path / "out.ipynb", *where, cwd=INCIDENT.parent)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "incident" / "incidents").iterdir()
+    assert {file.stem for file in (folder / "figures").glob("*.png")} == {"pictures", "activations", "gradients", "parameter_gradients"}
+    outputs = [(cell.id, item) for cell in read(tmp_path / "out.ipynb").cells for item in cell.get("outputs", [])]
+    assert sorted(cell for cell, item in outputs if "image/png" in item.get("data", {})) == ["activations", "gradients", "parameter-gradients", "pictures"]
+    text = "".join(item["text"] for cell, item in outputs if cell in ("words", "replay"))
+    assert "planted by inject: activation:nan@5:contour" in text and "same step bit for bit: yes" in text
+    assert "the first output that is not finite is that of contour: 1 of its" in text
+    # by its folder, which may have come from another machine: no run around it
+    travelled = (tmp_path / "elsewhere").with_suffix(".incident")
+    folder.rename(travelled)
+    done = papermill("notebooks/incident.ipynb", tmp_path / "out.ipynb", "-p", "incident", travelled, *where, cwd=project_root())
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "runs" / "incident-2").exists()
+    done = papermill("notebooks/incident.ipynb", tmp_path / "out.ipynb", "-p", "incident", tmp_path / "runs", *where, cwd=project_root())
+    assert done.returncode != 0 and "holds no report.json" in done.stderr
