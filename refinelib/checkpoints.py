@@ -53,40 +53,55 @@ class Writer:
     """Writes checkpoints in the background, one after the other; training goes on meanwhile.
 
     ``save`` copies the content before it returns, so that later steps don't touch it. A write that fails (a full
-    disk) leaves the old file; ``problems`` hands out what went wrong.
+    disk) leaves the old file, and its content waits for the next ``save`` or ``flush`` to be tried again.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[Path, dict[str, Any]] = {}  # the newest content of each file that is not written yet
+        self._failed: dict[Path, dict[str, Any]] = {}  # content that could not be written
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._problems: list[tuple[str, OSError]] = []
+        self._problems: list[str] = []
+        #: What is wrong with each file whose newest content is not on disk, in a sentence.
+        self.failing: dict[Path, str] = {}
 
     def save(self, path: Path, content: dict[str, Any]) -> None:
         """Have ``content`` written to ``path``; where an older one still waits, the newer takes its place."""
         content = to_cpu(content)
         with self._wake:
-            self._waiting[path] = content
-            if self._thread is None:
-                # Not a daemon: the interpreter waits for a checkpoint that is being written.
-                self._thread = threading.Thread(target=self._run, name="checkpoints")
-                self._thread.start()
+            self._waiting = {**self._failed, **self._waiting, path: content}
+            self._failed = {}
+            self._start()
 
     def flush(self) -> None:
-        """Wait until everything is on disk, or has failed."""
-        thread = self._thread
-        if thread is not None:
-            thread.join()
+        """Wait until everything is on disk, or has failed once more."""
+        self._join()
+        with self._wake:
+            self._waiting, self._failed = self._failed, {}
+            if self._waiting:
+                self._start()
+        self._join()
 
     def close(self) -> None:
         """Wait for what is being written, whatever ended the run."""
         self.flush()
 
-    def problems(self) -> list[tuple[str, OSError]]:
-        """What failed since the last call: a sentence and the error."""
+    def problems(self) -> list[str]:
+        """What failed since the last call, in sentences; a file that goes on failing is told of once."""
         with self._wake:
             found, self._problems = self._problems, []
         return found
+
+    def _start(self) -> None:
+        if self._thread is None:
+            # Not a daemon: the interpreter waits for a checkpoint that is being written.
+            self._thread = threading.Thread(target=self._run, name="checkpoints")
+            self._thread.start()
+
+    def _join(self) -> None:
+        thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def _run(self) -> None:
         while True:
@@ -98,10 +113,19 @@ class Writer:
                 content = self._waiting.pop(path)
             try:
                 _write(path, content)
-            except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            except Exception as error:  # torch.save turns a full disk into a RuntimeError; a thread that dies would lose all that follow
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 old = "the one before it stays" if path.exists() else "there is none before it"
                 with self._wake:
-                    self._problems.append((f"the checkpoint {path.name} could not be written ({error}); {old}", error))
+                    self._failed[path] = content
+                    if path not in self.failing:
+                        self._problems.append(f"the checkpoint {path.name} could not be written ({reason}); {old}")
+                    self.failing[path] = f"the checkpoint {path.name} could not be written ({reason}); {old}"
+            else:
+                with self._wake:
+                    self._failed.pop(path, None)
+                    if self.failing.pop(path, None) is not None and path not in self._waiting:
+                        self._problems.append(f"the checkpoint {path.name} could be written after all")
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:

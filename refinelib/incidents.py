@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Collection, Sequence
 
@@ -84,10 +85,14 @@ def capture(
         "settings": settings.model_dump(mode="json"),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "report.json", dumps(report, indent=1))
-    checkpoints.save(folder / "batch.pt", {"images": [x for x, _ in batches], "labels": [y for _, y in batches]})
-    state = {"model": model.state_dict(), "scale": scale, "random": random, "training": model.training}
-    checkpoints.save(folder / "state.pt", state)
+    try:
+        checkpoints.save(folder / "batch.pt", {"images": [x for x, _ in batches], "labels": [y for _, y in batches]})
+        state = {"model": model.state_dict(), "scale": scale, "random": random, "training": model.training}
+        checkpoints.save(folder / "state.pt", state)
+        write_atomically(folder / "report.json", dumps(report, indent=1))  # last: a folder with a report is whole
+    except (OSError, RuntimeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return finding
 
 

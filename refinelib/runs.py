@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -23,11 +25,14 @@ class RunError(RuntimeError):
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step: a reader sees the old text or the new, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def strict(value: Any, found: dict[str, str] | None = None, at: str = "") -> Any:
@@ -66,11 +71,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Run:
-    """One folder under ``outputs/``. Make one with :meth:`start`, look at one with :meth:`open`."""
+    """One folder under ``outputs/``. Make one with :meth:`start`, look at one with :meth:`open`.
+
+    A record that cannot be written (a full disk) never stops a run: lines wait in memory, the status too, and both are
+    written as soon as there is room. Standard error says so once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._status: dict[str, Any] = {}
+        self._waiting: dict[str, list[str]] = {}  # lines by file, that could not be written yet
+        self._stale = False  # whether status.json is older than the status
+        self._warned = False
         self._tensorboard = None
         self._purge_step: int | None = None
 
@@ -86,6 +98,7 @@ class Run:
         if settings.resume:
             run = cls(cls._newest(root, settings.run_name))
             run._status = run.status()
+            run._sweep()
             return run
         for number in range(1, 100_000):
             folder = root / (settings.run_name if number == 1 else f"{settings.run_name}-{number}")
@@ -146,17 +159,34 @@ class Run:
         write_atomically(self.folder / name, dumps(config, indent=2))
 
     def update(self, **changes: Any) -> None:
-        """Change fields of ``status.json``, atomically."""
+        """Change fields of ``status.json``, atomically.
+
+        Raises:
+            OSError: the first status of a run cannot be written; later ones wait.
+        """
+        first = not self._status
         self._status.update(changes, updated=_now())
-        write_atomically(self.folder / "status.json", dumps(self._status, indent=2))
+        try:
+            write_atomically(self.folder / "status.json", dumps(self._status, indent=2))
+            self._stale = False
+        except OSError as error:
+            if first:
+                raise
+            self._stale = True
+            self._warn(error)
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl`` and the same scalars to TensorBoard."""
-        self._append("metrics.jsonl", record)
+        if not self._append("metrics.jsonl", record):
+            return  # no room for TensorBoard's copy either
         prefix = "train" if record["kind"] == "step" else "epoch"
-        for name, value in _scalars(record):
-            if name not in ("step", "epoch"):
-                self.tensorboard.add_scalar(f"{prefix}/{name}", value, record["step"])
+        try:
+            for name, value in _scalars(record):
+                if name not in ("step", "epoch"):
+                    self.tensorboard.add_scalar(f"{prefix}/{name}", value, record["step"])
+        except OSError as error:
+            self._drop_tensorboard()
+            self._warn(error)
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Append a line to ``events.jsonl``."""
@@ -173,9 +203,27 @@ class Run:
             write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        """Write what still waits, and say so where that is not possible."""
+        self._drop_tensorboard()
+        left = sum(len(lines) for name, lines in self._waiting.items() if not self._write_waiting(name))
+        if self._stale:
+            self.update()
+        if left or self._stale:
+            parts = [f"{left} lines of its records"] * bool(left) + ["its last status"] * self._stale
+            print(f"{self.name}: {' and '.join(parts)} could not be written in {self.folder}: there was no room to the end", file=sys.stderr, flush=True)
+
+    def _drop_tensorboard(self) -> None:
+        """Close TensorBoard's file; where there is room, the next scalar starts another."""
+        writer, self._tensorboard = self._tensorboard, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
+
+    def _sweep(self) -> None:
+        """Remove the unfinished files of a process that was killed while it wrote."""
+        for folder in (self.folder, self.folder / "checkpoints", self.folder / "samples"):
+            for file in folder.glob(".*.tmp"):
+                file.unlink(missing_ok=True)
 
     @property
     def tensorboard(self):
@@ -185,9 +233,41 @@ class Run:
             self._tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=self._purge_step)
         return self._tensorboard
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(dumps(record) + "\n")
+    def _append(self, name: str, record: dict[str, Any]) -> bool:
+        """Append a line; whether it, and all that waited before it, are in the file."""
+        self._waiting.setdefault(name, []).append(dumps(record) + "\n")
+        there = self._write_waiting(name)
+        if there:  # there is room: for whatever else waits too
+            for other in self._waiting:
+                self._write_waiting(other)
+            if self._stale:
+                self.update()
+        return there
+
+    def _write_waiting(self, name: str) -> bool:
+        lines = self._waiting[name]
+        if not lines:
+            return True
+        data = "".join(lines).encode()
+        try:
+            with open(self.folder / name, "ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                try:
+                    if file.write(data) != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)  # half a line would spoil the next one
+                    raise
+        except OSError as error:
+            self._warn(error)
+            return False
+        lines.clear()
+        return True
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            print(f"{self.name}: a record could not be written in {self.folder} ({error}); the run goes on, records wait in memory for room", file=sys.stderr, flush=True)
 
     # -- reading -----------------------------------------------------------------------------------
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Callable
 
@@ -40,6 +41,9 @@ def write_samples(
         target_iou: float ``[len(store)]``; nan where the truth has no target.
         device: where ``predict`` wants its crops.
         mask_size: pixels across the box.
+
+    Raises:
+        OSError: it cannot be written; an older file of that name stays.
     """
     scores = target_iou.cpu()
     ranked = scores.nan_to_num(2.0).argsort()[: int((~scores.isnan()).sum())]
@@ -54,8 +58,7 @@ def write_samples(
     rois = torch.cat([*groups.values()])
     images, coverage = store.gather(rois)
     probs = predict(normalise(images.to(device).permute(0, 3, 1, 2)))
-    np.savez_compressed(
-        file,
+    content = dict(
         image=images.numpy(),
         labels=labels_from_coverage(coverage).numpy().astype(np.uint8),
         probs=probs.float().cpu().numpy().astype(np.float16),
@@ -66,3 +69,11 @@ def write_samples(
         kind=np.array([kind for kind, chosen in groups.items() for _ in chosen]),
         mask_size=np.array(mask_size),
     )
+    # In one step: a reader, or a process that is killed here, never leaves or sees half of it.
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as half:
+            np.savez_compressed(half, **content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -224,7 +224,8 @@ class Trainer:
         try:
             message = self.recovery.rewind(reason, self.step)
         except DivergedError:
-            self.report_writes(final=True)
+            self.writer.flush()
+            self.report_writes()
             self.run.update(step=self.step, epoch=row.epoch - 1, skipped_steps=int(self.guard.state["skipped"]))
             raise
         self.run.event("rewind", message, step=row.step, epoch=row.epoch)
@@ -234,15 +235,14 @@ class Trainer:
         """Say which checkpoints could not be written.
 
         Raises:
-            OSError: with ``final``, when the last one of all is among them.
+            OSError: with ``final``, when the newest of a file is among them.
         """
         if final:
             self.writer.flush()
-        problems = self.writer.problems()
-        for message, _ in problems:
+        for message in self.writer.problems():
             self.run.event("checkpoint", message, step=self.step)
-        if final and problems:
-            raise OSError(f"{problems[-1][0]}: make room in {self.run.folder} and go on with resume=true")
+        if final and self.writer.failing:
+            raise OSError(f"{'; '.join(self.writer.failing.values())}: make room in {self.run.folder} and go on with resume=true")
 
     def train_step(self, plan, at: int) -> Tensor:
         """Forward, backward and guarded update of one step; its report, still on the device."""
@@ -276,14 +276,17 @@ class Trainer:
         best = self.best is None or _merit(metrics) > _merit(self.best)
         if best:
             self.best = {"epoch": epoch + 1, "step": self.step, **{name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}}
-        write_samples(
-            self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz",
-            self.val_store,
-            self.predict,
-            found.per_roi()["target_iou"],
-            device=self.device,
-            mask_size=settings.mask_size,
-        )
+        try:
+            write_samples(
+                self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz",
+                self.val_store,
+                self.predict,
+                found.per_roi()["target_iou"],
+                device=self.device,
+                mask_size=settings.mask_size,
+            )
+        except OSError as error:  # no room: training is worth more than a picture of it
+            self.run.event("samples", f"the samples of epoch {epoch + 1} could not be written ({error})", step=self.step, epoch=epoch + 1)
         self.run.metrics({"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
         self.report_writes()
         if best:

@@ -2,14 +2,22 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
+from test_train import assert_same, final_weights
 
 from refinelib import checkpoints
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
 from refinelib.runs import Run, RunError, dumps, read_lines
+from refinelib.training import train
 
 
 def content(step=3):
@@ -98,6 +106,192 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
+# -- written in the background ------------------------------------------------------------------------
+def test_what_is_saved_is_the_content_at_the_time_of_saving(tmp_path, monkeypatch):
+    go, real = threading.Event(), checkpoints._write
+    monkeypatch.setattr(checkpoints, "_write", lambda *given: (go.wait(10), real(*given)))
+    writer, weights = checkpoints.Writer(), torch.zeros(4)
+    writer.save(tmp_path / "a.pt", {"w": weights, "nested": [{"w": weights}], "position": {"step": 1}})
+    weights.fill_(7.0)  # the next training step, before anything is on disk
+    go.set()
+    writer.flush()
+    loaded = checkpoints.load(tmp_path / "a.pt")
+    assert torch.equal(loaded["w"], torch.zeros(4)) and torch.equal(loaded["nested"][0]["w"], torch.zeros(4))
+
+
+def test_saving_does_not_wait_and_the_newest_wins(tmp_path, monkeypatch):
+    go, real, written = threading.Event(), checkpoints._write, []
+
+    def slow(path, content):
+        go.wait(10)
+        written.append((path.name, content["position"]["step"]))
+        real(path, content)
+
+    monkeypatch.setattr(checkpoints, "_write", slow)
+    writer, started = checkpoints.Writer(), time.perf_counter()
+    for step in range(1, 6):
+        writer.save(tmp_path / "last.pt", content(step=step))
+        if step == 1:
+            writer.save(tmp_path / "best.pt", content(step=step))
+            while writer._waiting.keys() != {tmp_path / "best.pt"}:  # until the first is being written
+                time.sleep(0.001)
+    assert time.perf_counter() - started < 5 and not list(tmp_path.glob("*.pt"))
+    go.set()
+    writer.flush()
+    assert [name for name, step in written if step in (2, 3, 4)] == []
+    assert checkpoints.load(tmp_path / "last.pt")["position"]["step"] == 5
+    assert checkpoints.load(tmp_path / "best.pt")["position"]["step"] == 1
+    assert writer.problems() == [] and not writer.failing
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoints"]
+
+
+def test_what_failed_is_told_once_and_tried_again_with_the_newest_content(tmp_path, monkeypatch):
+    real, broken = checkpoints._write, True
+
+    def write(path, content):
+        if broken and path.name == "best.pt":
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(checkpoints, "_write", write)
+    real(tmp_path / "best.pt", checkpoints.to_cpu(content(step=1)))
+    writer = checkpoints.Writer()
+    for step in (2, 3):
+        writer.save(tmp_path / "best.pt", content(step=step))
+        writer.save(tmp_path / "last.pt", content(step=step))
+        writer.flush()
+    (problem,) = writer.problems()
+    assert "best.pt could not be written" in problem and "No space left" in problem and "the one before it stays" in problem
+    assert list(writer.failing) == [tmp_path / "best.pt"] and checkpoints.load(tmp_path / "best.pt")["position"]["step"] == 1
+    broken = False
+    writer.save(tmp_path / "last.pt", content(step=4))  # makes no mention of best.pt
+    writer.close()
+    assert not writer.failing and ["after all" in message for message in writer.problems()] == [True]
+    assert [checkpoints.load(tmp_path / name)["position"]["step"] for name in ("best.pt", "last.pt")] == [3, 4]
+
+
+def test_content_that_cannot_be_written_at_all_does_not_end_the_thread_for_the_others(tmp_path):
+    writer = checkpoints.Writer()
+    writer.save(tmp_path / "bad.pt", {"position": {"step": 1}, "thing": threading})  # no JSON, no tensor
+    writer.save(tmp_path / "good.pt", content())
+    writer.flush()
+    assert "bad.pt could not be written" in writer.problems()[0] and "none before it" in writer.failing[tmp_path / "bad.pt"]
+    assert checkpoints.load(tmp_path / "good.pt")
+
+
+LIMITED = """
+import json, resource, sys, time
+from refinelib.config import Settings
+from refinelib.training import train
+settings = Settings(**json.loads(sys.argv[1]))
+def limit(run):
+    while not (run.folder / "checkpoints" / "last.pt").exists():
+        time.sleep(0.01)  # it is written in the background
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))  # bytes a file
+train(settings, on_epoch=limit)
+"""
+
+
+def test_a_run_that_cannot_write_its_last_checkpoint_goes_on_to_its_end_and_says_so(tiny, tmp_path):
+    """Files longer than 4 KB cannot be written after the first epoch: neither checkpoints, samples nor records."""
+    settings = tiny(run="full", epochs=4, log_every=1)
+    whole = train(settings.model_copy(update={"run": "whole"}))
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", LIMITED, settings.model_dump_json(), "4096"]
+    done = subprocess.run(command, capture_output=True, text=True, env=threads)
+    run = Run.open(tmp_path / "full")
+    status = run.status()
+    assert done.returncode == 1 and status["state"] == "failed" and status["step"] == status["steps"]
+    assert "last.pt could not be written" in status["last_error"] and "make room" in status["last_error"] and "resume=true" in status["last_error"]
+    assert done.stderr.count("a record could not be written") == 1 and "could not be written in" in done.stderr
+    assert "epoch    4/4" in done.stdout.replace("\r", "\n")
+    kept = checkpoints.load(run.folder / "checkpoints" / "last.pt")
+    assert kept["position"]["epoch"] < 4
+    assert not list(run.folder.glob("**/.*.tmp"))
+    assert all(line.endswith("}") for line in (run.folder / "metrics.jsonl").read_text().splitlines())
+    again = train(settings.model_copy(update={"resume": True}))
+    assert again.status()["state"] == "ok"
+    assert_same(final_weights(whole), final_weights(again))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 40 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk):
+    """Leave not a byte."""
+    with open(disk / "filler", "ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tiny, small_disk, capfd):
+    keywords = dict(epochs=6, log_every=1, inject="grad:nan@6:stem")
+    whole = train(tiny(run="whole", **keywords))
+
+    ended = []
+
+    def disk(run):
+        ended.append(run)
+        if len(ended) == 1:
+            deadline = time.time() + 20
+            while time.time() < deadline and not (run.folder / "checkpoints" / "last.pt").exists():
+                time.sleep(0.01)  # it is written in the background
+            fill(small_disk)
+        if len(ended) == 4:
+            (small_disk / "filler").unlink()
+
+    run = train(tiny(run="full", output_dir=str(small_disk), **keywords), on_epoch=disk)
+    assert run.status()["state"] == "ok" and run.status()["epoch"] == 6
+    assert_same(final_weights(whole), final_weights(run))
+    assert [line["epoch"] for line in run.epochs()] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in run.steps()] == [line["loss"] for line in whole.steps()]  # none is lost
+    told = [event["message"] for event in run.events()]
+    assert any("last.pt could not be written" in message and "the one before it stays" in message for message in told)
+    assert any("last.pt could be written after all" in message for message in told)
+    assert any("samples of epoch 2 could not be written" in message for message in told)
+    assert any("the incident could not be kept" in message for message in told) and not list((run.folder / "incidents").iterdir())
+    assert checkpoints.load(run.folder / "checkpoints" / "best.pt") and not list(run.folder.glob("**/.*.tmp"))
+    assert capfd.readouterr().err.count("a record could not be written") == 1
+
+
+HALF = """
+import json, os, signal, sys, torch
+from refinelib.config import Settings
+from refinelib.training import train
+real = torch.save
+def save(content, file):  # as kill -9 would find it
+    if save.count == 3:
+        file.write(bytes(1000)); file.flush(); os.kill(os.getpid(), signal.SIGKILL)
+    save.count += 1
+    real(content, file)
+save.count, torch.save = 0, save
+train(Settings(**json.loads(sys.argv[1])))
+"""
+
+
+def test_half_written_files_of_killed_processes_do_not_pile_up(tiny, tmp_path):
+    settings = tiny(run="killed", epochs=6)
+    done = subprocess.run([sys.executable, "-c", HALF, settings.model_dump_json()], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    folder = tmp_path / "killed"
+    assert len(list((folder / "checkpoints").glob(".*.tmp"))) == 1
+    (folder / ".status.json.1.tmp").write_text("{")
+    run = train(settings.model_copy(update={"resume": True}))
+    assert run.status()["state"] == "ok" and not list(folder.glob("**/.*.tmp"))
+
+
 # -- run folders -----------------------------------------------------------------------------------
 def settings(tmp_path, **keywords):
     return resolve("demo", output_dir=str(tmp_path), **keywords)
@@ -168,3 +362,69 @@ def test_config_says_what_ran(tmp_path):
     assert config["settings"]["lr"] == 1e-3 and config["recipe"] == "demo" and config["device"] == "cpu"
     assert set(config["versions"]) == {"python", "torch", "cuda", "numpy"}
     assert run.settings() == settings(tmp_path, lr=1e-3)
+
+
+def test_lines_wait_for_room_and_come_in_order(tmp_path, monkeypatch, capfd):
+    """A file system that takes half a line and then no more, as a full one does."""
+    run = Run.start(settings(tmp_path))
+    run.update(state="running")
+    run.event("one", "first", step=1)
+    file, real = run.folder / "events.jsonl", open
+    monkeypatch.setattr("builtins.open", lambda path, *given, **named: Half(path) if path == file else real(path, *given, **named))
+    run.event("two", "second", step=2)
+    run.event("three", "third", step=3)
+    monkeypatch.undo()
+    assert [line["kind"] for line in run.events()] == ["one"] and file.read_text().endswith("}\n")
+    run.metrics({"kind": "step", "step": 4, "loss": 1.0})  # there is room for this, so for what waits too
+    assert [line["kind"] for line in run.events()] == ["one", "two", "three"]
+    run.close()
+    assert capfd.readouterr().err.count("records wait in memory") == 1
+
+
+class Half:
+    """An unbuffered file on a disk with 10 bytes left."""
+
+    def __init__(self, path):
+        import io
+
+        self.file = io.FileIO(path, "ab")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, data):
+        return self.file.write(data[:10])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_what_never_finds_room_is_told_at_the_end(tmp_path, capfd):
+    run = Run.start(settings(tmp_path))
+    run.update(state="running")
+    (run.folder / "events.jsonl").mkdir()  # nothing can be appended to a folder
+    run.event("one", "first", step=1)
+    run.event("two", "second", step=2)
+    run.close()
+    assert "2 lines of its records could not be written" in capfd.readouterr().err
+
+
+def test_a_status_that_cannot_be_replaced_waits_but_a_first_one_is_refused(tmp_path, monkeypatch):
+    from refinelib import runs
+
+    run = Run.start(settings(tmp_path))
+    real = runs.write_atomically
+    monkeypatch.setattr(runs, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        Run.start(settings(tmp_path)).update(state="running")
+    monkeypatch.undo()
+    run.update(state="running")
+    monkeypatch.setattr(runs, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    run.update(state="ok")
+    monkeypatch.setattr(runs, "write_atomically", real)
+    assert run.status()["state"] == "running"
+    run.close()
+    assert run.status()["state"] == "ok"
