@@ -126,6 +126,8 @@ class Settings(BaseModel):
     loss_scale_init: float = Field(65536.0, ge=1.0, le=2.0**24, description="fp16 loss scale at the start")
     loss_scale_floor: float = Field(1.0, gt=0.0, le=2.0**24, description="fp16 loss scale never falls below this; at most loss_scale_init")
 
+    compile: Literal["auto", "on", "off"] = Field("auto", description="compile model and loss; auto: on CUDA, in runs long enough to gain by it")
+    cuda_graphs: bool = Field(True, description="on CUDA, record a step once and replay it: one launch in place of thousands")
     fused_optimizer: bool = Field(True, description="one kernel that can skip a step on the device; false: plain kernels and one read of the host a step")
 
     # -- when a step goes wrong --------------------------------------------------------------------

@@ -104,6 +104,7 @@ class Guard:
         self.averages = list(average.parameters()) if average is not None else []
         self.buffers = [b for module in (model, *losses) for b in _persistent_buffers(module)]
         self.kept: list[Tensor] = []
+        self.think = self.judge
         #: Whether the optimizer takes ``found_inf`` and skips by itself.
         self.fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         device = self.parameters[0].device
@@ -151,12 +152,19 @@ class Guard:
             float32 ``[len(REPORT) + parameters]`` on the device: the columns of ``REPORT``, then
             the L2 norm of each parameter's gradient, unscaled and before clipping.
         """
-        found = self.judge(loss, *self.measure())
+        found = self.think(loss, *self.measure())
         self._apply(found)
         self._follow(found.skip)
         for name, value in found.state.items():
             self.state[name].copy_(value)
         return torch.cat([found.report, found.norms])
+
+    def compile(self) -> None:
+        """Make one kernel of the many small operations of a judgement."""
+        self.think = torch.compile(self.judge, dynamic=False)
+
+    def uncompile(self) -> None:
+        self.think = self.judge
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """L2 norm and largest magnitude of each parameter's gradient as it stands (still scaled), float32 ``[parameters]``."""

@@ -55,4 +55,5 @@ def build_optimizer(
     for group in groups:
         group["lr"] = rate.clone() if fused else rate
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[kind]
-    return cls(groups, lr=rate, fused=fused)
+    # Capturable: its step count lies on the device, so that a step can be part of a CUDA graph.
+    return cls(groups, lr=rate, fused=fused, capturable=fused and trained[0].device.type == "cuda")

@@ -22,7 +22,7 @@ from . import checkpoints
 from .build import autocast, build_device, build_guard, build_loss, build_model
 from .config import Settings
 from .data import open_splits
-from .feed import Batch, Feed
+from .feed import Feed
 from .incidents import capture
 from .inject import Injector
 from .interruption import Interruption
@@ -32,6 +32,7 @@ from .runs import Run
 from .samples import write_samples
 from .scoring import predict_probs, score
 from .steplog import Row, StepLog
+from .stepping import Stepper
 
 
 def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
@@ -108,6 +109,17 @@ class Trainer:
         self.incidents: list[str] = []  # kinds that were kept
         self.repeats = 0  # looks at a kind already known
         self.guard.thaw(armed=settings.max_incidents > 0)
+        self.stepper = Stepper(
+            settings,
+            model=self.model,
+            loss=self.loss,
+            guard=self.guard,
+            injector=self.injector,
+            feed=self.feed,
+            device=self.device,
+            steps=settings.epochs * self.feed.steps_per_epoch,
+            say=lambda message: run.event("speed", message, step=self.step),
+        )
         self.writer = checkpoints.Writer()
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every)
         self.step = 0  # steps tried: the position in the data
@@ -246,25 +258,7 @@ class Trainer:
 
     def train_step(self, plan, at: int) -> Tensor:
         """Forward, backward and guarded update of one step; its report, still on the device."""
-        total, components = 0.0, 0.0
-        share = 1.0 / self.settings.accumulate
-        self.injector.start(self.step + 1)
-        self.guard.zero_grad()
-        for micro in range(self.settings.accumulate):
-            batch = self.feed.batch(plan, at, micro)
-            batch = Batch(*self.injector.batch(batch.images, batch.labels), batch.rois)
-            loss, parts = self.compute_loss(batch)
-            loss = self.injector.loss(loss)
-            self.guard.scale(loss * share).backward()
-            total, components = total + loss.detach() * share, components + parts * share
-        self.injector.after_backward()
-        return torch.cat([components, self.guard.step(total)])
-
-    def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Total and components of one micro-batch."""
-        with autocast(self.settings, self.device):
-            output = self.model(batch.images.contiguous(memory_format=torch.channels_last))
-        return self.loss(output, batch.labels)
+        return self.stepper.step(plan, at, self.step + 1)
 
     def end_epoch(self, epoch: int, started: float) -> None:
         """Validate, record, keep."""
