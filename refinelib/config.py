@@ -126,6 +126,9 @@ class Settings(BaseModel):
     loss_scale_init: float = Field(65536.0, ge=1.0, le=2.0**24, description="fp16 loss scale at the start")
     loss_scale_floor: float = Field(1.0, gt=0.0, le=2.0**24, description="fp16 loss scale never falls below this; at most loss_scale_init")
 
+    # -- validation and prediction ---------------------------------------------------------------
+    flip_test: bool = Field(False, description="average the probabilities of each crop and of its mirror image; twice the time")
+
     inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/faults.py")
 
     # -- what the run leaves ---------------------------------------------------------------------
