@@ -6,7 +6,7 @@ Conventions, for every function here:
   the image's edge has its boundary there.
 * Two empty masks agree perfectly: IoU 1, F 1, distances 0. If just one is empty: IoU 0, F 0, and
   both distances are the image's diagonal ``hypot(H, W)``, which no two pixels can reach.
-* Nothing here waits for the device.
+* Nothing but :func:`outline_distances` waits for the device.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ BAND_RATIO = 2 / math.hypot(64, 64)
 
 #: The same on whole images, as Cheng et al. define it.
 IMAGE_BAND_RATIO = 0.02
+
+# Pairs of contour points held at once: 64 MB.
+_PAIRS = 2**23
 
 
 # -- overlap -------------------------------------------------------------------------------------
@@ -135,6 +138,22 @@ def surface_distance(found: Surfaces) -> Tensor:
     total = total + torch.where(found.true, found.to_pred, 0.0).sum(-1, dtype=torch.float64)
     mean = total / (found.pred.sum(-1) + found.true.sum(-1))
     return _empty_as(mean, found, both=0.0, one=found.diagonal)
+
+
+def outline_distances(pred: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances in pixels from each contour pixel of one mask to the other's contour, there and back.
+
+    Of one pair of bool masks ``[H, W]``, neither empty; float64 ``[points of pred]`` and ``[points of true]``. The same
+    numbers as :func:`surfaces` has, from the contours' points alone: at the size of a photograph that is a hundredth of the
+    work of two distance transforms, but the number of points must be read back.
+    """
+    a, b = contour(pred).nonzero().double(), contour(true).nonzero().double()
+    there, back = [], torch.full((len(b),), math.inf, dtype=torch.float64, device=b.device)
+    for some in a.split(max(1, _PAIRS // max(1, len(b)))):
+        apart = torch.cdist(some, b, compute_mode="donot_use_mm_for_euclid_dist")  # exact for whole numbers
+        there.append(apart.amin(1))
+        back = torch.minimum(back, apart.amin(0))
+    return torch.cat(there), back
 
 
 def _percentile(values: Tensor, where: Tensor, share: float) -> Tensor:

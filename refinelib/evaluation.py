@@ -36,12 +36,14 @@ class Evaluation:
         people: one row a ROI as columns ``[N]``: ``annotation_id``, ``image_id``, ``x0`` ... ``y1``, ``area``, the
             figures of the ROI by name, those of the whole image with ``image_`` before it; nan where one does not apply.
         results: every person's mask in COCO's results format.
+        masks: run lengths of the masks of the rows of ``people``, by annotation id.
         confusion: int64 ``[N, 3, 3]``, pixel counts of each ROI: row = truth, column = prediction.
     """
 
     report: dict[str, Any]
     people: dict[str, np.ndarray]
-    results: list[dict[str, Any]]
+    results: list[dict[str, Any]] = field(repr=False)
+    masks: dict[int, dict[str, Any]] = field(repr=False)
     confusion: np.ndarray = field(repr=False)
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
@@ -171,7 +173,7 @@ def measure(
         confusion = found.per_roi()["confusion"].cpu().numpy()
         del store  # its files are mapped, and Windows deletes no mapped file
     report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
-    return Evaluation(report, people, pasted["model"].coco.entries, confusion)
+    return Evaluation(report, people, pasted["model"].coco.entries, pasted["model"].masks, confusion)
 
 
 def grid_ceiling(

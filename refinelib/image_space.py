@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boundary import band_width, boundary_iou, hd95, image_band_width, mask_iou, surface_distance, surfaces
+from .boundary import band_width, boundary_iou, image_band_width, mask_iou, outline_distances
 from .coco_results import CocoResults
 from .data import CocoPeople, SceneError, Source
 from .data.scenes import box_of
@@ -86,12 +86,20 @@ def annotated_images(
 
 
 class ImageMetrics:
-    """Figures of one predictor over the persons of many images, and its masks as COCO results."""
+    """Figures of one predictor over the persons of many images, and its masks as COCO results.
+
+    Attributes:
+        full: surface distances too.
+        coco: every person's mask.
+        annotation_ids: of the persons scored, in the order of :meth:`table`.
+        masks: run lengths of their masks, by annotation id.
+    """
 
     def __init__(self, *, full: bool = True) -> None:
         self.full = full
         self.coco = CocoResults()
         self.annotation_ids: list[int] = []
+        self.masks: dict[int, dict[str, Any]] = {}
         self._rows: list[dict[str, Tensor]] = []
 
     def add(self, image: AnnotatedImage, person: int, found: Pasted, truth: Tensor) -> None:
@@ -108,6 +116,7 @@ class ImageMetrics:
         row["image_id"] = torch.tensor(image.image_id, device=truth.device)
         self._rows.append(row)
         self.annotation_ids.append(image.annotation_ids[person])
+        self.masks[image.annotation_ids[person]] = self.coco.entries[-1]["segmentation"]
 
     def table(self) -> dict[str, Tensor]:
         """Columns by name, one row a scored person, as :func:`refinelib.metrics.summarise` takes them."""
@@ -130,7 +139,7 @@ def compare(
     ``boundary_iou_image`` (band of 2 % of the image's diagonal, Cheng et al. 2021) and, with ``full``, ``hd95`` and
     ``surface_distance`` in image pixels are of the whole image: what the box cut off counts as missed.
     ``confusion``, ``miou_roi`` and ``nontarget_iou`` are of the pixels inside the predicted box, since nothing is said of
-    others.
+    others. No mask at all is as far away as the image's diagonal is long.
 
     Args:
         found: labels of the box.
@@ -162,8 +171,11 @@ def compare(
         "boundary_iou_image": boundary_iou(pred, true, image_band_width(truth.shape)),
     }
     if full:
-        outlines = surfaces(pred, true)._replace(diagonal=math.hypot(*truth.shape))
-        figures |= {"hd95": hd95(outlines), "surface_distance": surface_distance(outlines)}
+        both = torch.full((2,), math.hypot(*truth.shape), dtype=torch.float64, device=truth.device)
+        if pred.any():
+            there, back = outline_distances(pred, true)
+            both = torch.stack([torch.maximum(there.quantile(0.95), back.quantile(0.95)), torch.cat([there, back]).mean()])
+        figures |= {"hd95": both[0], "surface_distance": both[1]}
     return figures
 
 

@@ -1,0 +1,312 @@
+"""Tables that compare runs: over seeds, over images, with refinement and without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Iterable, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import Settings, SettingsError
+from .data import CocoPeople, Source, SyntheticPeople
+from .evaluation import Evaluation, measure
+from .intervals import ImageBootstrap
+from .metrics import coco_groups, iou_from_confusion, third_groups
+from .predict import load
+from .predict_inputs import output_root, tiny_run
+
+#: Figures of the comparison by key in an evaluation's rows: name, and whether more is better.
+FIGURES = {
+    "target_iou": ("target IoU", True),
+    "boundary_iou": ("Boundary IoU", True),
+    "miou": ("mIoU", True),
+    "nontarget_iou": ("non-target IoU", True),
+    "boundary_f1_1px": ("boundary F, 1 px", True),
+    "boundary_f1_2px": ("boundary F, 2 px", True),
+    "hd95": ("HD95, px", False),
+    "surface_distance": ("surface distance, px", False),
+    "image_target_iou": ("target IoU, in the image", True),
+    "image_boundary_iou": ("Boundary IoU, in the image", True),
+    "image_boundary_iou_image": ("Boundary IoU, 2 % of the diagonal", True),
+}
+
+#: Settings that take all refinement away: modules and their losses.
+REFINEMENT_OFF = {
+    name: False
+    for name in (
+        "use_boundary_refinement",
+        "use_progressive_upsampling",
+        "use_subpixel_conv",
+        "use_contour_detection",
+        "use_distance_transform",
+        "use_active_contour_loss",
+        "use_boundary_aware_loss",
+    )
+}
+#: Settings that make no variant of a run: who it is, where things lie, how often it writes.
+_NO_VARIANT = {
+    "seed", "run", "recipe", "output_dir", "resume", "device", "data_dir", "store_dir", "workers", "log_every", "save_every",
+    "train_annotations", "train_images", "val_annotations", "val_images", "inject", "smoke",
+}  # fmt: skip
+
+
+class Result(NamedTuple):
+    """One run, scored."""
+
+    name: str
+    settings: Settings
+    evaluation: Evaluation
+
+
+class Figure(NamedTuple):
+    """A mean over runs with its spread over them and its interval over images; none where it does not apply."""
+
+    mean: float
+    spread: float | None  # standard deviation over runs (n - 1); none for a single run
+    interval: tuple[float, float] | None  # 95 %, bootstrap over images, of the mean over runs
+
+    def __str__(self) -> str:
+        return self.text("")
+
+    def text(self, sign: str) -> str:
+        """``mean ± spread [interval]``; ``sign`` is ``+`` for a difference."""
+        spread = "" if self.spread is None else f" ± {self.spread:.3f}"
+        ends = "" if self.interval is None else f" [{self.interval[0]:{sign}.3f}, {self.interval[1]:{sign}.3f}]"
+        return f"{self.mean:{sign}.3f}{spread}{ends}"
+
+
+def names_of(runs: str | Iterable[str] | None) -> list[str]:
+    """Names in a list, or in a text with commas between them."""
+    parts = runs.split(",") if isinstance(runs, str) else [str(run) for run in runs or ()]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def source_of(images: str | None = None, annotations: str | None = None, *, synthetic_images: int = 60) -> Source:
+    """Annotated images: a COCO file's, or drawn people where none is given.
+
+    Raises:
+        DataError: a file or folder is missing.
+        SettingsError: one of the two was given without the other.
+    """
+    if (images is None) != (annotations is None):
+        raise SettingsError("images and annotations belong together: give both, or neither for drawn people")
+    return SyntheticPeople(synthetic_images, split="val") if images is None else CocoPeople(annotations, images, split="val")
+
+
+def score_runs(
+    runs: Iterable[str | os.PathLike], source: Source, *, output_dir: str = "outputs", device: str = "auto", **options: Any
+) -> list[Result]:
+    """Score each run on the same images, a line each.
+
+    Args:
+        runs: names, folders or checkpoint files.
+        source: of scenes.
+        output_dir: where runs are looked for by name.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        **options: of :func:`refinelib.evaluation.measure`, such as ``jitter`` and ``max_images``.
+    """
+    results = []
+    for run in runs:
+        predictor = load(run, device=device, output_dir=output_dir)
+        settings, path = predictor.settings, predictor.path
+        name = path.parents[1].name if path.parent.name == "checkpoints" else path.stem
+        result = Result(name, settings, measure(predictor, source=source, **options))
+        report = result.evaluation.report
+        shown = ", ".join(f"{FIGURES[key][0]} {_shown(report[key])}" for key in ("target_iou", "boundary_iou", "miou"))
+        print(f"{name} (recipe {settings.recipe}, seed {settings.seed}): {shown}", flush=True)
+        results.append(result)
+    return results
+
+
+def tiny_pair(output_dir: str = "outputs") -> tuple[list[str], list[str]]:
+    """Two runs of the recipe ``debug``, refinement on and off, trained where they are not there yet; their folders."""
+    folders = []
+    for name, changes in (("tiny-refined", {}), ("tiny-plain", REFINEMENT_OFF)):
+        folder = output_root(output_dir) / name
+        if not (folder / "checkpoints" / "best.pt").is_file():
+            folder = tiny_run(name, output_dir=output_dir, **changes).folder
+        folders.append([str(folder)])
+    return folders[0], folders[1]
+
+
+def by_settings(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Runs that differ in nothing but the seed, together; named by the settings that differ from the first run's."""
+    groups: list[list[Result]] = []
+    for result in results:
+        mine = next((group for group in groups if not _changes(group[0], result)), None)
+        if mine is None:
+            groups.append([result])
+        else:
+            mine.append(result)
+    named: dict[str, list[Result]] = {}
+    for group in groups:
+        changes = _changes(groups[0][0], group[0])
+        name = "; ".join(f"{key} = {value}" for key, value in changes.items()) or f"as {group[0].name}"
+        named[name] = group
+    return named
+
+
+# -- figures of several runs -----------------------------------------------------------------------
+def figure(results: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Figure | None:
+    """One figure of runs that were scored on the same people, ``inside`` (bool ``[N]``) or all; none: nobody to score.
+
+    Raises:
+        ValueError: the runs were scored on different people.
+    """
+    return _figure(_stack(results, key), _images(results), key, inside)
+
+
+def difference(on: Sequence[Result], off: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Figure | None:
+    """``on`` less ``off``, paired over images; the spread is that of independent runs' difference.
+
+    Args:
+        on, off: runs scored on the same people.
+        key: of :data:`FIGURES`.
+        inside: bool ``[N]``, limits it to these people.
+    """
+    people = _images([*on, *off])
+    first, second = _stack(on, key), _stack(off, key)
+    if inside is not None:
+        first, second, people = first[inside], second[inside], people[inside]
+    if not len(people):
+        return None
+    draw = ImageBootstrap(people)
+    if key == "miou":
+        counts = torch.cat([first, second], dim=1)
+
+        def lead(sums: Tensor) -> Tensor:
+            each = iou_from_confusion(sums).nanmean(-1)
+            return each[:, : len(on)].mean(-1) - each[:, len(on) :].mean(-1)
+
+        mean, interval = float(lead(counts.sum(0, keepdim=True))), draw.pooled(counts, lead)
+    else:
+        gain = first.mean(1) - second.mean(1)
+        mean, interval = float(gain.nanmean()), draw.mean(gain)
+    if np.isnan(mean):
+        return None
+    spreads = [_spread(_by_run(values, key)) for values in (first, second)]
+    spread = None if None in spreads else float(np.hypot(*spreads))
+    return Figure(mean, spread, interval)
+
+
+def size_groups(results: Sequence[Result]) -> dict[str, np.ndarray]:
+    """Who belongs to which group of size, bool ``[N]`` by title: all, COCO's groups, thirds of the people."""
+    areas = torch.as_tensor(results[0].evaluation.people["area"].astype(float))
+    groups = {"all": np.ones(len(areas), dtype=bool)}
+    groups |= {f"{name} (COCO)": inside.numpy() for name, (inside, _) in coco_groups(areas).items()}
+    return groups | {f"{name} third": inside.numpy() for name, (inside, _) in third_groups(areas).items()}
+
+
+# -- tables ----------------------------------------------------------------------------------------
+def runs_table(groups: dict[str, Sequence[Result]], keys: Iterable[str] = ("target_iou", "boundary_iou", "miou", "nontarget_iou")) -> str:
+    """A row a group of runs (mean ± spread over runs [95 % interval over images]), then the two yardsticks."""
+    keys = list(keys)
+    rows = [[name, len(runs), *(figure(runs, key) for key in keys)] for name, runs in groups.items() if runs]
+    report = next(iter(groups.values()))[0].evaluation.report
+    inside = {key: key.removeprefix("image_") for key in keys}
+    for name, on_roi, in_image in (("blind average mask", report["blind"], report["image"]["blind"]), ("grid ceiling", report["grid"], report["grid"])):
+        values = [(in_image if key.startswith("image_") else on_roi).get(inside[key]) for key in keys]
+        rows.append([f"*{name}*", "", *(_shown(value) for value in values)])
+    return table(["", "runs", *(FIGURES[key][0] for key in keys)], rows)
+
+
+def every_run_table(groups: dict[str, Sequence[Result]]) -> str:
+    """A row a run: its figures on the ROIs, in the image, and by pycocotools."""
+    keys = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "boundary_f1_1px", "boundary_f1_2px", "hd95", "surface_distance")
+    rows = []
+    for group, runs in groups.items():
+        for run in runs:
+            report = run.evaluation.report
+            rows.append([run.name, group, run.settings.seed, *(_shown(report[key]) for key in keys)])
+            rows[-1] += [_shown(report["image"]["boundary_iou_image"]), *(_shown(report["coco"][key]) for key in ("AP", "AP50", "AP75"))]
+    names = [FIGURES[key][0] for key in keys]
+    return table(["run", "group", "seed", *names, FIGURES["image_boundary_iou_image"][0], "AP", "AP50", "AP75"], rows)
+
+
+def paired_table(on: Sequence[Result], off: Sequence[Result], keys: Iterable[str] = ("target_iou", "boundary_iou", "boundary_f1_1px", "miou")) -> str:
+    """What ``on`` gains over ``off``, by size: difference ± spread over runs [95 % interval over images, paired].
+
+    Bold where the interval leaves out 0.
+    """
+    keys = list(keys)
+    rows = []
+    for name, inside in size_groups([*on, *off]).items():
+        cells = []
+        for key in keys:
+            gain = difference(on, off, key, inside)
+            sure = gain is not None and gain.interval is not None and gain.interval[0] * gain.interval[1] > 0
+            cells.append("none" if gain is None else f"**{gain.text('+')}**" if sure else gain.text("+"))
+        rows.append([name, int(inside.sum()), *cells])
+    return table(["people", "number", *(FIGURES[key][0] for key in keys)], rows)
+
+
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; an empty cell for None."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def save_all(groups: dict[str, Sequence[Result]], folder: str | os.PathLike) -> list[Path]:
+    """Write each run's report, rows and COCO results into a folder of its name; returns the folders."""
+    folders = []
+    for runs in groups.values():
+        for run in runs:
+            run.evaluation.save(Path(folder) / run.name)
+            folders.append(Path(folder) / run.name)
+    return folders
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+def _changes(first: Result, second: Result) -> dict[str, Any]:
+    """Settings that decide what is learned, and differ."""
+    then, now = first.settings.model_dump(), second.settings.model_dump()
+    return {name: now[name] for name in now if name not in _NO_VARIANT and now[name] != then[name]}
+
+
+def _stack(results: Sequence[Result], key: str) -> Tensor:
+    """``[N, runs]`` of a figure, or ``[N, runs, 3, 3]`` of pixel counts for mIoU."""
+    if key == "miou":
+        return torch.stack([torch.as_tensor(run.evaluation.confusion).double() for run in results], dim=1)
+    return torch.stack([torch.as_tensor(run.evaluation.people[key]).double() for run in results], dim=1)
+
+
+def _images(results: Sequence[Result]) -> np.ndarray:
+    """The image of each person, once it is sure that all runs were scored on the same people."""
+    if not results:
+        raise ValueError("no run to compare: give at least one")
+    first = results[0]
+    for run in results[1:]:
+        if not np.array_equal(run.evaluation.people["annotation_id"], first.evaluation.people["annotation_id"]):
+            raise ValueError(f"{run.name} and {first.name} were scored on different people: score both on the same images")
+    return first.evaluation.people["image_id"]
+
+
+def _figure(values: Tensor, images: np.ndarray, key: str, inside: np.ndarray | None) -> Figure | None:
+    if inside is not None:
+        values, images = values[inside], images[inside]
+    if not len(images):
+        return None
+    each = _by_run(values, key)
+    if each.isnan().any():
+        return None
+    draw = ImageBootstrap(images)
+    if key == "miou":
+        interval = draw.pooled(values, lambda sums: iou_from_confusion(sums).nanmean(-1).mean(-1))
+    else:
+        interval = draw.mean(values.mean(1))
+    return Figure(float(each.mean()), _spread(each), interval)
+
+
+def _by_run(values: Tensor, key: str) -> Tensor:
+    return iou_from_confusion(values.sum(0)).nanmean(-1) if key == "miou" else values.nanmean(0)
+
+
+def _spread(each: Tensor) -> float | None:
+    return float(each.std()) if len(each) > 1 else None
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
