@@ -10,6 +10,8 @@ from typing import Any, Sequence
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from .data import decode_segmentation
+
 #: The first six figures of COCO's summary, in its order.
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
@@ -18,6 +20,13 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     """Bool ``[H, W]`` as COCO's compressed run lengths: ``size`` and ``counts``, safe for JSON."""
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def decode(segmentation: dict[str, Any]) -> np.ndarray:
+    """The bool mask ``[H, W]`` of what :func:`encode` gave; an empty mask is all false."""
+    height, width = segmentation["size"]
+    mask = decode_segmentation(segmentation, height, width)
+    return np.zeros((height, width), dtype=bool) if mask is None else mask
 
 
 class CocoResults:

@@ -107,10 +107,13 @@ def score_runs(
         output_dir: where runs are looked for by name.
         device: ``auto``, ``cpu`` or ``cuda``.
         **options: of :func:`refinelib.evaluation.measure`, such as ``jitter`` and ``max_images``.
+
+    Raises:
+        CheckpointError: there is no such run, or it has no whole checkpoint; before any is scored.
     """
+    predictors = [load(run, device=device, output_dir=output_dir) for run in runs]
     results = []
-    for run in runs:
-        predictor = load(run, device=device, output_dir=output_dir)
+    for predictor in predictors:
         settings, path = predictor.settings, predictor.path
         name = path.parents[1].name if path.parent.name == "checkpoints" else path.stem
         result = Result(name, settings, measure(predictor, source=source, **options))
@@ -144,8 +147,7 @@ def by_settings(results: Iterable[Result]) -> dict[str, list[Result]]:
     named: dict[str, list[Result]] = {}
     for group in groups:
         changes = _changes(groups[0][0], group[0])
-        name = "; ".join(f"{key} = {value}" for key, value in changes.items()) or f"as {group[0].name}"
-        named[name] = group
+        named[_title(group[0], changes)] = group
     return named
 
 
@@ -156,7 +158,8 @@ def figure(results: Sequence[Result], key: str, inside: np.ndarray | None = None
     Raises:
         ValueError: the runs were scored on different people.
     """
-    return _figure(_stack(results, key), _images(results), key, inside)
+    images = _images(results)
+    return _figure(_stack(results, key), images, key, inside)
 
 
 def difference(on: Sequence[Result], off: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Figure | None:
@@ -264,6 +267,16 @@ def _changes(first: Result, second: Result) -> dict[str, Any]:
     """Settings that decide what is learned, and differ."""
     then, now = first.settings.model_dump(), second.settings.model_dump()
     return {name: now[name] for name in now if name not in _NO_VARIANT and now[name] != then[name]}
+
+
+def _title(first: Result, changes: dict[str, Any]) -> str:
+    """What sets a variant apart, in words; "refinement off" where nothing of it is left."""
+    if not changes:
+        return f"as {first.name}"
+    off = [name for name in REFINEMENT_OFF if name in changes and not changes[name]]
+    if off and not any(getattr(first.settings, name) for name in REFINEMENT_OFF):
+        changes = {"refinement": "off", **{name: value for name, value in changes.items() if name not in off}}
+    return "; ".join(f"{name} = {value}" for name, value in changes.items())
 
 
 def _stack(results: Sequence[Result], key: str) -> Tensor:

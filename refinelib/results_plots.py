@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from pycocotools import mask as coco_mask
 
+from .coco_results import decode
 from .data import Source
 from .image_space import AnnotatedImage, annotated_images
 from .plots import BLACK, DPI, ERRORS, METRICS, METRIC_NAMES, PURPLE, WIDTH, Figure
@@ -99,7 +99,7 @@ def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images:
         for axes, row in zip(tiles, members):
             one = int(people["annotation_id"][row])
             image, person, window = crops[one]
-            mask = coco_mask.decode(result.evaluation.masks[one]).astype(bool)
+            mask = decode(result.evaluation.masks[one])
             _masked(axes, image, person, mask, window)
             axes.set_title(f"IoU {scores[row]:.2f}, image {people['image_id'][row]}", loc="left", fontsize=8)
         tiles[0].set_ylabel(kind, fontsize=10, fontweight="bold")
@@ -125,7 +125,7 @@ def closeups(on: Result, off: Result, source: Source, *, max_images: int | None 
     for (kind, row), tiles in zip(rows, panels):
         one = int(people["annotation_id"][row])
         image, person, window = crops[one]
-        masks = [coco_mask.decode(run.evaluation.masks[one]).astype(bool) for run in (off, on)]
+        masks = [decode(run.evaluation.masks[one]) for run in (off, on)]
         truth, zoom = image.masks[image.slots[person]], _where_they_differ(*masks, image.boxes[person].tolist())
         _picture(tiles[0], image.pixels, window)
         x0, y0, x1, y1 = zoom
