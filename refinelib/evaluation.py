@@ -14,7 +14,7 @@ import torch
 
 from .coco_results import CocoResults, average_precision
 from .data import CocoPeople, PennFudanPeople, Source, Store, open_store
-from .image_space import AnnotatedImage, ImageMetrics, pasted_grid, pasted_model, score_in_images
+from .image_space import AnnotatedImage, ImageMetrics, Predict, pasted_grid, pasted_model, score_in_images
 from .jitter import SIGMAS, jitter_curve
 from .metrics import SegmentationMetrics
 from .paste import Pasted, paste_labels
@@ -159,7 +159,8 @@ def measure(
         report["blind"] = score(blind(predictor.mean_coverage), store, **common).compute(intervals=True)
         where = dict(device=predictor.device, max_images=max_images, only=store.annotation_ids)
         truth = CocoResults()
-        three = {"model": pasted_model(predictor.probs), "blind": _pasted_blind(predictor), "grid": pasted_grid(settings.mask_size)}
+        model = pasted_model(predictor.probs, predictor.device)
+        three = {"model": model, "blind": _pasted_blind(predictor), "grid": pasted_grid(settings.mask_size)}
         pasted = score_in_images(three, source, full=three, truth=truth, **where)
         report["grid"] = pasted["grid"].compute(intervals=True)
         report["image"] = pasted["model"].compute(intervals=True)
@@ -189,9 +190,9 @@ def grid_ceiling(
     return found["grid"]
 
 
-def _pasted_blind(predictor: Predictor):
+def _pasted_blind(predictor: Predictor) -> Predict:
     size = predictor.settings.mask_size
-    (probs,) = centre_window(blind(predictor.mean_coverage)(torch.zeros(1)), size)
+    (probs,) = centre_window(blind(predictor.mean_coverage)(torch.zeros(1, device=predictor.device)), size)
 
     def predict(image: AnnotatedImage) -> Iterable[Pasted]:
         return paste_labels(probs.expand(len(image.boxes), *probs.shape), image.boxes, image.size)

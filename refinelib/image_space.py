@@ -215,11 +215,11 @@ def score_in_images(
 
 
 # -- predictors ------------------------------------------------------------------------------------
-def pasted_model(probs: Callable[[np.ndarray, Tensor], Tensor]) -> Predict:
-    """A model, from ``probs(image, boxes)``, class probabilities in each box's grid, with the true boxes."""
+def pasted_model(probs: Callable[[np.ndarray, Tensor], Tensor], device: torch.device) -> Predict:
+    """A model, from ``probs(image, boxes)``, class probabilities in each box's grid, with the true boxes; pasted on ``device``."""
 
     def predict(image: AnnotatedImage) -> Iterable[Pasted]:
-        return paste_labels(probs(image.pixels, image.boxes), image.boxes, image.size)
+        return paste_labels(probs(image.pixels, image.boxes).to(device), image.boxes, image.size)
 
     return predict
 

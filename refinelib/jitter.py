@@ -86,7 +86,7 @@ def jitter_curve(
         def predict(image: AnnotatedImage) -> Iterable[Pasted]:
             boxes = jitter_boxes(image.boxes, noise(image.annotation_ids, seed=seed), sigma)
             overlaps[sigma].append(box_iou(boxes, image.boxes)[torch.from_numpy(image.scored)])
-            return paste_labels(probs(image.pixels, boxes), boxes, image.size)
+            return paste_labels(probs(image.pixels, boxes).to(device), boxes, image.size)
 
         return predict
 

@@ -1,4 +1,4 @@
-"""Tables that compare runs: over seeds, over images, with refinement and without."""
+"""Runs compared: over seeds, over images, with refinement and without."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from .metrics import coco_groups, iou_from_confusion, third_groups
 from .predict import load
 from .predict_inputs import output_root, tiny_run
 
-#: Figures of the comparison by key in an evaluation's rows: name, and whether more is better.
+#: Figures of the comparison by key in an evaluation's rows.
 FIGURES = {
-    "target_iou": ("target IoU", True),
-    "boundary_iou": ("Boundary IoU", True),
-    "miou": ("mIoU", True),
-    "nontarget_iou": ("non-target IoU", True),
-    "boundary_f1_1px": ("boundary F, 1 px", True),
-    "boundary_f1_2px": ("boundary F, 2 px", True),
-    "hd95": ("HD95, px", False),
-    "surface_distance": ("surface distance, px", False),
-    "image_target_iou": ("target IoU, in the image", True),
-    "image_boundary_iou": ("Boundary IoU, in the image", True),
-    "image_boundary_iou_image": ("Boundary IoU, 2 % of the diagonal", True),
+    "target_iou": "target IoU",
+    "boundary_iou": "Boundary IoU",
+    "miou": "mIoU",
+    "nontarget_iou": "non-target IoU",
+    "boundary_f1_1px": "boundary F, 1 px",
+    "boundary_f1_2px": "boundary F, 2 px",
+    "hd95": "HD95, px",
+    "surface_distance": "surface distance, px",
+    "image_target_iou": "target IoU, in the image",
+    "image_boundary_iou": "Boundary IoU, in the image",
+    "image_boundary_iou_image": "Boundary IoU, 2 % of the diagonal",
 }
-
 #: Settings that take all refinement away: modules and their losses.
 REFINEMENT_OFF = {
     name: False
@@ -118,8 +117,8 @@ def score_runs(
         name = path.parents[1].name if path.parent.name == "checkpoints" else path.stem
         result = Result(name, settings, measure(predictor, source=source, **options))
         report = result.evaluation.report
-        shown = ", ".join(f"{FIGURES[key][0]} {_shown(report[key])}" for key in ("target_iou", "boundary_iou", "miou"))
-        print(f"{name} (recipe {settings.recipe}, seed {settings.seed}): {shown}", flush=True)
+        reached = ", ".join(f"{FIGURES[key]} {shown(report[key])}" for key in ("target_iou", "boundary_iou", "miou"))
+        print(f"{name} (recipe {settings.recipe}, seed {settings.seed}): {reached}", flush=True)
         results.append(result)
     return results
 
@@ -149,6 +148,11 @@ def by_settings(results: Iterable[Result]) -> dict[str, list[Result]]:
         changes = _changes(groups[0][0], group[0])
         named[_title(group[0], changes)] = group
     return named
+
+
+def shown(value: float | None) -> str:
+    """Three decimals; nothing for none."""
+    return "" if value is None else f"{value:.3f}"
 
 
 # -- figures of several runs -----------------------------------------------------------------------
@@ -201,65 +205,6 @@ def size_groups(results: Sequence[Result]) -> dict[str, np.ndarray]:
     groups = {"all": np.ones(len(areas), dtype=bool)}
     groups |= {f"{name} (COCO)": inside.numpy() for name, (inside, _) in coco_groups(areas).items()}
     return groups | {f"{name} third": inside.numpy() for name, (inside, _) in third_groups(areas).items()}
-
-
-# -- tables ----------------------------------------------------------------------------------------
-def runs_table(groups: dict[str, Sequence[Result]], keys: Iterable[str] = ("target_iou", "boundary_iou", "miou", "nontarget_iou")) -> str:
-    """A row a group of runs (mean ± spread over runs [95 % interval over images]), then the two yardsticks."""
-    keys = list(keys)
-    rows = [[name, len(runs), *(figure(runs, key) for key in keys)] for name, runs in groups.items() if runs]
-    report = next(iter(groups.values()))[0].evaluation.report
-    inside = {key: key.removeprefix("image_") for key in keys}
-    for name, on_roi, in_image in (("blind average mask", report["blind"], report["image"]["blind"]), ("grid ceiling", report["grid"], report["grid"])):
-        values = [(in_image if key.startswith("image_") else on_roi).get(inside[key]) for key in keys]
-        rows.append([f"*{name}*", "", *(_shown(value) for value in values)])
-    return table(["", "runs", *(FIGURES[key][0] for key in keys)], rows)
-
-
-def every_run_table(groups: dict[str, Sequence[Result]]) -> str:
-    """A row a run: its figures on the ROIs, in the image, and by pycocotools."""
-    keys = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "boundary_f1_1px", "boundary_f1_2px", "hd95", "surface_distance")
-    rows = []
-    for group, runs in groups.items():
-        for run in runs:
-            report = run.evaluation.report
-            rows.append([run.name, group, run.settings.seed, *(_shown(report[key]) for key in keys)])
-            rows[-1] += [_shown(report["image"]["boundary_iou_image"]), *(_shown(report["coco"][key]) for key in ("AP", "AP50", "AP75"))]
-    names = [FIGURES[key][0] for key in keys]
-    return table(["run", "group", "seed", *names, FIGURES["image_boundary_iou_image"][0], "AP", "AP50", "AP75"], rows)
-
-
-def paired_table(on: Sequence[Result], off: Sequence[Result], keys: Iterable[str] = ("target_iou", "boundary_iou", "boundary_f1_1px", "miou")) -> str:
-    """What ``on`` gains over ``off``, by size: difference ± spread over runs [95 % interval over images, paired].
-
-    Bold where the interval leaves out 0.
-    """
-    keys = list(keys)
-    rows = []
-    for name, inside in size_groups([*on, *off]).items():
-        cells = []
-        for key in keys:
-            gain = difference(on, off, key, inside)
-            sure = gain is not None and gain.interval is not None and gain.interval[0] * gain.interval[1] > 0
-            cells.append("none" if gain is None else f"**{gain.text('+')}**" if sure else gain.text("+"))
-        rows.append([name, int(inside.sum()), *cells])
-    return table(["people", "number", *(FIGURES[key][0] for key in keys)], rows)
-
-
-def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; an empty cell for None."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
-
-
-def save_all(groups: dict[str, Sequence[Result]], folder: str | os.PathLike) -> list[Path]:
-    """Write each run's report, rows and COCO results into a folder of its name; returns the folders."""
-    folders = []
-    for runs in groups.values():
-        for run in runs:
-            run.evaluation.save(Path(folder) / run.name)
-            folders.append(Path(folder) / run.name)
-    return folders
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -319,7 +264,3 @@ def _by_run(values: Tensor, key: str) -> Tensor:
 
 def _spread(each: Tensor) -> float | None:
     return float(each.std()) if len(each) > 1 else None
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

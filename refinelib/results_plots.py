@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import Normal, Stroke
 
 from .coco_results import decode
 from .data import Source
@@ -47,7 +48,7 @@ def gains(on: Sequence[Result], off: Sequence[Result], keys: Sequence[str] = ("t
         below.axhline(0, color=BLACK, linewidth=0.8)
         names = [f"{name}\n({int(inside.sum())})" for name, inside in groups.items()]
         below.set_xticks(places, [name.replace(" ", "\n", 1) for name in names])
-        _dress(above, FIGURES[key][0], "", f"{FIGURES[key][0]}, 0 to 1")
+        _dress(above, FIGURES[key], "", f"{FIGURES[key]}, 0 to 1")
         _dress(below, "gain, paired over images", "size of the person (number of people)", "difference")
     panels[0, 0].legend(fontsize=8, frameon=False)
     _title(shown, "refinement on against off; bars: 95 % interval over images")
@@ -101,7 +102,7 @@ def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images:
             image, person, window = crops[one]
             mask = decode(result.evaluation.masks[one])
             _masked(axes, image, person, mask, window)
-            axes.set_title(f"IoU {scores[row]:.2f}, image {people['image_id'][row]}", loc="left", fontsize=8)
+            axes.set_title(f"IoU {scores[row]:.2f}\nimage {people['image_id'][row]}", loc="left", fontsize=8)
         tiles[0].set_ylabel(kind, fontsize=10, fontweight="bold")
     _error_key(shown)
     _title(shown, f"{result.name}: worst and best masks, at the image's own pixels")
@@ -200,7 +201,9 @@ def _outline(axes: Axes, mask: np.ndarray, window: Sequence[int], color: str, st
     part = np.pad(mask[y0:y1, x0:x1].astype(float), 1, mode="edge")
     if part.min() < part.max():
         x, y = np.arange(x0 - 1, x1 + 1) + 0.5, np.arange(y0 - 1, y1 + 1) + 0.5
-        axes.contour(x, y, part, levels=[0.5], colors=[color], linestyles=[style], linewidths=1.3)
+        halo = [Stroke(linewidth=2.6, foreground=BLACK if color == "white" else "white"), Normal()]
+        lines = axes.contour(x, y, part, levels=[0.5], colors=[color], linestyles=[style], linewidths=1.4)
+        lines.set_path_effects(halo)
         axes.set_xlim(x0, x1)
         axes.set_ylim(y1, y0)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import refinelib
-from refinelib import results, results_plots
+from refinelib import results, results_plots, results_tables
 from refinelib.augment import normalise
 from refinelib.coco_results import encode
 from refinelib.config import SettingsError, resolve
@@ -207,7 +207,7 @@ def test_a_gain_is_bold_only_where_it_is_sure():
     base = np.random.default_rng(1).uniform(0.3, 0.7, 40)
     luck = np.random.default_rng(2).normal(0, 0.2, 40)
     for change, bold in ((0.05 + 0.01 * luck, True), (-0.05 + 0.01 * luck, True), (luck - luck.mean(), False)):
-        text = results.paired_table([made_up("on", base + change)], [made_up("off", base)], ["target_iou"])
+        text = results_tables.paired_table([made_up("on", base + change)], [made_up("off", base)], ["target_iou"])
         (row,) = [line for line in text.splitlines() if line.startswith("| all")]
         assert ("**" in row) is bold
     assert "| large (COCO) |" in text and "| larger third | 13 |" in text
@@ -243,10 +243,10 @@ def test_names_and_sources():
 def test_tables_and_figures_of_real_runs(scored, source, tmp_path):
     on, off = scored
     groups = {"refinement on": on, "refinement off": off}
-    table = results.runs_table(groups).splitlines()
+    table = results_tables.runs_table(groups).splitlines()
     assert len(table) == 6 and f"{on[0].evaluation.report['target_iou']:.3f}" in table[2]
     assert f"{on[0].evaluation.report['blind']['target_iou']:.3f}" in table[4]
-    assert "| refined |" in results.every_run_table(groups)
+    assert "| refined |" in results_tables.every_run_table(groups)
     curves = {"on": on[0].evaluation.report["jitter"]}
     drawn = {
         "gains": results_plots.gains(on, off),
@@ -261,11 +261,11 @@ def test_tables_and_figures_of_real_runs(scored, source, tmp_path):
     assert list(left.get_xdata()) == [0, 10] and left.get_ydata()[0] == pytest.approx(curves["on"][0]["target_iou"])
     titles = [axes.get_title(loc="left") for axes in drawn["worst_and_best"].axes]
     people = on[0].evaluation.people["image_target_iou"]
-    assert f"IoU {people.min():.2f}," in titles[0] and f"IoU {people.max():.2f}," in titles[3]
+    assert f"IoU {people.min():.2f}\n" in titles[0] and f"IoU {people.max():.2f}\n" in titles[3]
     gain = on[0].evaluation.people["image_boundary_iou"] - off[0].evaluation.people["image_boundary_iou"]
     first = drawn["closeups"].axes[0].get_title(loc="left")
     assert f"{gain.max():+.2f}" in first
-    folders = results.save_all(groups, tmp_path)
+    folders = results_tables.save_all(groups, tmp_path)
     assert [folder.name for folder in folders] == ["refined", "plain"] and (folders[1] / "people.csv").is_file()
 
 
