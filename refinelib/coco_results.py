@@ -49,7 +49,8 @@ def average_precision(truth: Sequence[dict[str, Any]], results: Sequence[dict[st
     """Segm AP of COCO results as ``pycocotools`` computes it: AP, AP50, AP75 and AP by size.
 
     Boxes were given, so there is one result a person and none is a false find: AP falls where a mask
-    does not overlap its person enough, and the more, the surer the model was of it.
+    does not overlap its person enough, and the more, the surer the model was of it. The score ranks results across
+    images, so it is the mean probability inside the mask and not 1.0 for all, which would leave the order to chance.
 
     Args:
         truth: entries of a :class:`CocoResults` with the true masks, each with ``id`` and ``area`` (pixels).

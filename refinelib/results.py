@@ -185,7 +185,7 @@ def difference(on: Sequence[Result], off: Sequence[Result], key: str, inside: np
         counts = torch.cat([first, second], dim=1)
 
         def lead(sums: Tensor) -> Tensor:
-            each = iou_from_confusion(sums).nanmean(-1)
+            each = _miou(sums)
             return each[:, : len(on)].mean(-1) - each[:, len(on) :].mean(-1)
 
         mean, interval = float(lead(counts.sum(0, keepdim=True))), draw.pooled(counts, lead)
@@ -252,14 +252,23 @@ def _figure(values: Tensor, images: np.ndarray, key: str, inside: np.ndarray | N
         return None
     draw = ImageBootstrap(images)
     if key == "miou":
-        interval = draw.pooled(values, lambda sums: iou_from_confusion(sums).nanmean(-1).mean(-1))
+        interval = draw.pooled(values, lambda sums: _miou(sums).mean(-1))
     else:
         interval = draw.mean(values.mean(1))
     return Figure(float(each.mean()), _spread(each), interval)
 
 
+def _miou(counts: Tensor) -> Tensor:
+    """Mean IoU over the classes that the truth holds, ``[...]`` from ``[..., 3, 3]``.
+
+    Where a few people are compared the truth may hold nobody else; a run that sees some all the same would be
+    averaged over three classes and another over two.
+    """
+    return iou_from_confusion(counts).where(counts.sum(-1) > 0, torch.nan).nanmean(-1)
+
+
 def _by_run(values: Tensor, key: str) -> Tensor:
-    return iou_from_confusion(values.sum(0)).nanmean(-1) if key == "miou" else values.nanmean(0)
+    return _miou(values.sum(0)) if key == "miou" else values.nanmean(0)
 
 
 def _spread(each: Tensor) -> float | None:

@@ -223,6 +223,15 @@ def test_runs_of_different_people_are_refused():
         results.figure([], "target_iou")
 
 
+def test_a_class_that_the_truth_lacks_is_left_out_for_both():
+    a, b = made_up("a", [0.5] * 6), made_up("b", [0.5] * 6)
+    for run in (a, b):
+        run.evaluation.confusion[:] = [[80, 20, 0], [10, 90, 0], [0, 0, 0]]
+    b.evaluation.confusion[0, 0] = [79, 20, 1]  # sees one pixel of somebody who is not there
+    gain = results.difference([a], [b], "miou")
+    assert 0 < gain.mean < 0.01
+
+
 def test_variants_are_told_apart_by_settings():
     runs = [made_up("best", [0.5], 0), made_up("best-2", [0.5], 1), made_up("x", [0.5], 0, lr=1e-3, run="x"), made_up("y", [0.5], 3, **results.REFINEMENT_OFF)]
     groups = results.by_settings(runs)
