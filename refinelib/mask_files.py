@@ -47,7 +47,8 @@ def figure(inputs: Inputs, masks: np.ndarray, scores: np.ndarray) -> Figure:
     for number, ((x0, y0, x1, y1), score) in enumerate(zip(inputs.boxes, scores)):
         colour = PEOPLE[number % len(PEOPLE)]
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2, linestyle="--"))
-        style = dict(fontsize=9, color="white", bbox=dict(facecolor=colour, edgecolor="none", pad=1.5), va="bottom")
+        ink = "black" if colour in (ORANGE, SKY, YELLOW) else "white"
+        style = dict(fontsize=9, color=ink, bbox=dict(facecolor=colour, edgecolor="none", pad=1.5), va="bottom")
         axes.text(max(0.0, x0), max(12.0, y0), f"{number}: {score:.2f}", **style)
     axes.set_title(f"{inputs.name}: person and mean probability inside the mask", loc="left", fontsize=10)
     axes.set_xlabel("column, pixels", fontsize=9)
