@@ -18,6 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--pennfudan", help="in place of both, the folder of the Penn-Fudan set (its validation images)")
     score.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     score.add_argument("--max-images", type=int, help="score only the first so many images")
+    score.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image, or not (the run's own setting otherwise)")
+    score.add_argument("--jitter", action="store_true", help="also measure boxes that are off, as a detector's are")
+    score.add_argument("--save", metavar="DIR", help="write report.json, people.csv (a row a person) and coco_results.json there")
     score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
 
     summary = commands.add_parser("summary", help="print a run's metrics and where its figures lie")
@@ -36,21 +39,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluation import evaluate
+    from .evaluation import checked_folder, measure
     from .predict import load
     from .runs import dumps
 
-    predictor = load(options.run, device=options.device, output_dir=options.output_dir)
+    if options.save:
+        checked_folder(options.save)  # before the work, not after it
+    predictor = load(options.run, device=options.device, output_dir=options.output_dir, flip=options.flip)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
-        report = evaluate(
+        found = measure(
             predictor,
             images=options.images,
             annotations=options.annotations,
             pennfudan=options.pennfudan,
             max_images=options.max_images,
+            jitter=options.jitter,
             progress=sys.stderr.isatty(),
         )
-    print(dumps(report, indent=2))
+    if options.save:
+        for file in found.save(options.save):
+            print(f"wrote {file}", file=sys.stderr)
+    print(dumps(found.report, indent=2))
     return 0
 
 

@@ -138,6 +138,9 @@ class Settings(BaseModel):
     max_incidents: int = Field(5, ge=0, le=1000, description="incidents kept for replay, each with a copy of the weights")
     inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/faults.py")
 
+    # -- validation and prediction ---------------------------------------------------------------
+    flip_test: bool = Field(False, description="average the probabilities of each crop and of its mirror image; twice the time")
+
     # -- what the run leaves ---------------------------------------------------------------------
     log_every: int = Field(20, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
     save_every: int = Field(1, ge=1, description="epochs between checkpoints (the last epoch and every best one are always kept)")
