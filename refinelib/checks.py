@@ -86,7 +86,10 @@ def shapes(parts: Parts) -> Check:
     elif float((sums - 1).abs().max()) > 1e-4:
         wrong = "the three class probabilities do not sum to 1: look at losses.hierarchical_log_probs"
     elif apart > (1e-3 if settings.amp == "off" else 5e-2):
-        wrong = f"a crop's logits differ by {apart:.1%} when others are in its batch: look for a statistic over the batch in model.py or refine.py"
+        wrong = (
+            f"a crop's logits differ by {apart:.1%} when others are in its batch: look for a statistic over the batch "
+            "in model.py or refine.py"
+        )
     size = "x".join(map(str, output.logits.shape[-2:]))
     good = f"{len(images)} crops in, masks of {size} out in float32, whoever else is in the batch; the first loss is {float(total):.2f}"
     return wrong, good, figures
@@ -173,13 +176,22 @@ def overfit(parts: Parts, *, steps: int = 120, lr: float = 3e-3) -> Check:
     reached = f"loss {first:.2f} to {last:.3f} and target IoU {iou:.3f} in {steps} steps at learning rate {lr:g}"
     wrong = ""
     if skipped > steps // 20:
-        wrong = f"{reached}; {skipped} steps were skipped, their loss or gradient not being finite: train with this recipe and read events.jsonl"
+        wrong = (
+            f"{reached}; {skipped} steps were skipped, their loss or gradient not being finite: train with this recipe "
+            "and read events.jsonl"
+        )
     elif not first - last > 0.01 * first:
         wrong = f"{reached}: nothing is learned; look at the learning rate and at which parameters the optimizer holds (build.build_guard)"
     elif iou < OVERFIT_IOU:
-        wrong = f"{reached}: it learns and does not get there (target IoU {OVERFIT_IOU:g}); try more steps, then see whether crops and labels belong together (plots.rois)"
+        wrong = (
+            f"{reached}: it learns and does not get there (target IoU {OVERFIT_IOU:g}); try more steps, then see "
+            "whether crops and labels belong together (plots.rois)"
+        )
     elif last > OVERFIT_LOSS * first:
-        wrong = f"{reached}: the mask is right and the loss does not follow (at most {OVERFIT_LOSS:.0%} of its start): look at which component stays high"
+        wrong = (
+            f"{reached}: the mask is right and the loss does not follow (at most {OVERFIT_LOSS:.0%} of its start): "
+            "look at which component stays high"
+        )
     return wrong, reached, figures
 
 
@@ -202,12 +214,21 @@ def whole_run(settings: Settings) -> Check:
     losses = [line["train_loss"] for line in epochs]
     wrong = ""
     if status["state"] != "ok" or len(epochs) != settings.epochs:
-        wrong = f"the run is {status['state']} after {len(epochs)} of {settings.epochs} epochs ({status.get('last_error')}): read its events.jsonl"
+        wrong = (
+            f"the run is {status['state']} after {len(epochs)} of {settings.epochs} epochs "
+            f"({status.get('last_error')}): read its events.jsonl"
+        )
     elif None in losses or status["skipped_steps"]:
         wrong = f"{status['skipped_steps']} of {status['step']} steps were skipped: events.jsonl in {run.folder} says what was not finite"
     elif apart > (2e-3 if settings.amp == "off" else 2e-2):
-        wrong = f"loaded again, the checkpoint's masks differ by up to {apart:.3f} from those of the run: look at checkpoints.py and predict.load"
-    good = f"{len(epochs)} epochs, {status['step']} steps, none skipped, loss {losses[0] or 0:.2f} to {losses[-1] or 0:.2f}; loaded again, the checkpoint gives the same masks"
+        wrong = (
+            f"loaded again, the checkpoint's masks differ by up to {apart:.3f} from those of the run: look at "
+            "checkpoints.py and predict.load"
+        )
+    good = (
+        f"{len(epochs)} epochs, {status['step']} steps, none skipped, loss {losses[0] or 0:.2f} to "
+        f"{losses[-1] or 0:.2f}; loaded again, the checkpoint gives the same masks"
+    )
     return wrong, good, figures
 
 
@@ -230,11 +251,20 @@ def _wrong_batch(parts: Parts) -> str:
     if tuple(images.shape) != wanted or images.dtype != torch.float32:
         return f"the crops are {_type(images)} {list(images.shape)} and should be float32 {list(wanted)}: look at feed.Feed.batch"
     if not bool(torch.isfinite(images).all()) or float(images.abs().max()) > 3 or bool((images.std((-2, -1)) < 1e-3).all()):
-        return f"the crops run from {float(images.min()):.2f} to {float(images.max()):.2f} and should be pictures within -3 to 3: look at augment.normalise and roi.crop_rois"
+        return (
+            f"the crops run from {float(images.min()):.2f} to {float(images.max()):.2f} and should be pictures within "
+            "-3 to 3: look at augment.normalise and roi.crop_rois"
+        )
     if tuple(labels.shape) != (wanted[0], *parts.model.mask_canvas) or labels.dtype != torch.int64:
-        return f"the labels are {_type(labels)} {list(labels.shape)} and should be int64 {[wanted[0], *parts.model.mask_canvas]}: look at roi.labels_from_coverage"
+        return (
+            f"the labels are {_type(labels)} {list(labels.shape)} and should be int64 "
+            f"{[wanted[0], *parts.model.mask_canvas]}: look at roi.labels_from_coverage"
+        )
     if int(labels.min()) < 0 or int(labels.max()) > NON_TARGET or not bool((labels == TARGET).any()):
-        return f"the labels run from {int(labels.min())} to {int(labels.max())} and should be 0, 1, 2 with a target (1) among them: look at roi.labels_from_coverage"
+        return (
+            f"the labels run from {int(labels.min())} to {int(labels.max())} and should be 0, 1, 2 with a target (1) "
+            "among them: look at roi.labels_from_coverage"
+        )
     return ""
 
 
@@ -245,7 +275,10 @@ def _wrong_output(parts: Parts, output: Any) -> str:
     for name, on in {"logits": True, **heads}.items():
         found = getattr(output, name)
         if (found is not None) != on:
-            return f"{name} is {'there' if found is not None else 'missing'} and the settings have it {'on' if on else 'off'}: look at build.build_model"
+            return (
+                f"{name} is {'there' if found is not None else 'missing'} and the settings have it "
+                f"{'on' if on else 'off'}: look at build.build_model"
+            )
         if on and (tuple(found.shape) != wanted or found.dtype != torch.float32):
             return f"{name} is {_type(found)} {list(found.shape)} and should be float32 {list(wanted)}: look at HierarchicalUNet.forward"
         if on and not bool(torch.isfinite(found).all()):

@@ -1,14 +1,18 @@
 """The debug checks: they pass on what is right, and each says what is wrong when it is broken."""
 
 import json
+import os
+import subprocess
+import sys
 
+import nbformat
 import pytest
 import torch
 from torch import nn
 
 import refinelib.training as loop
 from refinelib import checks, checks_plots, verdicts
-from refinelib.config import resolve
+from refinelib.config import project_root, resolve
 from refinelib.runs import Run
 
 
@@ -167,3 +171,17 @@ def test_a_run_that_breaks_off_is_told_and_its_status_says_so(settings, tmp_path
         verdicts.conclude(folder)
     for draw in (checks_plots.overfit, checks_plots.gradients):  # nothing to draw, and no second error over the first
         assert "failed" in draw(folder)._suptitle.get_text()
+
+
+def test_the_notebook_goes_on_after_a_failed_check_and_fails_in_its_last_cell(tmp_path):
+    where = ("-p", "output_dir", tmp_path, "-p", "overfit_lr", "1e-9", "-p", "overfit_steps", 10)
+    command = [sys.executable, "-m", "papermill", "notebooks/debug.ipynb", tmp_path / "out.ipynb", *where]
+    environment = {**os.environ, "REFINELIB_SMOKE": "1"}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=project_root(), env=environment, timeout=200)
+    assert done.returncode != 0 and "CheckError: 1 of 4 checks failed: one batch learned by heart" in done.stderr
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    failed = [cell.id for cell in cells if any(item.output_type == "error" for item in cell.get("outputs", []))]
+    assert failed == [cells[-1].id] == ["verdict"]
+    status = Run.open(tmp_path / "debug").status()
+    assert status["state"] == "failed" and "nothing is learned" in status["last_error"] and status["epoch"] == 2
+    assert {file.stem for file in (tmp_path / "debug" / "figures").iterdir()} == {"overfit", "parameter_gradients"}
