@@ -124,14 +124,15 @@ def gradients(parts: Parts, *, steps: int = 4) -> Check:
                 if p.grad is not None:
                     norms[name] = max(norms[name] or 0.0, float(p.grad.float().norm()), key=lambda x: (x != x, x))  # NaN stays
             without = [name for name, p in named.items() if p.requires_grad and p.grad is None]
-            if without or not all(np.isfinite(value) for value in norms.values() if value is not None):
+            broken = without or not all(np.isfinite(value) for value in norms.values() if value is not None)
+            if broken:  # no step can be made of it, so nothing is known of what the first one leaves at 0
                 break
             guard.step(cost.detach())
     kinds = {
         "frozen (requires_grad is False)": frozen,
         "off the way from image to loss (no gradient at all)": without,
         "with a gradient that is not finite": [n for n, v in norms.items() if v is not None and not np.isfinite(v)],
-        f"with a gradient of exactly 0 in all of {steps} steps": [n for n, v in norms.items() if v == 0],
+        f"with a gradient of exactly 0 in all of {steps} steps": [n for n, v in norms.items() if v == 0 and not broken],
     }
     wrong = "; ".join(f"{len(names)} of {len(norms)} parameters {kind}: {_some(names)}" for kind, names in kinds.items() if names)
     if wrong:

@@ -110,6 +110,7 @@ def test_a_module_off_the_way_to_the_loss_is_named(parts):
     parts.model.forgotten = nn.Conv2d(3, 3, 1)
     check = checks.gradients(parts)
     assert not check.passed and "forgotten.weight" in check.sentence and "no gradient at all" in check.sentence
+    assert "progressive" not in check.sentence, "what starts at 0 is not blamed when no step could be made"
 
 
 def test_a_head_that_no_loss_reaches_is_named(parts):
