@@ -1,4 +1,4 @@
-"""``python -m refinelib``: what one does with a finished run, from the shell."""
+"""``python -m refinelib``: train recipes in a row, and what one does with a finished run, from the shell."""
 
 from __future__ import annotations
 
@@ -30,9 +30,16 @@ def main(arguments: list[str] | None = None) -> int:
     again.add_argument("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
     again.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
 
+    batch = commands.add_parser("run", help="train recipes one after the other, each through notebooks/train.ipynb")
+    batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths to some")
+    batch.add_argument("--epochs", type=int, help="passes over the training people, for all of them")
+    batch.add_argument("--batch-size", type=int, help="ROIs a step, for all of them")
+    batch.add_argument("--debug", action="store_true", help="a rehearsal: a handful of images, two epochs, a small model")
+    batch.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
+
     options = parser.parse_args(arguments)
     try:
-        return {"evaluate": _evaluate, "summary": _summary, "replay": _replay}[options.command](options)
+        return {"evaluate": _evaluate, "summary": _summary, "replay": _replay, "run": _run}[options.command](options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{options.command}: {error}", file=sys.stderr)
         return 2
@@ -79,6 +86,16 @@ def _summary(options: argparse.Namespace) -> int:
     run = latest() if options.run == "latest" else Run.open(options.run)
     print(run.summary())
     return 0 if run.status()["state"] in ("ok", "running") else 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .batch import run, table
+
+    given = {"epochs": options.epochs, "batch_size": options.batch_size}
+    overrides = {name: value for name, value in given.items() if value is not None} | dict(options.p)
+    outcomes = run(options.recipes, overrides, debug=options.debug)
+    print("\n" + table(outcomes))
+    return 0 if all(outcome.state == "ok" for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":
