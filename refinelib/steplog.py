@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .guard import REPORT, Guard
 from .losses import MaskLoss
+from .probe import Probe
 from .runs import Run
 from .watch import Watch
 
@@ -24,10 +25,11 @@ class StepLog:
         loss: whose components lead each report.
         guard: which makes the reports.
         every: steps between lines.
+        probe: also takes the reports; none: nobody does.
     """
 
-    def __init__(self, run: Run, loss: MaskLoss, guard: Guard, *, every: int) -> None:
-        self.run, self.names, self.every = run, loss.names, every
+    def __init__(self, run: Run, loss: MaskLoss, guard: Guard, *, every: int, probe: Probe | None = None) -> None:
+        self.run, self.names, self.every, self.probe = run, loss.names, every, probe
         floor = guard.scale_floor if guard.scaled else None
         self.watch = Watch(run, losses=loss.names, parameters=guard.names, cap=loss.cap, scale_floor=floor)
         self.pending: list[tuple[Tensor, int, int]] = []
@@ -74,6 +76,8 @@ class StepLog:
         )
         self.started = time.perf_counter()
         self.epoch_rows.append(rows[:, : len(self.names) + len(REPORT)])
+        if self.probe is not None:
+            self.probe.add([step for _, step, _ in self.pending], rows[:, len(self.names) :])
         self.pending = []
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:

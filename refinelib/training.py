@@ -24,6 +24,7 @@ from .data import open_splits
 from .feed import Batch, Feed
 from .inject import Injector
 from .interruption import Interruption
+from .probe import Probe
 from .progress import Progress
 from .runs import Run
 from .samples import write_samples
@@ -95,7 +96,10 @@ class Trainer:
         )
         self.guard = build_guard(settings, self.model, self.average, steps_per_epoch=self.feed.steps_per_epoch)
         self.injector = Injector(settings.inject, self.model)
-        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every)
+        self.probe = Probe(
+            run.folder / "gradients", guard=self.guard, loss=self.loss, feed=self.feed, model=self.forward, every=settings.probe_every
+        )
+        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
         self.step = 0  # steps tried: the position in the data
         self.best: dict[str, Any] | None = None
         self.mean_coverage = torch.as_tensor(self.train_store.mean_coverage())
@@ -137,6 +141,7 @@ class Trainer:
         """Keep the very step that was reached, and leave."""
         self.log.watch.end_epoch(epochs_done + 1)
         self.save("last.pt")
+        self.probe.end_epoch(epochs_done + 1, whole=False)
         self.run.update(step=self.step, epoch=epochs_done, skipped_steps=int(self.guard.state["skipped"]))
         raise KeyboardInterrupt
 
@@ -157,14 +162,18 @@ class Trainer:
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Total and components of one micro-batch."""
+        return self.loss(self.forward(batch.images), batch.labels)
+
+    def forward(self, images: Tensor):
+        """The trained model's output for normalised crops, in the run's precision."""
         with autocast(self.settings, self.device):
-            output = self.model(batch.images.contiguous(memory_format=torch.channels_last))
-        return self.loss(output, batch.labels)
+            return self.model(images.contiguous(memory_format=torch.channels_last))
 
     def end_epoch(self, epoch: int, started: float) -> None:
         """Validate, record, keep."""
         settings = self.settings
         self.last_summary = summary = self.log.end_epoch(epoch + 1)
+        self.probe.end_epoch(epoch + 1)
         seconds = time.perf_counter() - started  # the reports were read back, so the device is done
         found = self.validate(final=epoch + 1 == settings.epochs)
         self.last_metrics = metrics = found.compute()
@@ -254,7 +263,7 @@ class Trainer:
 #: Settings that a resumed run may have changed: none of them changes what a step does.
 _FREE_TO_CHANGE = {
     "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images",
-    "device", "workers", "log_every", "save_every", "epochs", "inject", "init_from", "recipe",
+    "device", "workers", "log_every", "save_every", "probe_every", "epochs", "inject", "init_from", "recipe",
 }  # fmt: skip
 
 
