@@ -24,6 +24,8 @@ from .losses import MaskLoss
 ROWS = 2000
 #: Edges of the histograms: powers of ten of a magnitude, four bins a decade.
 EDGES = np.linspace(-12.0, 4.0, 65)
+#: What a file holds a row a step of.
+BY_STEP = ("steps", "loss", "components", "skipped", "norms")
 #: ROIs of the batch whose gradient is taken apart by loss term, at most.
 BATCH = 16
 
@@ -32,11 +34,12 @@ class Probe:
     """Collects a run's gradient norms and writes ``gradients/epoch_0001.npz`` and so on.
 
     A file holds ``names`` ``[P]`` (parameters), ``modules`` ``[M]`` (the model's parts), ``module_of`` int64 ``[P]``; of the steps since the
-    last file ``steps`` int64 ``[n]``, ``skipped`` bool ``[n]`` and ``norms`` float32 ``[n, P]`` (L2, unscaled, before clipping, kept to three
+    last file ``steps`` int64 ``[n]``, ``skipped`` bool ``[n]``, ``loss`` float32 ``[n]``, ``components`` float32 ``[n, T]`` (of the loss terms ``terms``
+    ``[T]``, before ``term_weights`` float32 ``[T]``) and ``norms`` float32 ``[n, P]`` (L2, unscaled, before clipping, kept to three
     digits); and, where the epoch was seen whole, the closer look: ``weight_norms`` and ``update_ratios`` float32 ``[P]``
     (see :func:`update_sizes`; nan before the first update and for a weight that is 0), ``weight_counts`` and ``gradient_counts``
     int64 ``[M, 66]`` (elements by magnitude between ``edges``, the first column below them, zeros included, the last above
-    them or not finite), ``terms`` ``[T]`` and ``term_norms`` float32 ``[T, P]`` (of each weighted loss term's gradient).
+    them or not finite) and ``term_norms`` float32 ``[T, P]`` (of each weighted loss term's gradient).
 
     Args:
         folder: where files go; made with the first of them.
@@ -57,7 +60,7 @@ class Probe:
         self.reports: list[np.ndarray] = []
 
     def add(self, steps: Sequence[int], reports: np.ndarray) -> None:
-        """Take the reports of some steps, on the host: float ``[n, len(REPORT) + P]``, as :meth:`Guard.step` returns them."""
+        """Take the reports of some steps, on the host: float ``[n, T + len(REPORT) + P]``, loss components first."""
         if self.every:
             self.steps += steps
             self.reports.append(np.asarray(reports, dtype=np.float32))
@@ -71,13 +74,18 @@ class Probe:
         """
         if not self.every or not self.steps or (whole and epoch % self.every):
             return None
-        reports, steps = np.concatenate(self.reports), np.array(self.steps)
+        reports, steps, terms = np.concatenate(self.reports), np.array(self.steps), self.loss.names
+        components, reports = reports[:, : len(terms)], reports[:, len(terms) :]
         file = self.folder / f"epoch_{epoch:04d}.npz"
         content: dict[str, Any] = {
             "names": np.array(self.guard.names),
             "modules": np.array(self.modules),
             "module_of": self.module_of,
+            "terms": np.array(terms),
+            "term_weights": np.array([self.loss.weights[name] for name in terms], dtype=np.float32),
             "steps": steps,
+            "loss": reports[:, REPORT.index("loss")],
+            "components": components,
             "skipped": reports[:, REPORT.index("skipped")] > 0,
             "norms": reports[:, len(REPORT) :],
         }
@@ -111,7 +119,7 @@ class Probe:
             }
         parts["term_norms"] = self._terms(device)
         flat = torch.cat([part.flatten().to(torch.float64) for part in parts.values()]).cpu().numpy()
-        look, start = {"edges": EDGES, "terms": np.array(self.loss.names)}, 0
+        look, start = {"edges": EDGES}, 0
         for name, part in parts.items():
             kind = np.int64 if name.endswith("counts") else np.float32
             look[name] = flat[start : start + part.numel()].reshape(tuple(part.shape)).astype(kind)
@@ -192,7 +200,7 @@ def _joined(file: Path, content: dict[str, Any]) -> dict[str, Any]:
         if old["names"].tolist() != content["names"].tolist():
             return content
         kept = old["steps"] < content["steps"].min()
-        return content | {name: np.concatenate([old[name][kept], content[name]]) for name in ("steps", "skipped", "norms")}
+        return content | {name: np.concatenate([old[name][kept], content[name]]) for name in BY_STEP}
 
 
 def _thinned(content: dict[str, Any], rows: int = ROWS) -> dict[str, Any]:
@@ -209,4 +217,4 @@ def _thinned(content: dict[str, Any], rows: int = ROWS) -> dict[str, Any]:
     keep[np.argsort(rise)[-(rows // 4) :]] = True
     lost = np.flatnonzero(content["skipped"])
     keep[lost[:: max(1, -(-len(lost) // (rows // 4)))]] = True  # where most are skipped, some stand for all
-    return content | {name: content[name][keep] for name in ("steps", "skipped", "norms")}
+    return content | {name: content[name][keep] for name in BY_STEP}

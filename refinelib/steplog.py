@@ -77,7 +77,7 @@ class StepLog:
         self.started = time.perf_counter()
         self.epoch_rows.append(rows[:, : len(self.names) + len(REPORT)])
         if self.probe is not None:
-            self.probe.add([step for _, step, _ in self.pending], rows[:, len(self.names) :])
+            self.probe.add([step for _, step, _ in self.pending], rows)
         self.pending = []
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
