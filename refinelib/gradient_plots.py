@@ -12,13 +12,16 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .drawing import BLACK, BLUE, GREEN, GREY, LOSS_NAMES, LOSSES, ORANGE, PURPLE, VERMILLION, WIDTH, Figure, dress, empty, legend, opened, titled
-from .gradients import Episode, Gradients, episodes, levels, read
+from .gradients import Gradients, read
+from .instability import Episode, episodes, levels
 from .runs import Run, RunError
 
 #: Columns of a heat map, at most: more cannot be told apart at a notebook's width.
 COLUMNS = 360
 #: The usual size of an update against its weight.
 USUAL_UPDATE = 1e-3
+#: One colour a refinement module; the rest of the model is grey.
+MODULES = {"progressive": GREEN, "subpixel": GREEN, "contour": PURPLE, "distance": VERMILLION, "boundary": BLUE}
 
 Layers = str | Sequence[str] | None
 
@@ -100,11 +103,12 @@ def updates(run: Run | str | os.PathLike, layers: Layers = None) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
     table = np.array([[_ratio(found, epoch, places) for epoch in epochs] for places in rows.values()])
     left.set_yscale("log")
-    refinements = {"progressive": GREEN, "subpixel": GREEN, "contour": PURPLE, "distance": VERMILLION, "boundary": BLUE}
+    told: set[str] = set()  # a module's name stands in the legend once
     for name, values in zip(rows, table):
-        color = refinements.get(name.split(".")[0])
-        left.plot(epochs, values, color=color or GREY, linewidth=1.5, marker="o", markersize=3, label=name if color and len(rows) < 20 else None)
-    left.plot([], [], color=GREY, marker="o", markersize=3, label="the rest")
+        module = name.split(".")[0]
+        label = module if module in MODULES else "the rest"
+        left.plot(epochs, values, color=MODULES.get(module, GREY), linewidth=1.5, marker="o", markersize=3, label=None if label in told else label)
+        told.add(label)
     last = found.looks[epochs[-1]]["update_ratios"]
     right.set_xscale("log")
     for y, places in enumerate(rows.values()):

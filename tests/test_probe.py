@@ -36,6 +36,7 @@ def trained(settings, steps: int = 3) -> tuple[Trainer, torch.Tensor]:
     for at in range(steps):
         report = trainer.train_step(plan, at % trainer.feed.steps_per_epoch)
     trainer.run.close()
+    trainer.probe.add([steps], report[None].numpy())
     return trainer, report[len(trainer.loss.names) :]
 
 
@@ -59,7 +60,6 @@ def test_a_look_leaves_gradients_optimizer_weights_and_random_state_as_they_were
         return checkpoints.checksum([grads, trainer.model.state_dict(), trainer.guard.state_dict(), torch.get_rng_state()])
 
     before = state()
-    trainer.probe.add([3], report[None].numpy())
     assert trainer.probe.end_epoch(1).is_file()
     assert state() == before
     assert all(module.training for module in trainer.model.modules())
@@ -74,12 +74,14 @@ def test_norms_are_those_of_the_steps(tiny):
     np.testing.assert_allclose(np.sqrt((norms**2).sum(1)), [line["grad_norm"] for line in run.steps()], rtol=2e-3)
     assert first["names"][first["module_of"] == list(first["modules"]).index("boundary")][0].startswith("boundary.")
     assert not first["skipped"].any()
+    weighted = (first["components"] * first["term_weights"]).sum(1)
+    np.testing.assert_allclose(first["loss"], weighted, rtol=1e-5)
+    assert first["terms"].tolist() == list(run.steps()[0]["losses"])
 
 
 def test_the_look_holds_true_numbers(tiny):
     trainer, report = trained(tiny(grad_clip=0.1, probe_every=1))
     weights, lr = [p.detach().clone() for p in trainer.guard.parameters], float(report[REPORT.index("lr")])
-    trainer.probe.add([3], report[None].numpy())
     with np.load(trainer.probe.end_epoch(1)) as file:
         look = {name: file[name] for name in file.files}
     np.testing.assert_allclose(look["weight_norms"], [float(w.norm()) for w in weights], rtol=1e-5)
@@ -170,12 +172,13 @@ def test_thousands_of_steps_stay_small_and_keep_what_stands_out(tmp_path):
     skipped = np.zeros(9000, dtype=bool)
     skipped[[5, 7000]] = True
     norms[5] = np.nan
-    kept = probe._thinned({"steps": np.arange(1, 9001), "skipped": skipped, "norms": probe.three_digits(norms)})
+    other = dict(loss=norms[:, 0], components=norms[:, :6])
+    kept = probe._thinned({"steps": np.arange(1, 9001), "skipped": skipped, "norms": probe.three_digits(norms), **other})
     assert 1000 <= len(kept["steps"]) <= probe.ROWS and (np.diff(kept["steps"]) > 0).all()
     assert {6, 4322, 7001} <= set(kept["steps"].tolist())
     np.savez_compressed(tmp_path / "file.npz", **kept)
     assert (tmp_path / "file.npz").stat().st_size < 1.0e6
-    everywhere = probe._thinned({"steps": np.arange(1, 9001), "skipped": ~skipped, "norms": norms})
+    everywhere = probe._thinned({"steps": np.arange(1, 9001), "skipped": ~skipped, "norms": norms, **other})
     assert len(everywhere["steps"]) <= probe.ROWS  # a run that skips nearly every step
 
 
