@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
@@ -61,8 +62,12 @@ class Figure(_Figure):
 
 def save(run: Run | str | os.PathLike, figure: _Figure, name: str) -> _Figure:
     """Write ``figures/<name>.png`` in the run's folder and return the figure, to be shown."""
-    folder = opened(run).folder / "figures"
-    folder.mkdir(exist_ok=True)
+    return save_in(opened(run).folder / "figures", figure, name)
+
+
+def save_in(folder: Path, figure: _Figure, name: str) -> _Figure:
+    """Write ``<name>.png`` in a folder in one step, and return the figure, to be shown."""
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.{os.getpid()}.png"
     figure.savefig(temporary, dpi=DPI)
     os.replace(temporary, folder / f"{name}.png")

@@ -33,16 +33,9 @@ def sample_grid(
         ValueError: there are no samples of that epoch.
     """
     run = opened(run)
-    found = sorted((run.folder / "samples").glob("epoch_*.npz"))
-    files = {int(file.stem.rpartition("_")[2]): file for file in found}
-    if epoch is not None and epoch not in files:
-        known = ", ".join(map(str, files)) or "none yet"
-        raise ValueError(f"{run.folder / 'samples'} holds no masks of epoch {epoch}; there are {known}")
-    if not files:
+    if (found := _samples(run, epoch)) is None:
         return empty(run, "samples", "no epoch has been validated yet")
-    epoch = epoch or max(files)
-    with np.load(files[epoch], allow_pickle=False) as file:
-        samples = {name: file[name] for name in file.files}
+    epoch, samples = found
     groups = {kind: np.flatnonzero(samples["kind"] == kind)[:per_kind] for kind in kinds}
     groups = {kind: rois for kind, rois in groups.items() if len(rois)}
     if not groups:
@@ -72,6 +65,44 @@ def sample_grid(
     return figure
 
 
+def thresholded(run: Run | str | os.PathLike, threshold: float = 0.5, epoch: int | None = None, *, count: int = 8) -> Figure:
+    """Masks of the fixed validation ROIs with any person's probability held against a threshold.
+
+    Image, that probability, and right and wrong pixels of "there is a person" at the threshold; the IoU of each is told above
+    it, that of all pixels pooled in the title.
+
+    Args:
+        threshold: a pixel is person where P(target) + P(other people) is at least this.
+        epoch: counted from 1; none: the last one that was validated.
+        count: ROIs, at most.
+    """
+    run = opened(run)
+    if (found := _samples(run, epoch)) is None:
+        return empty(run, "threshold", "no epoch has been validated yet")
+    epoch, samples = found
+    chosen = np.flatnonzero(samples["kind"] == "fixed")[:count]
+    chosen = chosen if len(chosen) else np.arange(min(count, len(samples["kind"])))
+    foreground = 1 - samples["probs"][chosen, 0].astype(np.float32)
+    truth = samples["labels"][chosen] > 0
+    guess = foreground >= threshold
+    overlap = [float((g & t).sum()) / max(1, (g | t).sum()) for g, t in zip(guess, truth)]
+    pooled = float((guess & truth).sum()) / max(1, (guess | truth).sum())
+    aspect = samples["image"].shape[1] / samples["image"].shape[2]
+    figure = titled(run, f"person where P >= {threshold:.2f}, epoch {epoch}: IoU {pooled:.3f}", height=1.15 + 3 * aspect * (WIDTH - 0.3) / max(6, len(chosen)))
+    grid = figure.subplots(3, len(chosen), squeeze=False)
+    for (above, middle, below), i, share, shown, iou in zip(grid.T, chosen, foreground, guess, overlap):
+        window = window_of(share.shape, samples["mask_size"])
+        tile(above, samples["image"][i], window, aspect)
+        tile(middle, np.repeat((255 * share).astype(np.uint8)[..., None], 3, -1), window, aspect)
+        tile(below, error_picture(samples["image"][i], (samples["labels"][i] > 0).astype(int), shown.astype(int)), window, aspect)
+        below.set_title(f"IoU {iou:.2f}", fontsize=8, pad=3)
+    for axes, head in zip(grid[:, 0], ("image", "P(person), black 0, white 1", None)):
+        if head:
+            axes.set_title(head, loc="left", fontsize=8, pad=3)
+    color_key(figure, {name: ERRORS[name] for name in ("missed", "too much")}, loc="outside lower center")
+    return figure
+
+
 def rois(store: Any, count: int = 8) -> Figure:
     """Crops of a store (:class:`refinelib.data.Store`) and their labels, spread evenly over it."""
     from .roi import labels_from_coverage  # torch: only this figure needs it
@@ -88,6 +119,22 @@ def rois(store: Any, count: int = 8) -> Figure:
             tile(axes, picture, window_of(labels.shape, store.mask_size), aspect)
     color_key(figure, CLASSES, loc="outside lower center")
     return figure
+
+
+def sample_epochs(run: Run | str | os.PathLike) -> list[int]:
+    """Epochs whose masks are on disk, counted from 1."""
+    return sorted(int(file.stem.rpartition("_")[2]) for file in (opened(run).folder / "samples").glob("epoch_*.npz"))
+
+
+def _samples(run: Run, epoch: int | None) -> tuple[int, dict[str, np.ndarray]] | None:
+    epochs = sample_epochs(run)
+    if epoch is not None and epoch not in epochs:
+        raise ValueError(f"{run.folder / 'samples'} holds no masks of epoch {epoch}; there are {', '.join(map(str, epochs)) or 'none yet'}")
+    if not epochs:
+        return None
+    epoch = epoch or epochs[-1]
+    with np.load(run.folder / "samples" / f"epoch_{epoch:04d}.npz", allow_pickle=False) as file:
+        return epoch, {name: file[name] for name in file.files}
 
 
 # -- tiles -----------------------------------------------------------------------------------------

@@ -97,6 +97,26 @@ def overview(run: Run | str | os.PathLike) -> Figure:
     return figure
 
 
+def live(run: Run | str | os.PathLike) -> Figure:
+    """What one watches while a run goes on: each loss times its weight, and the gradient norm against its lines."""
+    run = opened(run)
+    figure = titled(run, "so far", height=4.1)
+    left, right = figure.subplots(1, 2)
+    steps, settings = run.steps(), recorded_settings(run)
+    x = [line["step"] for line in steps]
+    left.set_yscale("log")
+    draw_line(left, x, [line["loss"] for line in steps], color=LOSSES["total"], linewidth=2.0, label="total")
+    for name in dict.fromkeys(name for line in steps for name in line["losses"]):
+        values = [line["losses"].get(name) for line in steps]
+        weighted = [None if value is None else value * settings.get(f"{name}_weight", 1.0) for value in values]
+        draw_line(left, x, weighted, color=LOSSES.get(name, GREY), linewidth=1.2, label=LOSS_NAMES.get(name, name), crosses=False)
+    dress(left, "losses, each times its weight", "step", "loss")
+    handles = left.get_legend_handles_labels()[0]  # below both panels, where it hides no line
+    figure.legend(handles=handles, loc="outside lower left", ncols=max(1, len(handles)), fontsize=8, frameon=False)
+    gradient_panel(right, run)
+    return figure
+
+
 # -- words -----------------------------------------------------------------------------------------
 def metrics_table(run: Run | str | os.PathLike) -> str:
     """Last and best validation as a Markdown table."""
