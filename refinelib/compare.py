@@ -33,8 +33,8 @@ METRICS = {
     "target_iou": "target IoU",
     "boundary_iou": "Boundary IoU",
     "miou": "mIoU",
-    "boundary_f1_2px": "boundary F, 2 px",
-    "surface_distance": "surface distance, px",
+    "boundary_f1_2px": "boundary F, 2 px (last epoch)",
+    "surface_distance": "surface distance, px (last epoch)",
 }
 MARKS = {"ok": "", "running": " (still running)", "interrupted": " (interrupted)", "failed": " (failed)", "diverged": " (diverged)"}
 
@@ -123,6 +123,8 @@ def settings_table(runs: Sequence[Run]) -> str:
 
 def metrics_table(runs: Sequence[Run]) -> str:
     """Metrics of each group's best epochs (by target IoU): the mean over seeds, and after ± their standard deviation.
+
+    What is measured at the end of a run only is that of its last epoch.
 
     A run that has not been validated counts for nothing in the mean and is told in the last column.
     """
@@ -233,7 +235,8 @@ def _ending(axes: Axes, run: Run, x: list[int], y: list[float | None], color: st
 
 def _best(run: Run) -> dict[str, Any]:
     scored = [line["metrics"] for line in run.epochs() if line.get("metrics")]
-    return max(scored, key=lambda metrics: -1.0 if metrics.get("target_iou") is None else metrics["target_iou"], default={})
+    best = max(scored, key=lambda metrics: -1.0 if metrics.get("target_iou") is None else metrics["target_iou"], default={})
+    return {key: (scored[-1] if "last" in name else best).get(key) for key, name in METRICS.items()} if scored else {}
 
 
 def _spread(values: Sequence[float | None]) -> str:

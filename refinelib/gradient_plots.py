@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .drawing import BLACK, BLUE, GREEN, GREY, LOSS_NAMES, LOSSES, ORANGE, PURPLE, VERMILLION, WIDTH, Figure, dress, empty, legend, opened, titled
 from .gradients import Gradients, read
-from .instability import Episode, episodes, levels
+from .instability import Episode, episodes, levels, rounded
 from .runs import Run, RunError
 
 #: Columns of a heat map, at most: more cannot be told apart at a notebook's width.
@@ -186,7 +186,7 @@ def episodes_table(seen: Sequence[Episode], most: int = 10) -> str:
     lines = ["| module | steps | gradient norm | usual | times | most in | loss term |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for e in seen[:most]:
         span = str(e.first) if e.first == e.last else f"{e.first} to {e.last} ({e.count} far off)"
-        norm, times = (f"{e.norm:.3g}", f"{e.times:,.3g}") if np.isfinite(e.norm) else ("not finite", "")
+        norm, times = (f"{e.norm:.3g}", rounded(e.times)) if np.isfinite(e.norm) else ("not finite", "")
         lines.append(f"| {e.module} | {span} | {norm} | {e.usual:.3g} | {times} | `{e.parameter}` | {'' if e.term is None else f'{e.term}, {e.share:.0%}'} |")
     return "\n".join(lines) if seen else "No module left its usual level."
 

@@ -216,4 +216,9 @@ def _size(e: Episode) -> str:
 
 
 def _times(e: Episode) -> str:
-    return f"{e.times:,.3g} times its level" if np.isfinite(e.times) else "beyond any level"
+    return f"{rounded(e.times)} times its level" if np.isfinite(e.times) else "beyond any level"
+
+
+def rounded(value: float) -> str:
+    """Three digits, without an exponent where a number is large: 2,170 rather than 2.17e+03."""
+    return f"{value:,.0f}" if 100 <= value < 1e7 else f"{value:.3g}"

@@ -9,9 +9,11 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from test_notebooks import papermill, read
 from test_plots import make_run
 
 from refinelib import compare
+from refinelib.config import project_root
 from refinelib.runs import Run, RunError, dumps
 
 
@@ -128,3 +130,13 @@ def test_without_any_run_two_tiny_ones_are_made(tmp_path):
     found = compare.find(output_dir=str(tmp_path / "empty"))
     assert [run.settings().seed for run in found] == [0, 1] and all(run.settings().smoke for run in found)
     assert list(compare.groups(found)) == ["debug (2 seeds)"]
+
+
+def test_the_notebook_shows_runs_of_every_fate(runs, tmp_path):
+    done = papermill("compare.ipynb", tmp_path / "out.ipynb", "-p", "output_dir", tmp_path, "-p", "people", 3, cwd=project_root() / "notebooks")
+    assert done.returncode == 0, done.stderr
+    notebook = read(tmp_path / "out.ipynb")
+    shown = {cell.id: cell.outputs[-1].data for cell in notebook.cells if cell.get("outputs") and "data" in cell.outputs[-1]}
+    assert "**failed**" in shown["open"]["text/markdown"] and "±" in shown["metrics"]["text/markdown"]
+    assert {"image/png"} <= set(shown["curves"]) and {"image/png"} <= set(shown["pictures"])
+    assert {file.name for file in (tmp_path / "compare" / "figures").iterdir()} == {"curves.png", "pictures.png"}

@@ -7,8 +7,10 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from test_notebooks import papermill, read
 
 from refinelib import gradient_plots, gradients, instability, resolve
+from refinelib.config import project_root
 from refinelib.runs import Run, RunError
 from refinelib.training import train
 
@@ -163,3 +165,28 @@ def test_a_run_without_gradients_says_so(tmp_path):
         assert "is on disk yet" in getattr(gradient_plots, name)(folder).axes[0].texts[0].get_text()
     with pytest.raises(RunError, match="there is no run"):
         gradients.read(tmp_path / "nowhere")
+
+
+def execute(tmp_path, *arguments) -> dict:
+    """What each cell of the executed notebook shows last, by the cell's id."""
+    done = papermill("gradients.ipynb", tmp_path / "out.ipynb", *arguments, cwd=project_root() / "notebooks")
+    assert done.returncode == 0, done.stderr
+    notebook = read(tmp_path / "out.ipynb")
+    assert "widgets" not in notebook.metadata and not next(cell for cell in notebook.cells if cell.id == "picker").outputs
+    return {cell.id: cell.outputs[-1].get("data", cell.outputs[-1]) for cell in notebook.cells if cell.get("outputs")}
+
+
+def test_the_notebook_names_the_planted_module(runs, tmp_path):
+    run = runs("activation:spike@20:contour")
+    shown = execute(tmp_path, "-p", "run", run.folder, "-p", "layers", "contour,distance")
+    assert shown["answer"]["text/markdown"].startswith("**`contour` is where it starts**, since step 20")
+    assert "| contour | 20 |" in shown["episodes"]["text/markdown"]
+    names = {"gradient_heat", "gradient_norms", "update_ratios", "distributions", "term_shares"}
+    assert names <= {file.stem for file in (run.folder / "figures").glob("*.png")}
+    assert sum("image/png" in data for data in shown.values()) == len(names)
+
+
+def test_the_notebook_makes_a_run_where_there_is_none(tmp_path):
+    shown = execute(tmp_path, "-p", "output_dir", tmp_path / "runs")
+    assert "No module left its usual level" in shown["answer"]["text/markdown"]
+    assert Run(tmp_path / "runs" / "debug").status()["state"] == "ok"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from test_plots import make_run
@@ -124,3 +126,20 @@ def test_the_newest_fit_run_is_taken(tmp_path):
     assert newest(output_dir=str(tmp_path)).name == "new"
     assert newest(output_dir=str(tmp_path), fit=lambda run: run.name == "old").name == "old"
     assert newest("old", output_dir=str(tmp_path)).name == "old"
+
+
+def test_in_a_watched_kernel_the_panel_is_two_pictures_and_the_sliders_are_widgets(tmp_path, monkeypatch):
+    """A real kernel, told that a Jupyter server started it; what the page holds afterwards."""
+    monkeypatch.setenv("JPY_SESSION_NAME", "watched.ipynb")
+    source = f"""
+import refinelib
+from refinelib import widgets
+settings = refinelib.resolve("debug", output_dir={str(tmp_path / "runs")!r}, smoke=True)
+run = refinelib.train(settings, on_epoch=widgets.live_panel())
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (source, "widgets.epoch_slider(run)", "widgets.layer_picker(run)")])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    pictures = [item for item in notebook.cells[0].outputs if "image/png" in item.get("data", {})]
+    assert len(pictures) == 2  # replaced in place: two epochs do not make four
+    for cell in notebook.cells[1:]:
+        assert "application/vnd.jupyter.widget-view+json" in cell.outputs[0].data
