@@ -39,17 +39,18 @@ def heat(run: Run | str | os.PathLike, layers: Layers = None) -> Figure:
     norms = np.stack([found.of(places) for places in rows.values()])
     level = levels(norms.T)[0].T
     with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.where(np.isfinite(norms), norms / 10**level, np.inf)
-    each = max(1.3, 0.17 * len(rows) + 0.35)
+        times = np.where(np.isfinite(norms), np.nan_to_num(norms / 10**level, nan=1.0), np.inf)  # no level yet: as usual
+    each = max(1.3, (0.17 if len(rows) < 40 else 0.11) * len(rows) + 0.35)
+    bar = dict(pad=0.01, extend="both", shrink=min(1.0, 2.4 / each), aspect=12, anchor=(0.0, 1.0))
     figure = titled(run, "gradient norm by layer and step", height=2 * each + 1.75)
     above, below = figure.subplots(2, 1, sharex=True)
     positive = norms[np.isfinite(norms) & (norms > 0)]
     low, high = np.percentile(positive, [2, 99.5]) if len(positive) else (0.1, 1.0)
     picture = _map(above, found, norms, list(rows), cmap="cividis", norm=LogNorm(max(low, high * 1e-6), max(high, low * 1.01)))
-    figure.colorbar(picture, ax=above, pad=0.01, aspect=12, extend="both").set_label("L2 norm", fontsize=8)
+    figure.colorbar(picture, ax=above, **bar).set_label("L2 norm", fontsize=8)
     above.set_title("gradient norm before clipping (the largest of each column; black: not finite)", loc="left", fontsize=10)
     picture = _map(below, found, times, list(rows), cmap="RdBu_r", norm=LogNorm(1e-2, 1e2))
-    figure.colorbar(picture, ax=below, pad=0.01, aspect=12, extend="both").set_label("times usual", fontsize=8)
+    figure.colorbar(picture, ax=below, **bar).set_label("times usual", fontsize=8)
     below.set_title("against each layer's usual level, the median of 50 steps before", loc="left", fontsize=10)
     below.set_xlabel("step", fontsize=9)
     for axes, color in ((above, "white"), (below, BLACK)):

@@ -47,7 +47,8 @@ class Gradients:
             raise ValueError(f"layers: no layer begins with {unknown[0]!r}; give modules, all, or beginnings such as {', '.join(self.modules)}")
         rows: dict[str, list[int]] = {}
         for i in chosen:
-            rows.setdefault(self.names[i].rpartition(".")[0] or self.names[i], []).append(i)
+            layer, _, kind = self.names[i].rpartition(".")
+            rows.setdefault(layer if kind in ("weight", "bias") else self.names[i], []).append(i)
         return {name: np.array(places) for name, places in rows.items()}
 
     def of(self, places: np.ndarray) -> np.ndarray:

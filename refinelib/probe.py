@@ -27,7 +27,7 @@ EDGES = np.linspace(-12.0, 4.0, 65)
 #: What a file holds a row a step of.
 BY_STEP = ("steps", "loss", "components", "skipped", "norms")
 #: ROIs of the batch whose gradient is taken apart by loss term, at most.
-BATCH = 16
+BATCH = 4
 
 
 class Probe:

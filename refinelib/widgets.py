@@ -78,12 +78,7 @@ def layer_picker(run: Run | str | os.PathLike):
     from ipywidgets import Dropdown
 
     picker = Dropdown(options=[("all modules", "modules"), *((name, f"{name}.") for name in modules)], description="layers")
-    return _shown(picker, lambda layers: module_norms(run, _of_module(run, layers)))
-
-
-def _of_module(run: Run, layers: str) -> str:
-    """``person_head.`` has no dot in it where the module is a single layer, and ``person`` also begins ``person_head``."""
-    return layers if layers == "modules" or any(name.startswith(layers) for name in read(run).names) else layers.rstrip(".")
+    return _shown(picker, lambda layers: module_norms(run, layers))
 
 
 def _shown(control: Any, draw: Callable[[Any], Figure]):

@@ -102,7 +102,7 @@ def test_shares_add_up(runs):
 def test_layers_are_chosen_by_how_they_begin(runs):
     found = gradients.read(runs())
     assert list(found.select("modules")) == found.modules
-    assert set(found.select("boundary, contour.fuse")) >= {"boundary.edge_conv", "contour.fuse.1"}
+    assert set(found.select("boundary, contour.fuse")) >= {"boundary.blend", "boundary.edge_conv", "contour.fuse.1"}
     assert all(name.startswith(("boundary", "contour.fuse")) for name in found.select(["boundary", "contour.fuse"]))
     assert sum(map(len, found.select("all").values())) == len(found.names)
     with pytest.raises(ValueError, match=r"no layer begins with 'bundary'; give modules, all, or beginnings such as stem"):
