@@ -87,7 +87,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def state_of(run: Run) -> str:
-    """``ok``, ``running``, ``interrupted``, ``failed`` or ``diverged``; the last also for one that ended with a loss that was not finite."""
+    """``ok``, ``running``, ``interrupted``, ``failed`` or ``diverged`` (also where the last loss was not finite)."""
     state = run.status().get("state", "running")
     epochs = run.epochs()
     return "diverged" if state == "ok" and epochs and epochs[-1].get("train_loss") is None else state
@@ -101,7 +101,8 @@ def states_table(runs: Sequence[Run]) -> str:
         status, state = run.status(), state_of(run)
         best = (status.get("best") or {}).get("target_iou")
         shown = state if state in ("ok", "running") else f"**{state}**"
-        cells = (name, shown, f"{status.get('epoch', 0)} of {status.get('epochs', '?')}", status.get("step", 0), status.get("skipped_steps", 0))
+        epochs = f"{status.get('epoch', 0)} of {status.get('epochs', '?')}"
+        cells = (name, shown, epochs, status.get("step", 0), status.get("skipped_steps", 0))
         error = str(status.get("last_error") or "").replace("|", "/")
         lines.append("| " + " | ".join(map(str, (*cells, "" if best is None else f"{best:.3f}", error))) + " |")
     return "\n".join(lines)
@@ -172,7 +173,8 @@ def curves(runs: Sequence[Run]) -> Figure:
             axes.set_ylim(0, min(1.0, max(0.2, 1.15 * axes.get_ylim()[1])))
         dress(axes, title, "epoch", unit, whole=True)
     handles = [Line2D([], [], color=c, linestyle=s, linewidth=2.4, label=name) for name, (c, s) in zip(found, _looks(len(found)))]
-    handles += [Line2D([], [], color=BLACK, marker=m, linestyle="", label=label) for m, label in (("X", "diverged or failed"), (">", "still running"))]
+    marks = (("X", "diverged or failed"), (">", "still running"))
+    handles += [Line2D([], [], color=BLACK, marker=marker, linestyle="", label=label) for marker, label in marks]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8, frameon=False)
     return figure
 
@@ -227,10 +229,11 @@ def _ending(axes: Axes, run: Run, x: list[int], y: list[float | None], color: st
     """A cross where a run died, an arrow where it still goes on."""
     marker = {"failed": "X", "diverged": "X", "running": ">"}.get(state_of(run))
     known = [(epoch, value) for epoch, value in zip(x, y) if value is not None]
+    style = dict(color=color, markersize=9, markeredgecolor=BLACK, zorder=5, gid=state_of(run))
     if marker and known:
-        axes.plot(*known[-1], marker, color=color, markersize=9, markeredgecolor=BLACK, zorder=5, gid=state_of(run))
-    elif marker and marker == "X":
-        axes.plot([0.02], [0.5], marker, color=color, markersize=9, markeredgecolor=BLACK, transform=axes.transAxes, zorder=5, gid=state_of(run))
+        axes.plot(*known[-1], marker, **style)
+    elif marker == "X":  # it died before there was anything to draw
+        axes.plot([0.02], [0.5], marker, transform=axes.transAxes, **style)
 
 
 def _best(run: Run) -> dict[str, Any]:
@@ -260,6 +263,8 @@ def _fixed(run: Run) -> dict[tuple[int, int], dict[str, np.ndarray]] | None:
     rows = np.flatnonzero(content["kind"] == "fixed")
     keys = ("image", "labels", "probs", "target_iou")
     return {
-        (int(content["image_id"][i]), int(content["annotation_id"][i])): {**{name: content[name][i] for name in keys}, "mask_size": content["mask_size"]}
+        (int(content["image_id"][i]), int(content["annotation_id"][i])): {
+            **{name: content[name][i] for name in keys}, "mask_size": content["mask_size"],
+        }
         for i in rows
     }

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from .drawing import BLACK, BLUE, GREEN, GREY, LOSS_NAMES, LOSSES, ORANGE, PURPLE, VERMILLION, WIDTH, Figure, dress, empty, legend, opened, titled
+from .drawing import BLACK, BLUE, GREEN, GREY, LOSS_NAMES, LOSSES, ORANGE, PURPLE, VERMILLION, Figure
+from .drawing import dress, empty, legend, opened, titled
 from .gradients import Gradients, read
 from .instability import Episode, episodes, levels, rounded
 from .runs import Run, RunError
@@ -108,7 +109,8 @@ def updates(run: Run | str | os.PathLike, layers: Layers = None) -> Figure:
     for name, values in zip(rows, table):
         module = name.split(".")[0]
         label = module if module in MODULES else "the rest"
-        left.plot(epochs, values, color=MODULES.get(module, GREY), linewidth=1.5, marker="o", markersize=3, label=None if label in told else label)
+        style = dict(linewidth=1.5, marker="o", markersize=3, label=None if label in told else label)
+        left.plot(epochs, values, color=MODULES.get(module, GREY), **style)
         told.add(label)
     last = found.looks[epochs[-1]]["update_ratios"]
     right.set_xscale("log")
@@ -148,8 +150,9 @@ def distributions(run: Run | str | os.PathLike, epoch: int | None = None) -> Fig
             axes.stairs(share, edges, color=color, linewidth=1.2, label=f"{kind}s")
             if counts[-1]:
                 axes.annotate(f"{counts[-1]} {kind}s\nnot finite", (0.97, 0.9), xycoords="axes fraction", ha="right", va="top", fontsize=7)
-        dress(axes, name, "magnitude, power of 10" if i + columns >= len(found.modules) else "", "% of elements" if i % columns == 0 else "")
-        axes.tick_params(labelbottom=i + columns >= len(found.modules))
+        lowest = i + columns >= len(found.modules)
+        dress(axes, name, "magnitude, power of 10" if lowest else "", "% of elements" if i % columns == 0 else "")
+        axes.tick_params(labelbottom=lowest)
     panels[0].set_xlim(-12, 2)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=2, fontsize=8, frameon=False)
@@ -168,10 +171,13 @@ def term_shares(run: Run | str | os.PathLike, epoch: int | None = None) -> Figur
     axes = figure.subplots()
     start = np.zeros(len(found.modules))
     for name, share in zip(found.terms, np.nan_to_num(shares)):
-        axes.barh(found.modules, share, left=start, color=LOSSES.get(name, GREY), label=LOSS_NAMES.get(name, name), edgecolor="white", linewidth=0.6)
+        style = dict(color=LOSSES.get(name, GREY), edgecolor="white", linewidth=0.6)
+        axes.barh(found.modules, share, left=start, label=LOSS_NAMES.get(name, name), **style)
         for y, (x, width) in enumerate(zip(start, share)):
             if width >= 8:
-                axes.text(x + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=8, color="white" if name in ("ce", "distance") else BLACK)
+                dark = name in ("ce", "distance")
+                place = dict(ha="center", va="center", fontsize=8, color="white" if dark else BLACK)
+                axes.text(x + width / 2, y, f"{width:.0f}", **place)
         start += share
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
@@ -188,7 +194,8 @@ def episodes_table(seen: Sequence[Episode], most: int = 10) -> str:
     for e in seen[:most]:
         span = str(e.first) if e.first == e.last else f"{e.first} to {e.last} ({e.count} far off)"
         norm, times = (f"{e.norm:.3g}", rounded(e.times)) if np.isfinite(e.norm) else ("not finite", "")
-        lines.append(f"| {e.module} | {span} | {norm} | {e.usual:.3g} | {times} | `{e.parameter}` | {'' if e.term is None else f'{e.term}, {e.share:.0%}'} |")
+        term = "" if e.term is None else f"{e.term}, {e.share:.0%}"
+        lines.append(f"| {e.module} | {span} | {norm} | {e.usual:.3g} | {times} | `{e.parameter}` | {term} |")
     return "\n".join(lines) if seen else "No module left its usual level."
 
 

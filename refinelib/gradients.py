@@ -10,6 +10,9 @@ import numpy as np
 
 from .runs import Run, RunError
 
+_LOOK = ("weight_norms", "update_ratios", "weight_counts", "gradient_counts", "term_norms", "edges")
+_BY_STEP = ("steps", "epochs", "skipped", "loss", "components", "norms")
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -44,7 +47,8 @@ class Gradients:
         chosen = [i for i, name in enumerate(self.names) if wanted == ["all"] or any(name.startswith(word) for word in wanted)]
         unknown = [word for word in wanted if word != "all" and not any(name.startswith(word) for name in self.names)]
         if unknown:
-            raise ValueError(f"layers: no layer begins with {unknown[0]!r}; give modules, all, or beginnings such as {', '.join(self.modules)}")
+            known = ", ".join(self.modules)
+            raise ValueError(f"layers: no layer begins with {unknown[0]!r}; give modules, all, or beginnings such as {known}")
         rows: dict[str, list[int]] = {}
         for i in chosen:
             layer, _, kind = self.names[i].rpartition(".")
@@ -72,7 +76,8 @@ def read(run: Run | str | os.PathLike) -> Gradients:
     run = run if isinstance(run, Run) else Run.open(run)
     files = sorted((run.folder / "gradients").glob("epoch_*.npz"))
     if not files:
-        raise RunError(f"{run.folder} holds no gradients: no epoch is over yet, or it was trained with probe_every = 0; train with probe_every = 1")
+        why = "no epoch is over yet, or it was trained with probe_every = 0; train with probe_every = 1"
+        raise RunError(f"{run.folder} holds no gradients: {why}")
     pieces, looks = [], {}
     for file in files:
         with np.load(file, allow_pickle=False) as opened:
@@ -83,10 +88,11 @@ def read(run: Run | str | os.PathLike) -> Gradients:
         piece["epochs"] = np.full(len(piece["steps"]), epoch)
         pieces.append(piece)
         if "term_norms" in piece:
-            looks[epoch] = {name: piece[name] for name in ("weight_norms", "update_ratios", "weight_counts", "gradient_counts", "term_norms", "edges")}
+            looks[epoch] = {name: piece[name] for name in _LOOK}
     order = np.argsort(np.concatenate([piece["steps"] for piece in pieces]), kind="stable")
-    rows = {name: np.concatenate([piece[name] for piece in pieces])[order] for name in ("steps", "epochs", "skipped", "loss", "components", "norms")}
+    rows = {name: np.concatenate([piece[name] for piece in pieces])[order] for name in _BY_STEP}
     first = pieces[0]
     return Gradients(
-        first["names"].tolist(), first["modules"].tolist(), first["module_of"], first["terms"].tolist(), first["term_weights"], looks=looks, **rows
-    )
+        *(first[name].tolist() for name in ("names", "modules")), first["module_of"], first["terms"].tolist(), first["term_weights"],
+        looks=looks, **rows,
+    )  # fmt: skip

@@ -188,14 +188,18 @@ def _median(values: np.ndarray) -> np.ndarray:
 
 def _told(e: Episode) -> str:
     span = f"since step {e.first} (epoch {e.epoch})"
-    span += ", and still so at the end" if e.open else f", for {e.count} step{'s' * (e.count > 1)}" + (f" up to {e.last}" if e.count > 1 else "")
+    many = f"{e.count} steps up to {e.last}" if e.count > 1 else "1 step"
+    span += ", and still so at the end" if e.open else f", for {many}"
     if not np.isclose(e.loss_factor, 1.0, rtol=1e-2):
         if np.isfinite(e.loss_factor):
-            what = f"**The loss itself is where it starts**, {span}: the total was {e.loss_factor:.3g} times the weighted sum of its terms, and every gradient with it."
+            what = f"**The loss itself is where it starts**, {span}: the total was {rounded(e.loss_factor)} times the weighted sum "
+            what += "of its terms, and every gradient with it."
         else:
-            what = f"**The loss was not finite**, {span}, so no gradient was: norms cannot tell whose output spoilt it, an incident's replay can."
+            what = f"**The loss was not finite**, {span}, so no gradient was: "
+            what += "norms cannot tell whose output spoilt it, an incident's replay can."
         return f"{what} Gradient norm of `{e.module}`: {_size(e)}, {_times(e)}."
-    parts = [f"**`{e.module}` is where it starts**, {span}. Its gradient norm was {_size(e)}, {_times(e)}; most of the rise is in `{e.parameter}`."]
+    size = f"Its gradient norm was {_size(e)}, {_times(e)}; most of the rise is in `{e.parameter}`."
+    parts = [f"**`{e.module}` is where it starts**, {span}. {size}"]
     if e.everywhere:
         parts.append("It is the last module before the loss: what it wrote into the mask, or the batch itself, drove the loss.")
     elif e.arrived:

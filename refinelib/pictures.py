@@ -88,7 +88,8 @@ def thresholded(run: Run | str | os.PathLike, threshold: float = 0.5, epoch: int
     overlap = [float((g & t).sum()) / max(1, (g | t).sum()) for g, t in zip(guess, truth)]
     pooled = float((guess & truth).sum()) / max(1, (guess | truth).sum())
     aspect = samples["image"].shape[1] / samples["image"].shape[2]
-    figure = titled(run, f"person where P >= {threshold:.2f}, epoch {epoch}: IoU {pooled:.3f}", height=1.15 + 3 * aspect * (WIDTH - 0.3) / max(6, len(chosen)))
+    height = 1.15 + 3 * aspect * (WIDTH - 0.3) / max(6, len(chosen))
+    figure = titled(run, f"person where P >= {threshold:.2f}, epoch {epoch}: IoU {pooled:.3f}", height=height)
     grid = figure.subplots(3, len(chosen), squeeze=False)
     for (above, middle, below), i, share, shown, iou in zip(grid.T, chosen, foreground, guess, overlap):
         window = window_of(share.shape, samples["mask_size"])

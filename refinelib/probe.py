@@ -33,9 +33,9 @@ BATCH = 4
 class Probe:
     """Collects a run's gradient norms and writes ``gradients/epoch_0001.npz`` and so on.
 
-    A file holds ``names`` ``[P]`` (parameters), ``modules`` ``[M]`` (the model's parts), ``module_of`` int64 ``[P]``; of the steps since the
-    last file ``steps`` int64 ``[n]``, ``skipped`` bool ``[n]``, ``loss`` float32 ``[n]``, ``components`` float32 ``[n, T]`` (of the loss terms ``terms``
-    ``[T]``, before ``term_weights`` float32 ``[T]``) and ``norms`` float32 ``[n, P]`` (L2, unscaled, before clipping, kept to three
+    A file holds ``names`` ``[P]`` (parameters), ``modules`` ``[M]`` (the model's parts), ``module_of`` int64 ``[P]``;
+    of the steps since the last file ``steps`` int64 ``[n]``, ``skipped`` bool ``[n]``, ``loss`` float32 ``[n]``,
+    ``components`` float32 ``[n, T]`` (of the loss terms ``terms`` ``[T]``, before ``term_weights`` float32 ``[T]``) and ``norms`` float32 ``[n, P]`` (L2, unscaled, before clipping, kept to three
     digits); and, where the epoch was seen whole, the closer look: ``weight_norms`` and ``update_ratios`` float32 ``[P]``
     (see :func:`update_sizes`; nan before the first update and for a weight that is 0), ``weight_counts`` and ``gradient_counts``
     int64 ``[M, 66]`` (elements by magnitude between ``edges``, the first column below them, zeros included, the last above

@@ -20,7 +20,7 @@ from .runs import Run, RunError
 
 
 def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
-    """A panel for ``refinelib.train(settings, on_epoch=live_panel())``: losses, gradient norm and masks of the same people, drawn anew in place.
+    """A panel for ``refinelib.train(settings, on_epoch=live_panel())``: losses, gradient norm and masks, in place.
 
     It is a displayed figure that is replaced, no widget: what is on the page when the notebook is saved is a picture and stays one.
 
