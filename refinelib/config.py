@@ -144,6 +144,7 @@ class Settings(BaseModel):
     # -- what the run leaves ---------------------------------------------------------------------
     log_every: int = Field(20, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
     save_every: int = Field(1, ge=1, description="epochs between checkpoints (the last epoch and every best one are always kept)")
+    probe_every: int = Field(1, ge=0, description="epochs between files of gradient norms by layer, which gradients.ipynb reads; 0: none")
     smoke: bool = Field(False, description=f"shrink everything to test size; the environment variable {SMOKE_VARIABLE} set to 1 does so too")
 
     # -- validation ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from .feed import Feed
 from .incidents import capture
 from .inject import Injector
 from .interruption import Interruption
+from .probe import Probe
 from .progress import Progress
 from .recovery import DivergedError, Recovery
 from .runs import Run
@@ -61,15 +62,18 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         raise
     except DivergedError as error:
         run.update(state="diverged", last_error=str(error))
+        error.run = run
         raise
     except checkpoints.CheckpointError as error:
         if before is not None:  # refused before its first step: the run is still what it was
             run.update(**before)
         else:
             run.update(state="failed", last_error=str(error))
+        error.run = run
         raise
     except BaseException as error:
         run.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+        error.run = run  # a notebook shows what there is, and fails with the error in its last cell
         raise
     finally:
         run.close()
@@ -121,7 +125,10 @@ class Trainer:
             say=lambda message: run.event("speed", message, step=self.step),
         )
         self.writer = checkpoints.Writer()
-        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every)
+        self.probe = Probe(
+            run.folder / "gradients", guard=self.guard, loss=self.loss, feed=self.feed, model=self.forward, every=settings.probe_every
+        )
+        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
         self.step = 0  # steps tried: the position in the data
         self.best: dict[str, Any] | None = None
         self.mean_coverage = torch.as_tensor(self.train_store.mean_coverage())
@@ -169,6 +176,7 @@ class Trainer:
         self.log.watch.end_epoch(epochs_done + 1)
         self.save("last.pt")
         self.report_writes(final=True)
+        self.probe.end_epoch(epochs_done + 1, whole=False)
         self.run.update(step=self.step, epoch=epochs_done, skipped_steps=int(self.guard.state["skipped"]))
         raise KeyboardInterrupt
 
@@ -238,6 +246,7 @@ class Trainer:
         except DivergedError:
             self.report_writes(final=True)
             self.run.update(step=self.step, epoch=row.epoch - 1, skipped_steps=int(self.guard.state["skipped"]))
+            self.probe.end_epoch(row.epoch, whole=False)
             raise
         self.run.event("rewind", message, step=row.step, epoch=row.epoch)
         self.run.update(rewinds=self.recovery.rewinds)
@@ -260,10 +269,16 @@ class Trainer:
         """Forward, backward and guarded update of one step; its report, still on the device."""
         return self.stepper.step(plan, at, self.step + 1)
 
+    def forward(self, images: Tensor):
+        """The trained model's output for normalised crops, in the run's precision."""
+        with autocast(self.settings, self.device):
+            return self.model(images.contiguous(memory_format=torch.channels_last))
+
     def end_epoch(self, epoch: int, started: float) -> None:
         """Validate, record, keep."""
         settings = self.settings
         self.last_summary = summary = self.log.end_epoch(epoch + 1)
+        self.probe.end_epoch(epoch + 1)
         seconds = time.perf_counter() - started  # the reports were read back, so the device is done
         found = self.validate(final=epoch + 1 == settings.epochs)
         self.last_metrics = metrics = found.compute()
@@ -302,7 +317,7 @@ class Trainer:
     def predict(self, images: Tensor) -> Tensor:
         """Class probabilities of normalised crops, by the delivered model in the run's precision."""
         with autocast(self.settings, self.device):
-            return predict_probs(self.delivered, images)
+            return predict_probs(self.delivered, images, flip=self.settings.flip_test)
 
     def validate(self, *, final: bool = False):
         """Metrics of the delivered model on the validation people."""
@@ -357,7 +372,8 @@ class Trainer:
 #: Settings that a resumed run may have changed: none of them changes what a step does.
 _FREE_TO_CHANGE = {
     "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images",
-    "device", "workers", "log_every", "save_every", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents",
+    "device", "workers", "log_every", "save_every", "probe_every", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents",
+    "flip_test", "compile", "cuda_graphs",
 }  # fmt: skip
 
 
