@@ -1,4 +1,4 @@
-"""``python -m refinelib``: what one does with a finished run, from the shell."""
+"""``python -m refinelib``: train recipes in a row, and what one does with a finished run, from the shell."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--pennfudan", help="in place of both, the folder of the Penn-Fudan set (its validation images)")
     score.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     score.add_argument("--max-images", type=int, help="score only the first so many images")
+    score.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image, or not (the run's own setting otherwise)")
+    score.add_argument("--jitter", action="store_true", help="also measure boxes that are off, as a detector's are")
+    score.add_argument("--save", metavar="DIR", help="write report.json, people.csv (a row a person) and coco_results.json there")
     score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
 
     summary = commands.add_parser("summary", help="print a run's metrics and where its figures lie")
@@ -27,30 +30,43 @@ def main(arguments: list[str] | None = None) -> int:
     again.add_argument("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
     again.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
 
+    batch = commands.add_parser("run", help="train recipes one after the other, each through notebooks/train.ipynb")
+    batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths to some")
+    batch.add_argument("--epochs", type=int, help="passes over the training people, for all of them")
+    batch.add_argument("--batch-size", type=int, help="ROIs a step, for all of them")
+    batch.add_argument("--debug", action="store_true", help="a rehearsal: a handful of images, two epochs, a small model")
+    batch.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
+
     options = parser.parse_args(arguments)
     try:
-        return {"evaluate": _evaluate, "summary": _summary, "replay": _replay}[options.command](options)
+        return {"evaluate": _evaluate, "summary": _summary, "replay": _replay, "run": _run}[options.command](options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{options.command}: {error}", file=sys.stderr)
         return 2
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluation import evaluate
+    from .evaluation import checked_folder, measure
     from .predict import load
     from .runs import dumps
 
-    predictor = load(options.run, device=options.device, output_dir=options.output_dir)
+    if options.save:
+        checked_folder(options.save)  # before the work, not after it
+    predictor = load(options.run, device=options.device, output_dir=options.output_dir, flip=options.flip)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
-        report = evaluate(
+        found = measure(
             predictor,
             images=options.images,
             annotations=options.annotations,
             pennfudan=options.pennfudan,
             max_images=options.max_images,
+            jitter=options.jitter,
             progress=sys.stderr.isatty(),
         )
-    print(dumps(report, indent=2))
+    if options.save:
+        for file in found.save(options.save):
+            print(f"wrote {file}", file=sys.stderr)
+    print(dumps(found.report, indent=2))
     return 0
 
 
@@ -70,6 +86,16 @@ def _summary(options: argparse.Namespace) -> int:
     run = latest() if options.run == "latest" else Run.open(options.run)
     print(run.summary())
     return 0 if run.status()["state"] in ("ok", "running") else 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .batch import run, table
+
+    given = {"epochs": options.epochs, "batch_size": options.batch_size}
+    overrides = {name: value for name, value in given.items() if value is not None} | dict(options.p)
+    outcomes = run(options.recipes, overrides, debug=options.debug)
+    print("\n" + table(outcomes))
+    return 0 if all(outcome.state == "ok" for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -126,6 +126,8 @@ class Settings(BaseModel):
     loss_scale_init: float = Field(65536.0, ge=1.0, le=2.0**24, description="fp16 loss scale at the start")
     loss_scale_floor: float = Field(1.0, gt=0.0, le=2.0**24, description="fp16 loss scale never falls below this; at most loss_scale_init")
 
+    compile: Literal["auto", "on", "off"] = Field("auto", description="compile model and loss; auto: on CUDA, in runs long enough to gain by it")
+    cuda_graphs: bool = Field(True, description="on CUDA, record a step once and replay it: one launch in place of thousands")
     fused_optimizer: bool = Field(True, description="one kernel that can skip a step on the device; false: plain kernels and one read of the host a step")
 
     # -- when a step goes wrong --------------------------------------------------------------------
@@ -136,9 +138,13 @@ class Settings(BaseModel):
     max_incidents: int = Field(5, ge=0, le=1000, description="incidents kept for replay, each with a copy of the weights")
     inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/faults.py")
 
+    # -- validation and prediction ---------------------------------------------------------------
+    flip_test: bool = Field(False, description="average the probabilities of each crop and of its mirror image; twice the time")
+
     # -- what the run leaves ---------------------------------------------------------------------
     log_every: int = Field(20, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
     save_every: int = Field(1, ge=1, description="epochs between checkpoints (the last epoch and every best one are always kept)")
+    probe_every: int = Field(1, ge=0, description="epochs between files of gradient norms by layer, which gradients.ipynb reads; 0: none")
     smoke: bool = Field(False, description=f"shrink everything to test size; the environment variable {SMOKE_VARIABLE} set to 1 does so too")
 
     # -- validation ------------------------------------------------------------------------------

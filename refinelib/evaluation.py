@@ -2,57 +2,146 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from .data import CocoPeople, PennFudanPeople, SceneError, Source, open_store
-from .losses import NON_TARGET, TARGET
+from .coco_results import CocoResults, average_precision
+from .data import CocoPeople, PennFudanPeople, Source, Store, open_store
+from .image_space import AnnotatedImage, ImageMetrics, Predict, pasted_grid, pasted_model, score_in_images
+from .jitter import SIGMAS, jitter_curve
 from .metrics import SegmentationMetrics
+from .paste import Pasted, paste_labels
 from .predict import Predictor, load
-from .roi import crop_rois, labels_from_coverage, paste_patches
+from .roi import centre_window
+from .runs import dumps, write_atomically
 from .scoring import blind, score
 
-def evaluate(
+#: What is said of the score in COCO results.
+SCORE = "mean probability of the person over the pixels of the mask"
+
+
+@dataclass
+class Evaluation:
+    """What :func:`measure` found.
+
+    Attributes:
+        report: figures as plain numbers, see :func:`evaluate`.
+        people: one row a ROI as columns ``[N]``: ``annotation_id``, ``image_id``, ``x0`` ... ``y1``, ``area``, the
+            figures of the ROI by name, those of the whole image with ``image_`` before it; nan where one does not apply.
+        results: every person's mask in COCO's results format.
+        masks: run lengths of the masks of the rows of ``people``, by annotation id.
+        confusion: int64 ``[N, 3, 3]``, pixel counts of each ROI: row = truth, column = prediction.
+    """
+
+    report: dict[str, Any]
+    people: dict[str, np.ndarray]
+    results: list[dict[str, Any]] = field(repr=False)
+    masks: dict[int, dict[str, Any]] = field(repr=False)
+    confusion: np.ndarray = field(repr=False)
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Write ``report.json``, ``people.csv`` and ``coco_results.json``; returns the files.
+
+        Raises:
+            ValueError: the folder's name is a file's.
+        """
+        folder = checked_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / name for name in ("report.json", "people.csv", "coco_results.json")]
+        write_atomically(files[0], dumps(self.report, indent=2) + "\n")
+        with open(files[1], "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.people)
+            for row in zip(*(column.tolist() for column in self.people.values())):
+                writer.writerow(["" if value != value else value for value in row])
+        entries = ",\n".join(dumps(entry) for entry in self.results)
+        write_atomically(files[2], f"[\n{entries}\n]\n")
+        return files
+
+
+def checked_folder(folder: str | os.PathLike) -> Path:
+    """A folder to write into, that is there or can be made.
+
+    Raises:
+        ValueError: the name is a file's.
+    """
+    folder = Path(folder).expanduser()
+    taken = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    if taken is not None and not taken.is_dir():
+        raise ValueError(f"{taken} is a file: give a folder to write into")
+    return folder
+
+
+def evaluate(run: str | os.PathLike | Predictor, **options: Any) -> dict[str, Any]:
+    """Metrics of a model on a COCO JSON with its images, or on Penn-Fudan's validation images.
+
+    The model's own figures on its ROIs stand at the top level: ``miou``, ``iou`` (background, target, non-target;
+    pixels of all ROIs pooled), ``miou_roi``, ``target_iou``, ``nontarget_iou``, ``boundary_iou``, ``boundary_f1_1px``,
+    ``boundary_f1_2px``, ``hd95``, ``surface_distance`` (means over ROIs, distances in mask pixels), ``rois``,
+    ``intervals`` (95 %, bootstrap over images), and the same by COCO's sizes (``by_size``) and by thirds of
+    the people (``by_third``). ``blind`` has the same for the average mask of the training set, which looks at no image.
+
+    ``image`` has what is left of that once masks are pasted back, against the truth at full resolution:
+    ``boundary_iou`` with a band that grows with the box, ``boundary_iou_image`` with 2 % of the image's diagonal
+    (Cheng et al. 2021), distances in image pixels; ``blind`` in it likewise. ``grid`` has it for the truth itself,
+    squeezed through the mask's grid: what a mask of that size can reach. ``coco`` is segm AP by pycocotools with the true boxes,
+    of all persons, small ones too, for the model, ``blind`` and ``grid``. ``jitter``, where asked for, is the curve of
+    :func:`refinelib.jitter.jitter_curve`.
+
+    Takes the arguments of :func:`measure`, which gives the figures of each person too, and raises what it raises.
+    """
+    return measure(run, **options).report
+
+
+def measure(
     run: str | os.PathLike | Predictor,
     *,
     images: str | os.PathLike | None = None,
     annotations: str | os.PathLike | None = None,
     pennfudan: str | os.PathLike | None = None,
+    source: Source | None = None,
     device: str = "auto",
+    flip: bool | None = None,
     max_images: int | None = None,
     store_dir: str | os.PathLike | None = None,
+    jitter: bool | Iterable[float] = False,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Metrics of a model on a COCO JSON with its images, or on Penn-Fudan's validation images.
-
-    The model's own figures stand at the top level. ``blind`` has those of the average mask of its
-    training set, which looks at no image; ``grid`` those of the truth itself, squeezed through the
-    mask's grid and pasted back into the image: what a mask of that size can reach. Each has ``miou``, ``iou`` (background, target, non-target; pixels of all ROIs
-    pooled), ``target_iou``, ``boundary_iou`` (means over ROIs) and ``rois``.
+) -> Evaluation:
+    """Score a model on annotated images: figures, one row a person, masks as COCO results.
 
     Args:
         run: a run's name or folder, a checkpoint file, or a loaded predictor.
         images, annotations: folder of images and COCO JSON.
         pennfudan: in place of those, the folder of the Penn-Fudan set.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        source: in place of either, any source of scenes.
+        device: ``auto``, ``cpu`` or ``cuda``; not for a loaded predictor, which has one.
+        flip: flip test, see :class:`refinelib.Predictor`; none: as the run's settings say, or as the predictor was loaded.
         max_images: score only the first so many images.
         store_dir: keep the decoded crops there for the next time; none: a temporary folder.
+        jitter: also measure boxes that are off, at :data:`refinelib.jitter.SIGMAS` or the shares given.
         progress: show a bar while crops are decoded.
 
     Raises:
         CheckpointError, DataError: no usable checkpoint, or no usable data.
-        ValueError: neither or both kinds of data were given.
+        ValueError: none or more than one kind of data was given, or a number out of range.
     """
-    if (pennfudan is None) == (images is None or annotations is None):
-        raise ValueError("give images and annotations (COCO), or pennfudan, the folder of that set")
+    coco = images is not None or annotations is not None
+    if coco + (pennfudan is not None) + (source is not None) != 1 or (coco and (images is None or annotations is None)):
+        raise ValueError("give images and annotations (COCO), or pennfudan, the folder of that set, and not both")
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images = {max_images}: give at least 1, or leave it out for all")
     predictor = run if isinstance(run, Predictor) else load(run, device=device)
-    source = PennFudanPeople(pennfudan, split="val") if pennfudan else CocoPeople(annotations, images, split="val")
+    if flip is not None and flip != predictor.flip:
+        predictor = predictor.with_flip(flip)
+    if source is None:
+        source = PennFudanPeople(pennfudan, split="val") if pennfudan else CocoPeople(annotations, images, split="val")
     settings = predictor.settings
     with tempfile.TemporaryDirectory() as temporary:
         store = open_store(
@@ -65,42 +154,63 @@ def evaluate(
             progress=progress,
         )
         common = dict(device=predictor.device, mask_size=settings.mask_size, full=True)
-        report = score(predictor.roi_probs, store, **common).compute()
-        report["blind"] = score(blind(predictor.mean_coverage), store, **common).compute()
-        report["grid"] = grid_ceiling(source, mask_size=settings.mask_size, max_images=max_images, only=store.annotation_ids).compute()
-        report["skipped"] = dict(store.skipped)
+        found = score(predictor.roi_probs, store, **common)
+        report = found.compute(intervals=True)
+        report["blind"] = score(blind(predictor.mean_coverage), store, **common).compute(intervals=True)
+        where = dict(device=predictor.device, max_images=max_images, only=store.annotation_ids)
+        truth = CocoResults()
+        model = pasted_model(predictor.probs, predictor.device)
+        three = {"model": model, "blind": _pasted_blind(predictor), "grid": pasted_grid(settings.mask_size)}
+        pasted = score_in_images(three, source, full=three, truth=truth, **where)
+        report["grid"] = pasted["grid"].compute(intervals=True)
+        report["image"] = pasted["model"].compute(intervals=True)
+        report["image"]["blind"] = pasted["blind"].compute(intervals=True)
+        precision = {name: average_precision(truth.entries, one.coco.entries) for name, one in pasted.items()}
+        report["coco"] = {**precision.pop("model"), **precision, "people": len(truth.entries), "score": SCORE}
+        if jitter is not False:
+            report["jitter"] = jitter_curve(predictor.probs, source, sigmas=SIGMAS if jitter is True else jitter, **where)
+        report |= {"images": len(np.unique(store.image_ids)), "skipped": dict(store.skipped)}
+        people = _columns(found, pasted["model"], store)
+        confusion = found.per_roi()["confusion"].cpu().numpy()
         del store  # its files are mapped, and Windows deletes no mapped file
-    report["checkpoint"] = str(predictor.path)
-    return report
+    report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
+    return Evaluation(report, people, pasted["model"].coco.entries, pasted["model"].masks, confusion)
 
 
 def grid_ceiling(
     source: Source, *, mask_size: tuple[int, int], max_images: int | None = None, only: np.ndarray | None = None
-) -> SegmentationMetrics:
-    """Metrics of the truth through a binary grid of ``mask_size``, pasted back, at the image's own pixels.
+) -> ImageMetrics:
+    """Figures of the truth through a binary grid of ``mask_size``, pasted back, at the image's own pixels.
 
-    The Boundary IoU's band scales with the diagonal of the box, so the figures compare. ``only`` limits it to
-    these annotation ids.
+    ``only`` limits it to these annotation ids.
     """
-    people = source.people(max_images)
-    metrics = SegmentationMetrics(full=False)
-    chosen = np.ones(len(people), bool) if only is None else np.isin(people.annotation_ids, only)
-    for index in np.unique(people.image_index[chosen]):
-        try:
-            scene = source.scene(int(index))
-        except SceneError:  # counted when the store was built
-            continue
-        masks = torch.from_numpy(scene.masks)
-        for row in np.flatnonzero(chosen & (people.image_index == index)):
-            target = masks[people.slots[row]]
-            truth = target.long() * TARGET + (masks.any(dim=0) & ~target).long() * NON_TARGET
-            box = torch.from_numpy(people.boxes[row : row + 1])
-            shares = crop_rois(torch.stack([truth == TARGET, truth == NON_TARGET]), box, mask_size) * 255
-            grid = F.one_hot(labels_from_coverage(shares[0].round().to(torch.uint8).permute(1, 2, 0)), 3)
-            top, left, layers = zip(*paste_patches(grid.permute(2, 0, 1).float(), box.expand(3, 4), truth.shape))
-            found = torch.stack(layers).argmax(dim=0)
-            if not found.numel():  # less than half a pixel of the box lies in the image
-                continue
-            window = truth[top[0] : top[0] + found.shape[0], left[0] : left[0] + found.shape[1]]
-            metrics.update(found[None], window[None], torch.from_numpy(people.areas[row : row + 1]))
-    return metrics
+    found = score_in_images(
+        {"grid": pasted_grid(mask_size)}, source, device=torch.device("cpu"), max_images=max_images, only=only
+    )
+    return found["grid"]
+
+
+def _pasted_blind(predictor: Predictor) -> Predict:
+    size = predictor.settings.mask_size
+    (probs,) = centre_window(blind(predictor.mean_coverage)(torch.zeros(1, device=predictor.device)), size)
+
+    def predict(image: AnnotatedImage) -> Iterable[Pasted]:
+        return paste_labels(probs.expand(len(image.boxes), *probs.shape), image.boxes, image.size)
+
+    return predict
+
+
+def _columns(on_roi: SegmentationMetrics, in_image: ImageMetrics, store: Store) -> dict[str, np.ndarray]:
+    """One row a ROI: who it is, its figures on the ROI, its figures in the image."""
+    people = {"annotation_id": store.annotation_ids, "image_id": store.image_ids}
+    people |= {name: store.boxes[:, i] for i, name in enumerate(("x0", "y0", "x1", "y1"))}
+    people["area"] = store.areas
+    left_out = ("confusion", "area", "image_id")
+    people |= {name: value.cpu().numpy() for name, value in on_roi.per_roi().items() if name not in left_out}
+    # Both go image by image; an image that could be read for the store and not now leaves nan.
+    table = {name: value.cpu().numpy() for name, value in in_image.table().items() if name not in left_out}
+    place = {key: row for row, key in enumerate(in_image.annotation_ids)}
+    rows = np.array([place.get(int(one), -1) for one in store.annotation_ids])
+    for name, value in table.items():
+        people[f"image_{name}"] = np.where(rows < 0, np.nan, value[rows])
+    return people

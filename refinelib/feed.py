@@ -71,13 +71,27 @@ class Feed:
         rois = order.view(shape)
         return Plan(rois, table.view(*shape, -1).to(self.device), rois.to(self.device))
 
+    def inputs(self, plan: Plan, step: int, micro: int = 0) -> tuple[Tensor, ...]:
+        """What micro-batch ``micro`` of step ``step`` of a planned epoch is made from, on the device.
+
+        The places in the resident store, or where it streams the pixels themselves (uint8 ``[B, Hc, Wc, 3]`` and
+        ``[B, Hm, Wm, 2]``); then the augmentation's parameters.
+        """
+        table = plan.table[step, micro]
+        if self.resident is not None:
+            return plan.device_rois[step, micro], table
+        pixels = self.store.gather(plan.rois[step, micro])
+        if self.device.type == "cuda":
+            pixels = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in pixels)
+        return *pixels, table
+
+    def make(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels from :meth:`inputs`, without the host: see :class:`Batch`."""
+        *source, table = inputs
+        images, coverage = (x.index_select(0, source[0]) for x in self.resident) if self.resident is not None else source
+        pixels, shares = augment.apply(images, coverage, table, mode=self.mode)
+        return pixels, labels_from_coverage(shares.round().permute(0, 2, 3, 1))
+
     def batch(self, plan: Plan, step: int, micro: int = 0) -> Batch:
         """Micro-batch ``micro`` of step ``step`` of a planned epoch."""
-        rois = plan.rois[step, micro]
-        if self.resident is not None:
-            chosen = plan.device_rois[step, micro]
-            images, coverage = (x.index_select(0, chosen) for x in self.resident)
-        else:
-            images, coverage = (x.to(self.device, non_blocking=True) for x in self.store.gather(rois))
-        pixels, shares = augment.apply(images, coverage, plan.table[step, micro], mode=self.mode)
-        return Batch(pixels, labels_from_coverage(shares.round().permute(0, 2, 3, 1)), rois)
+        return Batch(*self.make(*self.inputs(plan, step, micro)), plan.rois[step, micro])

@@ -17,7 +17,7 @@ from typing import Iterable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .optim import WarmupCosine
+from .optim import WarmupCosine, flatten
 
 #: Columns of a step's report, before the per-parameter norms. ``froze``: an incident, the guard stands still from the next
 #: step on; ``frozen``: this step was void because of that.
@@ -44,7 +44,7 @@ class Judgement(NamedTuple):
     lr: Tensor
     report: Tensor  # float32 [len(REPORT)]
     norms: Tensor  # float32 [parameters]
-    state: dict[str, Tensor]  # what the guard's state becomes
+    memory: Tensor  # what the guard's memory becomes
 
 
 class Guard:
@@ -102,32 +102,27 @@ class Guard:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averages = list(average.parameters()) if average is not None else []
+        #: Weights and their averages as whole blocks: one kernel moves all of them.
+        self.blocks = list(zip(flatten(model), flatten(average))) if average is not None else []
         self.buffers = [b for module in (model, *losses) for b in _persistent_buffers(module)]
         self.kept: list[Tensor] = []
+        self.think = self.judge
         #: Whether the optimizer takes ``found_inf`` and skips by itself.
         self.fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         device = self.parameters[0].device
         self.root_sizes = torch.tensor([math.sqrt(p.numel()) for p in self.parameters], device=device)
 
-        def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(value, dtype=dtype, device=device)
-
-        count, flag = torch.int64, torch.bool
-        self.state = {
-            "applied": scalar(0, count),
-            "skipped": scalar(0, count),
-            "skips_in_a_row": scalar(0, count),
-            "scale": scalar(scale_init if scaled else 1.0),
-            "headroom_peak": scalar(0.0),
-            "good_in_a_row": scalar(0, count),
-            "lr_factor": scalar(1.0),
-            "lr_factor_until": scalar(0, count),  # applied steps
-            "center": torch.zeros(2, device=device),  # mean log loss, mean log gradient norm
-            "spread": torch.zeros(2, device=device),  # mean absolute deviations from it
-            "seen": scalar(0, count),
-            "armed": scalar(False, flag),
-            "frozen": scalar(False, flag),
-        }
+        start = {
+            "applied": 0, "skipped": 0, "skips_in_a_row": 0, "scale": scale_init if scaled else 1.0, "headroom_peak": 0.0, "good_in_a_row": 0,
+            "lr_factor": 1.0, "lr_factor_until": 0,  # the latter in applied steps
+            "loss_center": 0.0, "norm_center": 0.0,  # means of log loss and log gradient norm
+            "loss_spread": 0.0, "norm_spread": 0.0, "seen": 0,  # mean absolute deviations from these, and how many values
+            "armed": 0, "frozen": 0,
+        }  # fmt: skip
+        #: All that the guard remembers, in one tensor, so that one copy renews it; float64 counts exactly.
+        self.memory = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
+        #: The same by name, as views.
+        self.state = {name: self.memory[place] for place, name in enumerate(start)}
 
     # -- a step, in the order of its calls -----------------------------------------------------------
     def zero_grad(self) -> None:
@@ -138,7 +133,7 @@ class Guard:
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward`` on."""
-        return loss * self.state["scale"] if self.scaled else loss
+        return loss * self.state["scale"].float() if self.scaled else loss
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> Tensor:
@@ -151,12 +146,18 @@ class Guard:
             float32 ``[len(REPORT) + parameters]`` on the device: the columns of ``REPORT``, then
             the L2 norm of each parameter's gradient, unscaled and before clipping.
         """
-        found = self.judge(loss, *self.measure())
+        found = self.think(loss, *self.measure())
         self._apply(found)
         self._follow(found.skip)
-        for name, value in found.state.items():
-            self.state[name].copy_(value)
+        self.memory.copy_(found.memory)
         return torch.cat([found.report, found.norms])
+
+    def compile(self) -> None:
+        """Make one kernel of the many small operations of a judgement."""
+        self.think = torch.compile(self.judge, dynamic=False)
+
+    def uncompile(self) -> None:
+        self.think = self.judge
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """L2 norm and largest magnitude of each parameter's gradient as it stands (still scaled), float32 ``[parameters]``."""
@@ -170,7 +171,8 @@ class Guard:
             loss: scalar, unscaled.
             norms, largest: from :meth:`measure`.
         """
-        state, scale, frozen = self.state, self.state["scale"], self.state["frozen"]
+        state = dict(zip(self.state, self.memory.unbind()))
+        scale, frozen, armed = state["scale"].float(), state["frozen"] != 0, state["armed"] != 0
         norms, largest = norms / scale, largest / scale
         bad_loss, bad_grad = ~torch.isfinite(loss), ~torch.isfinite(largest).all()
         bad = bad_loss | bad_grad
@@ -179,36 +181,41 @@ class Guard:
         peak = norms.amax()
         total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
 
-        spikes, statistics = self._spikes(torch.stack([loss.float(), total]))
-        spike = spikes.any() & ~bad
-        skip = bad | (spike if self.on_spike == "skip" else False) | frozen
+        loss_spike, loss_statistics = self._spike(state, "loss", loss)
+        norm_spike, norm_statistics = self._spike(state, "norm", total)
+        spike = (loss_spike | norm_spike) & ~bad
+        skip = bad | frozen
+        if self.on_spike == "skip":
+            skip = skip | spike
         longest = torch.full_like(total, self.grad_clip)
         if self.on_spike == "clip":
-            longest = torch.where(spike, torch.minimum(longest, state["center"][1].exp()), longest)
+            longest = torch.where(spike, torch.minimum(longest, state["norm_center"].exp().float()), longest)
         clip = (longest / total.clamp(min=1e-12)).clamp(max=1.0)
-        lr = self.schedule(state["applied"]) * torch.where(state["applied"] < state["lr_factor_until"], state["lr_factor"], 1.0)
+        slow = torch.where(state["applied"] < state["lr_factor_until"], state["lr_factor"], 1.0).float()
+        lr = self.schedule(state["applied"]) * slow
 
-        ordinary = bad_grad & ~bad_loss & (scale > self.scale_floor) & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
-        froze = state["armed"] & bad & ~frozen & ~(ordinary if self.scaled else torch.zeros_like(bad))
-        flags = (bad_loss, bad_grad, skip & ~frozen, spikes[0] & ~bad, spikes[1] & ~bad, froze, frozen)
+        froze = armed & bad & ~frozen
+        if self.scaled:  # float16 that overflows now and then is how its scale is found
+            ordinary = bad_grad & ~bad_loss & (scale > self.scale_floor) & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
+            froze = froze & ~ordinary
+        flags = (bad_loss, bad_grad, skip & ~frozen, loss_spike & ~bad, norm_spike & ~bad, froze, frozen)
         report = torch.stack([loss.float(), total, largest.amax(), lr, scale, *(flag.float() for flag in flags)])
 
-        new = {
-            "applied": state["applied"] + (~skip).to(torch.int64),
-            "skipped": state["skipped"] + skip.to(torch.int64),
-            "skips_in_a_row": torch.where(skip, state["skips_in_a_row"] + 1, 0),
-            **{name: torch.where(skip, state[name], value) for name, value in statistics.items()},
-        }
+        new = {"applied": state["applied"] + 1, "seen": state["seen"] + 1, **loss_statistics, **norm_statistics}
+        new = {name: torch.where(skip, state[name], value) for name, value in new.items()}
+        new |= {"skipped": state["skipped"] + skip.double(), "skips_in_a_row": torch.where(skip, state["skips_in_a_row"] + 1, 0.0)}
         if self.scaled:
-            new |= self._rescaled(skip, overflow=bad_grad & ~bad_loss, largest=report[2] * scale)
+            new |= self._rescaled(state, skip, overflow=bad_grad & ~bad_loss, largest=(report[2] * scale).double())
         # A frozen guard stands still: the host will come back to the step after the one that froze it.
         new = {name: torch.where(frozen, state[name], value) for name, value in new.items()}
-        return Judgement(skip, clip, lr, report, norms, {**new, "frozen": frozen | froze})
+        new["frozen"] = (frozen | froze).double()
+        memory = torch.stack([new.get(name, value) for name, value in state.items()])
+        return Judgement(skip, clip, lr, report, norms, memory)
 
     def thaw(self, *, armed: bool) -> None:
         """Go on after an incident, ready to freeze at the next one or not."""
-        self.state["frozen"].fill_(False)
-        self.state["armed"].fill_(armed)
+        self.state["frozen"].fill_(0)
+        self.state["armed"].fill_(int(armed))
 
     def slow_down(self, factor: float, steps: int) -> None:
         """Multiply the learning rate by ``factor`` for the next ``steps`` applied steps."""
@@ -218,7 +225,7 @@ class Guard:
     # -- its parts -----------------------------------------------------------------------------------
     def _apply(self, found: Judgement) -> None:
         """The optimizer's step, where the judgement allows one."""
-        scale = self.state["scale"]
+        scale = self.state["scale"].float()
         if self.fused:
             for group in self.optimizer.param_groups:
                 group["lr"].copy_(found.lr)
@@ -239,27 +246,23 @@ class Guard:
         """Moving average of the weights and buffers; a skipped step weighs exactly nothing."""
         for buffer, kept in zip(self.buffers, self.kept):
             buffer.copy_(torch.where(skip, kept, buffer))
-        if not self.averages:
-            return
-        weight = torch.where(skip, 0.0, 1.0 - self.ema_decay).to(torch.float32)
-        moved = torch._foreach_sub(self.parameters, self.averages)  # weights are always finite
-        torch._foreach_mul_(moved, weight)
-        torch._foreach_add_(self.averages, moved)
+        weight = torch.where(skip, 0.0, 1.0 - self.ema_decay)
+        for weights, averages in self.blocks:
+            averages.lerp_(weights, weight.to(weights.dtype))  # weights are always finite
 
-    def _spikes(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Whether loss and gradient norm (float32 ``[2]``) stand out, bool ``[2]``, and the statistics with them taken in."""
-        center, spread, seen = (self.state[name] for name in ("center", "spread", "seen"))
-        logs = values.clamp(min=torch.finfo(torch.float32).tiny).log()
+    def _spike(self, state: dict[str, Tensor], name: str, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Whether loss or gradient norm stands out, and its statistics with it taken in."""
+        center, spread, seen = state[f"{name}_center"], state[f"{name}_spread"], state["seen"]
         sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
         limit = torch.where(seen < EARLY_STEPS, math.log(EARLY_SPIKE), (self.spike_sigma * sigma).clamp(min=math.log(1.5)))
         limit = torch.where(seen == 0, math.inf, limit)
-        off = logs - center
-        moved = off.clamp(-limit, limit)
+        off = value.double().clamp(min=torch.finfo(torch.float32).tiny).log() - center
+        moved = torch.maximum(torch.minimum(off, limit), -limit)
         weight = (1.0 / (seen + 1)).clamp(min=1.0 / WINDOW)
-        grown = torch.where(seen == 0, spread, spread + (1.0 / seen.clamp(min=1)).clamp(min=1.0 / WINDOW) * (moved.abs() - spread))
-        return off > limit, {"center": center + weight * moved, "spread": grown, "seen": seen + 1}
+        widened = spread + (1.0 / seen.clamp(min=1)).clamp(min=1.0 / WINDOW) * (moved.abs() - spread)
+        return off > limit, {f"{name}_center": center + weight * moved, f"{name}_spread": torch.where(seen == 0, spread, widened)}
 
-    def _rescaled(self, skip: Tensor, *, overflow: Tensor, largest: Tensor) -> dict[str, Tensor]:
+    def _rescaled(self, state: dict[str, Tensor], skip: Tensor, *, overflow: Tensor, largest: Tensor) -> dict[str, Tensor]:
         """The loss scale's next value: back before float16 overflows, and up only where there is room.
 
         An overflow halves it, down to the floor; a bad loss is no overflow. It also halves when the
@@ -267,8 +270,7 @@ class Guard:
         overflow would cost a step. It doubles after ``growth_interval`` good steps, if the largest
         gradient of those steps leaves room for it.
         """
-        state = self.state
-        good = torch.where(skip, torch.where(overflow, 0, state["good_in_a_row"]), state["good_in_a_row"] + 1)
+        good = torch.where(skip, torch.where(overflow, 0.0, state["good_in_a_row"]), state["good_in_a_row"] + 1)
         peak = torch.where(skip, state["headroom_peak"], torch.maximum(state["headroom_peak"], largest))
         near = peak * HEADROOM > FLOAT16_MAX
         grown = (good >= self.growth_interval) & ~near
@@ -277,7 +279,7 @@ class Guard:
         return {
             "scale": (state["scale"] * factor).clamp(self.scale_floor, 2.0**24),
             "headroom_peak": torch.where(grown | near | overflow, 0.0, peak),
-            "good_in_a_row": torch.where(grown | near, 0, good),
+            "good_in_a_row": torch.where(grown | near, 0.0, good),
         }
 
     # -- kept and taken up again -----------------------------------------------------------------------

@@ -78,8 +78,8 @@ class Injector:
         """Called when a step's gradients are complete."""
         for fault, flag in self._of("grad"):
             name = next(name for name in self.parameters if name.startswith(fault.where))
-            parameter = self.parameters[name]
-            parameter.grad = _spoil(parameter.grad, fault.value, flag)
+            gradient = self.parameters[name].grad
+            gradient.copy_(_spoil(gradient, fault.value, flag))  # in place: a fused optimizer minds the strides
 
     def _of(self, what: str) -> list[tuple[Fault, Tensor]]:
         return [(fault, flag) for fault, flag in zip(self.faults, self.flags) if fault.what == what]

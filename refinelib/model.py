@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blocks import ChannelAttention, ConvNormAct, Head, ResidualBlock, SpatialAttention, resize
+from .blocks import ChannelAttention, Conv, ConvNormAct, Head, ResidualBlock, SpatialAttention, resize
 from .losses import hierarchical_log_probs
 from .refine import BoundaryRefinement, ContourDetection, DistanceTransform, ProgressiveUpsampling, SubpixelConv
 
@@ -112,7 +112,7 @@ class HierarchicalUNet(nn.Module):
         self.shared = nn.Sequential(*(ResidualBlock(c) for _ in range(4)))
         self.person = UNet(widths)
         self.person_head = Head(c, 1)
-        self.gate = nn.Sequential(nn.Conv2d(c + 1, c, 1), nn.Sigmoid())
+        self.gate = nn.Sequential(Conv(c + 1, c, 1), nn.Sigmoid())
         self.merge = nn.Conv2d(2 * c, c, 1)
         self.attention = nn.Sequential(ChannelAttention(c), SpatialAttention())
         self.target = UNet(widths)

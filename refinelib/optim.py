@@ -33,6 +33,30 @@ class WarmupCosine:
         return torch.where(done < self.warmup_steps, rise, fall)
 
 
+@torch.no_grad()
+def flatten(module: nn.Module) -> list[Tensor]:
+    """Lay a module's parameters side by side in memory, one block a dtype; shapes, strides and values stay.
+
+    Returns:
+        The blocks, 1-d. Two modules of the same build have their parameters at the same places.
+    """
+    blocks = []
+    parameters = list(module.parameters())
+    for kind in dict.fromkeys(p.dtype for p in parameters):
+        some = [p for p in parameters if p.dtype == kind]
+        starts, total = [], 0
+        for p in some:
+            starts.append(total)
+            total += -(-p.numel() // 64) * 64  # kernels take whole lines of memory
+        block = torch.zeros(total, dtype=kind, device=some[0].device)
+        for p, start in zip(some, starts):
+            place = block.as_strided(p.shape, p.stride(), start)  # parameters are dense, in whatever order
+            place.copy_(p)
+            p.data = place
+        blocks.append(block)
+    return blocks
+
+
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], *, kind: str, lr: float, weight_decay: float, fused: bool = True
 ) -> torch.optim.Optimizer:
@@ -55,4 +79,5 @@ def build_optimizer(
     for group in groups:
         group["lr"] = rate.clone() if fused else rate
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[kind]
-    return cls(groups, lr=rate, fused=fused)
+    # Capturable: its step count lies on the device, so that a step can be part of a CUDA graph.
+    return cls(groups, lr=rate, fused=fused, capturable=fused and trained[0].device.type == "cuda")

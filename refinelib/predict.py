@@ -17,17 +17,21 @@ from .build import autocast, build_device, build_model
 from .config import Settings
 from .data import decode_image
 from .losses import TARGET
-from .roi import centre_window, crop_rois, expand_boxes, paste_patches
+from .paste import paste_labels
+from .roi import centre_window, crop_rois, expand_boxes
 from .scoring import predict_probs
 
 
-def load(source: str | os.PathLike, *, device: str = "auto", output_dir: str = "outputs") -> "Predictor":
+def load(
+    source: str | os.PathLike, *, device: str = "auto", output_dir: str = "outputs", flip: bool | None = None
+) -> "Predictor":
     """The model of a run or of a checkpoint file, ready to predict.
 
     Args:
         source: a run's name, its folder (its best checkpoint is taken) or a checkpoint file.
         device: ``auto``, ``cpu`` or ``cuda``.
         output_dir: where runs are looked for by name.
+        flip: flip test, see :class:`Predictor`; none: as the run's own settings say.
 
     Raises:
         CheckpointError: no such run, or its checkpoint is not whole.
@@ -37,22 +41,43 @@ def load(source: str | os.PathLike, *, device: str = "auto", output_dir: str = "
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
     model.load_state_dict(saved["average"] or saved["model"])
-    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"])
+    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"], flip=flip)
 
 
 class Predictor:
     """A trained model with what it needs to crop an image and to paste a mask back.
 
+    Args:
+        model: trained, of these settings.
+        settings: of the run that trained it.
+        path: the checkpoint it came from.
+        mean_coverage: float32 ``[Hm, Wm, 2]``, the training set's average mask.
+        flip: average the probabilities of each crop and of its mirror image, at twice the time;
+            none: as the setting ``flip_test`` says.
+
     Attributes:
         model: in evaluation mode, on ``device``.
         settings: of the run that trained it.
-        mean_coverage: float32 ``[Hm, Wm, 2]``, the training set's average mask.
+        flip: whether it averages with the mirror image.
     """
 
-    def __init__(self, model: torch.nn.Module, settings: Settings, *, path: Path, mean_coverage: Tensor) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        settings: Settings,
+        *,
+        path: Path,
+        mean_coverage: Tensor,
+        flip: bool | None = None,
+    ) -> None:
         self.device = build_device(settings)
         self.model = model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
+        self.flip = settings.flip_test if flip is None else flip
+
+    def with_flip(self, flip: bool) -> "Predictor":
+        """The same model with the flip test on or off."""
+        return Predictor(self.model, self.settings, path=self.path, mean_coverage=self.mean_coverage, flip=flip)
 
     def probs(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Tensor:
         """Class probabilities in each box's own grid.
@@ -87,18 +112,29 @@ class Predictor:
             bool ``[N, H, W]``: where this person is likelier than background and than other people.
             Nothing outside the box.
         """
+        return self.predict_scored(image, boxes, batch_size=batch_size)[0]
+
+    def predict_scored(self, image: Any, boxes: Any, *, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+        """The masks of :meth:`predict` and how sure the model is of each.
+
+        Returns:
+            masks bool ``[N, H, W]``; scores float64 ``[N]`` in 0..1: the mean probability of this person over
+            the pixels of the mask, 0 for an empty one.
+        """
         pixels = _rgb(image)
         probs = self.probs(pixels, boxes, batch_size=batch_size)
-        lead = probs[:, TARGET] - torch.cat([probs[:, :TARGET], probs[:, TARGET + 1 :]], dim=1).amax(dim=1)
-        masks = np.zeros((len(probs), *pixels.shape[:2]), dtype=bool)
-        for mask, (top, left, patch) in zip(masks, paste_patches(lead, _checked_boxes(boxes), pixels.shape[:2])):
-            mask[top : top + patch.shape[-2], left : left + patch.shape[-1]] = (patch > 0).numpy()
-        return masks
+        masks, scores = np.zeros((len(probs), *pixels.shape[:2]), dtype=bool), np.zeros(len(probs))
+        for i, found in enumerate(paste_labels(probs, _checked_boxes(boxes), pixels.shape[:2])):
+            mask = found.labels == TARGET
+            rows, columns = mask.shape
+            masks[i, found.top : found.top + rows, found.left : found.left + columns] = mask.numpy()
+            scores[i] = float(found.score)
+        return masks, scores
 
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
         with autocast(self.settings, self.device):
-            return predict_probs(self.model, images).float()
+            return predict_probs(self.model, images, flip=self.flip).float()
 
     def _probs(self, crops: Tensor) -> Tensor:
         return centre_window(self.roi_probs(crops), self.settings.mask_size)

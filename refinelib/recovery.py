@@ -44,7 +44,7 @@ class Snapshot:
         self.copies: list[Tensor] = []
 
     def _live(self) -> list[Tensor]:
-        kept = [*self.model.state_dict(keep_vars=True).values(), *self.guard.averages, *self.guard.state.values()]
+        kept = [*self.model.state_dict(keep_vars=True).values(), *self.guard.averages, self.guard.memory]
         # The optimizer makes its state in its first step.
         moments = [
             value

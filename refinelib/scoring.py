@@ -21,9 +21,13 @@ def batches(store: Store, device: torch.device, size: int) -> Iterator[tuple[Ten
 
 
 @torch.no_grad()
-def predict_probs(model: nn.Module, images: Tensor) -> Tensor:
-    """Class probabilities float32 ``[B, 3, Hm, Wm]`` of normalised crops, on the mask canvas."""
-    return model(images.contiguous(memory_format=torch.channels_last)).log_probs().exp()
+def predict_probs(model: nn.Module, images: Tensor, *, flip: bool = False) -> Tensor:
+    """Class probabilities float32 ``[B, 3, Hm, Wm]`` of normalised crops, on the mask canvas.
+
+    With ``flip`` the average over each crop and its mirror image, mirrored back.
+    """
+    probs = model(images.contiguous(memory_format=torch.channels_last)).log_probs().exp()
+    return (probs + predict_probs(model, images.flip(-1)).flip(-1)) / 2 if flip else probs
 
 
 def score(
@@ -39,8 +43,8 @@ def score(
     metrics = SegmentationMetrics(full=full)
     for images, labels, rois in batches(store, device, batch_size):
         predicted = predict(images).argmax(dim=1)
-        areas = torch.as_tensor(store.areas[rois.numpy()], device=device)
-        metrics.update(centre_window(predicted, mask_size), centre_window(labels, mask_size), areas)
+        areas, image_ids = (torch.as_tensor(column[rois.numpy()], device=device) for column in (store.areas, store.image_ids))
+        metrics.update(centre_window(predicted, mask_size), centre_window(labels, mask_size), areas, image_ids)
     return metrics
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .guard import REPORT, Guard
 from .losses import MaskLoss
+from .probe import Probe
 from .runs import Run
 from .watch import Watch
 
@@ -37,17 +38,17 @@ class StepLog:
         loss: whose components lead each report.
         guard: which makes the reports.
         every: steps between lines.
+        probe: also takes the reports; none: nobody does.
     """
 
-    def __init__(self, run: Run, loss: MaskLoss, guard: Guard, *, every: int) -> None:
-        self.run, self.names, self.every = run, loss.names, every
+    def __init__(self, run: Run, loss: MaskLoss, guard: Guard, *, every: int, probe: Probe | None = None) -> None:
+        self.run, self.names, self.every, self.probe = run, loss.names, every, probe
         floor = guard.scale_floor if guard.scaled else None
         self.watch = Watch(run, losses=loss.names, parameters=guard.names, cap=loss.cap, scale_floor=floor, on_spike=guard.on_spike)
         self.pending: list[tuple[Tensor, int, int]] = []  # reports on the device, step, epoch
         self.travelling: tuple[Tensor, Any, list[tuple[int, int]]] | None = None
         self.line_rows: list[Row] = []
         self.epoch_rows: list[np.ndarray] = []
-        self.norms: list[tuple[int, bool, np.ndarray]] = []  # this epoch's step, skipped, gradient norms
         self.skipped = 0
         self.started = time.perf_counter()
 
@@ -110,7 +111,6 @@ class StepLog:
         self.skipped += int(row.report["skipped"])
         self.line_rows.append(row)
         self.epoch_rows.append(np.concatenate([row.components, list(row.report.values())]))
-        self.norms.append((row.step, bool(row.report["skipped"]), row.norms.astype(np.float32)))
         if len(self.line_rows) >= self.every or row.step == 1:
             self.write_line()
 
@@ -119,6 +119,8 @@ class StepLog:
         if not self.line_rows:
             return
         rows, self.line_rows = self.line_rows, []
+        if self.probe is not None:
+            self.probe.add([row.step for row in rows], np.stack([[*row.components, *row.report.values(), *row.norms] for row in rows]))
         columns = {name: np.array([row.report[name] for row in rows]) for name in REPORT}
         components = np.stack([row.components for row in rows])
         good = columns["skipped"] == 0
@@ -144,7 +146,7 @@ class StepLog:
         self.write_line()
         self.watch.end_epoch(epoch)
         rows = np.stack(self.epoch_rows)
-        self.epoch_rows, self.norms = [], []
+        self.epoch_rows = []
         columns = dict(zip(REPORT, rows[:, len(self.names) :].T))
         good = columns["skipped"] == 0
         return {

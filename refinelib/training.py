@@ -22,16 +22,18 @@ from . import checkpoints
 from .build import autocast, build_device, build_guard, build_loss, build_model
 from .config import Settings
 from .data import open_splits
-from .feed import Batch, Feed
+from .feed import Feed
 from .incidents import capture
 from .inject import Injector
 from .interruption import Interruption
+from .probe import Probe
 from .progress import Progress
 from .recovery import DivergedError, Recovery
 from .runs import Run
 from .samples import write_samples
 from .scoring import predict_probs, score
 from .steplog import Row, StepLog
+from .stepping import Stepper
 
 
 def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
@@ -60,15 +62,18 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         raise
     except DivergedError as error:
         run.update(state="diverged", last_error=str(error))
+        error.run = run
         raise
     except checkpoints.CheckpointError as error:
         if before is not None:  # refused before its first step: the run is still what it was
             run.update(**before)
         else:
             run.update(state="failed", last_error=str(error))
+        error.run = run
         raise
     except BaseException as error:
         run.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+        error.run = run  # a notebook shows what there is, and fails with the error in its last cell
         raise
     finally:
         run.close()
@@ -108,8 +113,22 @@ class Trainer:
         self.incidents: list[str] = []  # kinds that were kept
         self.repeats = 0  # looks at a kind already known
         self.guard.thaw(armed=settings.max_incidents > 0)
+        self.stepper = Stepper(
+            settings,
+            model=self.model,
+            loss=self.loss,
+            guard=self.guard,
+            injector=self.injector,
+            feed=self.feed,
+            device=self.device,
+            steps=settings.epochs * self.feed.steps_per_epoch,
+            say=lambda message: run.event("speed", message, step=self.step),
+        )
         self.writer = checkpoints.Writer()
-        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every)
+        self.probe = Probe(
+            run.folder / "gradients", guard=self.guard, loss=self.loss, feed=self.feed, model=self.forward, every=settings.probe_every
+        )
+        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
         self.step = 0  # steps tried: the position in the data
         self.best: dict[str, Any] | None = None
         self.mean_coverage = torch.as_tensor(self.train_store.mean_coverage())
@@ -157,6 +176,7 @@ class Trainer:
         self.log.watch.end_epoch(epochs_done + 1)
         self.save("last.pt")
         self.report_writes(final=True)
+        self.probe.end_epoch(epochs_done + 1, whole=False)
         self.run.update(step=self.step, epoch=epochs_done, skipped_steps=int(self.guard.state["skipped"]))
         raise KeyboardInterrupt
 
@@ -227,6 +247,7 @@ class Trainer:
             self.writer.flush()
             self.report_writes()
             self.run.update(step=self.step, epoch=row.epoch - 1, skipped_steps=int(self.guard.state["skipped"]))
+            self.probe.end_epoch(row.epoch, whole=False)
             raise
         self.run.event("rewind", message, step=row.step, epoch=row.epoch)
         self.run.update(rewinds=self.recovery.rewinds)
@@ -246,30 +267,18 @@ class Trainer:
 
     def train_step(self, plan, at: int) -> Tensor:
         """Forward, backward and guarded update of one step; its report, still on the device."""
-        total, components = 0.0, 0.0
-        share = 1.0 / self.settings.accumulate
-        self.injector.start(self.step + 1)
-        self.guard.zero_grad()
-        for micro in range(self.settings.accumulate):
-            batch = self.feed.batch(plan, at, micro)
-            batch = Batch(*self.injector.batch(batch.images, batch.labels), batch.rois)
-            loss, parts = self.compute_loss(batch)
-            loss = self.injector.loss(loss)
-            self.guard.scale(loss * share).backward()
-            total, components = total + loss.detach() * share, components + parts * share
-        self.injector.after_backward()
-        return torch.cat([components, self.guard.step(total)])
+        return self.stepper.step(plan, at, self.step + 1)
 
-    def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Total and components of one micro-batch."""
+    def forward(self, images: Tensor):
+        """The trained model's output for normalised crops, in the run's precision."""
         with autocast(self.settings, self.device):
-            output = self.model(batch.images.contiguous(memory_format=torch.channels_last))
-        return self.loss(output, batch.labels)
+            return self.model(images.contiguous(memory_format=torch.channels_last))
 
     def end_epoch(self, epoch: int, started: float) -> None:
         """Validate, record, keep."""
         settings = self.settings
         self.last_summary = summary = self.log.end_epoch(epoch + 1)
+        self.probe.end_epoch(epoch + 1)
         seconds = time.perf_counter() - started  # the reports were read back, so the device is done
         found = self.validate(final=epoch + 1 == settings.epochs)
         self.last_metrics = metrics = found.compute()
@@ -311,7 +320,7 @@ class Trainer:
     def predict(self, images: Tensor) -> Tensor:
         """Class probabilities of normalised crops, by the delivered model in the run's precision."""
         with autocast(self.settings, self.device):
-            return predict_probs(self.delivered, images)
+            return predict_probs(self.delivered, images, flip=self.settings.flip_test)
 
     def validate(self, *, final: bool = False):
         """Metrics of the delivered model on the validation people."""
@@ -366,7 +375,8 @@ class Trainer:
 #: Settings that a resumed run may have changed: none of them changes what a step does.
 _FREE_TO_CHANGE = {
     "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images",
-    "device", "workers", "log_every", "save_every", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents",
+    "device", "workers", "log_every", "save_every", "probe_every", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents",
+    "flip_test", "compile", "cuda_graphs",
 }  # fmt: skip
 
 

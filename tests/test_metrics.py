@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refinelib import metrics as m
+from refinelib import boundary, metrics as m
+from refinelib.intervals import ImageBootstrap
 
 SQUARE = np.ones((3, 3), bool)
 CROSS = ndimage.generate_binary_structure(2, 1)
@@ -87,9 +88,9 @@ def reference_surface_metrics(pred, true):
 
 
 def surface_metrics(pred, true):
-    found = m.surfaces(torch.from_numpy(pred), torch.from_numpy(true))
-    values = {"f1": m.boundary_f1(found, 1), "f2": m.boundary_f1(found, 2), "hd95": m.hd95(found)}
-    values["asd"] = m.surface_distance(found)
+    found = boundary.surfaces(torch.from_numpy(pred), torch.from_numpy(true))
+    values = {"f1": boundary.boundary_f1(found, 1), "f2": boundary.boundary_f1(found, 2), "hd95": boundary.hd95(found)}
+    values["asd"] = boundary.surface_distance(found)
     return {name: value.item() for name, value in values.items()}
 
 
@@ -100,7 +101,7 @@ def test_confusion_counts_every_pixel_once(pair):
     pred, true = pair
     expected = np.zeros((3, 3), np.int64)
     np.add.at(expected, (true, pred), 1)
-    got = m.confusion(torch.from_numpy(pred), torch.from_numpy(true))
+    got = m.confusion_per_roi(torch.from_numpy(pred), torch.from_numpy(true)).sum(0)
     assert got.dtype == torch.int64
     np.testing.assert_array_equal(got.numpy(), expected)
     for kind, value in enumerate(m.iou_from_confusion(got).tolist()):
@@ -113,47 +114,47 @@ def test_confusion_counts_every_pixel_once(pair):
 def test_confusion_by_hand_rows_are_truth():
     true = torch.tensor([[[0, 0, 1], [1, 1, 2]]], dtype=torch.uint8)
     pred = torch.tensor([[[0, 1, 1], [1, 2, 0]]])
-    assert m.confusion(pred, true).tolist() == [[1, 1, 0], [0, 2, 1], [1, 0, 0]]
-    assert m.iou_from_confusion(m.confusion(pred, true)).tolist() == [1 / 3, 0.5, 0.0]
+    counts = m.confusion_per_roi(pred, true)[0]
+    assert counts.tolist() == [[1, 1, 0], [0, 2, 1], [1, 0, 0]]
+    assert m.iou_from_confusion(counts).tolist() == [1 / 3, 0.5, 0.0]
 
 
 def test_a_label_outside_the_classes_counts_nowhere():
     true = torch.tensor([[[0, 255, 1]]])
-    assert m.confusion(torch.tensor([[[0, 1, 4]]]), true).tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert m.confusion_per_roi(torch.tensor([[[0, 1, 4]]]), true).tolist() == [[[1, 0, 0], [0, 0, 0], [0, 0, 0]]]
 
 
 def test_wrong_input_gets_a_sentence():
     labels = torch.zeros(2, 4, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="same shape"):
-        m.confusion(labels[:, :3], labels)
+        m.confusion_per_roi(labels[:, :3], labels)
     with pytest.raises(ValueError, match="argmax"):
-        m.confusion(labels.float(), labels)
+        m.confusion_per_roi(labels.float(), labels)
     with pytest.raises(ValueError, match="at least 1 pixel"):
-        m.boundary_band(labels > 0, 0)
+        boundary.boundary_band(labels > 0, 0)
     with pytest.raises(ValueError, match="one number a ROI"):
         m.SegmentationMetrics().update(labels, labels, areas=torch.ones(3))
-    with pytest.raises(ValueError, match="one length"):
-        m.bootstrap_interval([1.0, 2.0], groups=[1])
-    with pytest.raises(ValueError, match="no mean"):
-        m.bootstrap_interval([math.nan])
-
-
-@few
-@given(label_pairs)
-def test_target_and_nontarget_iou(pair):
-    pred, true = map(torch.from_numpy, pair)
-    for function, kind in ((m.target_iou, 1), (m.nontarget_iou, 2)):
-        expected = [reference_iou(p == kind, t == kind) for p, t in zip(*pair)]
-        np.testing.assert_allclose(function(pred, true).numpy(), expected)
+    with pytest.raises(ValueError, match="one number a ROI"):
+        m.SegmentationMetrics().update(labels, labels, image_ids=torch.ones(3))
+    with pytest.raises(ValueError, match="image_ids"):
+        gathered(labels, labels).compute(intervals=True)
+    with pytest.raises(ValueError, match="one number for each of 2 ROIs"):
+        ImageBootstrap([1, 2]).mean([1.0])
+    with pytest.raises(ValueError, match="at least one"):
+        ImageBootstrap([])
+    with pytest.raises(ValueError, match="level"):
+        ImageBootstrap([1], level=1.0)
 
 
 # -- boundaries ----------------------------------------------------------------------------------
 def test_band_width():
-    assert [m.band_width((side, side)) for side in (4, 32, 64, 80, 96, 128, 256)] == [1, 1, 2, 3, 3, 4, 8]
-    assert [m.band_width((side, side)) for side in (48, 80, 112)] == [2, 3, 4]  # 1.5, 2.5, 3.5: halves go up
-    assert m.band_width((96, 48)) == 2  # diagonal 107.3 against 90.5: 2.37
-    assert m.band_width((480, 640), ratio=0.02) == 16  # Cheng et al. on a COCO image
-    assert m.band_width((64, 64), ratio=0.02) == 2
+    assert [boundary.band_width((side, side)) for side in (4, 32, 64, 80, 96, 128, 256)] == [1, 1, 2, 3, 3, 4, 8]
+    assert [boundary.band_width((side, side)) for side in (48, 80, 112)] == [2, 3, 4]  # 1.5, 2.5, 3.5: halves go up
+    assert boundary.band_width((96, 48)) == 2  # diagonal 107.3 against 90.5: 2.37
+    for size in ((480, 640), (64, 64), (315, 420), (3, 4), (427, 640)):  # as the code of Cheng et al. has it
+        expected = max(1, int(round(0.02 * np.sqrt(size[0] ** 2 + size[1] ** 2))))
+        assert boundary.image_band_width(size) == expected
+    assert boundary.image_band_width((480, 640)) == 16
 
 
 @few
@@ -161,24 +162,24 @@ def test_band_width():
 def test_band_is_that_of_the_reference_code(pair, width):
     pred, true = pair
     side = np.ones((2 * width + 1,) * 2, bool)
-    band = m.boundary_band(torch.from_numpy(pred), width).numpy()
+    band = boundary.boundary_band(torch.from_numpy(pred), width).numpy()
     np.testing.assert_array_equal(band, pred & ~ndimage.binary_erosion(pred, side, border_value=0))
     np.testing.assert_array_equal(band, reference_band(pred, width))
-    got = m.boundary_iou(torch.from_numpy(pred), torch.from_numpy(true), width).item()
+    got = boundary.boundary_iou(torch.from_numpy(pred), torch.from_numpy(true), width).item()
     assert got == pytest.approx(reference_iou(reference_band(pred, width), reference_band(true, width)))
 
 
 def test_band_by_hand():
     full = torch.ones(5, 6, dtype=torch.bool)
-    assert m.boundary_band(full, 2).sum() == 30 - 1 * 2  # the image's edge is a boundary
-    assert m.boundary_band(full, 1).sum() == 30 - 3 * 4
+    assert boundary.boundary_band(full, 2).sum() == 30 - 1 * 2  # the image's edge is a boundary
+    assert boundary.boundary_band(full, 1).sum() == 30 - 3 * 4
 
 
 @few
 @given(mask_pairs())
 def test_contour_is_the_mask_less_its_erosion_by_a_cross(pair):
     for mask in pair:
-        np.testing.assert_array_equal(m.contour(torch.from_numpy(mask)).numpy(), reference_contour(mask))
+        np.testing.assert_array_equal(boundary.contour(torch.from_numpy(mask)).numpy(), reference_contour(mask))
 
 
 @settings(max_examples=150, deadline=None)
@@ -211,16 +212,17 @@ def test_empty_masks(empty_first):
     some[2:4, 3:5] = True
     pair = (empty, some) if empty_first else (some, empty)
     assert surface_metrics(*pair) == {"f1": 0, "f2": 0, "hd95": 10, "asd": 10}
-    assert m.boundary_iou(*map(torch.from_numpy, pair), 2) == 0
+    assert boundary.boundary_iou(*map(torch.from_numpy, pair), 2) == 0
     assert surface_metrics(empty, empty) == {"f1": 1, "f2": 1, "hd95": 0, "asd": 0}
-    assert m.boundary_iou(torch.from_numpy(empty), torch.from_numpy(empty), 2) == 1
+    assert boundary.boundary_iou(torch.from_numpy(empty), torch.from_numpy(empty), 2) == 1
 
 
 # -- over a data set -----------------------------------------------------------------------------
-def gathered(pred, true, areas=None, parts=1, **options):
+def gathered(pred, true, areas=None, images=None, parts=1, **options):
     metrics = m.SegmentationMetrics(**options)
     for index in torch.arange(len(true)).tensor_split(parts):
-        metrics.update(pred[index], true[index], None if areas is None else areas[index])
+        more = (None if column is None else column[index] for column in (areas, images))
+        metrics.update(pred[index], true[index], *more)
     return metrics
 
 
@@ -261,6 +263,14 @@ def test_compute_against_loops_over_rois():
         assert got["by_size"][group]["target_iou"] == mean("target", inside & has_target)
         assert got["by_size"][group]["boundary_iou"] == mean("band", inside & has_target)
     assert got["rois"] == 12
+    ranked = np.argsort(size, kind="stable")
+    for third, members in zip(("smaller", "middle", "larger"), np.split(ranked, 3)):
+        inside = np.isin(np.arange(12), members)
+        assert got["by_third"][third]["rois"] == 4
+        assert got["by_third"][third]["area"] == pytest.approx([size[members].min(), size[members].max()])
+        assert got["by_third"][third]["hd95"] == mean("hd95", inside & has_target)
+        pooled = [reference_iou(p[inside] == kind, t[inside] == kind) for kind in range(3)]
+        assert got["by_third"][third]["miou"] == pytest.approx(np.mean(pooled))
 
 
 def test_a_perfect_prediction():
@@ -311,7 +321,7 @@ def test_band_follows_the_size_and_can_be_set():
     pred, true = people(3, side=64)
     for width, expected in ((None, 2), (5, 5)):
         got = gathered(pred, true, width=width).per_roi()["boundary_iou"]
-        assert torch.equal(got, m.boundary_iou(pred == 1, true == 1, expected))
+        assert torch.equal(got, boundary.boundary_iou(pred == 1, true == 1, expected))
 
 
 class NoHostRead(TorchDispatchMode):
@@ -353,28 +363,59 @@ def test_cuda_agrees_with_the_cpu_and_never_waits():
 # -- intervals -----------------------------------------------------------------------------------
 def test_interval_is_the_textbook_one_and_repeats():
     values = np.random.default_rng(1).normal(0.7, 0.2, 400)
-    low, high = m.bootstrap_interval(values)
+    low, high = ImageBootstrap(range(400)).mean(values)
     half = 1.96 * values.std() / math.sqrt(400)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
-    assert (low, high) == m.bootstrap_interval(torch.from_numpy(values))
-    assert (low, high) != m.bootstrap_interval(values, seed=1)
-    narrow = m.bootstrap_interval(values, level=0.5)
+    assert (low, high) == ImageBootstrap(np.arange(400)).mean(torch.from_numpy(values))
+    assert (low, high) != ImageBootstrap(range(400), seed=1).mean(values)
+    narrow = ImageBootstrap(range(400), level=0.5).mean(values)
     assert low < narrow[0] < narrow[1] < high
 
 
 def test_interval_draws_whole_images():
     of_image = np.random.default_rng(2).normal(size=100)
     values, groups = np.repeat(of_image, 9), np.repeat([f"image {i}" for i in range(100)], 9)
-    low, high = m.bootstrap_interval(values, groups)
+    low, high = ImageBootstrap(groups).mean(values)
     # Nine copies of each image tell nothing new: the interval is that of 100 values, three times as wide as of 900.
-    assert (low, high) == pytest.approx(m.bootstrap_interval(of_image, range(100)), abs=0.05)
-    free = m.bootstrap_interval(values)
+    assert (low, high) == pytest.approx(ImageBootstrap(range(100)).mean(of_image), abs=0.05)
+    free = ImageBootstrap(range(900)).mean(values)
     assert 2.5 < (high - low) / (free[1] - free[0]) < 3.5
 
 
 def test_interval_leaves_out_nan_and_weighs_rois_alike():
     values, groups = [1.0, math.nan, 1.0, 1.0, 0.0, math.nan], [0, 0, 0, 0, 1, 2]
-    assert m.bootstrap_interval(values, groups) == (0.0, 1.0)
-    assert m.bootstrap_interval([0.5, 0.5, math.nan], torch.tensor([1, 2, 2])) == (0.5, 0.5)
+    assert ImageBootstrap(groups).mean(values) == (0.0, 1.0)
+    assert ImageBootstrap(torch.tensor([1, 2, 2])).mean([0.5, 0.5, math.nan]) == (0.5, 0.5)
+    assert ImageBootstrap([1, 2]).mean([math.nan] * 2) is None
     values, groups = np.r_[np.ones(200), np.zeros(100)], np.r_[np.arange(200) // 2, 100 + np.arange(100)]
-    assert np.mean(m.bootstrap_interval(values, groups)) == pytest.approx(2 / 3, abs=0.02)
+    assert np.mean(ImageBootstrap(groups).mean(values)) == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_intervals_of_a_report_against_a_loop_over_draws():
+    """Written out in numpy: draw images by name, put their ROIs together, take the figure."""
+    pred, true = people(30)
+    images = torch.arange(30) // 2
+    got = gathered(pred, true, images=images).compute(intervals=True)
+    random, p, t = np.random.default_rng(5), pred.numpy(), true.numpy()
+    target = np.array([reference_iou(a == 1, b == 1) if (b == 1).any() else np.nan for a, b in zip(p, t)])
+    mious, means = [], []
+    for _ in range(1000):
+        drawn = random.integers(15, size=15)
+        rois = np.concatenate([np.flatnonzero(images.numpy() == image) for image in drawn])
+        mious.append(np.mean([reference_iou(p[rois] == kind, t[rois] == kind) for kind in range(3)]))
+        means.append(np.nanmean(target[rois]))
+    for name, draws in (("miou", mious), ("target_iou", means)):
+        low, high = np.quantile(draws, [0.025, 0.975])
+        assert got["intervals"][name] == pytest.approx([low, high], abs=0.25 * (high - low))
+        assert low < got[name] < high
+    assert "intervals" not in gathered(pred, true, images=images).compute()
+
+
+def test_paired_interval_is_narrower_than_two_apart():
+    random = np.random.default_rng(3)
+    hard = random.normal(0.6, 0.2, 200)
+    better = hard + 0.02 + random.normal(0, 0.02, 200)
+    draw = ImageBootstrap(range(200))
+    low, high = draw.mean(better - hard)
+    assert low > 0.01 and high < 0.03
+    assert draw.mean(better)[0] < hard.mean()  # unpaired, nothing could be said

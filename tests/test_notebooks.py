@@ -187,3 +187,39 @@ def test_incident_makes_its_own_where_there_is_none_and_finds_it_again(tmp_path:
     assert not (tmp_path / "runs" / "incident-2").exists()
     done = papermill("notebooks/incident.ipynb", tmp_path / "out.ipynb", "-p", "incident", tmp_path / "runs", *where, cwd=project_root())
     assert done.returncode != 0 and "holds no report.json" in done.stderr
+
+
+def pictures(executed: Path) -> list[str]:
+    """Cells that show a picture; nothing untidy is kept."""
+    notebook = read(executed)
+    assert "widgets" not in notebook.metadata
+    outputs = [(cell.id, item) for cell in notebook.cells for item in cell.get("outputs", [])]
+    return [cell for cell, item in outputs if "image/png" in item.get("data", {})]
+
+
+def test_predict_and_results_run_with_nothing_given(tmp_path: Path):
+    """Each trains what it lacks; results leaves runs that predict then finds."""
+    where = ("-p", "output_dir", tmp_path / "runs")
+    done = papermill("results.ipynb", tmp_path / "results.ipynb", *where, cwd=TRAIN.parent)
+    assert done.returncode == 0, done.stderr
+    assert pictures(tmp_path / "results.ipynb") == ["gains", "jitter", "worst-and-best", "closeups"]
+    left = tmp_path / "runs" / "results"
+    assert {file.stem for file in left.glob("*.png")} == {"gains", "jitter", "worst_and_best", "closeups"}
+    assert "## Refinement on against off" in (left / "tables.md").read_text()
+    assert (left / "tiny-refined" / "coco_results.json").is_file() and (left / "tiny-plain" / "people.csv").is_file()
+
+    done = papermill("notebooks/predict.ipynb", tmp_path / "predict.ipynb", *where, cwd=project_root())
+    assert done.returncode == 0, done.stderr
+    assert pictures(tmp_path / "predict.ipynb") == ["boxes", "masks"]
+    saved = {file.name for file in (tmp_path / "runs" / "predictions" / "synthetic").iterdir()}
+    assert {"synthetic_overlay.png", "synthetic_coco.json", "synthetic_person0.png"} <= saved
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+    runs = ("-p", "runs", f"{tmp_path}/runs/tiny-refined", "-p", "jitter", "false", "-p", "max_images", "4")
+    done = papermill("results.ipynb", tmp_path / "alone.ipynb", *where, *runs, cwd=TRAIN.parent)
+    assert done.returncode == 0, done.stderr
+    assert pictures(tmp_path / "alone.ipynb") == ["worst-and-best"]
+
+    boxes = ("-p", "boxes", "[[5, 5, 2, 9]]")
+    done = papermill("predict.ipynb", tmp_path / "refused.ipynb", *where, *boxes, cwd=TRAIN.parent)
+    assert done.returncode != 0 and "box 0 is [5.0, 5.0, 2.0, 9.0]" in done.stderr

@@ -75,6 +75,16 @@ class CocoPeople:
                 mask[:] = decoded
         return Scene(image, masks)
 
+    def everyone(self, index: int) -> list[dict[str, Any]]:
+        """All persons of image ``index`` of ``people()``, small ones too, in the order of the scene's masks.
+
+        Each has ``annotation_id``, ``category_id``, ``box`` (xyxy) and ``area``, as the file has them.
+        """
+        if index >= len(self._files or ()):
+            self.people()
+        names = ("annotation_id", "category_id", "box", "area")
+        return [dict(zip(names, row)) for row in json.loads(self._everyone[index])]
+
     def fingerprint(self) -> str:
         """Of the annotation file's name, size and time and the image folder's place and time."""
         file, folder = self.annotations.stat(), self.images.stat()
@@ -88,10 +98,11 @@ class CocoPeople:
 
     _files: list[tuple[str, int, int]] | None = None
     _blobs: list[bytes]
+    _everyone: list[bytes]
 
     def _index(self, max_images: int | None) -> People:
         persons, listed, builder = self._parse()
-        files, blobs = [], []
+        files, blobs, everyone = [], [], []
         for image_id in sorted(persons):
             if max_images is not None and builder.images >= max_images:
                 break
@@ -110,13 +121,15 @@ class CocoPeople:
             if builder.add(image_id, (height, width), ids, slots, boxes, areas, f"image {image_id}"):
                 files.append((str(entry["file_name"]), height, width))
                 blobs.append(json.dumps([a["segmentation"] for a in usable]).encode())
+                rows = [(a["id"], a["category_id"], box, area) for a, box, area in zip(usable, boxes.tolist(), areas.tolist())]
+                everyone.append(json.dumps(rows).encode())
         people = builder.people()
         if not len(people):
             why = counted(people.skipped) or "no annotation of a person"
             raise DataError(f"{self.annotations} has no person that can be used: {why}")
         # A shorter index is a prefix of a longer one: keep the longer.
         if self._files is None or len(files) > len(self._files):
-            self._files, self._blobs = files, blobs
+            self._files, self._blobs, self._everyone = files, blobs, everyone
         return people
 
     def _parse(self) -> tuple[dict[int, list], dict[int, dict], PeopleBuilder]:

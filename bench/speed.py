@@ -1,0 +1,215 @@
+"""What a guarded step costs, beside a plain loop on the same model in the same run.
+
+    python bench/speed.py [--batches 2,16,64,128] [-p data coco -p store_dir DIR] [--out bench/speed.json]
+
+For each batch size, interleaved in blocks on the same data:
+
+    refinelib   the step as a user gets it: augmentation, every module and loss, guard, report, moving average; compiled and captured
+    no guard    the same, compiled and captured too, with clip_grad_norm_ and the optimizer in the guard's place
+    eager       refinelib without compiling or graphs
+    base        the network alone without refinements, cross-entropy only, no guard, compiled and captured
+
+One JSON line a figure, as it is measured. ``share`` is the model's arithmetic (counted by torch, forward and backward) per second over
+the rate of an 8192 x 8192 x 8192 bf16 matrix product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from refinelib.build import build_guard, build_loss, build_model
+from refinelib.config import resolve
+from refinelib.data import open_split
+from refinelib.feed import Feed
+from refinelib.inject import Injector
+from refinelib.stepping import WARM_UP, Stepper
+
+LINES: list[dict] = []
+
+
+def say(**line) -> None:
+    LINES.append(line)
+    print(json.dumps(line), flush=True)
+
+
+class NoGuard:
+    """What a plain loop does where the guard stands: clip, step, average."""
+
+    def __init__(self, guard) -> None:
+        self.inner, self.optimizer, self.parameters, self.averages = guard, guard.optimizer, guard.parameters, guard.averages
+        self.decay, self.clip = guard.ema_decay, guard.grad_clip
+
+    def compile(self) -> None: ...
+
+    def uncompile(self) -> None: ...
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def scale(self, loss):
+        return loss
+
+    @torch.no_grad()
+    def step(self, loss):
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
+        self.optimizer.step()
+        if self.averages:
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - self.decay)
+        return torch.stack([loss, norm])
+
+
+class CrossEntropy(nn.Module):
+    """Of the class scores alone."""
+
+    def forward(self, output, labels):
+        loss = nn.functional.nll_loss(output.log_probs(), labels)
+        return loss, loss.detach()[None]
+
+
+def stepper(settings, store, device, *, guarded=True, base=False):
+    torch.manual_seed(0)
+    model = build_model(settings).to(device, memory_format=torch.channels_last)
+    average = None
+    if settings.ema_decay and not base:
+        average = build_model(settings).to(device).requires_grad_(False)
+    feed = Feed(store, device=device, batch_size=settings.batch_size, mode=settings.augment, seed=0)
+    guard = build_guard(settings, model, average, steps_per_epoch=1000)
+    found = Stepper(settings, model=model, loss=CrossEntropy() if base else build_loss(settings), guard=guard if guarded else NoGuard(guard),
+                    injector=Injector("", model), feed=feed, device=device, steps=10**6, say=lambda m: say(figure="note", text=m))  # fmt: skip
+    found.plan, found.number = feed.plan(0), 0
+    return found
+
+
+def take(stepper: Stepper, count: int) -> None:
+    for _ in range(count):
+        at = stepper.number % stepper.feed.steps_per_epoch
+        stepper.number += 1
+        stepper.step(stepper.plan, at, stepper.number)
+
+
+def seconds_a_step(stepper: Stepper, count: int, device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    take(stepper, count)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", default="2,16,64")
+    parser.add_argument("--kinds", default="refinelib,no guard,eager,base")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--block", type=float, default=0.25, help="seconds of a block")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    say(figure="device", name=name, torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
+    torch.backends.cudnn.benchmark = True
+    with tempfile.TemporaryDirectory() as folder:
+        given = dict(amp="bf16" if device.type == "cuda" else "off", augment="full", ema_decay=0.98, device=device.type, output_dir=folder, compile="on")
+        settings = resolve("original", **{**given, "data": "synthetic", **dict(options.p)})
+        with contextlib.redirect_stdout(sys.stderr):
+            store = open_split(settings, "train")
+        rate = matrix_rate(device)
+        say(figure="matrix_rate", tflops=round(rate / 1e12, 1))
+        for batch in map(int, options.batches.split(",")):
+            measure(settings.model_copy(update={"batch_size": batch}), store, device, options, rate)
+    if options.out:
+        options.out.write_text(json.dumps(LINES, indent=1) + "\n")
+    return 0
+
+
+def measure(settings, store, device, options, rate: float) -> None:
+    plain = settings.model_copy(update=dict(compile="off", cuda_graphs=False))
+    bare = settings.model_copy(update={name: False for name in type(settings).model_fields if name.startswith("use_")})
+    makers = {
+        "refinelib": lambda: stepper(settings, store, device),
+        "no guard": lambda: stepper(settings, store, device, guarded=False),
+        "eager": lambda: stepper(plain, store, device),
+        "base": lambda: stepper(bare, store, device, guarded=False, base=True),
+    }
+    steppers, work, memory = {}, {}, {}
+    for name in options.kinds.split(","):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        started = time.perf_counter()
+        try:
+            steppers[name] = made = makers[name]()
+            take(made, WARM_UP + 1)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            steppers.pop(name, None)
+            say(figure="step", batch=settings.batch_size, kind=name, note="out of memory")
+            continue
+        memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else 0.0
+        work[name] = flops(made, device) * settings.batch_size
+        say(figure="start", batch=settings.batch_size, kind=name, seconds=round(time.perf_counter() - started, 2))
+    times: dict[str, list[float]] = {name: [] for name in steppers}
+    counts = {name: max(3, int(options.block / seconds_a_step(made, 3, device))) for name, made in steppers.items()}
+    for _ in range(options.rounds):
+        for name, made in steppers.items():
+            times[name].append(seconds_a_step(made, counts[name], device))
+    for name, found in times.items():
+        middle = statistics.median(found)
+        say(figure="step", batch=settings.batch_size, kind=name, ms=round(1e3 * middle, 3), least=round(1e3 * min(found), 3), most=round(1e3 * max(found), 3),
+            rois_per_second=round(settings.batch_size / middle, 1), share=round(work[name] / middle / rate, 3), peak_gib=round(memory[name], 2))  # fmt: skip
+    if {"refinelib", "no guard"} <= times.keys():
+        ratios = [a / b - 1 for a, b in zip(times["refinelib"], times["no guard"])]
+        say(figure="guard_share", batch=settings.batch_size, median=round(statistics.median(ratios), 4), least=round(min(ratios), 4), most=round(max(ratios), 4))
+    for made in steppers.values():
+        made.graph = None
+    steppers.clear()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def flops(made: Stepper, device) -> float:
+    """Operations a ROI of the model, forward and backward, as torch counts them."""
+    images = torch.zeros(1, 3, *made.model.canvas, device=device)
+    with FlopCounterMode(display=False) as counter:
+        made.model(images).logits.sum().backward()
+    made.model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def matrix_rate(device) -> float:
+    """Operations a second of a bf16 matrix product of random numbers."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    best = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best.append(10 * 2 * side**3 / (time.perf_counter() - started))
+    return statistics.median(best)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

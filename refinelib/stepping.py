@@ -1,0 +1,144 @@
+"""One training step as fast as the device allows: compiled where that pays, and on CUDA replayed as one graph.
+
+    host                         device (captured once as a CUDA graph, then replayed)
+    which ROIs, which faults ->  crops -> augmentation -> model -> loss -> backward -> guard -> report
+                                 `-------------- compiled --------------'
+
+The whole step, the guard's decision included, lies in the graph: it reads nothing back, so safety costs no launch and no wait.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from .build import autocast
+from .config import Settings
+from .feed import Feed, Plan
+from .guard import Guard
+from .inject import Injector
+from .losses import MaskLoss
+
+#: Steps before a graph is captured: kernels are chosen and the optimizer makes its state.
+WARM_UP = 3
+#: Steps below which compiling costs more than it saves.
+WORTH_COMPILING = 400
+
+
+class Stepper:
+    """Takes steps.
+
+    Args:
+        settings: precision, ``accumulate`` and ``compile``.
+        model, loss, guard, injector, feed: of the run.
+        device: they are on.
+        steps: the run has; a short one is not compiled.
+        say: told in a sentence what could not be done.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        model: nn.Module,
+        loss: MaskLoss,
+        guard: Guard,
+        injector: Injector,
+        feed: Feed,
+        device: torch.device,
+        steps: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.settings, self.device, self.say = settings, device, say
+        self.model, self.loss, self.guard, self.injector, self.feed = model, loss, guard, injector, feed
+        self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self.eager
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[tuple[Tensor, ...]] = []  # what the graph reads, a tuple a micro-batch
+        self.report: Tensor | None = None
+        self.taken = 0
+        wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda" and steps >= WORTH_COMPILING)
+        self.compiled = wanted
+        self.captures = device.type == "cuda" and settings.cuda_graphs
+        if wanted:
+            self.forward = torch.compile(self.eager, dynamic=False)
+            guard.compile()
+
+    def step(self, plan: Plan, at: int, number: int) -> Tensor:
+        """Step ``at`` of a planned epoch, the run's step ``number`` (from 1); its report, still on the device."""
+        self.injector.start(number)
+        given = [self.feed.inputs(plan, at, micro) for micro in range(self.settings.accumulate)]
+        if self.graph is not None:
+            for mine, new in zip(self.inputs, given):
+                for target, source in zip(mine, new):
+                    target.copy_(source, non_blocking=True)
+            self.graph.replay()
+            report = self.report.clone()
+        else:
+            report = self._first(given)
+            self.taken += 1
+            if self.captures and self.taken == WARM_UP:
+                self._capture(given)
+        return report
+
+    def eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Total and components of one micro-batch; also what is compiled."""
+        with autocast(self.settings, self.device):
+            output = self.model(images)
+        return self.loss(output, labels)
+
+    def compute(self, given: list[tuple[Tensor, ...]]) -> Tensor:
+        """Everything of a step that happens on the device."""
+        total, components, share = 0.0, 0.0, 1.0 / len(given)
+        self.guard.zero_grad()
+        for inputs in given:
+            images, labels = self.injector.batch(*self.feed.make(*inputs))
+            loss, parts = self.forward(images.contiguous(memory_format=torch.channels_last), labels)
+            loss = self.injector.loss(loss)
+            self.guard.scale(loss * share).backward()
+            total, components = total + loss.detach() * share, components + parts * share
+        self.injector.after_backward()
+        return torch.cat([components, self.guard.step(total)])
+
+    def _first(self, given: list[tuple[Tensor, ...]]) -> Tensor:
+        """A step before the graph stands. What cannot be compiled here is done without."""
+        if not self.compiled or self.taken:
+            return self.compute(given)
+        started = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice for whoever writes the compiled code
+                report = self.compute(given)
+            self.compile_seconds = time.perf_counter() - started
+            return report
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no C compiler, no Triton, an operation it does not know: many kinds
+            self.say(f"could not compile ({(str(error) or type(error).__name__).splitlines()[0]}): trains without, more slowly")
+            self.compiled, self.forward = False, self.eager
+            self.guard.uncompile()
+            return self.compute(given)
+
+    def _capture(self, given: list[tuple[Tensor, ...]]) -> None:
+        """Record a step as a graph; recording runs nothing."""
+        self.inputs = [tuple(x.clone() for x in inputs) for inputs in given]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                report = self.compute(self.inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self.say(f"could not capture a CUDA graph ({str(error).splitlines()[0]}): trains without, more slowly")
+            self.captures = False
+            return
+        self.graph, self.report = graph, report
+
+    def state(self) -> dict[str, Any]:
+        """How steps are taken, for the log."""
+        return {"compiled": self.compiled, "graph": self.graph is not None}

@@ -1,0 +1,236 @@
+"""Masks pasted back into images, against numpy, scipy and pycocotools on whole images."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy import ndimage
+
+from refinelib import boundary
+from refinelib.coco_results import CocoResults, average_precision, encode
+from refinelib.data import SyntheticPeople
+from refinelib.image_space import annotated_images, compare, pasted_grid, score_in_images
+from refinelib.jitter import box_iou, jitter_boxes, jitter_curve, noise
+from refinelib.paste import Pasted, paste_labels
+from refinelib.roi import crop_rois
+
+CPU = torch.device("cpu")
+CROSS = ndimage.generate_binary_structure(2, 1)
+
+
+def blobs(seed: int, height: int = 60, width: int = 84) -> np.ndarray:
+    """Labels [H, W] with a target, others and background."""
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(3, height, width)), (0, 6, 6))
+    return field.argmax(0)
+
+
+# -- references on the whole image -----------------------------------------------------------------
+def whole_band(mask: np.ndarray, width: int) -> np.ndarray:
+    side = np.ones((2 * width + 1,) * 2, bool)
+    return mask & ~ndimage.binary_erosion(mask, side, border_value=0)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    return mask & ~ndimage.binary_erosion(mask, CROSS, border_value=0)
+
+
+def scipy_distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = outline(a), outline(b)
+    return ndimage.distance_transform_edt(~b)[a], ndimage.distance_transform_edt(~a)[b]
+
+
+def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+# -- one mask --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(12))
+def test_figures_are_those_of_the_whole_image(seed: int):
+    """The window that is looked at, wherever the box lies, changes no figure."""
+    random, truth, labels = np.random.default_rng(seed), blobs(seed), blobs(seed + 100)
+    labels = np.where(random.random(labels.shape) < 0.5, truth, labels) if seed % 3 else labels
+    top, left = random.integers(0, 40, 2)
+    rows, columns = random.integers(12, 40, 2)
+    labels = labels[top : top + rows, left : left + columns]
+    pred = np.zeros(truth.shape, bool)
+    pred[top : top + rows, left : left + columns] = labels == 1
+    assert pred.any() and (truth == 1).any()
+    found = Pasted(int(top), int(left), torch.from_numpy(labels.copy()), torch.tensor(1.0))
+    got = compare(found, torch.from_numpy(truth), extent(truth == 1), 3)
+
+    assert got["target_iou"].item() == pytest.approx(iou(pred, truth == 1))
+    image_width = max(1, int(round(0.02 * math.hypot(*truth.shape))))
+    for name, width in (("boundary_iou", 3), ("boundary_iou_image", image_width)):
+        assert got[name].item() == pytest.approx(iou(whole_band(pred, width), whole_band(truth == 1, width)))
+    there, back = scipy_distances(pred, truth == 1)
+    assert got["hd95"].item() == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)))
+    assert got["surface_distance"].item() == pytest.approx(np.concatenate([there, back]).mean())
+    inside = truth[top : top + rows, left : left + columns]
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, (inside.ravel(), labels.ravel()), 1)
+    assert got["confusion"].tolist() == expected.tolist()
+
+
+def test_no_mask_and_a_box_outside_the_image():
+    truth = torch.from_numpy(blobs(1))
+    where = extent(truth.numpy() == 1)
+    nothing = Pasted(3, 4, torch.zeros(10, 12, dtype=torch.int64), torch.tensor(0.0))
+    outside = Pasted(60, 84, torch.zeros(0, 0, dtype=torch.int64), torch.tensor(0.0))
+    for found in (nothing, outside):
+        got = compare(found, truth, where, 2)
+        assert got["target_iou"] == got["boundary_iou"] == got["boundary_iou_image"] == 0
+        assert got["hd95"] == got["surface_distance"] == pytest.approx(math.hypot(60, 84))
+    assert got["confusion"].sum() == 0 and got["nontarget_iou"].isnan()
+
+
+@pytest.mark.parametrize("pairs", [2**23, 50])
+def test_distances_of_points_are_those_of_the_transform(monkeypatch, pairs: int):
+    monkeypatch.setattr(boundary, "_PAIRS", pairs)  # in one piece and in many
+    for seed in range(4):
+        pred, true = blobs(seed) == 1, blobs(seed + 50) == 1
+        there, back = boundary.outline_distances(torch.from_numpy(pred), torch.from_numpy(true))
+        for got, expected in zip((there, back), scipy_distances(pred, true)):
+            np.testing.assert_allclose(got.numpy(), expected)
+        surfaces = boundary.surfaces(torch.from_numpy(pred), torch.from_numpy(true))
+        assert boundary.hd95(surfaces).item() == pytest.approx(max(there.quantile(0.95), back.quantile(0.95)).item(), abs=1e-5)
+
+
+def test_pasted_labels_and_score():
+    probs = torch.zeros(1, 3, 4, 4)
+    probs[0, 0] = 0.3
+    probs[0, 1, :, :2], probs[0, 2, :, 2:] = 0.7, 0.7
+    (found,) = paste_labels(probs, torch.tensor([[2.0, 1.0, 10.0, 9.0]]), (20, 12))
+    assert (found.top, found.left, tuple(found.labels.shape)) == (1, 2, (8, 8))
+    assert (found.labels[:, :4] == 1).all() and (found.labels[:, 4:] == 2).all()
+    patch = torch.nn.functional.interpolate(probs, size=(8, 8), mode="bilinear")[0, 1]
+    assert found.score.item() == pytest.approx(patch[:, :4].mean().item(), abs=1e-6)
+
+
+# -- many images -----------------------------------------------------------------------------------
+def seeing(shift: int = 0):
+    """A predictor that sees the truth in each box, ``shift`` pixels to the right."""
+
+    def probs(image, boxes, masks, slots):
+        moved = np.roll(masks, shift, axis=2)
+        grids = []
+        for slot, box in zip(slots, boxes):
+            target, others = moved[slot], moved.any(0) & ~moved[slot]
+            layers = torch.from_numpy(np.stack([~(target | others), target, others])).float()
+            grids.append(crop_rois(layers, box[None], (48, 48))[0])
+        return torch.stack(grids)
+
+    return lambda image: paste_labels(probs(image.pixels, image.boxes, image.masks, image.slots), image.boxes, image.size)
+
+
+@pytest.fixture
+def people(coco_files):
+    """Three images: two people side by side, a small one, polygons and run lengths."""
+    random = np.random.default_rng(0)
+    for number in range(3):
+        image = coco_files.image((90, 110))
+        coco_files.person(image, (10, 12, 50, 80), [[10, 12, 45, 15, 50, 80, 20, 70]], area=1700.0)
+        mask = np.zeros((90, 110), bool)
+        mask[20:70, 55:90] = ndimage.gaussian_filter(random.normal(size=(50, 35)), 4) > -0.02
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        coco_files.person(image, tuple(map(int, box)), encode(mask), area=float(mask.sum()))
+        coco_files.person(image, (92, 5, 104, 20))  # 12 pixels wide: no ROI
+    return coco_files
+
+
+def test_small_people_count_for_average_precision_only(people):
+    source = people.source()
+    images = list(annotated_images(source))
+    assert [list(image.scored) for image in images] == [[True, True, False]] * 3
+    assert images[0].annotation_ids == [100, 101, 102] and images[1].image_id == 2
+    truth = CocoResults()
+    found = score_in_images({"shifted": seeing(3)}, source, device=CPU, truth=truth)["shifted"]
+    assert len(found.table()["target_iou"]) == 6 and len(found.coco.entries) == len(truth.entries) == 9
+    only = score_in_images({"shifted": seeing(3)}, source, device=CPU, only=np.array([100, 103]))["shifted"]
+    assert only.annotation_ids == [100, 103]
+
+
+def test_average_precision_is_that_of_pycocotools_on_the_file_itself(people, tmp_path):
+    source, truth = people.source(), CocoResults()
+    found = score_in_images({"a": seeing(1), "b": seeing(6)}, source, device=CPU, truth=truth)
+    for one in found.values():
+        file = tmp_path / "results.json"
+        file.write_text(json.dumps(one.coco.entries))
+        known = COCO(str(people.annotations))
+        judge = COCOeval(known, known.loadRes(str(file)), "segm")
+        judge.evaluate(), judge.accumulate(), judge.summarize()
+        got = average_precision(truth.entries, one.coco.entries)
+        expected = [None if value < 0 else value for value in judge.stats[:6]]
+        assert list(got.values()) == expected
+    assert 0 < got["AP"] < 1 and got["AP50"] > got["AP75"]
+
+
+def test_the_truth_itself_is_perfect(people):
+    truth = CocoResults()
+    found = score_in_images({"grid": pasted_grid((96, 96)), "seeing": seeing()}, people.source(), device=CPU, truth=truth)
+    assert average_precision(truth.entries, truth.entries)["AP"] == pytest.approx(1)
+    for one in found.values():
+        report = one.compute(intervals=True)
+        assert report["target_iou"] > 0.95 and report["miou"] > 0.95
+        low, high = report["intervals"]["target_iou"]
+        assert low <= report["target_iou"] <= high
+    small = sum(area < 1024 for area in found["grid"].table()["area"].tolist())
+    assert [group["rois"] for group in report["by_size"].values()] == [small, 6 - small, 0] and 0 < small < 6
+    assert [group["rois"] for group in report["by_third"].values()] == [2, 2, 2]
+
+
+# -- boxes that are off ----------------------------------------------------------------------------
+def test_noise_is_a_persons_own_and_has_the_size_it_says():
+    ids = list(range(4000))
+    normal = noise(ids)
+    assert torch.equal(noise([7, 3]), normal[[7, 3]])
+    assert not torch.equal(noise(ids, seed=1), normal)
+    boxes = torch.tensor([[100.0, 50, 140, 150]]).expand(4000, 4).double()
+    moved = jitter_boxes(boxes, normal, 0.1)
+    sides = moved[:, 2:] - moved[:, :2]
+    centres = (moved[:, :2] + moved[:, 2:]) / 2
+    np.testing.assert_allclose(centres.std(0), [4, 10], rtol=0.05)
+    np.testing.assert_allclose(centres.mean(0), [120, 100], atol=0.6)
+    np.testing.assert_allclose((sides / torch.tensor([40.0, 100])).log().std(0), [0.1, 0.1], rtol=0.05)
+    torch.testing.assert_close(jitter_boxes(boxes, normal, 0.0), boxes)
+
+
+def test_box_iou_by_hand():
+    a = torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 4]])
+    b = torch.tensor([[5.0, 0, 15, 10], [6, 6, 8, 8]])
+    assert box_iou(a, b).tolist() == pytest.approx([50 / 150, 0])
+
+
+def test_the_curve_falls_and_begins_at_the_true_boxes():
+    source = SyntheticPeople(6, split="val")
+    scenes = {image.image_id: image for image in annotated_images(source)}
+    by_pixels = {image.pixels.tobytes(): image for image in scenes.values()}
+
+    def probs(pixels, boxes):  # sees whatever of the target lies in the box it is given
+        image = by_pixels[pixels.tobytes()]
+        layers = [torch.from_numpy(np.stack([~image.masks[slot], image.masks[slot]])).float() for slot in image.slots]
+        grids = [crop_rois(layer, box[None], (48, 48))[0] for layer, box in zip(layers, boxes)]
+        return torch.nn.functional.pad(torch.stack(grids), (0, 0, 0, 0, 0, 1))
+
+    curve = jitter_curve(probs, source, device=CPU, sigmas=(0, 0.1, 0.2))
+    exact = score_in_images(
+        {"exact": lambda image: paste_labels(probs(image.pixels, image.boxes), image.boxes, image.size)}, source, device=CPU
+    )["exact"].compute()
+    assert curve[0]["box_iou"] == pytest.approx(1) and curve[0]["target_iou"] == exact["target_iou"]
+    for name in ("box_iou", "target_iou", "boundary_iou"):
+        values = [point[name] for point in curve]
+        assert values[0] > values[1] > values[2]
+    assert curve[2]["intervals"]["target_iou"][0] < curve[2]["target_iou"] < curve[2]["intervals"]["target_iou"][1]
+    with pytest.raises(ValueError, match="sigmas"):
+        jitter_curve(probs, source, device=CPU, sigmas=(0.1, -0.1))

@@ -1,0 +1,167 @@
+"""An image and boxes in, files out; and the widget that draws boxes."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from refinelib import mask_files
+from refinelib.box_widget import BoxPicker
+from refinelib.config import SettingsError
+from refinelib.data import DataError
+from refinelib.parameters import checked
+from refinelib.predict_inputs import read_inputs, tiny_run, usable_run
+from refinelib.runs import Run
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A file of 60 x 40 pixels."""
+    file = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(file)
+    return file
+
+
+# -- in --------------------------------------------------------------------------------------------
+def test_nothing_given_is_a_drawn_picture_with_people():
+    inputs = read_inputs()
+    assert inputs.pixels.dtype == np.uint8 and len(inputs.boxes) >= 1 and inputs.name == "synthetic"
+
+
+@pytest.mark.parametrize("boxes", ["[[1, 2, 30, 35], [5, 5, 9, 9.5]]", [[1, 2, 30, 35], [5, 5, 9, 9.5]]])
+def test_boxes_as_text_and_as_rows(photo, boxes):
+    assert read_inputs(photo, boxes).boxes == [[1, 2, 30, 35], [5, 5, 9, 9.5]]
+    assert read_inputs(photo, "[1, 2, 30, 35]").boxes == [[1, 2, 30, 35]]
+    assert read_inputs(photo).boxes == []
+
+
+def test_boxes_from_a_coco_file(coco_files):
+    coco_files.image((40, 60), name="first.jpg")
+    image = coco_files.image((50, 70), name="second.jpg")
+    coco_files.person(image, (5, 6, 20, 30))
+    coco_files.person(image, (30, 6, 60, 40), iscrowd=1)
+    coco_files.person(image, (1, 1, 9, 9), category_id=7)
+    coco_files.source()
+    inputs = read_inputs(coco_files.images / "second.jpg", None, coco_files.annotations)
+    assert (inputs.boxes, inputs.image_id, inputs.category_id) == ([[5, 6, 20, 30]], image, 1)
+    assert read_inputs(coco_files.images / "second.jpg", [[1, 1, 9, 9]], coco_files.annotations).boxes == [[1, 1, 9, 9]]
+
+
+@pytest.mark.parametrize(
+    "boxes, sentence",
+    [
+        ("[[1, 2, 3]]", "give rows of x0, y0, x1, y1"),
+        ("ten", "give rows of x0, y0, x1, y1"),
+        (5, "give rows of x0, y0, x1, y1"),
+        ([[10, 5, 2, 9]], "box 0 is"),
+        ([[1, 2, 3, float("nan")]], "box 0 is"),
+        ([[0, 0, 5, 5], [70, 0, 90, 9]], "box 1, .* lies outside the image of 60 x 40 pixels"),
+    ],
+)
+def test_wrong_boxes_get_a_sentence(photo, boxes, sentence):
+    with pytest.raises(DataError, match=sentence):
+        read_inputs(photo, boxes)
+
+
+def test_wrong_files_get_a_sentence(photo, tmp_path, coco_files):
+    with pytest.raises(DataError, match="no image file"):
+        read_inputs(tmp_path / "none.jpg")
+    with pytest.raises(DataError, match="no image: give"):
+        read_inputs(None, None, coco_files.annotations)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_inputs(photo, None, tmp_path / "none.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(DataError, match="no COCO instances file"):
+        read_inputs(photo, None, tmp_path / "list.json")
+    coco_files.person(coco_files.image((10, 10)), (1, 1, 9, 9))
+    coco_files.source()
+    with pytest.raises(DataError, match="lists no image photo.png"):
+        read_inputs(photo, None, coco_files.annotations)
+    coco_files.image((10, 10), name="photo.png")
+    coco_files.source()
+    with pytest.raises(DataError, match="10 x 10 pixels, and it has 60 x 40"):
+        read_inputs(photo, None, coco_files.annotations)
+
+
+def test_the_newest_usable_run_or_a_tiny_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFINELIB_SMOKE", "1")
+    (tmp_path / "broken").mkdir()
+    assert usable_run("mine", output_dir=str(tmp_path)) == "mine"
+    made = usable_run(None, output_dir=str(tmp_path))
+    assert made.name == "tiny" and Run(made).status()["state"] == "ok"
+    second = tiny_run("second", output_dir=str(tmp_path), max_images=4, epochs=1)
+    assert usable_run(None, output_dir=str(tmp_path)) == second.folder
+
+
+def test_parameters_mean_what_the_command_line_means():
+    assert checked(flip="false", jitter="True", max_images=3, device="CPU", run=7) == [False, True, 3, "cpu", "7"]
+    assert checked(flip=None, max_images="none", image="none") == [None, None, None]
+    assert checked(runs=["a", "b"]) == ["a", "b"]
+    for wrong in (dict(flip="maybe"), dict(max_images=0), dict(max_images=True), dict(max_images=2.5), dict(device="gpu")):
+        with pytest.raises(SettingsError, match=f"{next(iter(wrong))} = "):
+            checked(**wrong)
+
+
+# -- out -------------------------------------------------------------------------------------------
+def test_saved_files_hold_the_masks(photo, tmp_path):
+    inputs = read_inputs(photo, [[1, 2, 30, 35], [20, 5, 50, 30]])._replace(image_id=12, category_id=1)
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, 5:20, 5:20], masks[1, 10:25, 30:45] = True, True
+    files = mask_files.save_masks(tmp_path / "a" / "b", inputs, masks, np.array([0.9, 0.25]))
+    assert [file.name for file in files] == ["photo_person0.png", "photo_person1.png", "photo_overlay.png", "photo_coco.json"]
+    for mask, file in zip(masks, files):
+        np.testing.assert_array_equal(np.array(Image.open(file)), mask * 255)
+    entries = json.loads(files[-1].read_text())
+    assert [(entry["image_id"], entry["category_id"], entry["score"]) for entry in entries] == [(12, 1, 0.9), (12, 1, 0.25)]
+    np.testing.assert_array_equal(coco_mask.decode(entries[1]["segmentation"]).astype(bool), masks[1])
+    picture = np.array(Image.open(files[2]))
+    np.testing.assert_array_equal(picture[~masks.any(0)], inputs.pixels[~masks.any(0)])
+    assert (picture[masks[0]] != inputs.pixels[masks[0]]).any(1).mean() > 0.95
+    with pytest.raises(ValueError, match="is a file"):
+        mask_files.save_masks(files[0], inputs, masks, np.zeros(2))
+
+
+def test_figure_shows_every_box(photo):
+    inputs = read_inputs(photo, [[1, 2, 30, 35], [20, 5, 50, 30]])
+    drawn = mask_files.figure(inputs, np.zeros((2, 40, 60), bool), np.array([0.5, 0]))
+    assert len(drawn.axes[0].patches) == 2 and [text.get_text() for text in drawn.axes[0].texts] == ["0: 0.50", "1: 0.00"]
+    assert mask_files.figure(inputs._replace(boxes=[]), np.zeros((0, 40, 60), bool), np.zeros(0)).axes
+
+
+# -- the widget ------------------------------------------------------------------------------------
+def test_boxes_are_drawn_with_sliders_and_buttons(photo):
+    picker = BoxPicker(read_inputs(photo).pixels)
+    picker.widget()
+    before = picker.preview.value
+    assert Image.open(io.BytesIO(before)).size == (180, 120)  # a small picture is enlarged
+    picker.columns.value, picker.rows.value = (5, 25), (10, 38)
+    assert picker.preview.value != before and picker.boxes == []
+    picker.add_button.click()
+    assert picker.boxes == [[5, 10, 25, 38]] and "5, 10, 25, 38" in picker.text.value
+    picker.columns.value = (30, 30)
+    picker.add_button.click()  # no area
+    assert len(picker.boxes) == 1
+    picker.remove_button.click()
+    picker.remove_button.click()
+    assert picker.boxes == [] and "no box yet" in picker.text.value
+    assert picker.widget() is picker.widget()
+
+
+def test_headless_it_is_a_picture(photo, monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    monkeypatch.setattr("refinelib.box_widget.interactive", lambda: False)
+    picker = BoxPicker(read_inputs(photo).pixels, [[1, 2, 30, 35]])
+    picker._ipython_display_()
+    assert type(shown[0]).__name__ == "Image" and not hasattr(picker, "preview")
+    assert picker.png() != BoxPicker(read_inputs(photo).pixels).png()
+    monkeypatch.setattr("refinelib.box_widget.interactive", lambda: True)
+    picker._ipython_display_()
+    assert shown[1] is picker.widget()
