@@ -32,6 +32,8 @@ HEADROOM = 4.0
 ORDINARY_OVERFLOWS = 3
 #: A spike in the first steps, while there is no spread to go by, is this many times the usual.
 EARLY_SPIKE, EARLY_STEPS = 10.0, 8
+#: Later it is never less than the first and never more than the second: spikes in the first steps widen the spread.
+LEAST_SPIKE, MOST_SPIKE = 1.5, 100.0
 #: Steps over which the statistics of spikes look back.
 WINDOW = 100
 
@@ -254,7 +256,7 @@ class Guard:
         """Whether loss or gradient norm stands out, and its statistics with it taken in."""
         center, spread, seen = state[f"{name}_center"], state[f"{name}_spread"], state["seen"]
         sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
-        limit = torch.where(seen < EARLY_STEPS, math.log(EARLY_SPIKE), (self.spike_sigma * sigma).clamp(min=math.log(1.5)))
+        limit = torch.where(seen < EARLY_STEPS, math.log(EARLY_SPIKE), (self.spike_sigma * sigma).clamp(math.log(LEAST_SPIKE), math.log(MOST_SPIKE)))
         limit = torch.where(seen == 0, math.inf, limit)
         off = value.double().clamp(min=torch.finfo(torch.float32).tiny).log() - center
         moved = torch.maximum(torch.minimum(off, limit), -limit)

@@ -12,19 +12,25 @@ from refinelib.optim import WarmupCosine, build_optimizer
 
 
 class Net(nn.Module):
-    def __init__(self):
+    """A small network, without or with running statistics in it."""
+
+    def __init__(self, running=False):
         super().__init__()
         self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 1)
+        self.middle = nn.BatchNorm1d(5) if running else nn.Identity()
 
     def forward(self, x):
-        return self.second(torch.tanh(self.first(x))).square().mean()
+        return self.second(torch.tanh(self.middle(self.first(x)))).square().mean()
 
 
-def make(kind="adamw", scaled=False, ema=0.9, clip=1.0, **keywords):
+def make(kind="adamw", scaled=False, ema=0.9, clip=1.0, fused=True, running=False, **keywords):
     torch.manual_seed(0)
-    model = Net()
+    model = Net(running)
     average = copy.deepcopy(model).requires_grad_(False) if ema else None
-    optimizer = build_optimizer(model.named_parameters(), kind=kind, lr=1e-2, weight_decay=0.1)
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
+    else:
+        optimizer = build_optimizer(model.named_parameters(), kind=kind, lr=1e-2, weight_decay=0.1, fused=fused)
     schedule = WarmupCosine(lr=1e-2, min_lr=1e-4, warmup_steps=3, total_steps=20)
     return model, Guard(model, optimizer, schedule, grad_clip=clip, average=average, ema_decay=ema, scaled=scaled, **keywords)
 
@@ -222,3 +228,191 @@ def test_a_step_on_cuda_reads_nothing_back():
             guard.step(loss.detach())
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# -- exact skips on every path -----------------------------------------------------------------------
+def micro_run(model, guard, steps, spoilt=None):
+    """Steps of two micro-batches each, float ``[steps, 2, 4, 6]``; ``spoilt`` maps a step to what is made of its second one."""
+    reports = []
+    for index, halves in enumerate(steps):
+        guard.zero_grad()
+        total = 0.0
+        for half, x in enumerate(halves):
+            loss = model(spoilt[index](x) if spoilt and index in spoilt and half else x) / len(halves)
+            guard.scale(loss).backward()
+            total = total + loss.detach()
+        reports.append(dict(zip(REPORT, guard.step(total).tolist())))
+    return reports
+
+
+def with_nan(x):
+    return x.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(math.nan))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("kind", "fused"), [("adamw", True), ("adamw", False), ("adam", True), ("adam", False), ("sgd", False)])
+def test_a_bad_micro_batch_leaves_what_a_run_without_its_step_leaves(kind, fused, scaled):
+    """On every optimizer's path, in accumulation, running statistics included: NaN in the input reaches all of them."""
+    steps = torch.randn(6, 2, 4, 6, generator=torch.Generator().manual_seed(2))
+    keywords = dict(fused=fused, running=True, scaled=scaled, scale_init=1024.0)
+    model, guard = make(kind, **keywords)
+    assert guard.fused == fused
+    reports = micro_run(model, guard, steps, {0: with_nan, 3: with_nan})  # the first step too, before there are moments
+    assert [r["skipped"] for r in reports] == [1, 0, 0, 1, 0, 0] and reports[3]["bad_loss"] and reports[3]["bad_grad"]
+    clean, clean_guard = make(kind, **keywords)
+    micro_run(clean, clean_guard, torch.stack([steps[1], steps[2], steps[4], steps[5]]))
+    ours, theirs = everything(model, guard), everything(clean, clean_guard)
+    assert ours.keys() == theirs.keys() and {"model.middle.running_mean", "model.middle.running_var", "model.middle.num_batches_tracked"} <= ours.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+    assert int(model.middle.num_batches_tracked) == 8  # two micro-batches in each of four steps
+
+
+def test_running_statistics_are_poisoned_where_nobody_puts_them_back():
+    """What the test above would see without the guard's buffers."""
+    model, guard = make(running=True)
+    guard.buffers = []
+    micro_run(model, guard, torch.randn(2, 2, 4, 6, generator=torch.Generator().manual_seed(2)), {1: with_nan})
+    assert not model.middle.running_mean.isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("adamw", True), ("adamw", False), ("sgd", False)])
+def test_after_an_incident_nothing_moves_until_the_host_has_looked(kind, fused):
+    data = batches(8)
+    model, guard = make(kind, fused=fused, running=True)
+    guard.thaw(armed=True)
+    first = run(model, guard, data[:3], {2: grad(math.nan)})
+    assert [(r["froze"], r["frozen"], r["skipped"]) for r in first] == [(0, 0, 0), (0, 0, 0), (1, 0, 1)]
+    before = everything(model, guard)
+    held = run(model, guard, data[3:6], {1: grad(math.nan)})  # good ones and a bad one
+    assert [(r["froze"], r["frozen"], r["skipped"]) for r in held] == [(0, 1, 0)] * 3
+    for key, value in everything(model, guard).items():
+        assert torch.equal(before[key], value), key
+    assert int(guard.state["skipped"]) == 1
+    guard.thaw(armed=False)
+    after = run(model, guard, data[3:6], {2: grad(math.nan)})
+    assert [(r["froze"], r["frozen"], r["skipped"]) for r in after] == [(0, 0, 0), (0, 0, 0), (0, 0, 1)]  # not armed: skipped, no more
+    clean, clean_guard = make(kind, fused=fused, running=True)
+    run(clean, clean_guard, torch.stack([data[0], data[1], data[3], data[4]]))
+    ours, theirs = everything(model, guard), everything(clean, clean_guard)
+    for key in ours.keys() - {"guard.skips_in_a_row"}:
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+# -- spikes --------------------------------------------------------------------------------------------
+def push(guard, losses, norms=None):
+    """Steps with given losses and gradient norms, without a network; their reports."""
+    reports = []
+    parameters = guard.parameters
+    even = 1 / math.sqrt(sum(p.numel() for p in parameters))
+    for loss, norm in zip(losses, norms if norms is not None else [0.5] * len(losses)):
+        guard.zero_grad()
+        for p in parameters:
+            p.grad = torch.full_like(p, float(norm) * even)
+        reports.append(dict(zip(REPORT, guard.step(torch.tensor(float(loss))).tolist())))
+    return reports
+
+
+def memory_of_spikes(guard):
+    return {name: value.clone() for name, value in guard.state.items() if "center" in name or "spread" in name or name == "seen"}
+
+
+def noise(count, *, sigma=0.1, seed=0):
+    return torch.exp(sigma * torch.randn(count, generator=torch.Generator().manual_seed(seed))).tolist()
+
+
+def spiked(reports):
+    return [i for i, r in enumerate(reports) if r["spike_loss"] or r["spike_grad"]]
+
+
+def test_spikes_are_seen_from_the_second_step_on():
+    for factor, found in ((9.5, []), (10.5, [1])):
+        _, guard = make()
+        assert spiked(push(guard, [2.0, 2.0 * factor])) == found
+        _, guard = make()
+        reports = push(guard, [2.0, 2.0], [0.5, 0.5 * factor])
+        assert spiked(reports) == found and reports[1]["spike_grad"] == len(found) and not reports[1]["spike_loss"]
+    _, guard = make()
+    assert spiked(push(guard, [2.0, 2e-5, 1e-9])) == []  # a fall is none
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3])
+def test_after_the_first_steps_a_spike_is_a_matter_of_deviations(sigma):
+    _, guard = make(spike_sigma=6.0)
+    assert spiked(push(guard, noise(300, sigma=sigma), noise(300, sigma=sigma, seed=1))) == []
+    kept = guard.state_dict()["state"]
+    for deviations, found in ((4.5, []), (8.0, [0])):
+        _, other = make(spike_sigma=6.0)
+        for name, value in kept.items():
+            other.state[name].copy_(value)
+        assert spiked(push(other, [math.exp(deviations * sigma)], [1.0])) == found, deviations
+
+
+def test_a_spike_is_noted_clipped_or_skipped():
+    """By what plain gradient descent makes of it: all of the gradient, no more than usual of it, nothing."""
+    moved = {}
+    for on_spike in ("note", "clip", "skip"):
+        _, guard = make("sgd", clip=1e6, ema=0, on_spike=on_spike)
+        for group in guard.optimizer.param_groups:
+            group.update(momentum=0.0, weight_decay=0.0)
+        push(guard, [1.0] * 60, noise(60))
+        before = [p.detach().clone() for p in guard.parameters]
+        (report,) = push(guard, [1.0], [200.0])
+        assert report["spike_grad"] == 1 and report["spike_loss"] == 0 and report["skipped"] == (on_spike == "skip") and report["bad_grad"] == 0
+        assert report["grad_norm"] == pytest.approx(200.0, rel=1e-4)  # as it was, before clipping
+        steps = torch.cat([(p - b).flatten() for p, b in zip(guard.parameters, before)])
+        moved[on_spike] = float(steps.norm()) / report["lr"]
+    assert moved["skip"] == 0.0
+    assert moved["note"] == pytest.approx(200.0, rel=1e-2) and moved["clip"] == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("on_spike", ["note", "clip", "skip"])
+def test_what_is_skipped_never_enters_the_statistics(on_spike):
+    _, guard = make(on_spike=on_spike)
+    push(guard, noise(30), noise(30, seed=1))
+    before = memory_of_spikes(guard)
+    bad = [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (math.nan, math.nan)] + ([(1e4, 1.0), (1.0, 1e4)] if on_spike == "skip" else [])
+    reports = push(guard, *zip(*bad))
+    assert all(r["skipped"] for r in reports)
+    assert not any(r["spike_loss"] or r["spike_grad"] for r in reports[:5])  # not finite is no spike
+    for name, value in memory_of_spikes(guard).items():
+        assert torch.equal(before[name], value), name
+    assert float(before["seen"]) == 30
+
+
+@pytest.mark.parametrize("on_spike", ["note", "clip", "skip"])
+@pytest.mark.parametrize("clean", [2, 5, 100])
+def test_a_spike_cannot_hide_the_next(on_spike, clean):
+    _, guard = make(on_spike=on_spike)
+    push(guard, noise(clean), noise(clean, seed=1))
+    reports = push(guard, [1000.0] * 3, [1000.0] * 3)
+    assert [r["spike_loss"] and r["spike_grad"] for r in reports] == [1, 1, 1]
+    reports = push(guard, [*noise(5), 1000.0], [1.0] * 6)
+    assert spiked(reports) == [5]
+
+
+@pytest.mark.parametrize("on_spike", ["note", "clip"])
+def test_a_lasting_shift_of_level_is_learned(on_spike):
+    """A new loss term, say, or a larger crop: three times the gradient for good is no endless spike."""
+    _, guard = make(on_spike=on_spike)
+    push(guard, noise(200), noise(200, seed=1))
+    reports = push(guard, noise(400, seed=2), [3 * norm for norm in noise(400, seed=3)])
+    found = spiked(reports)
+    assert found[:3] == [0, 1, 2] and len(found) <= 40 and max(found) < 60
+    assert spiked(push(guard, [1.0], [100.0])) == [0]  # and a spike is one still
+
+
+@pytest.mark.parametrize("on_spike", ["note", "clip", "skip"])
+def test_an_ordinary_noisy_run_has_hardly_any_spikes(on_spike):
+    """2000 steps with tails of Student's t (4 degrees of freedom) on the logarithms, the loss falling meanwhile."""
+    rates = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        normal, square = torch.randn(2, 2000, generator=generator), torch.randn(2, 2000, 4, generator=generator).square().mean(-1)
+        tails = 0.2 * normal / square.sqrt()
+        falling = 2.0 * torch.exp(-torch.arange(2000) / 500) + 0.3
+        _, guard = make(on_spike=on_spike)
+        found = spiked(push(guard, (falling * tails[0].exp()).tolist(), tails[1].exp().tolist()))
+        rates.append(len(found) / 2000)
+    assert max(rates) < 0.005, rates
+    print(f"false alarms, {on_spike}: {', '.join(f'{rate:.2%}' for rate in rates)}")
