@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from refinelib.augment import MEAN
-from refinelib.config import Settings
+from refinelib.config import Settings, resolve
 from refinelib.data import DataError, SceneError, Store, SyntheticPeople, building, open_split, open_splits, open_store
 from refinelib.data.locking import only_builder
-from refinelib.data.scenes import COLUMNS, UNREADABLE
+from refinelib.data.scenes import COLUMNS, MISSING, UNREADABLE
 from refinelib.data.store import FORMAT
 from refinelib.progress import Progress
 from refinelib.roi import crop_rois, expand_boxes
@@ -522,3 +522,30 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
 def test_scene_errors_travel_between_processes():
     error = pickle.loads(pickle.dumps(SceneError("a reason", "a sentence")))
     assert error.reason == "a reason" and str(error) == "a sentence" and isinstance(error, DataError)
+
+
+# -- files that inject spoils ----------------------------------------------------------------------------
+@pytest.mark.parametrize(("how", "reason", "words"), [("truncated", UNREADABLE, "cannot be decoded"), ("missing", MISSING, "there is no image file")])
+def test_a_file_that_inject_spoils_is_left_out_and_counted(tmp_path, how, reason, words):
+    common = dict(output_dir=str(tmp_path), max_images=6, roi_size=16, mask_size=16, workers=1)
+    whole = open_split(resolve("demo", **common), "train", progress=False)
+    settings = resolve("demo", inject=f"file:{how}@3;grad:nan@9", **common)
+    spoilt, val = open_splits(settings, progress=False)
+    lost = int((whole.image_index == 2).sum())
+    assert lost and len(spoilt) == len(whole) - lost and 2 not in spoilt.image_index
+    assert spoilt.skipped == {reason: 1} and spoilt.summary().endswith(f"left out: {reason} (1)")
+    assert words in spoilt.examples[reason] and "image 3 of synthetic train" in spoilt.examples[reason]
+    kept = whole.image_index != 2
+    assert np.array_equal(spoilt.images, whole.images[kept]) and np.array_equal(spoilt.annotation_ids, whole.annotation_ids[kept])
+    assert not val.skipped  # training images only
+    assert spoilt.folder != whole.folder  # the good store is not taken for it, nor it for the good one
+    again = open_split(resolve("demo", **common), "train", progress=False)
+    assert again.folder == whole.folder and len(again) == len(whole)
+
+
+def test_spoilt_files_cost_a_run_nothing_but_those_people(tiny):
+    from refinelib.training import train
+
+    run = train(tiny(run="spoilt", epochs=1, inject="file:truncated@1;file:missing@4"))
+    assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 0
+    assert run.status()["rois"] < train(tiny(run="whole", epochs=1)).status()["rois"]

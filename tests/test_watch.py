@@ -56,3 +56,46 @@ def test_cap_and_floor_are_events(watch):
     watch.step(5, 1, {**GOOD, "loss_scale": 1.0}, [20.0, 10.0], NORMS)
     assert [(e["kind"], e["step"]) for e in watch.run.events()] == [("scale_floor", 5), ("capped", 5)]
     assert "contour" in watch.run.events()[1]["message"]  # cross-entropy has no cap
+
+
+@pytest.mark.parametrize(("on_spike", "done"), [("skip", "skipped"), ("clip", "clipped to the usual norm"), ("note", "applied as it is")])
+def test_a_spike_says_what_stood_out_where_and_what_was_done(watch, on_spike, done):
+    watch.on_spike = on_spike
+    spike = {**GOOD, "loss": 80.0, "spike_loss": 1, "spike_grad": 1, "grad_norm": 40.0, "skipped": int(on_spike == "skip")}
+    watch.step(9, 1, spike, [80.0, 1.0], NORMS)
+    loss, gradient = watch.run.events()
+    assert [e["kind"] for e in (loss, gradient)] == ["spike", "spike"] and all(e["message"].endswith(done) for e in (loss, gradient))
+    assert "the loss 80 is far above its past" in loss["message"]
+    assert "gradient norm 40" in gradient["message"] and gradient["parameter"] == "contour.weight" and "contour.weight" in gradient["message"]
+
+
+def test_a_spike_that_was_skipped_is_not_called_not_finite(watch):
+    watch.on_spike = "skip"
+    watch.step(9, 1, {**GOOD, "spike_grad": 1, "skipped": 1}, [1.0, 1.0], NORMS)
+    assert [e["kind"] for e in watch.run.events()] == ["spike"] and "not finite" not in watch.run.events()[0]["message"]
+
+
+def test_spikes_of_loss_and_gradient_are_merged_each_by_itself(watch):
+    for step in range(1, 31):
+        watch.step(step, 1, {**GOOD, "loss": 10.0 + step, "spike_loss": 1, "spike_grad": int(step > 20), "grad_norm": 30.0}, [1.0, 1.0], NORMS)
+    watch.end_epoch(1)
+    again = {e["message"].partition(": ")[2]: e["count"] for e in watch.run.events() if e["kind"] == "again"}
+    assert again == {"spike (loss) in 30 steps, 1 to 30, at worst 40": 30, "spike (gradient) in 10 steps, 21 to 30, at worst 30": 10}
+    assert len(watch.run.events()) == 4
+
+
+def test_at_the_floor_of_the_loss_scale_the_module_nearest_the_loss_is_named(watch):
+    """What overflows there overflows by itself; what lies below it only inherits."""
+    watch.step(3, 1, {**GOOD, "skipped": 1, "bad_grad": 1, "loss_scale": 1.0}, [1.0, 1.0], [math.inf, math.inf])
+    watch.step(4, 1, {**GOOD, "skipped": 1, "bad_grad": 1, "loss_scale": 64.0}, [1.0, 1.0], [math.inf, math.inf])
+    (event,) = watch.run.events()
+    assert "at its floor 1: float16 overflows in contour by itself" in event["message"] and event["loss_scale"] == 1.0
+    watch.end_epoch(1)
+    watch.step(5, 2, {**GOOD, "skipped": 1, "bad_grad": 1, "loss_scale": 64.0}, [1.0, 1.0], [math.inf, math.inf])
+    assert "floor" not in watch.run.events()[-1]["message"]
+
+
+def test_without_a_loss_scale_nobody_speaks_of_its_floor(tmp_path):
+    watch = Watch(Run.start(resolve("demo", output_dir=str(tmp_path))), losses=["ce"], parameters=["stem.weight"], cap=None, scale_floor=None)
+    watch.step(1, 1, {**GOOD, "loss_scale": 1.0}, [1e6], [1.0])
+    assert watch.run.events() == []
