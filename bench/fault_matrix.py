@@ -19,6 +19,8 @@ import itertools
 import json
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -37,10 +39,11 @@ KINDS = {
     "input:nan": True, "input:inf": True, "input:overflow": None, "input:spike": None, "label:swap": None,
 }  # fmt: skip
 PRECISIONS = ("off", "bf16", "fp16")
-#: Name, optimizer, fused, micro-batches.
+#: Settings by the path's name. On CUDA all of them are captured as graphs, but for those that are not fused.
 PATHS = {
-    "adamw": ("adamw", True, 1), "adam": ("adam", True, 1), "adamw, 2 micro-batches": ("adamw", True, 2),
-    "adamw, not fused": ("adamw", False, 1), "adam, not fused": ("adam", False, 1),
+    "adamw": {}, "adam": dict(optimizer="adam"), "adamw, 2 micro-batches": dict(accumulate=2), "adamw, eager": dict(cuda_graphs=False),
+    "adamw, not fused": dict(fused_optimizer=False), "adam, not fused": dict(optimizer="adam", fused_optimizer=False),
+    "adamw, compiled": dict(compile="on"),
 }  # fmt: skip
 CLEAN = 12  # steps before the first fault, for the statistics of spikes
 
@@ -49,9 +52,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
+    parser.add_argument("--workers", type=int, default=1, help="columns measured side by side")
+    parser.add_argument("--compiled", action="store_true", help="one more path: compiled")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        cells = [cell for amp, path in itertools.product(PRECISIONS, PATHS) for cell in column(options.device, amp, path, folder)]
+        jobs = [(options.device, amp, path, folder) for amp, path in itertools.product(PRECISIONS, PATHS) if options.compiled or "compiled" not in path]
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            cells = [cell for found in pool.map(column, *zip(*jobs)) for cell in found]
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     text = table(cells, f"{name}, torch {torch.__version__}")
     print(text)
@@ -65,11 +72,11 @@ def main() -> int:
 
 def column(device: str, amp: str, path: str, folder: str, kinds: dict = KINDS) -> list[dict]:
     """All faults of one precision and path, one after the other in one run."""
-    optimizer, fused, accumulate = PATHS[path]
     settings = resolve(
-        "demo", run=f"{amp}-{path.replace(', ', '-').replace(' ', '-')}", output_dir=folder, device=device, amp=amp, optimizer=optimizer, fused_optimizer=fused,
-        accumulate=accumulate, batch_size=2, width=0.0625, roi_size=32, mask_size=32, max_images=4, epochs=1000, ema_decay=0.9, on_spike="skip",
+        "demo", run=f"{amp}-{path.replace(', ', '-').replace(' ', '-')}", output_dir=folder, device=device, amp=amp, **{"compile": "off", **PATHS[path]},
+        batch_size=2, width=0.0625, roi_size=32, mask_size=32, max_images=4, epochs=1000, ema_decay=0.9, on_spike="skip",
         max_incidents=1000, max_consecutive_skips=1000, lr=1e-4, warmup_epochs=0, log_every=1000, loss_scale_init=2.0**24, deterministic=True,
+        probe_every=0,
         inject=";".join(f"{at(kind)}@{CLEAN + 3 * i}{where(kind)}" for i, kind in enumerate(kinds)),
     )  # fmt: skip
     run = Run.start(settings)

@@ -50,6 +50,8 @@ class NoGuard:
         self.inner, self.optimizer, self.parameters, self.averages = guard, guard.optimizer, guard.parameters, guard.averages
         self.decay, self.clip = guard.ema_decay, guard.grad_clip
 
+    fused = True
+
     def compile(self) -> None: ...
 
     def uncompile(self) -> None: ...

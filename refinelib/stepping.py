@@ -62,7 +62,7 @@ class Stepper:
         self.taken = 0
         wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda" and steps >= WORTH_COMPILING)
         self.compiled = wanted
-        self.captures = device.type == "cuda" and settings.cuda_graphs
+        self.captures = device.type == "cuda" and settings.cuda_graphs and guard.fused  # another optimizer asks the host
         if wanted:
             self.forward = torch.compile(self.eager, dynamic=False)
             guard.compile()
