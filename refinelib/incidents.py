@@ -30,6 +30,11 @@ from .runs import dumps, write_atomically
 from .steplog import Row
 
 
+#: Of the folder's layout.
+FORMAT = 1
+_NEEDED = ("format", "step", "epoch", "finding", "recorded", "losses", "gradient_norms", "people", "device", "torch", "threads", "settings")
+
+
 class IncidentError(RuntimeError):
     """The folder holds no incident that can be replayed; the message says what is missing."""
 
@@ -70,7 +75,7 @@ def capture(
     if finding.kind in known:
         return finding
     report = {
-        "format": 1,
+        "format": FORMAT,
         "step": row.step,
         "epoch": row.epoch,
         "finding": finding.as_dict(),
@@ -123,7 +128,10 @@ def load(incident: str | os.PathLike, *, device: str = "auto") -> tuple[dict[str
         batch, state = checkpoints.load(folder / "batch.pt"), checkpoints.load(folder / "state.pt")
     except checkpoints.CheckpointError as error:
         raise IncidentError(f"the incident {folder} cannot be replayed: {error}") from None
-    settings = Settings(**report["settings"]).model_copy(update={"device": device})
+    try:
+        settings = Settings(**report["settings"]).model_copy(update={"device": device})
+    except ValueError as error:
+        raise IncidentError(f"the incident {folder} was left by another version, whose settings this one does not have: {error}") from None
     target = build_device(settings)
     if target.type == "cpu" and report["device"] == "cpu":
         torch.set_num_threads(report["threads"])  # the order of sums depends on it
@@ -175,9 +183,15 @@ def read_report(folder: Path) -> dict[str, Any]:
         near = sorted(str(path.parent) for path in Path(folder).glob("**/report.json"))
         raise IncidentError(f"{folder} holds no report.json: give an incident's folder" + (f", such as {near[0]}" if near else ", outputs/<run>/incidents/<step>"))
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        report = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise IncidentError(f"{file} cannot be read: {error}") from None
+    lacking = [name for name in _NEEDED if not isinstance(report, dict) or name not in report]
+    if lacking:
+        raise IncidentError(f"{file} is no incident's report: it lacks {', '.join(lacking)}")
+    if report["format"] != FORMAT:
+        raise IncidentError(f"{file} has format {report['format']}, this version reads format {FORMAT}: use the version that wrote it")
+    return report
 
 
 def _number(report: dict[str, Any], *path: str) -> float:

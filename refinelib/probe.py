@@ -71,6 +71,9 @@ class Probe:
         Args:
             epoch: counted from 1.
             whole: False: the run stops inside this epoch; only the norms so far are kept, and a run that is resumed adds to them.
+
+        Raises:
+            OSError: it cannot be written; the norms wait for the next file.
         """
         if not self.every or not self.steps or (whole and epoch % self.every):
             return None
@@ -94,9 +97,13 @@ class Probe:
         self.folder.mkdir(exist_ok=True)
         self._forget_after(epoch)
         content = _thinned(_joined(file, content))
-        temporary = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-        np.savez_compressed(temporary, **{**content, "norms": three_digits(content["norms"])})
-        os.replace(temporary, file)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as half:
+                np.savez_compressed(half, **{**content, "norms": three_digits(content["norms"])})
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
         self.steps, self.reports = [], []
         return file
 

@@ -221,8 +221,8 @@ class Run:
 
     def _sweep(self) -> None:
         """Remove the unfinished files of a process that was killed while it wrote."""
-        for folder in (self.folder, self.folder / "checkpoints", self.folder / "samples"):
-            for file in folder.glob(".*.tmp"):
+        for name in (".", "checkpoints", "samples", "gradients"):
+            for file in (self.folder / name).glob(".*.tmp"):
                 file.unlink(missing_ok=True)
 
     @property

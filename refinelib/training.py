@@ -176,7 +176,8 @@ class Trainer:
         self.log.watch.end_epoch(epochs_done + 1)
         self.save("last.pt")
         self.report_writes(final=True)
-        self.probe.end_epoch(epochs_done + 1, whole=False)
+        with self.worth_less("gradients"):
+            self.probe.end_epoch(epochs_done + 1, whole=False)
         self.run.update(step=self.step, epoch=epochs_done, skipped_steps=int(self.guard.state["skipped"]))
         raise KeyboardInterrupt
 
@@ -247,10 +248,19 @@ class Trainer:
             self.writer.flush()
             self.report_writes()
             self.run.update(step=self.step, epoch=row.epoch - 1, skipped_steps=int(self.guard.state["skipped"]))
-            self.probe.end_epoch(row.epoch, whole=False)
+            with self.worth_less("gradients"):
+                self.probe.end_epoch(row.epoch, whole=False)
             raise
         self.run.event("rewind", message, step=row.step, epoch=row.epoch)
         self.run.update(rewinds=self.recovery.rewinds)
+
+    @contextlib.contextmanager
+    def worth_less(self, what: str):
+        """For files that are worth less than the training: where there is no room for one, say so and go on."""
+        try:
+            yield
+        except OSError as error:
+            self.run.event("disk", f"the {what} of epoch {self.step // self.feed.steps_per_epoch} could not be written ({error})", step=self.step)
 
     def report_writes(self, *, final: bool = False) -> None:
         """Say which checkpoints could not be written.
@@ -278,14 +288,15 @@ class Trainer:
         """Validate, record, keep."""
         settings = self.settings
         self.last_summary = summary = self.log.end_epoch(epoch + 1)
-        self.probe.end_epoch(epoch + 1)
+        with self.worth_less("gradients"):
+            self.probe.end_epoch(epoch + 1)
         seconds = time.perf_counter() - started  # the reports were read back, so the device is done
         found = self.validate(final=epoch + 1 == settings.epochs)
         self.last_metrics = metrics = found.compute()
         best = self.best is None or _merit(metrics) > _merit(self.best)
         if best:
             self.best = {"epoch": epoch + 1, "step": self.step, **{name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}}
-        try:
+        with self.worth_less("samples"):
             write_samples(
                 self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz",
                 self.val_store,
@@ -294,8 +305,6 @@ class Trainer:
                 device=self.device,
                 mask_size=settings.mask_size,
             )
-        except OSError as error:  # no room: training is worth more than a picture of it
-            self.run.event("samples", f"the samples of epoch {epoch + 1} could not be written ({error})", step=self.step, epoch=epoch + 1)
         self.run.metrics({"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
         self.report_writes()
         if best:

@@ -261,6 +261,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tiny, small_disk, capfd):
     assert any("last.pt could not be written" in message and "the one before it stays" in message for message in told)
     assert any("last.pt could be written after all" in message for message in told)
     assert any("samples of epoch 2 could not be written" in message for message in told)
+    assert any("gradients of epoch 2 could not be written" in message for message in told)
     assert any("the incident could not be kept" in message for message in told) and not list((run.folder / "incidents").iterdir())
     assert checkpoints.load(run.folder / "checkpoints" / "best.pt") and not list(run.folder.glob("**/.*.tmp"))
     assert capfd.readouterr().err.count("a record could not be written") == 1

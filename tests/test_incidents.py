@@ -118,8 +118,18 @@ def test_what_cannot_be_replayed_is_refused_in_a_sentence(tiny, tmp_path):
         replay(run.folder)
     (folder,) = (run.folder / "incidents").iterdir()
     state = folder / "state.pt"
-    state.write_bytes(state.read_bytes()[:500])
+    whole = state.read_bytes()
+    state.write_bytes(whole[:500])
     with pytest.raises(IncidentError, match="state.pt is not a whole"):
+        replay(folder)
+    report = json.loads((folder / "report.json").read_text())
+    for wrong, words in (({"format": 9}, "has format 9"), ({"settings": {"unheard_of": 1}}, "left by another version")):
+        state.write_bytes(whole)
+        (folder / "report.json").write_text(json.dumps({**report, **wrong}))
+        with pytest.raises(IncidentError, match=words):
+            replay(folder)
+    (folder / "report.json").write_text("{}")
+    with pytest.raises(IncidentError, match="lacks format, step"):
         replay(folder)
     (folder / "report.json").write_text("{")
     with pytest.raises(IncidentError, match="cannot be read"):
@@ -133,3 +143,4 @@ def test_a_disk_without_room_costs_the_incident_and_not_the_run(tiny, monkeypatc
     run = train(tiny(inject="grad:nan@3:stem", epochs=1))
     assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 1
     assert any(e["kind"] == "incident" and "No space left" in e["message"] for e in Run.open(run.folder).events())
+    assert not list((run.folder / "incidents").iterdir())  # and no half one
