@@ -47,7 +47,8 @@ def people_table(report: Mapping[str, Any]) -> str:
     places = report["finding"]["places"]
     lines = ["| place | source | image | annotation | box (x0, y0, x1, y1), pixels |", "| ---: | --- | ---: | ---: | --- |"]
     for place, person in enumerate(report["people"]):
-        cells = [str(place), person["source"], str(person["image_id"]), str(person["annotation_id"]), ", ".join(f"{side:g}" for side in person["box"])]
+        box = ", ".join(f"{side:g}" for side in person["box"])
+        cells = [str(place), person["source"], str(person["image_id"]), str(person["annotation_id"]), box]
         lines.append("| " + " | ".join(f"**{cell}**" if place in places else cell for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -72,8 +73,8 @@ def pictures(folder: Path, report: Mapping[str, Any]) -> Figure:
         top.imshow(_picture(images[place]), interpolation="nearest")
         bottom.imshow(_classes(labels[place]), interpolation="nearest", aspect=aspect * labels.shape[2] / labels.shape[1])
         style = dict(color=BAD, fontweight="bold") if place in blamed else {}
-        word = ", not finite" if place in blamed else ""
-        top.set_title(f"place {place}{word}\nimage {person['image_id']}\nannotation {person['annotation_id']}", loc="left", fontsize=9, **style)
+        name = f"place {place}{', not finite' if place in blamed else ''}"
+        top.set_title(f"{name}\nimage {person['image_id']}\nannotation {person['annotation_id']}", loc="left", fontsize=9, **style)
     colors = {**CLASSES, **({"pixel not finite": BAD} if not np.isfinite(images).all() else {})}
     handles = [Patch(facecolor=color, edgecolor="#555555", linewidth=0.5, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, ncols=len(handles), loc="outside lower left", fontsize=9, frameon=False)
@@ -122,13 +123,15 @@ def parameter_gradients(report: Mapping[str, Any], found: Layers) -> Figure:
                           (now, dict(label="replayed", markersize=7, color=BLACK, fillstyle="none", markeredgewidth=0.8))):  # fmt: skip
         top.plot(range(len(names)), np.where(np.isfinite(values) & (values > 0), values, math.nan), "o", **style)
     _logarithmic(top, np.concatenate([recorded, now]))
-    how = "the same bit for bit" if same else "not the same bit for bit"
-    _dress(top, places, f"L2 norm of each parameter's gradient, before clipping: recorded and replayed are {how}", "gradient norm", names=True)
-    top.legend(loc="lower left", fontsize=8, framealpha=0.9, ncols=2)
+    title = f"L2 norm of each parameter's gradient, before clipping: recorded and replayed are {'' if same else 'not '}the same bit for bit"
+    _dress(top, places, title, "gradient norm", names=True)
+    if np.isfinite([recorded, now]).any():
+        top.legend(loc="lower left", fontsize=8, framealpha=0.9, ncols=2)
     for row, values in enumerate((recorded, now)):
         bad = np.flatnonzero(~np.isfinite(values))
         bottom.broken_barh([(i - 0.5, 1.0) for i in bad], (row + 0.1, 0.8), color=BAD)
-    _dress(bottom, places, "not finite: " + ", ".join(f"{int((~np.isfinite(v)).sum())} of {len(v)} {w}" for v, w in ((recorded, "recorded"), (now, "replayed"))), "")
+    bad = [int((~np.isfinite(values)).sum()) for values in (recorded, now)]
+    _dress(bottom, places, f"not finite: {bad[0]} of {len(names)} recorded, {bad[1]} of {len(names)} replayed", "")
     bottom.set_ylim(2, 0)
     bottom.set_yticks([0.5, 1.5], ["recorded", "replayed"])
     bottom.set_xlabel("parameters, in the order of the model", fontsize=9)
@@ -144,9 +147,10 @@ def first_bad_sentence(found: Layers) -> str:
     if backward is None:
         lines.append("Backward, every layer's gradient is finite.")
     else:
-        lines.append(f"Backward, from the loss on, the first gradient that is not finite is that at {backward.name}: {_count(*backward.counts[2:])}.")
+        lines.append(f"Backward, the first gradient that is not finite is that at {backward.name}: {_count(*backward.counts[2:])}.")
     bad = [name for name, norm in found.parameters.items() if not math.isfinite(norm)]
-    lines.append(f"Parameters without a finite gradient: {len(bad)} of {len(found.parameters)}" + (f", {bad[-1]} nearest to the loss." if bad else "."))
+    nearest = f", {bad[-1]} nearest to the loss" if bad else ""
+    lines.append(f"Parameters without a finite gradient: {len(bad)} of {len(found.parameters)}{nearest}.")
     return "\n".join(lines)
 
 
@@ -196,7 +200,8 @@ def _mark(panels: Sequence[Axes], places: Sequence[Layer], layer: Layer | None, 
     right = x > len(places) / 2
     panels[-1].annotate(
         f"{what}: {layer.name}", (x, 0.85), (-6 if right else 6, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
-        ha="right" if right else "left", va="center", fontsize=9, fontweight="bold", bbox=dict(facecolor="white", edgecolor="none", alpha=0.85, pad=1.5),
+        ha="right" if right else "left", va="center", fontsize=9, fontweight="bold",
+        bbox=dict(facecolor="white", edgecolor="none", alpha=0.85, pad=1.5),
     )  # fmt: skip
 
 

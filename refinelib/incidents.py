@@ -181,7 +181,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     file = Path(folder) / "report.json"
     if not file.is_file():
         near = sorted(str(path.parent) for path in Path(folder).glob("**/report.json"))
-        raise IncidentError(f"{folder} holds no report.json: give an incident's folder" + (f", such as {near[0]}" if near else ", outputs/<run>/incidents/<step>"))
+        such = f"such as {near[0]}" if near else "outputs/<run>/incidents/<step>"
+        raise IncidentError(f"{folder} holds no report.json: give an incident's folder, {such}")
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

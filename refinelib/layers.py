@@ -20,7 +20,7 @@ class Layer:
     part: str  # the name's first word: the part of the model it belongs to
     largest: float = 0.0  # largest finite magnitude of the output
     nonfinite: float = 0.0  # share of the output's elements, 0..1
-    gradient: float | None = None  # L2 norm of the finite part of the loss's gradient with respect to the output, unscaled; none: no gradient came
+    gradient: float | None = None  # L2 norm of the finite part of the loss's gradient by the output, unscaled; none: none came
     gradient_nonfinite: float = 0.0  # share of that gradient's elements, 0..1
     counts: list[int] = field(default_factory=lambda: [0, 0, 0, 0], repr=False)  # bad and all elements, of output and gradient
 

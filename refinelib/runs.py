@@ -210,7 +210,7 @@ class Run:
             self.update()
         if left or self._stale:
             parts = [f"{left} lines of its records"] * bool(left) + ["its last status"] * self._stale
-            print(f"{self.name}: {' and '.join(parts)} could not be written in {self.folder}: there was no room to the end", file=sys.stderr, flush=True)
+            self._tell(f"{' and '.join(parts)} could not be written in {self.folder}: there was no room to the end")
 
     def _drop_tensorboard(self) -> None:
         """Close TensorBoard's file; where there is room, the next scalar starts another."""
@@ -267,7 +267,10 @@ class Run:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            print(f"{self.name}: a record could not be written in {self.folder} ({error}); the run goes on, records wait in memory for room", file=sys.stderr, flush=True)
+            self._tell(f"a record could not be written in {self.folder} ({error}); the run goes on, records wait in memory for room")
+
+    def _tell(self, message: str) -> None:
+        print(f"{self.name}: {message}", file=sys.stderr, flush=True)
 
     # -- reading -----------------------------------------------------------------------------------
     @property

@@ -260,7 +260,8 @@ class Trainer:
         try:
             yield
         except OSError as error:
-            self.run.event("disk", f"the {what} of epoch {self.step // self.feed.steps_per_epoch} could not be written ({error})", step=self.step)
+            epoch = self.step // self.feed.steps_per_epoch
+            self.run.event("disk", f"the {what} of epoch {epoch} could not be written ({error})", step=self.step)
 
     def report_writes(self, *, final: bool = False) -> None:
         """Say which checkpoints could not be written.

@@ -96,7 +96,8 @@ def test_figures_and_tables(incidents, fault, tmp_path):
     folder = incidents[fault]
     report, _, step = load(folder, device="cpu")
     found = layers(step)
-    for figure in (draw.pictures(folder, report), draw.activations(report, found), draw.gradients(report, found), draw.parameter_gradients(report, found)):
+    by_layer = [make(report, found) for make in (draw.activations, draw.gradients, draw.parameter_gradients)]
+    for figure in (draw.pictures(folder, report), *by_layer):
         assert isinstance(figure, Figure)
         draw.save(figure, folder, "figure")
     assert (folder / "figures" / "figure.png").stat().st_size > 5000
