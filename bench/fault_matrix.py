@@ -53,10 +53,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
     parser.add_argument("--workers", type=int, default=1, help="columns measured side by side")
+    parser.add_argument("--paths", help="only these, separated by semicolons")
     parser.add_argument("--compiled", action="store_true", help="one more path: compiled")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [(options.device, amp, path, folder) for amp, path in itertools.product(PRECISIONS, PATHS) if options.compiled or "compiled" not in path]
+        jobs = [(options.device, amp, path, folder) for amp, path in itertools.product(PRECISIONS, PATHS) if (path in options.paths.split(";") if options.paths else options.compiled or "compiled" not in path)]
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             cells = [cell for found in pool.map(column, *zip(*jobs)) for cell in found]
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
@@ -92,7 +93,7 @@ def column(device: str, amp: str, path: str, folder: str, kinds: dict = KINDS) -
         advance(trainer)
         if due:
             kind = list(kinds)[(step - CLEAN) // 3]
-            cells.append(judge(trainer, kind, kinds[kind], before, run.events()[told:]) | dict(device=device, amp=amp, path=path))
+            cells.append(judge(trainer, kind, kinds[kind], before, run.events()[told:], settings.batch_size) | dict(device=device, amp=amp, path=path))
     run.close()
     return cells
 
@@ -121,7 +122,7 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in found.items()}
 
 
-def judge(trainer: Trainer, kind: str, skips: bool | None, before: dict, events: list[dict]) -> dict:
+def judge(trainer: Trainer, kind: str, skips: bool | None, before: dict, events: list[dict], batch_size: int) -> dict:
     """Survived, exact, attribution of the step just taken."""
     after = everything(trainer)
     finite = all(bool(v.isfinite().all()) for v in after.values() if v.is_floating_point())
@@ -130,12 +131,12 @@ def judge(trainer: Trainer, kind: str, skips: bool | None, before: dict, events:
     exact = not moved if skipped else bool(moved)  # a step that was not skipped was taken
     if skips is not None:
         exact = exact and skipped == skips
-    return dict(kind=kind, survived=finite, exact=exact, attribution=attributed(kind, skipped, events), skipped=skipped, moved=moved[:3],
+    return dict(kind=kind, survived=finite, exact=exact, attribution=attributed(kind, skipped, events, first=list(range(0, batch_size * trainer.settings.accumulate, batch_size))), skipped=skipped, moved=moved[:3],
                 events=[event["message"] for event in events])  # fmt: skip
 
 
-def attributed(kind: str, skipped: bool, events: list[dict]) -> bool:
-    """Whether the events name what was planted. A finite fault that was taken as an ordinary step needs no name."""
+def attributed(kind: str, skipped: bool, events: list[dict], first: list[int]) -> bool:
+    """Whether the events name what was planted (``first``: the first sample of each micro-batch is the one). A finite fault that was taken as an ordinary step needs no name."""
     if not skipped:
         return True
     what, value, *place = kind.split(":")
@@ -149,7 +150,7 @@ def attributed(kind: str, skipped: bool, events: list[dict]) -> bool:
             if what == "loss":
                 return event["phase"] == "loss"
             if what == "input":
-                return event["phase"] == "input" and event["places"] == [0] if value != "overflow" and value != "spike" else bool(event["module"])
+                return event["phase"] == "input" and event["places"] == first if value != "overflow" and value != "spike" else bool(event["module"])
             if what == "activation":
                 return event["module"].startswith(fault.where) if value in ("nan", "inf") else bool(event["module"])
             return event["phase"] == "gradient" and len(event["parameters"]) == 1 and event["parameters"][0].startswith(fault.where)

@@ -8,7 +8,7 @@ from typing import Any, Iterable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .plots import BLUE, ORANGE
+from .drawing import BLUE, ORANGE
 from .progress import interactive
 
 #: The picture is shown no wider and no higher than this, in pixels; a small one up to three times its size.

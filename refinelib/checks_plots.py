@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .plots import BLACK, BLUE, GREY, VERMILLION, WIDTH, Figure, _dress, _legend
+from .drawing import BLACK, BLUE, GREY, VERMILLION, WIDTH, Figure, dress, legend
 from .verdicts import Check, read
 
 
@@ -26,13 +26,13 @@ def overfit(folder: str | os.PathLike) -> Figure:
     if found["loss"][0]:
         left.axhline(share * found["loss"][0], color=GREY, linestyle="--", gid="limit", label=f"{share:.0%} of the first")
         left.set_yscale("log")
-    _dress(left, "total loss of the batch", "step", "loss")
+    dress(left, "total loss of the batch", "step", "loss")
     right.plot(steps, found["target_iou"], color=BLUE, linewidth=1.6, label="target IoU")
     right.axhline(iou, color=GREY, linestyle="--", gid="limit", label=f"{iou:g}")
     right.set_ylim(0, 1.02)
-    _dress(right, "target IoU on the batch", "step", "IoU, 0 to 1")
+    dress(right, "target IoU on the batch", "step", "IoU, 0 to 1")
     for axes in (left, right):
-        _legend(axes)
+        legend(axes)
     return figure
 
 
@@ -66,7 +66,7 @@ def gradients(folder: str | os.PathLike) -> Figure:
     axes.grid(True, axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    _legend(axes)
+    legend(axes)
     return figure
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from .boundary import contour
 from .coco_results import CocoResults
 from .evaluation import checked_folder
-from .plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, YELLOW, Figure
+from .drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, YELLOW, Figure
 from .predict_inputs import Inputs
 from .runs import dumps, write_atomically
 

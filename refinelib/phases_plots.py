@@ -11,11 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _Figure
 
+from .drawing import BLACK, CLASSES, DPI, LOSSES, METRIC_NAMES, METRICS, NORM_LINES, PURPLE, VERMILLION, WIDTH, Figure
+from .drawing import color_key, dress, draw_line, legend
 from .phases import read
-from .plots import (
-    BLACK, CLASSES, DPI, LOSSES, METRIC_NAMES, METRICS, NORM_LINES, PURPLE, VERMILLION, WIDTH,
-    Figure, _class_picture, _dress, _key, _legend, _line, _tile, _window,
-)  # fmt: skip
+from .pictures import class_picture, tile, window_of
 from .runs import Run
 
 
@@ -32,8 +31,8 @@ def all_phases(folder: str | os.PathLike) -> Figure:
     for axes, title, unit in zip(
         panels, ("total training loss", "IoU on the validation people", "gradient norm before clipping"), ("loss", "IoU, 0 to 1", "L2 norm")
     ):
-        _dress(axes, title, "epoch of the whole chain" if axes is panels[-1] else "", unit)
-        _legend(axes)
+        dress(axes, title, "epoch of the whole chain" if axes is panels[-1] else "", unit)
+        legend(axes)
         axes.set_xlim(0, max(offset, 1))
         for start, end, entry in crossings:
             axes.axvline(end, color="#666666", linewidth=1.0, gid="limit")
@@ -67,15 +66,15 @@ def masks(folder: str | os.PathLike, count: int = 4) -> Figure:
     tiles = figure.subplots(len(chosen), columns, squeeze=False)
     for place, (row, roi) in enumerate(zip(tiles, chosen)):
         first = found[0][1]
-        window = _window(first["labels"][roi].shape, size)
-        pictures = [("image", first["image"][roi]), ("truth", _class_picture(first["labels"][roi]))]
+        window = window_of(first["labels"][roi].shape, size)
+        pictures = [("image", first["image"][roi]), ("truth", class_picture(first["labels"][roi]))]
         for name, samples in found:
             predicted = samples["probs"][roi].astype(np.float32).argmax(0)
-            pictures.append((f"{name}  {samples['target_iou'][roi]:.2f}", _class_picture(predicted)))
+            pictures.append((f"{name}  {samples['target_iou'][roi]:.2f}", class_picture(predicted)))
         for axes, (head, picture) in zip(row, pictures):
-            _tile(axes, picture, window, aspect)
+            tile(axes, picture, window, aspect)
             axes.set_title(head if place == 0 or "  " in head else "", fontsize=8, pad=2)
-    _key(figure, CLASSES, loc="outside lower center")
+    color_key(figure, CLASSES, loc="outside lower center")
     return figure
 
 
@@ -104,16 +103,16 @@ def _draw(panels: list[Axes], run: Run, offset: float, *, first: bool) -> float:
     def label(text: str) -> dict[str, Any]:
         return {"label": text if first else "_"}
 
-    _line(loss, x, [line["loss"] for line in steps], color=LOSSES["total"], linewidth=0.9, alpha=0.4, **label("by window of steps"))
+    draw_line(loss, x, [line["loss"] for line in steps], color=LOSSES["total"], linewidth=0.9, alpha=0.4, **label("by window of steps"))
     style = dict(color=LOSSES["total"], marker="o", linewidth=1.8)
-    _line(loss, [end - 0.5 for end in ends], [line["train_loss"] for line in epochs], **style, **label("by epoch"))
+    draw_line(loss, [end - 0.5 for end in ends], [line["train_loss"] for line in epochs], **style, **label("by epoch"))
     for name, color in METRICS.items():
         values = [line["metrics"].get(name) for line in epochs]
         style = "--" if name == "miou" else "-"
-        _line(iou, ends, values, color=color, marker="o", linestyle=style, crosses=False, **label(METRIC_NAMES[name]))
+        draw_line(iou, ends, values, color=color, marker="o", linestyle=style, crosses=False, **label(METRIC_NAMES[name]))
     norm.set_yscale("log")
-    _line(norm, x, [line.get("grad_norm_max") for line in steps], color=PURPLE, linewidth=1.0, **label("largest"))
-    _line(norm, x, [line["grad_norm"] for line in steps], color=BLACK, linewidth=1.4, **label("mean"))
+    draw_line(norm, x, [line.get("grad_norm_max") for line in steps], color=PURPLE, linewidth=1.0, **label("largest"))
+    draw_line(norm, x, [line["grad_norm"] for line in steps], color=BLACK, linewidth=1.4, **label("mean"))
     if first:
         for level, (color, name) in NORM_LINES.items():
             norm.axhline(level, color=color, linewidth=1.2, linestyle="--", zorder=1, gid="limit")

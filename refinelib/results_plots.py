@@ -15,7 +15,7 @@ from matplotlib.patheffects import Normal, Stroke
 from .coco_results import decode
 from .data import Source
 from .image_space import AnnotatedImage, annotated_images
-from .plots import BLACK, DPI, ERRORS, METRICS, METRIC_NAMES, PURPLE, WIDTH, Figure
+from .drawing import BLACK, DPI, ERRORS, METRICS, METRIC_NAMES, PURPLE, WIDTH, Figure
 from .results import FIGURES, Result, difference, figure, size_groups
 
 #: Refinement on and off.

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
-from .plots import BLACK, BLUE, CLASSES, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, Figure
+from .drawing import BLACK, BLUE, CLASSES, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, Figure
 
 Record = Mapping[str, Any]
 #: Colours of the two sides, and of the runs with a remedy.
