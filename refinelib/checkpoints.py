@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import absolute
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
