@@ -116,7 +116,7 @@ def draw_line(
 
 def mark_skips(axes: Axes, run: Run) -> None:
     events = run.events()
-    steps = [event["step"] for event in events if event["kind"] == "skip" and "step" in event]
+    steps = [event["step"] for event in events if "step" in event and (event["kind"] == "skip" or (event["kind"] == "spike" and event.get("skipped")))]
     # Repeats within an epoch are told in one line, at the last of them.
     again = [event for event in events if event["kind"] == "again" and event.get("of") == "skip"]
     count = len(steps) + sum(event["count"] - 1 for event in again)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import random
 import time
@@ -150,6 +151,7 @@ class Trainer:
             for epoch in range(self.step // per_epoch, settings.epochs):
                 started, end = time.perf_counter(), (epoch + 1) * per_epoch
                 plan = self.feed.plan(epoch)
+                self.log.watch.who = functools.partial(self.people, plan)
                 self.model.train()
                 self.log.restart_clock()
                 while self.step < end:
@@ -205,11 +207,14 @@ class Trainer:
                 self.rewind(reason, row)
                 return
 
+    def people(self, plan, step: int) -> list[dict[str, Any]]:
+        """Who was in step number ``step`` (from 1) of the planned epoch."""
+        return [self.train_store.person(roi) for roi in plan.rois[(step - 1) % self.feed.steps_per_epoch].flatten().tolist()]
+
     def keep_incident(self, plan, row: Row) -> None:
         """Look at a step that went wrong, with the weights it met, and keep what is new; then go on."""
         at = (row.step - 1) % self.feed.steps_per_epoch
         batches = [self.feed.batch(plan, at, micro) for micro in range(self.settings.accumulate)]
-        rois = torch.cat([batch.rois for batch in batches]).tolist()
         folder = self.run.folder / "incidents" / f"{row.step:06d}"
         try:
             finding = capture(
@@ -220,7 +225,7 @@ class Trainer:
                 loss=self.loss,
                 injector=self.injector,
                 batches=[(batch.images, batch.labels) for batch in batches],
-                people=[self.train_store.person(roi) for roi in rois],
+                people=self.people(plan, row.step),
                 names=self.guard.names,
                 random=_random_state(self.device),
                 device=self.device,

@@ -1,6 +1,7 @@
 """Events: the first time in a sentence, repeats in one line an epoch."""
 
 import math
+import random
 
 import pytest
 
@@ -99,3 +100,20 @@ def test_without_a_loss_scale_nobody_speaks_of_its_floor(tmp_path):
     watch = Watch(Run.start(resolve("demo", output_dir=str(tmp_path))), losses=["ce"], parameters=["stem.weight"], cap=None, scale_floor=None)
     watch.step(1, 1, {**GOOD, "loss_scale": 1.0}, [1e6], [1.0])
     assert watch.run.events() == []
+
+
+def test_a_loss_component_far_out_of_its_range_is_named_with_the_people_in_the_batch(watch):
+    watch.who = lambda step: [{"annotation_id": 10 * step}]
+    generator = random.Random(0)
+    for step in range(1, 200):
+        watch.step(step, 1, GOOD, [generator.lognormvariate(0, 0.3), generator.lognormvariate(-1, 0.3)], NORMS)
+    assert watch.run.events() == []
+    watch.step(200, 1, GOOD, [1.0, 9.0], NORMS)
+    (event,) = watch.run.events()
+    assert event["kind"] == "unusual" and "the contour loss is 9" in event["message"] and event["people"] == [{"annotation_id": 2000}]
+
+
+def test_a_level_that_moves_slowly_is_not_unusual(watch):
+    for step in range(1, 2000):
+        watch.step(step, 1, GOOD, [1.0, 0.01 * 1.003**step], NORMS)
+    assert not [event for event in watch.run.events() if event["kind"] == "unusual"]
