@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Stepper:
         self.inputs: list[tuple[Tensor, ...]] = []  # what the graph reads, a tuple a micro-batch
         self.report: Tensor | None = None
         self.taken = 0
+        self.pieces = 1  # that each micro-batch is taken in; more where it does not fit into memory
         wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda" and steps >= WORTH_COMPILING)
         self.compiled = wanted
         self.captures = device.type == "cuda" and settings.cuda_graphs and guard.fused  # another optimizer asks the host
@@ -92,10 +93,12 @@ class Stepper:
 
     def compute(self, given: list[tuple[Tensor, ...]]) -> Tensor:
         """Everything of a step that happens on the device."""
-        total, components, share = 0.0, 0.0, 1.0 / len(given)
+        total, components = 0.0, 0.0
         self.guard.zero_grad()
-        for inputs in given:
-            images, labels = self.injector.batch(*self.feed.make(*inputs))
+        batches = [self.injector.batch(*self.feed.make(*inputs)) for inputs in given]
+        samples = sum(len(labels) for _, labels in batches)
+        for images, labels in _in_pieces(batches, self.pieces):
+            share = len(labels) / samples  # every loss is a mean over samples
             loss, parts = self.forward(images.contiguous(memory_format=torch.channels_last), labels)
             loss = self.injector.loss(loss)
             self.guard.scale(loss * share).backward()
@@ -106,12 +109,12 @@ class Stepper:
     def _first(self, given: list[tuple[Tensor, ...]]) -> Tensor:
         """A step before the graph stands. What cannot be compiled here is done without."""
         if not self.compiled or self.taken:
-            return self.compute(given)
+            return self._fitting(given)
         started = time.perf_counter()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice for whoever writes the compiled code
-                report = self.compute(given)
+                report = self._fitting(given)
             self.compile_seconds = time.perf_counter() - started
             return report
         except torch.OutOfMemoryError:
@@ -120,7 +123,31 @@ class Stepper:
             self.say(f"could not compile ({(str(error) or type(error).__name__).splitlines()[0]}): trains without, more slowly")
             self.compiled, self.forward = False, self.eager
             self.guard.uncompile()
-            return self.compute(given)
+            return self._fitting(given)
+
+    def _fitting(self, given: list[tuple[Tensor, ...]]) -> Tensor:
+        """:meth:`compute`, in ever smaller pieces until they fit into memory; the step is the same but for rounding.
+
+        Raises:
+            OutOfMemoryError: one ROI alone does not fit.
+        """
+        while True:
+            try:
+                return self.compute(given)
+            except torch.OutOfMemoryError:
+                if not self._smaller(len(given[0][-1])):
+                    raise
+
+    def _smaller(self, batch: int) -> bool:
+        """Take micro-batches in twice as many pieces; whether that can still be done."""
+        self.guard.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.pieces >= batch:
+            return False
+        self.pieces = min(2 * self.pieces, batch)
+        self.say(f"a batch of {batch} does not fit into memory: it is taken in {self.pieces} pieces, with the same result")
+        return True
 
     def _capture(self, given: list[tuple[Tensor, ...]]) -> None:
         """Record a step as a graph; recording runs nothing."""
@@ -130,8 +157,11 @@ class Stepper:
         try:
             with torch.cuda.graph(graph):
                 report = self.compute(self.inputs)
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError:  # a graph keeps its memory to itself: there was room for the step, not for both
+            self.captures = self._smaller(len(given[0][-1]))
+            if self.captures:
+                self._capture(given)
+            return
         except RuntimeError as error:
             torch.cuda.synchronize()
             self.say(f"could not capture a CUDA graph ({str(error).splitlines()[0]}): trains without, more slowly")
@@ -142,3 +172,8 @@ class Stepper:
     def state(self) -> dict[str, Any]:
         """How steps are taken, for the log."""
         return {"compiled": self.compiled, "graph": self.graph is not None}
+
+
+def _in_pieces(batches: list[tuple[Tensor, Tensor]], pieces: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in batches:
+        yield from zip(images.tensor_split(pieces), labels.tensor_split(pieces))

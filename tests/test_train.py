@@ -292,3 +292,32 @@ def test_a_training_step_on_cuda_reads_nothing_back(tiny, amp, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "train_step", watched)
     run = train(tiny(device="cuda", amp=amp, epochs=2, augment="full", ema_decay=0.9))
     assert run.status()["state"] == "ok" and len(calls) > 4
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_pieces_with_the_same_result(tiny, monkeypatch):
+    whole = train(tiny(run="whole", batch_size=6, epochs=1, grad_clip=1e6, ema_decay=0))
+    real = loop.Stepper.eager
+
+    def small_memory(self, images, labels):
+        if len(labels) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, images, labels)
+
+    monkeypatch.setattr(loop.Stepper, "eager", small_memory)
+    pieces = train(tiny(run="pieces", batch_size=6, epochs=1, grad_clip=1e6, ema_decay=0))
+    for a, b in zip(whole.steps(), pieces.steps()):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    told = [event["message"] for event in pieces.events() if event["kind"] == "speed"]
+    assert len(told) == 2 and "taken in 4 pieces" in told[-1]
+
+
+def test_what_cannot_be_compiled_trains_all_the_same(tiny, monkeypatch):
+    def no_compiler(function, **_):
+        def fail(*arguments):
+            raise RuntimeError("no C compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    run = train(tiny(run="plain", compile="on", epochs=1))
+    assert run.status()["state"] == "ok" and "no C compiler here" in run.events()[0]["message"]
