@@ -33,7 +33,7 @@ Covers = Mapping[str, Sequence[Sequence[int]]]  # by cell
 BEGIN, END = "<!-- made by gallery/make.py -->", "<!-- end -->"
 
 #: Runs beside the one of train.ipynb that other notebooks look at: without refinement, and one that a fault destroys.
-SIZE = {"epochs": 3, "max_images": 120}
+SIZE = {"epochs": 6, "max_images": 120, "roi_size": 32, "mask_size": 32, "lr": 4e-3}
 BESIDE = {
     "demo-plain": dict(SIZE, use_boundary_refinement=False, use_contour_detection=False, use_distance_transform=False,
                        use_progressive_upsampling=False, use_active_contour_loss=False, use_boundary_aware_loss=False),
@@ -151,6 +151,7 @@ def execute(names: list[str], device: str, work: Path) -> None:
 
     from refinelib.training import train
 
+    work.mkdir(parents=True, exist_ok=True)
     where = str(work.resolve() / "outputs")
     if {"predict", "results", "compare", "gradients"} & set(names) and "train" not in names and not (work / "outputs" / "demo").exists():
         train(resolve("demo", output_dir=where, **SIZE))
