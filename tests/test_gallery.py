@@ -99,7 +99,7 @@ def test_nothing_of_the_machine_is_kept(make):
         v4.new_code_cell("run = None", metadata={"tags": ["parameters"], "papermill": {"duration": 1}}),
         v4.new_code_cell(f'# Parameters\ndata_dir = "/home/me/.coco"\noutput_dir = "{where}"', metadata={"tags": ["injected-parameters"]}),
         v4.new_code_cell("1", metadata={"execution": {}}, outputs=[
-            v4.new_output("stream", name="stdout", text=f"{where}/demo\n"),
+            v4.new_output("stream", name="stdout", text=f"{where}/demo {where}/rootcause\n"),
             v4.new_output("stream", name="stdout", text=f"{project_root()}/params/demo.yaml"),
             v4.new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox(children=1)"}),
             v4.new_output("execute_result", data={"text/markdown": "`/home/me/.coco/a.jpg`", "text/plain": "<Markdown>"}),
@@ -110,7 +110,7 @@ def test_nothing_of_the_machine_is_kept(make):
     assert done.cells[1].source == '# Parameters\ndata_dir = "~/coco"' and done.cells[1].id == "injected-parameters"
     assert [dict(cell.metadata) for cell in done.cells] == [{"tags": ["parameters"]}, {"tags": ["injected-parameters"]}, {}]
     stream, markdown = done.cells[2].outputs
-    assert stream.text == "outputs/demo\nparams/demo.yaml"
+    assert stream.text == "outputs/demo outputs/rootcause\nparams/demo.yaml"
     assert dict(markdown.data) == {"text/markdown": "`~/coco/a.jpg`"}
     assert done.metadata.gallery == {"date": "2026-01-02", "device": "a machine", "seconds": 3, "parameters": "-p data_dir '~/coco'"}
     assert not any(MACHINE.search(text) for text in texts(done))
