@@ -75,7 +75,7 @@ def small_png(data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence
 
 
 def _palette(picture: Image.Image, colours: int) -> Image.Image:
-    """Up to half of the colours are the picture's own flat ones, exact (classes, lines, paper); median cut finds the others."""
+    """Up to half of the colours are the picture's own flat ones (classes, lines, paper); median cut finds the others."""
     pixels = picture.width * picture.height
     counted = sorted(picture.getcolors(pixels), reverse=True)
     flat = [colour for count, colour in counted[: colours // 2] if count > pixels / 3000]
@@ -235,7 +235,7 @@ def main() -> int:
     default = [name for name in HERE_MADE if name not in FROM_A_GPU]
     parser.add_argument("names", nargs="*", help=f"of {', '.join(HERE_MADE)}; none: {', '.join(default)}")
     parser.add_argument("--take", action="append", default=[], metavar="NAME=FILE", help="a copy that was executed elsewhere")
-    parser.add_argument("--cover", action="append", default=[], metavar="CELL:X0,Y0,X1,Y1", help="hide this part of a cell's picture (pixels)")
+    parser.add_argument("--cover", action="append", default=[], metavar="CELL:X0,Y0,X1,Y1", help="hide this part of a cell's picture")
     parser.add_argument("--device", default=f"{os.cpu_count()} CPU cores", help="words for the machine it was executed on")
     parser.add_argument("--work", metavar="FOLDER", help="keep the runs here, and use again those that lie here; none: a passing folder")
     parser.add_argument("--table", action="store_true", help="only write the table of gallery/README.md again")
