@@ -8,7 +8,7 @@ ARGS ?=
 NOTEBOOKS := $(or $(shell git ls-files "notebooks/*.ipynb" 2>/dev/null),$(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test lab nbdime bench clean
+.PHONY: help env train test gallery lab nbdime bench clean
 
 help: ## say what there is
 	@echo "refinelib: boundary-refined person masks, finite by construction"
@@ -33,8 +33,12 @@ train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb th
 	@$(BIN)/papermill notebooks/train.ipynb $(OUT) --kernel python3 --no-progress-bar --log-level WARNING --stdout-file - $(ARGS)
 
 test: $(READY) ## pass every test, the notebooks' included
-	@$(BIN)/python -m pytest -q
-	@REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider $(NOTEBOOKS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+	@OMP_NUM_THREADS=1 REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
+	  --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider $(NOTEBOOKS)
+
+gallery: $(READY) ## execute the notebooks into gallery/, for readers on the web
+	@$(BIN)/python gallery/make.py $(ARGS)
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -26,8 +26,8 @@ def read(path: Path):
 
 
 def papermill(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """The literal command line, in smoke size, with two threads."""
-    environment = {**os.environ, "REFINELIB_SMOKE": "1", "OMP_NUM_THREADS": "2"}
+    """The literal command line, in smoke size, with one thread: tests run side by side."""
+    environment = {**os.environ, "REFINELIB_SMOKE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "papermill", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
