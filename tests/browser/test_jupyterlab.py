@@ -90,7 +90,7 @@ def _move(widgets: Widgets) -> None:
                 widgets.answers(widgets.drag, label, share)
         elif label == "layers":
             first, *others = widgets.options(label)
-            for option in (*others, first):
+            for option in (*others[::5], first):
                 widgets.answers(widgets.pick, label, option)
         elif label in ("columns", "rows"):
             widgets.answers(widgets.drag, label, 0.1, 0)
@@ -127,7 +127,8 @@ def test_runs_from_top_to_bottom_and_its_widgets_answer(name, server, page, tmp_
     _record(name, open_s=opened - began, run_s=ran - opened, widgets_s=moved - ran)
     assert not cut_off
     assert not notebook.complaints
-    if name == "train":  # losses and masks, drawn anew after each of two epochs, in the same two places
+    if panels:  # losses and masks, drawn anew after each epoch, in the same two places
         (cell,) = [cell for cell in notebook.cells() if cell["id"] == "train"]
         assert sum("image/png" in item.get("data", {}) for item in cell["outputs"]) == 2
-        assert len(panels) == 4
+        assert len(panels) > 2
+    assert bool(panels) == (name in ("train", "progressive"))
