@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PLAYWRIGHT := $(VENV)/.playwright
 OUT ?= outputs/train.ipynb
 ARGS ?=
 NOTEBOOKS := $(or $(shell git ls-files "notebooks/*.ipynb" 2>/dev/null),$(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test gallery lab nbdime bench clean
+.PHONY: help env train test browser chromium gallery lab nbdime bench clean
 
 help: ## say what there is
 	@echo "refinelib: boundary-refined person masks, finite by construction"
@@ -33,12 +34,28 @@ train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb th
 	@$(BIN)/papermill notebooks/train.ipynb $(OUT) --kernel python3 --no-progress-bar --log-level WARNING --stdout-file - $(ARGS)
 
 test: $(READY) ## pass every test, the notebooks' included
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not browser" -n auto --dist worksteal
 	@OMP_NUM_THREADS=1 REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
 	  --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider $(NOTEBOOKS)
 
 gallery: $(READY) ## execute the notebooks into gallery/, for readers on the web
 	@$(BIN)/python gallery/make.py $(ARGS)
+
+browser: $(PLAYWRIGHT) chromium ## pass every notebook in JupyterLab, in a headless Chromium; pictures of the pages in outputs/browser
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser -n 2 --dist worksteal -p no:cacheprovider tests/browser
+
+$(PLAYWRIGHT): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	@touch $@
+
+chromium:
+	@if ! $(BIN)/python tests/browser/lab.py >/dev/null 2>&1; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing Chromium" && apt-get -qq update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+	  fi; \
+	  $(BIN)/python tests/browser/lab.py; \
+	fi
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -273,12 +274,16 @@ def recipe_names() -> list[str]:
 
 
 def describe(settings: Settings) -> str:
-    """A plain table of the resolved settings, one a line; those that differ from the defaults are starred."""
+    """A plain table of the resolved settings, a paragraph each; those that differ from the defaults are starred."""
     lines = []
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
         star = "*" if value != field.default else " "
-        lines.append(f"{star} {name:28} {_shown(value):24} {field.description}")
+        start = f"{star} {name:26} {_shown(value):15} "  # lines of 100 characters: a notebook beside JupyterLab's file list shows no more
+        if len(start) > 45:
+            lines.append(start.rstrip())
+            start = ""
+        lines += textwrap.wrap(field.description, 100, initial_indent=start.ljust(45), subsequent_indent=" " * 45)
     return "\n".join(lines)
 
 

@@ -207,7 +207,7 @@ def _mark(panels: Sequence[Axes], places: Sequence[Layer], layer: Layer | None, 
 
 def _dress(axes: Axes, places: Sequence[Layer], title: str, y: str, *, names: bool = False) -> None:
     """Labels, and a band for every part of the model, named above the panel where it is wide enough."""
-    axes.set_title(title, loc="left", fontsize=10, pad=32 if names else 6)
+    axes.set_title(title, loc="left", fontsize=10, pad=42 if names else 6)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(which="both", labelsize=8)
     axes.set_xlim(-0.5, len(places) - 0.5)

@@ -13,7 +13,7 @@ import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 from .config import Settings, absolute
 from .gates import judge
@@ -29,11 +29,15 @@ class PhaseError(RuntimeError):
     """A phase broke off or did not pass its gate; the message says which and why."""
 
 
-def advance(plan: Plan) -> Path:
+def advance(plan: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
     """Train what is left of a chain, phase by phase, until all have passed or one has not.
 
     A phase that breaks off or is held at its gate ends the chain; ``progressive.json`` and ``status.json`` say so, and :func:`conclude`
     raises it, so that a notebook can first draw what there is.
+
+    Args:
+        plan: the phases and their settings.
+        on_epoch: called with the run after each epoch of each phase, such as ``widgets.live_panel()``.
 
     Returns:
         the chain's folder.
@@ -50,7 +54,7 @@ def advance(plan: Plan) -> Path:
             entry = next(item for item in state["phases"] if item["phase"] == name)
             if entry["state"] == "passed":
                 print(f"{name}: passed before, kept", flush=True)
-            elif not _one(plan, state, entry, before, source):
+            elif not _one(plan, state, entry, before, source, on_epoch):
                 return plan.folder
             before, source = entry["after"], str(plan.folder / entry["run"])
         _write(plan.folder, state, state="ok", last_error=None, phase=None)
@@ -105,7 +109,7 @@ def table(folder: str | os.PathLike) -> str:
 
 
 # -- one phase -------------------------------------------------------------------------------------
-def _one(plan: Plan, state: dict, entry: dict, before: dict | None, source: str | None) -> bool:
+def _one(plan: Plan, state: dict, entry: dict, before: dict | None, source: str | None, on_epoch: Callable[[Run], None] | None) -> bool:
     """Train one phase, or what is left of it, and judge it; False: it broke off or was held."""
     from . import checkpoints  # torch
     from .training import train
@@ -126,7 +130,8 @@ def _one(plan: Plan, state: dict, entry: dict, before: dict | None, source: str 
                 source = str(checkpoints.find(source, output_dir=str(plan.folder.parent)))
                 if before is None:
                     before = state["before"] = _starting_score(settings, source)
-            run = train(settings.model_copy(update={"run": entry["run"], "resume": resume, "init_from": None if resume else source}))
+            given = {"run": entry["run"], "resume": resume, "init_from": None if resume else source}
+            run = train(settings.model_copy(update=given), on_epoch=on_epoch)
         except KeyboardInterrupt:
             entry["state"] = "interrupted"
             _write(plan.folder, state, state="interrupted", last_error=f"{name} was interrupted; run the chain again to go on")

@@ -34,7 +34,9 @@ class Progress:
         live = show and interactive()
         self._bar = None
         if live:
-            self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", mininterval=0.5, dynamic_ncols=True)
+            # In a notebook, what goes to stderr is red, and what follows it on stdout tears the bar apart.
+            stream = sys.stdout if "ipykernel" in sys.modules else sys.stderr
+            self._bar = tqdm(file=stream, total=total, initial=done, desc=title, unit=f" {unit}", mininterval=0.5, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self

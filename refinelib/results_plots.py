@@ -79,7 +79,7 @@ def jitter(curves: dict[str, list[dict[str, Any]]]) -> Figure:
         axes.set_title("")
         axes.set_ylabel(f"{METRIC_NAMES[key]} in the image, 0 to 1", fontsize=9)
         if len(curves) > 1:
-            axes.legend(fontsize=8, frameon=False, loc="lower left")
+            axes.legend(fontsize=8, frameon=False, loc="lower left", handlelength=4)  # shorter, and the marker hides that it is broken
     _title(shown, "boxes that are off; bands: 95 % interval over images")
     return shown
 

@@ -26,16 +26,18 @@ def runs_table(
 
 
 def every_run_table(groups: dict[str, Sequence[Result]]) -> str:
-    """A row a run: its figures on the ROIs, in the image, and by pycocotools."""
+    """A row a run: its figures on the ROIs; below, in the image and by pycocotools. One table of all is wider than a notebook."""
     keys = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "boundary_f1_1px", "boundary_f1_2px", "hd95", "surface_distance")
-    rows = []
+    on_roi, in_image = [], []
     for group, runs in groups.items():
         for run in runs:
             report = run.evaluation.report
-            rows.append([run.name, group, run.settings.seed, *(shown(report[key]) for key in keys)])
-            rows[-1] += [shown(report["image"]["boundary_iou_image"]), *(shown(report["coco"][key]) for key in ("AP", "AP50", "AP75"))]
-    names = [FIGURES[key] for key in keys]
-    return table(["run", "group", "seed", *names, FIGURES["image_boundary_iou_image"], "AP", "AP50", "AP75"], rows)
+            on_roi.append([run.name, group, run.settings.seed, *(shown(report[key]) for key in keys)])
+            scores = (shown(report["coco"][key]) for key in ("AP", "AP50", "AP75"))
+            in_image.append([run.name, group, run.settings.seed, shown(report["image"]["boundary_iou_image"]), *scores])
+    who = ["run", "group", "seed"]
+    above = table([*who, *(FIGURES[key] for key in keys)], on_roi)
+    return above + "\n\n" + table([*who, FIGURES["image_boundary_iou_image"], "AP", "AP50", "AP75"], in_image)
 
 
 def paired_table(

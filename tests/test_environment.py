@@ -21,7 +21,8 @@ def _pins() -> dict[str, str]:
 
 def _declared() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    return [*project["dependencies"], *extras["test"], *extras["browser"]]
 
 
 def _version(text: str) -> tuple[int, ...]:

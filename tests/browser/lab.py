@@ -1,0 +1,259 @@
+"""JupyterLab as a person has it in front of them: a server of its own, a headless Chromium, a notebook, its widgets.
+
+Nothing is read from or written to the settings of whoever runs this: HOME and all of Jupyter's folders are made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+#: What Debian and Ubuntu call it, and others.
+CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome", "/usr/bin/google-chrome-stable")
+#: Root needs ``--no-sandbox``; the rest keeps the browser off the network and off a GPU that is not there.
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+#: As wide as a laptop; JupyterLab's own bars take some 350 pixels of it.
+WIDTH, HEIGHT = 1360, 900
+#: Chromium paints no page higher than this, in pixels.
+HIGHEST = 16000
+
+# Run in the page. ``jupyterapp`` is JupyterLab itself, offered by ``expose_app_in_browser``.
+STATE = """() => {
+    const panel = window.jupyterapp?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
+    return panel?.content?.model?.cells?.length && panel.context.isReady && kernel ? kernel.status : 'not there';
+}"""
+CELLS = "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
+# Where the last cell ends, scrolled to the top.
+BOTTOM = """() => {
+    document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0;
+    return [...document.querySelectorAll('.jp-Notebook .jp-Cell')].at(-1).getBoundingClientRect().bottom;
+}"""
+# Outputs that stick out of their cell, or are shown with a scroll bar.
+CUT_OFF = """() => [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output, .jp-Notebook .jp-OutputArea-output *')]
+    .filter(part => part.checkVisibility() && part.clientWidth > 0 && part.scrollWidth > part.clientWidth + 1)
+    .filter(part => getComputedStyle(part).overflowX != 'visible')
+    .map(part => `${part.tagName.toLowerCase()}.${part.className}: ${part.scrollWidth} in ${part.clientWidth} pixels`)"""
+# The whole picture, not only its address: a picture drawn again may be the same.
+PIXELS = """async image => {
+    const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+    const hash = new Uint8Array(await crypto.subtle.digest('SHA-256', bytes));
+    return bytes.length + ':' + [...hash.slice(0, 8)].join(' ');
+}"""
+
+
+def chromium() -> str | None:
+    """Where Chromium is; ``None`` where there is none."""
+    return next((path for path in CHROMIUM if os.access(path, os.X_OK)), None)
+
+
+class Server:
+    """JupyterLab on this machine alone, on a free port and behind a token; used as a context.
+
+    Args:
+        folder: notebooks are served from ``folder/notebooks``; its settings and its log lie beside it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.folder = folder / "notebooks", folder
+        self.token = secrets.token_hex(16)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    def __enter__(self) -> "Server":
+        self.root.mkdir(parents=True)
+        places = {"HOME": "home", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
+                  "IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}  # fmt: skip
+        environment = {**os.environ, "REFINELIB_SMOKE": "1", **{name: str(self.folder / place) for name, place in places.items()}}
+        for place in places.values():
+            (self.folder / place).mkdir(mode=0o700)
+        quiet = self.folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
+        command += [f"--ServerApp.root_dir={self.root}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}"]
+        command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}"]
+        self._log = (self.folder / "server.log").open("w")
+        self._process = subprocess.Popen(command, cwd=self.root, env=environment, stdout=self._log, stderr=self._log)
+        try:
+            until(self._answers, 60, "JupyterLab does not answer")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()  # it ends its kernels first
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._log.close()
+
+    def _answers(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError("JupyterLab did not start:\n" + (self.folder / "server.log").read_text()[-2000:])
+        try:
+            return bool(json.load(urllib.request.urlopen(self.address("api/status"), timeout=2)))
+        except OSError:
+            return False
+
+    def address(self, path: str) -> str:
+        """Of a page or an answer of the server, with the token in it."""
+        return f"http://127.0.0.1:{self.port}/{path}?token={self.token}"
+
+
+def until(happened: Callable[[], Any], seconds: float, otherwise: str, every: float = 0.1) -> Any:
+    """What ``happened`` returns, once that is true.
+
+    Raises:
+        TimeoutError: ``otherwise``, and for how long.
+    """
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{otherwise} (waited {seconds:g} s)")
+        time.sleep(every)
+    return found
+
+
+class Notebook:
+    """A notebook in a page of the browser.
+
+    Args:
+        page: Playwright's page.
+        server: that has the notebook.
+        name: of its file, without the suffix.
+    """
+
+    def __init__(self, page: Any, server: Server, name: str) -> None:
+        self.page, self.name = page, name
+        self.complaints: list[str] = []
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.goto(server.address(f"lab/workspaces/{name}/tree/{name}.ipynb"))
+        until(lambda: self.state() == "idle", 90, f"{name}.ipynb does not open")
+
+    def state(self) -> str:
+        """Of its kernel: ``idle``, ``busy`` and so on."""
+        return self.page.evaluate(STATE)
+
+    def cells(self) -> list[dict[str, Any]]:
+        """As nbformat has them, with all that JupyterLab holds now, saved or not."""
+        return self.page.evaluate(CELLS)
+
+    def cell(self, number: int) -> Any:
+        """Playwright's handle of a cell of the notebook."""
+        return self.page.locator(".jp-Notebook .jp-Cell").nth(number)
+
+    def run_all(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """*Run All Cells* from the menu; returns when the last cell has run, or one has failed, and the kernel is idle."""
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+        def ended() -> bool:
+            meanwhile()
+            if self.state() != "idle":
+                return False
+            code = [cell for cell in self.cells() if cell["cell_type"] == "code" and cell["source"]]
+            return all(cell["execution_count"] for cell in code) or bool(self.errors())
+
+        until(ended, seconds, f"{self.name}.ipynb still runs", every=0.25)
+
+    def errors(self) -> list[str]:
+        """``cell: error`` of every cell that raised."""
+        outputs = [(cell["id"], item) for cell in self.cells() for item in cell.get("outputs", [])]
+        return [f"{cell}: {item['ename']}: {item['evalue']}" for cell, item in outputs if item["output_type"] == "error"]
+
+    def widgets(self) -> Iterator["Widgets"]:
+        """Outputs that hold controls, in order."""
+        for number, cell in enumerate(self.cells()):
+            for item in cell.get("outputs", []):
+                if "application/vnd.jupyter.widget-view+json" in item.get("data", {}):
+                    yield Widgets(self, cell["id"], self.cell(number))
+
+    def screenshot(self, file: Path) -> list[str]:
+        """The whole notebook as one picture, in a window high enough for it; returns what is cut off."""
+        self.page.get_by_role("menuitem", name="View", exact=True).focus()  # no cell is being edited
+        height = HEIGHT
+        for _ in range(8):  # a cell that was never on the screen has a guessed height
+            self.page.set_viewport_size({"width": WIDTH, "height": height})
+            self.page.wait_for_timeout(300)
+            needed = min(round(self.page.evaluate(BOTTOM)) + 40, HIGHEST)
+            if abs(needed - height) < 2:
+                break
+            height = needed
+        self.page.screenshot(path=file)
+        found = self.page.evaluate(CUT_OFF)
+        self.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
+        return found
+
+
+class Widgets:
+    """Controls of one output and the picture that they decide on."""
+
+    def __init__(self, notebook: Notebook, name: str, cell: Any) -> None:
+        self.page, self.name = notebook.page, name
+        cell.scroll_into_view_if_needed()
+        self.output = cell.locator(".widget-vbox").first
+        self.image = self.output.locator("img.widget-image")
+        self.image.wait_for(timeout=15000)
+
+    def picture(self) -> str:
+        """What tells one picture from another."""
+        return self.image.evaluate(PIXELS)
+
+    def labels(self) -> list[str]:
+        """What the controls are called, sliders and lists first."""
+        named = self.output.locator(".widget-inline-hbox > .widget-label").all_text_contents()
+        pressed = self.output.locator("button").all_text_contents()
+        return [label for label in (text.strip() for text in (*named, *pressed)) if label]  # text that stands by itself has none
+
+    def control(self, label: str) -> Any:
+        return self.output.locator(".widget-inline-hbox", has=self.page.get_by_text(label, exact=True))
+
+    def drag(self, label: str, share: float, handle: int = 0) -> None:
+        """Drag a handle of a slider with the mouse to ``share`` (0 to 1) of the slider's length."""
+        control = self.control(label)
+        knob, track = control.locator(".noUi-touch-area").nth(handle), control.locator(".noUi-base")
+        knob.scroll_into_view_if_needed()
+        start, whole = knob.bounding_box(), track.bounding_box()
+        middle = start["y"] + start["height"] / 2
+        self.page.mouse.move(start["x"] + start["width"] / 2, middle)
+        self.page.mouse.down()
+        self.page.mouse.move(whole["x"] + whole["width"] * share, middle, steps=6)
+        self.page.mouse.up()
+
+    def options(self, label: str) -> list[str]:
+        return self.control(label).locator("option").all_inner_texts()
+
+    def pick(self, label: str, option: str) -> None:
+        self.control(label).locator("select").select_option(option)
+
+    def press(self, label: str) -> None:
+        self.output.get_by_role("button", name=label).click()
+
+    def answers(self, action: Callable[..., None], *arguments: Any) -> None:
+        """The picture changes after the action.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        before = self.picture()
+        action(*arguments)
+        said = f"{self.name}: nothing changes after {action.__name__}{arguments}"
+        until(lambda: self.picture() != before, 15, said)
+
+
+if __name__ == "__main__":  # asked by the Makefile
+    print(chromium() or sys.exit("There is no Chromium: apt install chromium (Debian), or Chrome from google.com/chrome, then make browser again."))
