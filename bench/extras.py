@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refinelib.training as loop
-from refinelib.blocks import Head
+from refinelib.modeling.blocks import Head
 from refinelib.build import build_loss, build_model
 from refinelib.config import resolve
-from refinelib.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, truth_of
-from refinelib.model import MaskOutput
-from refinelib.refine import bounded
+from refinelib.modeling.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, truth_of
+from refinelib.modeling.model import MaskOutput
+from refinelib.modeling.refine import bounded
 
 VARIANTS = ("base", "boundary_loss", "active_boundary_loss", "point_refinement")
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from refinelib.config import resolve
-from refinelib.faults import parse
+from refinelib.safety.faults import parse
 from refinelib.runs import Run
 from refinelib.training import Trainer
 

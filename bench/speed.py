@@ -32,7 +32,7 @@ from refinelib.build import build_guard, build_loss, build_model
 from refinelib.config import resolve
 from refinelib.data import open_split
 from refinelib.feed import Feed
-from refinelib.inject import Injector
+from refinelib.safety.inject import Injector
 from refinelib.stepping import WARM_UP, Stepper
 
 LINES: list[dict] = []

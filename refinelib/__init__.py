@@ -17,16 +17,16 @@ _HOME = {
     "describe": "config",
     "recipe_names": "config",
     "train": "training",
-    "DivergedError": "recovery",
-    "replay": "incidents",
-    "IncidentError": "incidents",
+    "DivergedError": "safety.recovery",
+    "replay": "safety.incidents",
+    "IncidentError": "safety.incidents",
     "Run": "runs",
     "RunError": "runs",
     "CheckpointError": "checkpoints",
     "DataError": "data",
-    "load": "predict",
-    "Predictor": "predict",
-    "evaluate": "evaluation",
+    "load": "quality.predict",
+    "Predictor": "quality.predict",
+    "evaluate": "quality.evaluation",
 }
 
 __all__ = sorted(_HOME)

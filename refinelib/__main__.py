@@ -46,9 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluation import checked_folder, measure
-    from .predict import load
-    from .runs import dumps
+    from refinelib.quality.evaluation import checked_folder, measure
+    from refinelib.quality.predict import load
+    from refinelib.runs import dumps
 
     if options.save:
         checked_folder(options.save)  # before the work, not after it
@@ -71,8 +71,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from .incidents import replay
-    from .runs import dumps
+    from refinelib.safety.incidents import replay
+    from refinelib.runs import dumps
 
     finding = replay(options.incident, device=options.device)
     print(dumps(finding.as_dict(), indent=2))
@@ -81,7 +81,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from .runs import Run, latest
+    from refinelib.runs import Run, latest
 
     run = latest() if options.run == "latest" else Run.open(options.run)
     print(run.summary())
@@ -89,7 +89,7 @@ def _summary(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .batch import run, table
+    from refinelib.notebook.batch import run, table
 
     given = {"epochs": options.epochs, "batch_size": options.batch_size}
     overrides = {name: value for name, value in given.items() if value is not None} | dict(options.p)

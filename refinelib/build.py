@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .config import Settings
-from .guard import Guard
-from .losses import MaskLoss
-from .model import HierarchicalUNet
-from .optim import WarmupCosine, build_optimizer
-from .roi import canvas_size, mask_canvas_size
+from refinelib.config import Settings
+from refinelib.safety.guard import Guard
+from refinelib.modeling.losses import MaskLoss
+from refinelib.modeling.model import HierarchicalUNet
+from refinelib.optim import WarmupCosine, build_optimizer
+from refinelib.modeling.roi import canvas_size, mask_canvas_size
 
 
 def build_model(settings: Settings) -> HierarchicalUNet:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import absolute
+from refinelib.config import absolute
 
 FORMAT = 2
 
@@ -185,7 +185,7 @@ def find(source: str | os.PathLike, *, output_dir: str = "outputs") -> Path:
 
     Of a run, the best one, else the last.
     """
-    from .runs import Run, RunError
+    from refinelib.runs import Run, RunError
 
     for path in (Path(source).expanduser(), absolute(source)):
         if path.is_file():

@@ -23,7 +23,7 @@ import yaml
 from pydantic_core import PydanticCustomError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from . import faults
+from refinelib.safety import faults
 
 SMOKE_VARIABLE = "REFINELIB_SMOKE"
 
@@ -137,7 +137,7 @@ class Settings(BaseModel):
     max_consecutive_skips: int = Field(20, ge=2, le=10_000, description="skips in a row after which the run goes back to its last good state")
     max_rewinds: int = Field(3, ge=0, le=100, description="how often a run may go back before it stops as diverged")
     max_incidents: int = Field(5, ge=0, le=1000, description="incidents kept for replay, each with a copy of the weights")
-    inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/faults.py")
+    inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/safety/faults.py")
 
     # -- validation and prediction ---------------------------------------------------------------
     flip_test: bool = Field(False, description="average the probabilities of each crop and of its mirror image; twice the time")

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import augment
-from .data import Store
-from .roi import labels_from_coverage
+from refinelib import augment
+from refinelib.data import Store
+from refinelib.modeling.roi import labels_from_coverage
 
 
 class Batch(NamedTuple):

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .feed import Feed
-from .guard import REPORT, Guard
-from .losses import MaskLoss
+from refinelib.feed import Feed
+from refinelib.safety.guard import REPORT, Guard
+from refinelib.modeling.losses import MaskLoss
 
 #: Steps kept a file, at most: every k-th, all that were skipped and those that stand out.
 ROWS = 2000

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
-from .config import Settings, absolute, project_root
+from refinelib.config import Settings, absolute, project_root
 
 
 class RunError(RuntimeError):

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import normalise
-from .data import Store
-from .roi import labels_from_coverage
+from refinelib.augment import normalise
+from refinelib.data import Store
+from refinelib.modeling.roi import labels_from_coverage
 
 #: Fixed ROIs kept every epoch, and as many again: a third each of the worst, the middle and the best.
 SAMPLES = 12

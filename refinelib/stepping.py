@@ -16,12 +16,12 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .build import autocast
-from .config import Settings
-from .feed import Feed, Plan
-from .guard import Guard
-from .inject import Injector
-from .losses import MaskLoss
+from refinelib.build import autocast
+from refinelib.config import Settings
+from refinelib.feed import Feed, Plan
+from refinelib.safety.guard import Guard
+from refinelib.safety.inject import Injector
+from refinelib.modeling.losses import MaskLoss
 
 #: Steps before a graph is captured: kernels are chosen and the optimizer makes its state.
 WARM_UP = 3

@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoints
-from .build import autocast, build_device, build_guard, build_loss, build_model
-from .config import Settings
-from .data import open_splits
-from .feed import Feed
-from .incidents import capture
-from .inject import Injector
-from .interruption import Interruption
-from .probe import Probe
-from .progress import Progress
-from .recovery import DivergedError, Recovery
-from .runs import Run
-from .samples import write_samples
-from .scoring import predict_probs, score
-from .steplog import Row, StepLog
-from .stepping import Stepper
+from refinelib import checkpoints
+from refinelib.build import autocast, build_device, build_guard, build_loss, build_model
+from refinelib.config import Settings
+from refinelib.data import open_splits
+from refinelib.feed import Feed
+from refinelib.safety.incidents import capture
+from refinelib.safety.inject import Injector
+from refinelib.interruption import Interruption
+from refinelib.probe import Probe
+from refinelib.progress import Progress
+from refinelib.safety.recovery import DivergedError, Recovery
+from refinelib.runs import Run
+from refinelib.samples import write_samples
+from refinelib.quality.scoring import predict_probs, score
+from refinelib.steplog import Row, StepLog
+from refinelib.stepping import Stepper
 
 
 def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
@@ -46,7 +46,7 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
 
     Raises:
         Whatever stopped the run, after ``status.json`` says so in one line. ``KeyboardInterrupt``
-        comes after a checkpoint of the very step that was reached. :class:`~refinelib.recovery.DivergedError` when
+        comes after a checkpoint of the very step that was reached. :class:`~refinelib.safety.recovery.DivergedError` when
         skipping and going back did not help; the best checkpoint stays.
     """
     run = Run.start(settings)

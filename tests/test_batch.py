@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from refinelib import batch
+from refinelib.notebook import batch
 from refinelib.config import project_root, resolve
 from refinelib.runs import Run
 from refinelib.training import train

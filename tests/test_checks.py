@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import refinelib.training as loop
-from refinelib import checks, checks_plots, verdicts
+from refinelib.notebook import checks, verdicts
+from refinelib.figures import checks_plots
 from refinelib.config import project_root, resolve
 from refinelib.runs import Run
 

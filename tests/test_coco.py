@@ -22,7 +22,7 @@ from refinelib.data.scenes import (
     UNREADABLE,
     SceneError,
 )
-from refinelib.roi import labels_from_coverage
+from refinelib.modeling.roi import labels_from_coverage
 
 # pycocotools 2.0 and NumPy 2 do not agree about an argument; only the reference decoder of these tests is concerned.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -12,7 +12,7 @@ from PIL import Image
 from test_notebooks import papermill, read
 from test_plots import make_run
 
-from refinelib import compare
+from refinelib.notebook import compare
 from refinelib.config import project_root
 from refinelib.runs import Run, RunError, dumps
 

@@ -24,9 +24,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refinelib import blocks, geometry, losses, model, refine
-from refinelib.losses import MaskLoss, hierarchical_log_probs, truth_of
-from refinelib.model import HierarchicalUNet, MaskOutput
+from refinelib.modeling import blocks, geometry, losses, model, refine
+from refinelib.modeling.losses import MaskLoss, hierarchical_log_probs, truth_of
+from refinelib.modeling.model import HierarchicalUNet, MaskOutput
 
 SIZE = (16, 20)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

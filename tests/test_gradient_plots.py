@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 from test_notebooks import papermill, read
 
-from refinelib import gradient_plots, gradients, instability, resolve
+from refinelib.figures import gradient_plots
+from refinelib.notebook import gradients
+from refinelib.safety import instability
+from refinelib import resolve
 from refinelib.config import project_root
 from refinelib.runs import Run, RunError
 from refinelib.training import train

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from refinelib.guard import REPORT, Guard
+from refinelib.safety.guard import REPORT, Guard
 from refinelib.optim import WarmupCosine, build_optimizer
 
 

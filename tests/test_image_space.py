@@ -12,13 +12,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
-from refinelib import boundary
-from refinelib.coco_results import CocoResults, average_precision, encode
+from refinelib.quality import boundary
+from refinelib.quality.coco_results import CocoResults, average_precision, encode
 from refinelib.data import SyntheticPeople
-from refinelib.image_space import annotated_images, compare, pasted_grid, score_in_images
-from refinelib.jitter import box_iou, jitter_boxes, jitter_curve, noise
-from refinelib.paste import Pasted, paste_labels
-from refinelib.roi import crop_rois
+from refinelib.quality.image_space import annotated_images, compare, pasted_grid, score_in_images
+from refinelib.quality.jitter import box_iou, jitter_boxes, jitter_curve, noise
+from refinelib.quality.paste import Pasted, paste_labels
+from refinelib.modeling.roi import crop_rois
 
 CPU = torch.device("cpu")
 CROSS = ndimage.generate_binary_structure(2, 1)

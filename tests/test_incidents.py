@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import refinelib
-from refinelib.forensics import Step, examine
-from refinelib.incidents import IncidentError, load, replay
-from refinelib.inject import Injector
+from refinelib.safety.forensics import Step, examine
+from refinelib.safety.incidents import IncidentError, load, replay
+from refinelib.safety.inject import Injector
 from refinelib.runs import Run, dumps
 from refinelib.training import train
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_replayed_is_refused_in_a_sentence(tiny, tmp_path):
 
 
 def test_a_disk_without_room_costs_the_incident_and_not_the_run(tiny, monkeypatch):
-    from refinelib import incidents
+    from refinelib.safety import incidents
 
     monkeypatch.setattr(incidents.checkpoints, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     run = train(tiny(inject="grad:nan@3:stem", epochs=1))

@@ -13,8 +13,8 @@ from test_train import assert_same, final_weights
 import refinelib.training as loop
 from refinelib.build import build_model
 from refinelib.config import SettingsError
-from refinelib.faults import parse
-from refinelib.inject import Injector
+from refinelib.safety.faults import parse
+from refinelib.safety.inject import Injector
 from refinelib.training import train
 
 STEPS = 20_000

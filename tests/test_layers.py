@@ -8,9 +8,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from refinelib import incident_plots as draw
-from refinelib.incidents import IncidentError, find, load
-from refinelib.layers import layers
+from refinelib.figures import incident_plots as draw
+from refinelib.safety.incidents import IncidentError, find, load
+from refinelib.safety.layers import layers
 from refinelib.training import train
 
 #: Fault, first place not finite forward, first place not finite from the loss back, whether a sample is to blame.

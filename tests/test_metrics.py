@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refinelib import boundary, metrics as m
-from refinelib.intervals import ImageBootstrap
+from refinelib.quality import boundary, metrics as m
+from refinelib.quality.intervals import ImageBootstrap
 
 SQUARE = np.ones((3, 3), bool)
 CROSS = ndimage.generate_binary_structure(2, 1)

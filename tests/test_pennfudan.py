@@ -12,7 +12,7 @@ from PIL import Image
 from refinelib.config import Settings
 from refinelib.data import DataError, PennFudanPeople, open_split, open_store
 from refinelib.data.scenes import MISSING, NO_MASK, OTHER_SIZE, SMALL, UNREADABLE
-from refinelib.roi import labels_from_coverage
+from refinelib.modeling.roi import labels_from_coverage
 
 OWN = dict(roi_size=(32, 32), mask_size=(32, 32), context=0.0, progress=False, workers=1)
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import refinelib.training as loop
-from refinelib import checkpoints, gates, phases, phases_plots
+from refinelib import checkpoints
+from refinelib.notebook import gates, phases
+from refinelib.figures import phases_plots
 from refinelib.config import SettingsError, project_root
-from refinelib.phase_plan import ADDS, from_notebook, plan
+from refinelib.notebook.phase_plan import ADDS, from_notebook, plan
 from refinelib.runs import Run, RunError, dumps
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refinelib import plots, resolve
+from refinelib.figures import plots
+from refinelib import resolve
 from refinelib.runs import Run, dumps
 
 FIGURES = ("losses", "gradient_norm", "learning_rate", "ious", "sample_grid", "overview")

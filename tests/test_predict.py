@@ -13,8 +13,8 @@ import refinelib
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
 from refinelib.data import SyntheticPeople
-from refinelib.evaluation import evaluate, grid_ceiling
-from refinelib.roi import centre_window, labels_from_coverage
+from refinelib.quality.evaluation import evaluate, grid_ceiling
+from refinelib.modeling.roi import centre_window, labels_from_coverage
 from refinelib.training import train
 
 

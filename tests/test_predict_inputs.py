@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from refinelib import mask_files
-from refinelib.box_widget import BoxPicker
+from refinelib.quality import mask_files
+from refinelib.notebook.box_widget import BoxPicker
 from refinelib.config import SettingsError
 from refinelib.data import DataError
-from refinelib.parameters import checked
-from refinelib.predict_inputs import read_inputs, tiny_run, usable_run
+from refinelib.notebook.parameters import checked
+from refinelib.notebook.predict_inputs import read_inputs, tiny_run, usable_run
 from refinelib.runs import Run
 
 
@@ -157,11 +157,11 @@ def test_headless_it_is_a_picture(photo, monkeypatch):
 
     shown = []
     monkeypatch.setattr(IPython.display, "display", shown.append)
-    monkeypatch.setattr("refinelib.box_widget.interactive", lambda: False)
+    monkeypatch.setattr("refinelib.notebook.box_widget.interactive", lambda: False)
     picker = BoxPicker(read_inputs(photo).pixels, [[1, 2, 30, 35]])
     picker._ipython_display_()
     assert type(shown[0]).__name__ == "Image" and not hasattr(picker, "preview")
     assert picker.png() != BoxPicker(read_inputs(photo).pixels).png()
-    monkeypatch.setattr("refinelib.box_widget.interactive", lambda: True)
+    monkeypatch.setattr("refinelib.notebook.box_widget.interactive", lambda: True)
     picker._ipython_display_()
     assert shown[1] is picker.widget()

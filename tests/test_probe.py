@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from refinelib import checkpoints, probe, resolve
-from refinelib.guard import REPORT
+from refinelib.safety.guard import REPORT
 from refinelib.runs import Run
 from refinelib.training import Trainer, train
 

@@ -7,7 +7,7 @@ import yaml
 from refinelib import build
 from refinelib.config import project_root, recipe_names, resolve
 from refinelib.feed import Feed
-from refinelib.guard import Guard
+from refinelib.safety.guard import Guard
 from refinelib.runs import Run
 
 TABLE = {

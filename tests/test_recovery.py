@@ -7,7 +7,7 @@ import torch
 from test_train import assert_same, final_weights
 
 from refinelib import checkpoints
-from refinelib.recovery import DivergedError, Recovery, Snapshot
+from refinelib.safety.recovery import DivergedError, Recovery, Snapshot
 from refinelib.steplog import Row
 from refinelib.training import Trainer, train
 from refinelib.runs import Run, dumps

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 import refinelib
-from refinelib import results, results_plots, results_tables
+from refinelib.quality import results, results_tables
+from refinelib.figures import results_plots
 from refinelib.augment import normalise
-from refinelib.coco_results import encode
+from refinelib.quality.coco_results import encode
 from refinelib.config import SettingsError, resolve
 from refinelib.data import SyntheticPeople
 from refinelib.data.scenes import box_of
-from refinelib.evaluation import Evaluation, evaluate, measure
-from refinelib.metrics import iou_from_confusion
-from refinelib.predict_inputs import tiny_run
+from refinelib.quality.evaluation import Evaluation, evaluate, measure
+from refinelib.quality.metrics import iou_from_confusion
+from refinelib.notebook.predict_inputs import tiny_run
 from refinelib.runs import Run
-from refinelib.scoring import predict_probs
+from refinelib.quality.scoring import predict_probs
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from refinelib import roi
-from refinelib.roi import (
+from refinelib.modeling import roi
+from refinelib.modeling.roi import (
     canvas_size,
     centre_window,
     crop_rois,

@@ -11,12 +11,13 @@ import re
 import pytest
 import torch
 
-from refinelib import faulty, resolve
-from refinelib import rootcause_plots as draw
+from refinelib.notebook import faulty
+from refinelib import resolve
+from refinelib.figures import rootcause_plots as draw
 from refinelib.build import autocast, build_guard, build_loss, build_model
 from refinelib.config import project_root
-from refinelib.geometry import edge_strength
-from refinelib.roi import crop_rois
+from refinelib.modeling.geometry import edge_strength
+from refinelib.modeling.roi import crop_rois
 
 CPU = torch.device("cpu")
 

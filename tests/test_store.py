@@ -21,7 +21,7 @@ from refinelib.data.locking import only_builder
 from refinelib.data.scenes import COLUMNS, MISSING, UNREADABLE
 from refinelib.data.store import FORMAT
 from refinelib.progress import Progress
-from refinelib.roi import crop_rois, expand_boxes
+from refinelib.modeling.roi import crop_rois, expand_boxes
 
 SMALL = dict(roi_size=(16, 32), mask_size=(16, 32), context=0.5, progress=False, workers=1)
 FILES = ("images.u8", "coverage.u8")

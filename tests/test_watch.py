@@ -6,9 +6,9 @@ import random
 import pytest
 
 from refinelib.config import resolve
-from refinelib.guard import REPORT
+from refinelib.safety.guard import REPORT
 from refinelib.runs import Run
-from refinelib.watch import Watch
+from refinelib.safety.watch import Watch
 
 GOOD = dict(zip(REPORT, [1.0, 2.0, 0.5, 1e-3, 1024.0] + [0] * 7))
 NORMS = [1.0, 3.0]

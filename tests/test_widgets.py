@@ -11,9 +11,10 @@ import pytest
 from test_plots import make_run
 
 import refinelib
-from refinelib import gradient_plots, pictures, plots, widgets
-from refinelib.examples import newest, tiny
-from refinelib.gradients import read
+from refinelib.figures import gradient_plots, pictures, plots
+from refinelib.notebook import widgets
+from refinelib.notebook.examples import newest, tiny
+from refinelib.notebook.gradients import read
 from refinelib.runs import Run
 
 
@@ -135,7 +136,7 @@ def test_in_a_watched_kernel_the_panel_is_two_pictures_and_the_sliders_are_widge
     monkeypatch.setenv("JPY_SESSION_NAME", "watched.ipynb")
     source = f"""
 import refinelib
-from refinelib import widgets
+from refinelib.notebook import widgets
 settings = refinelib.resolve("debug", output_dir={str(tmp_path / "runs")!r}, smoke=True)
 run = refinelib.train(settings, on_epoch=widgets.live_panel())
 """

@@ -27,7 +27,7 @@ from refinelib.data.rows import RowWriter, Written
 from refinelib.data.scenes import COLUMNS, MAX_PEOPLE, MIN_SIDE, Source, counted
 from refinelib.data.store import FORMAT, Store
 from refinelib.progress import Progress
-from refinelib.roi import canvas_size, mask_canvas_size
+from refinelib.modeling.roi import canvas_size, mask_canvas_size
 
 
 def sampling(roi_size: tuple[int, int], mask_size: tuple[int, int], context: float) -> dict[str, list[int]]:

@@ -13,7 +13,7 @@ import torch
 from refinelib.augment import MEAN
 from refinelib.data.errors import SceneError
 from refinelib.data.scenes import NO_MASK, UNREADABLE, People, Source
-from refinelib.roi import centre_window, crop_rois, expand_boxes
+from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refinelib import faults
+from refinelib.safety import faults
 from refinelib.config import Settings
 from refinelib.data.building import open_store, sampling
 from refinelib.data.coco import CocoPeople, coco_paths

@@ -10,7 +10,7 @@ from typing import Sequence
 from PIL import Image
 
 from refinelib.data.scenes import People, Scene, Source, decode_image
-from refinelib.faults import Fault
+from refinelib.safety.faults import Fault
 
 
 class SpoiltFiles:

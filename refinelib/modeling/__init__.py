@@ -1,0 +1,1 @@
+"""The network, its refinements and losses: pure tensor code, without settings, files or prints."""

@@ -1,0 +1,1 @@
+"""What the notebooks stand on: checks, phases, comparison, widgets."""

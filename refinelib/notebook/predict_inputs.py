@@ -1,0 +1,138 @@
+"""What a prediction needs, from what a person gives: a run, an image, boxes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refinelib.config import absolute, resolve
+from refinelib.data import DataError, SyntheticPeople, decode_image
+from refinelib.runs import Run
+
+
+class Inputs(NamedTuple):
+    """An image and the boxes in it."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    boxes: list[list[float]]  # xyxy, pixels
+    name: str  # of the image, for file names
+    image_id: int  # COCO's where an annotation file gave it, else 0
+    category_id: int  # the person's
+
+
+def output_root(output_dir: str = "outputs") -> Path:
+    """The folder that ``output_dir`` stands for; smoke runs keep to a folder of their own."""
+    return absolute(resolve("debug", output_dir=output_dir).output_dir)
+
+
+def usable_run(run: str | None, *, output_dir: str = "outputs") -> str | Path:
+    """The run that is meant: the one named, else the newest with a checkpoint, else a tiny one trained now.
+
+    Args:
+        run: a run's name or folder or a checkpoint file; none: see above.
+        output_dir: folder of all runs.
+    """
+    if run:
+        return run
+    for root in (output_root(output_dir), absolute(output_dir)):
+        found = sorted(root.glob("*/checkpoints/*.pt"), key=lambda file: file.stat().st_mtime)
+        found = [file for file in found if (file.parents[1] / "status.json").is_file()]
+        if found:
+            return found[-1].parents[1]
+    return tiny_run("tiny", output_dir=output_dir).folder
+
+
+def tiny_run(name: str, *, output_dir: str = "outputs", **overrides: Any) -> Run:
+    """Train the recipe ``debug``, smaller and a little longer than it says: some 15 seconds, a mask but no good one.
+
+    Args:
+        name: of the run.
+        output_dir: folder of all runs.
+        **overrides: settings.
+    """
+    from refinelib.training import train
+
+    longer = dict(epochs=8, max_images=24, width=0.0625, batch_size=4, lr=3e-3, roi_size=32, mask_size=32, context=0.5)
+    return train(resolve("debug", run=name, output_dir=output_dir, **{**longer, **overrides}))
+
+
+def read_inputs(
+    image: str | os.PathLike | None = None,
+    boxes: str | list | None = None,
+    annotations: str | os.PathLike | None = None,
+) -> Inputs:
+    """The image and its boxes, checked.
+
+    Args:
+        image: file; none: a drawn picture with people in it and their boxes.
+        boxes: rows of x0, y0, x1, y1 in pixels, as a list or as its text.
+        annotations: COCO JSON that lists the image by its file name; its persons' boxes, where none are given.
+
+    Raises:
+        DataError: a file is missing or does not list the image, or a box is not what it should be.
+    """
+    given = _read_boxes(boxes)
+    if image is None:
+        if annotations is not None:
+            raise DataError("annotations were given and no image: give the file of an image that they list")
+        source = SyntheticPeople(1, split="val")
+        people = source.people()
+        return Inputs(source.scene(0).image, given or people.boxes.astype(float).tolist(), "synthetic", 0, 1)
+    path = Path(image).expanduser()
+    path = path if path.is_file() else absolute(path)
+    pixels, image_id, category_id = decode_image(path), 0, 1
+    if annotations is not None:
+        image_id, category_id, listed = _boxes_of(Path(annotations).expanduser(), path.name, pixels.shape[:2])
+        given = given or listed
+    for number, (x0, y0, x1, y1) in enumerate(given):
+        if min(x1, pixels.shape[1]) <= max(x0, 0) or min(y1, pixels.shape[0]) <= max(y0, 0):
+            size = f"{pixels.shape[1]} x {pixels.shape[0]}"
+            raise DataError(f"box {number}, {[x0, y0, x1, y1]}, lies outside the image of {size} pixels: give x0, y0, x1, y1")
+    return Inputs(pixels, given, path.stem, image_id, category_id)
+
+
+def _read_boxes(boxes: str | list | None) -> list[list[float]]:
+    if boxes is None or (isinstance(boxes, str) and not boxes.strip()):
+        return []
+    rule = "give rows of x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, such as [[10, 20, 110, 220]]"
+    try:
+        rows = ast.literal_eval(boxes) if isinstance(boxes, str) else boxes
+        rows = [rows] if len(rows) == 4 and not isinstance(rows[0], (list, tuple)) else rows
+        table = np.array([[float(side) for side in row] for row in rows], dtype=np.float64).reshape(-1, 4)
+        assert len(table) == len(rows)
+    except (ValueError, SyntaxError, TypeError, AssertionError):
+        raise DataError(f"boxes = {boxes!r}: {rule}") from None
+    for number, (x0, y0, x1, y1) in enumerate(table.tolist()):
+        if not (np.isfinite([x0, y0, x1, y1]).all() and x1 > x0 and y1 > y0):
+            raise DataError(f"box {number} is {[x0, y0, x1, y1]}: {rule}")
+    return table.tolist()
+
+
+def _boxes_of(annotations: Path, name: str, size: tuple[int, int]) -> tuple[int, int, list[list[float]]]:
+    """Image id, category id and boxes of the persons of one image in a COCO JSON."""
+    if not annotations.is_file():
+        annotations = absolute(annotations)
+    try:
+        content = json.loads(annotations.read_bytes())
+        entries = {Path(entry["file_name"]).name: entry for entry in content["images"]}
+        people = [one["id"] for one in content["categories"] if str(one["name"]).lower() == "person"]
+        found = [one for one in content["annotations"] if one["category_id"] in people and not one.get("iscrowd")]
+    except OSError as error:
+        raise DataError(f"the annotation file {annotations} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"{annotations} is no COCO instances file with images, annotations and categories ({what})") from None
+    if name not in entries:
+        raise DataError(f"{annotations} lists no image {name}: give one of its {len(entries)} images, or boxes by hand")
+    entry = entries[name]
+    if (entry.get("height"), entry.get("width")) != size:
+        wanted, has = f"{entry.get('width')} x {entry.get('height')}", f"{size[1]} x {size[0]}"
+        raise DataError(f"{annotations} says that {name} has {wanted} pixels, and it has {has}: it is another image")
+    mine = [one["bbox"] for one in found if one["image_id"] == entry["id"]]
+    boxes = [[x, y, x + w, y + h] for x, y, w, h in mine if w > 0 and h > 0]
+    return int(entry["id"]), int(people[0]) if people else 1, [[float(side) for side in box] for box in boxes]

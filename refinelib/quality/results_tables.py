@@ -1,0 +1,77 @@
+"""Tables that compare runs, in Markdown, and their files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+from refinelib.quality.results import FIGURES, Result, difference, figure, shown, size_groups
+
+
+def runs_table(
+    groups: dict[str, Sequence[Result]],
+    keys: Iterable[str] = ("target_iou", "boundary_iou", "miou", "nontarget_iou"),
+) -> str:
+    """A row a group of runs (mean ± spread over runs [95 % interval over images]), then the two yardsticks."""
+    keys = list(keys)
+    rows = [[name, len(runs), *(figure(runs, key) for key in keys)] for name, runs in groups.items() if runs]
+    report = next(iter(groups.values()))[0].evaluation.report
+    inside = {key: key.removeprefix("image_") for key in keys}
+    yardsticks = {"blind average mask": (report["blind"], report["image"]["blind"]), "grid ceiling": (report["grid"],) * 2}
+    for name, (on_roi, in_image) in yardsticks.items():
+        values = [(in_image if key.startswith("image_") else on_roi).get(inside[key]) for key in keys]
+        rows.append([f"*{name}*", "", *(shown(value) for value in values)])
+    return table(["", "runs", *(FIGURES[key] for key in keys)], rows)
+
+
+def every_run_table(groups: dict[str, Sequence[Result]]) -> str:
+    """A row a run: its figures on the ROIs; below, in the image and by pycocotools. One table of all is wider than a notebook."""
+    keys = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "boundary_f1_1px", "boundary_f1_2px", "hd95", "surface_distance")
+    on_roi, in_image = [], []
+    for group, runs in groups.items():
+        for run in runs:
+            report = run.evaluation.report
+            on_roi.append([run.name, group, run.settings.seed, *(shown(report[key]) for key in keys)])
+            scores = (shown(report["coco"][key]) for key in ("AP", "AP50", "AP75"))
+            in_image.append([run.name, group, run.settings.seed, shown(report["image"]["boundary_iou_image"]), *scores])
+    who = ["run", "group", "seed"]
+    above = table([*who, *(FIGURES[key] for key in keys)], on_roi)
+    return above + "\n\n" + table([*who, FIGURES["image_boundary_iou_image"], "AP", "AP50", "AP75"], in_image)
+
+
+def paired_table(
+    on: Sequence[Result],
+    off: Sequence[Result],
+    keys: Iterable[str] = ("target_iou", "boundary_iou", "boundary_f1_1px", "miou"),
+) -> str:
+    """What ``on`` gains over ``off``, by size: difference ± spread over runs [95 % interval over images, paired].
+
+    Bold where the interval leaves out 0.
+    """
+    keys = list(keys)
+    rows = []
+    for name, inside in size_groups([*on, *off]).items():
+        cells = []
+        for key in keys:
+            gain = difference(on, off, key, inside)
+            sure = gain is not None and gain.interval is not None and gain.interval[0] * gain.interval[1] > 0
+            cells.append("none" if gain is None else f"**{gain.text('+')}**" if sure else gain.text("+"))
+        rows.append([name, int(inside.sum()), *cells])
+    return table(["people", "number", *(FIGURES[key] for key in keys)], rows)
+
+
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; an empty cell for None."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def save_all(groups: dict[str, Sequence[Result]], folder: str | os.PathLike) -> list[Path]:
+    """Write each run's report, rows and COCO results into a folder of its name; returns the folders."""
+    folders = []
+    for runs in groups.values():
+        for run in runs:
+            run.evaluation.save(Path(folder) / run.name)
+            folders.append(Path(folder) / run.name)
+    return folders

@@ -1,0 +1,63 @@
+"""Score a model, or a mask that knows no image, on a store of ROIs."""
+
+from __future__ import annotations
+
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from refinelib.augment import normalise
+from refinelib.data import Store
+from refinelib.quality.metrics import SegmentationMetrics
+from refinelib.modeling.roi import centre_window, labels_from_coverage
+
+
+def batches(store: Store, device: torch.device, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Crops (float32 ``[B, 3, Hc, Wc]``, normalised), labels (int64 ``[B, Hm, Wm]``) and places, in order."""
+    for rois in torch.arange(len(store)).split(size):
+        images, coverage = (x.to(device) for x in store.gather(rois))
+        yield normalise(images.permute(0, 3, 1, 2)), labels_from_coverage(coverage), rois
+
+
+@torch.no_grad()
+def predict_probs(model: nn.Module, images: Tensor, *, flip: bool = False) -> Tensor:
+    """Class probabilities float32 ``[B, 3, Hm, Wm]`` of normalised crops, on the mask canvas.
+
+    With ``flip`` the average over each crop and its mirror image, mirrored back.
+    """
+    probs = model(images.contiguous(memory_format=torch.channels_last)).log_probs().exp()
+    return (probs + predict_probs(model, images.flip(-1)).flip(-1)) / 2 if flip else probs
+
+
+def score(
+    predict: Callable[[Tensor], Tensor],
+    store: Store,
+    *,
+    device: torch.device,
+    mask_size: tuple[int, int],
+    batch_size: int = 32,
+    full: bool = False,
+) -> SegmentationMetrics:
+    """Metrics of ``predict`` (crops to class probabilities) over the box window of every ROI of a store."""
+    metrics = SegmentationMetrics(full=full)
+    for images, labels, rois in batches(store, device, batch_size):
+        predicted = predict(images).argmax(dim=1)
+        areas, image_ids = (torch.as_tensor(column[rois.numpy()], device=device) for column in (store.areas, store.image_ids))
+        metrics.update(centre_window(predicted, mask_size), centre_window(labels, mask_size), areas, image_ids)
+    return metrics
+
+
+def blind(mean_coverage: Tensor) -> Callable[[Tensor], Tensor]:
+    """A predictor that looks at nothing: the training set's average mask, whatever the crop.
+
+    Args:
+        mean_coverage: float ``[Hm, Wm, 2]`` in 0..1: mean share of target and of non-target.
+    """
+    target, other = mean_coverage.permute(2, 0, 1).float().unbind(0)
+    probs = torch.stack([1 - target - other, target, other])[None]
+
+    def predict(images: Tensor) -> Tensor:
+        return probs.to(images.device).expand(len(images), -1, -1, -1)
+
+    return predict

@@ -1,0 +1,267 @@
+"""What went wrong in a step: the first operation, module, parameter, loss term and person that was not finite.
+
+The step is taken again on the same weights and batch, once plainly (to see that it is the same step, bit for bit) and once with every
+operation watched. No training step ever pays for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Callable, ContextManager, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from refinelib.safety.inject import Injector
+from refinelib.modeling.losses import MaskLoss
+
+#: Operations that hand out memory as it lies: what they return means nothing yet.
+_UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize")
+
+
+@dataclass
+class Finding:
+    """The outcome, in words (``sentence``) and as data; empty where nothing was found."""
+
+    sentence: str = ""
+    phase: str = "none"  # weights, input, forward, loss, backward, gradient, none
+    module: str = ""  # name of the module, as in model.named_modules(); "loss" outside of it
+    operation: str = ""  # such as aten.convolution
+    node: str = ""  # in the backward pass, the autograd node, such as SqrtBackward0
+    terms: list[str] = field(default_factory=list)  # loss terms whose value or gradient is not finite
+    places: list[int] = field(default_factory=list)  # of the samples in the step's batch
+    samples: list[dict[str, Any]] = field(default_factory=list)  # who they are
+    parameters: list[str] = field(default_factory=list)  # with a gradient that is not finite, nearest the loss first
+    planted: list[str] = field(default_factory=list)  # by the setting inject
+    loss: float = 0.0
+    same_step: bool | None = None  # bit for bit the recorded loss and gradient norms
+
+    @property
+    def kind(self) -> str:
+        """What makes it the same trouble as another: where it began."""
+        return f"{self.phase} {self.module} {self.operation} {','.join(sorted({name.partition('.')[0] for name in self.parameters}))}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Step:
+    """Everything that a step is made of, to take it again.
+
+    ``batches`` are its micro-batches (images float32 ``[B, 3, H, W]``, labels int64 ``[B, H, W]``); ``people`` says who each sample is;
+    ``autocast`` makes the precision's context; ``scale`` is the loss scale; ``norms`` and ``loss`` are what was recorded.
+    """
+
+    model: nn.Module
+    loss: MaskLoss
+    batches: Sequence[tuple[Tensor, Tensor]]
+    people: Sequence[dict[str, Any]]
+    autocast: Callable[[], ContextManager]
+    injector: Injector
+    number: int
+    scale: float = 1.0
+    recorded: tuple[float, Sequence[float]] | None = None
+
+
+def examine(step: Step) -> Finding:
+    """Take the step again and say where it first was not finite. Gradients are cleared afterwards, nothing else moves.
+
+    The model has to be in the mode it was in.
+    """
+    step.injector.replaying = True
+    step.injector.start(step.number)
+    finding = Finding(planted=step.injector.planted(step.number))
+    try:
+        finding.loss, norms = take(step)
+        finding.same_step = None if step.recorded is None else _same(step.recorded, (finding.loss, norms))
+        names = [name for name, p in step.model.named_parameters() if p.requires_grad]
+        finding.parameters = [name for name, norm in zip(names, norms) if not _finite(norm)][::-1]
+        broken = [name for name, p in step.model.named_parameters() if not bool(p.isfinite().all())]
+        if broken:
+            finding.phase, finding.module, finding.parameters = "weights", _owner(broken[0]), broken
+        else:
+            _watched(step, finding)
+            _terms_and_places(step, finding)
+        finding.samples = [step.people[place] for place in finding.places if place < len(step.people)]
+        finding.sentence = _sentence(finding, len(names), step.number)
+    finally:
+        step.injector.replaying = False
+        step.model.zero_grad(set_to_none=True)
+    return finding
+
+
+def take(step: Step) -> tuple[float, list[float]]:
+    """Loss and unscaled gradient norms of the step, computed as training computes them."""
+    step.model.zero_grad(set_to_none=True)
+    total, share = 0.0, 1.0 / len(step.batches)
+    for images, labels in step.batches:
+        loss = _forward(step, images, labels)
+        (loss * share * step.scale).backward()
+        total = total + loss.detach() * share
+    step.injector.after_backward()
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in step.model.parameters() if p.requires_grad]
+    norms, largest = (torch.stack(torch._foreach_norm(grads, kind)).float() / step.scale for kind in (2, float("inf")))
+    sizes = torch.tensor([g.numel() for g in grads], device=norms.device).sqrt()
+    return float(total), torch.where(norms.isfinite(), norms, largest * sizes).tolist()
+
+
+def _forward(step: Step, images: Tensor, labels: Tensor) -> Tensor:
+    images, labels = step.injector.batch(images, labels)
+    with step.autocast():
+        output = step.model(images.contiguous(memory_format=torch.channels_last))
+    return step.injector.loss(step.loss(output, labels)[0])
+
+
+class _FirstBad(TorchDispatchMode):
+    """Notes the first operation that makes something not finite out of what is."""
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        super().__init__()
+        self.where, self.found = where, None
+        self.backward = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.found is None and not str(func).startswith(_UNINITIALISED):
+            if not all(_all_finite(x) for x in tensors(out)) and all(_all_finite(x) for x in tensors((args, kwargs or {}))):
+                node = torch._C._current_autograd_node() if self.backward else None
+                self.found = (str(func).rsplit(".", 1)[0], self.where(), node.name() if node is not None else "", self.backward)
+        return out
+
+
+def _watched(step: Step, finding: Finding) -> None:
+    """Run the step with every operation watched; phase, module, operation and node into ``finding``."""
+    batches = [step.injector.batch(*batch) for batch in step.batches]
+    if not all(bool(images.isfinite().all()) for images, _ in batches):
+        finding.phase = "input"
+        return
+    places, handles = [""], []
+
+    def enter(name):
+        return lambda module, inputs: places.append(name)
+
+    def leave(module, inputs, output):
+        places.pop()
+        for tensor in tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient, name=names[module]: places.__setitem__(0, name))
+
+    names = {module: name for name, module in step.model.named_modules() if name}
+    for module, name in names.items():
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    mode = _FirstBad(lambda: places[-1] or "loss")
+    step.model.zero_grad(set_to_none=True)
+    try:
+        with mode:
+            for images, labels in batches:
+                places[:], mode.backward = [""], False
+                with step.autocast():
+                    places.append("model")
+                    output = step.model(images.contiguous(memory_format=torch.channels_last))
+                    places.pop()
+                loss = step.injector.loss(step.loss(output, labels)[0]) / len(step.batches)
+                places[:], mode.backward = ["loss"], True
+                (loss * step.scale).backward()
+                if mode.found:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    if mode.found:
+        finding.operation, finding.module, finding.node, backward = mode.found
+        finding.phase = "backward" if backward else "loss" if finding.module == "loss" else "forward"
+    elif finding.parameters:  # finite everywhere, and yet a gradient is not: it was written there
+        finding.phase, finding.module = "gradient", _owner(finding.parameters[0])
+
+
+def _terms_and_places(step: Step, finding: Finding) -> None:
+    """Which loss terms and which samples are not finite, in value or in gradient."""
+    offset = 0
+    for images, labels in step.batches:
+        images, labels = step.injector.batch(images, labels)
+        images = images.detach().requires_grad_()
+        with step.autocast():
+            output = step.model(images.contiguous(memory_format=torch.channels_last))
+        leaves = type(output)(*(None if x is None else x.detach().requires_grad_() for x in output))
+        given = [x for x in leaves if x is not None]
+        bad = ~images.detach().flatten(1).isfinite().all(1)
+        for x in given:
+            bad |= ~x.detach().flatten(1).isfinite().all(1)
+        with torch.autocast(labels.device.type, enabled=False):
+            for name, cost in step.loss.per_sample(leaves, labels).items():
+                wrong = ~cost.detach().isfinite()
+                for gradient in torch.autograd.grad(cost.sum(), given, retain_graph=True, allow_unused=True):
+                    if gradient is not None:
+                        wrong |= ~gradient.flatten(1).isfinite().all(1)
+                bad |= wrong
+                if bool(wrong.any()):
+                    finding.terms += [name] if name not in finding.terms else []
+        if not bool(bad.any()) and finding.phase == "backward":  # born inside the model: samples don't meet there
+            loss = step.loss(output, labels)[0]
+            (gradient,) = torch.autograd.grad(loss * step.scale, images, allow_unused=True)
+            if gradient is not None:
+                bad |= ~gradient.flatten(1).isfinite().all(1)
+        finding.places += [offset + place for place in bad.nonzero().flatten().tolist()]
+        offset += len(images)
+
+
+def _sentence(finding: Finding, parameters: int, number: int) -> str:
+    """The finding in words."""
+    where = {
+        "weights": f"the weights themselves are not finite, first {', '.join(finding.parameters[:1])}",
+        "input": "the images themselves are not finite",
+        "forward": f"the output of {finding.operation} in module {finding.module} is the first that is not finite",
+        "loss": f"{finding.operation} in the loss gives the first value that is not finite",
+        "backward": f"the gradient of {finding.node or finding.operation} ({finding.operation}) at {finding.module} is the first that is not finite",
+        "gradient": f"every operation was finite, and the gradient of {', '.join(finding.parameters[:1])} is not: it was changed afterwards",
+        "none": "everything was finite when the step was taken again",
+    }[finding.phase]
+    parts = [f"step {number}: {where}"]
+    if finding.terms and finding.phase not in ("weights", "gradient"):
+        parts.append(f"loss terms that are not finite: {', '.join(finding.terms)}")
+    if finding.parameters and finding.phase != "weights":
+        more = f" and {len(finding.parameters) - 1} more of {parameters}" if len(finding.parameters) > 1 else f" of {parameters}"
+        parts.append(f"parameters without a finite gradient: {finding.parameters[0]}{more}")
+    if finding.samples:
+        parts.append("people: " + ", ".join(_who(person) for person in finding.samples[:4]) + (" ..." if len(finding.samples) > 4 else ""))
+    if finding.planted:
+        parts.append(f"planted by inject: {', '.join(finding.planted)}")
+    if finding.same_step is False:
+        parts.append("it was not the same step bit for bit (another device, version or thread count, or kernels that are not deterministic)")
+    return "; ".join(parts)
+
+
+def _who(person: dict[str, Any]) -> str:
+    return f"annotation {person['annotation_id']} in image {person['image_id']}"
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _same(recorded: tuple[float, Sequence[float]], now: tuple[float, Sequence[float]]) -> bool:
+    """Equal bit for bit, NaN equal to NaN."""
+    (loss, norms), (again, again_norms) = recorded, now
+    pairs = torch.tensor([[loss, *norms], [again, *again_norms]], dtype=torch.float32)
+    return bool(torch.equal(pairs[0].nan_to_num(nan=-1.0), pairs[1].nan_to_num(nan=-1.0)))
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _all_finite(x: Tensor) -> bool:
+    return not x.is_floating_point() or x.numel() == 0 or bool(torch.isfinite(x.detach()).all())
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)

@@ -1,0 +1,304 @@
+"""What makes a step safe: judge loss and gradients, then update everything or nothing.
+
+One path for every precision and optimizer. The judgement is a tensor (``found_inf``, float32,
+exactly 0.0 or 1.0) that PyTorch's fused optimizers take on the device and return early on, so
+nothing is read back. All else that a step moves (moving average, buffers, schedule, loss scale, statistics)
+hangs on the same tensor. A skipped step leaves all of it bit for bit as it was.
+
+    gradients -> norms, once -> judgement -> optimizer, average, buffers, scale, statistics: all or nothing
+                                         -> report: one row, which the host reads later
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Iterable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from refinelib.optim import WarmupCosine, flatten
+
+#: Columns of a step's report, before the per-parameter norms. ``froze``: an incident, the guard stands still from the next
+#: step on; ``frozen``: this step was void because of that.
+REPORT = (
+    "loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped", "spike_loss", "spike_grad", "froze", "frozen",
+)  # fmt: skip
+
+FLOAT16_MAX = 65504.0
+#: The loss scale keeps the largest gradient this many times below float16's largest number.
+HEADROOM = 4.0
+#: float16 that overflows by itself is no incident before it has done so this many times in a row.
+ORDINARY_OVERFLOWS = 3
+#: A spike in the first steps, while there is no spread to go by, is this many times the usual.
+EARLY_SPIKE, EARLY_STEPS = 10.0, 8
+#: Later it is never less than the first and never more than the second: spikes in the first steps widen the spread.
+LEAST_SPIKE, MOST_SPIKE = 1.5, 100.0
+#: Steps over which the statistics of spikes look back.
+WINDOW = 100
+
+
+class Judgement(NamedTuple):
+    """What is thought of one step; tensors on the device."""
+
+    skip: Tensor  # bool: nothing may move
+    clip: Tensor  # factor on the gradients, 1 or less
+    lr: Tensor
+    report: Tensor  # float32 [len(REPORT)]
+    norms: Tensor  # float32 [parameters]
+    memory: Tensor  # what the guard's memory becomes
+
+
+class Guard:
+    """Owns the optimizer's step, the loss scale, the schedule's position and the moving average.
+
+    Spikes are judged on the logarithms of loss and gradient norm, against their running mean and mean absolute
+    deviation. Values that were skipped never enter these, and no value enters further from the mean than the limit
+    that makes it a spike (Huber, Robust Estimation of a Location Parameter, 1964, eq. 2.7), so a spike cannot
+    hide the next one.
+
+    Args:
+        model: whose parameters are trained. Buffers that a forward pass moves (BatchNorm's) are put back when
+            the step is skipped.
+        optimizer: best one whose kernel is fused (``fused=True``, tensor ``lr``): it skips on the device. Before any
+            other the judgement is read back, once a step.
+        schedule: learning rate by number of applied steps.
+        grad_clip: largest L2 norm of the gradient after clipping.
+        average: model that holds the moving average of the weights; none: no average.
+        ema_decay: its decay.
+        scaled: whether the loss is scaled (fp16).
+        scale_init, scale_floor: loss scale at the start, and its least value: without a floor some
+            150 skips in a row make its inverse infinite, and the next healthy step writes that into
+            every weight.
+        growth_interval: good steps in a row after which the scale doubles.
+        on_spike: ``skip`` the step; ``clip`` its gradient to the usual norm; ``note`` it in the report only.
+        spike_sigma: how many standard deviations above the mean make a spike.
+        losses: modules beside the model whose buffers a step may move (running class weights, say).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: WarmupCosine,
+        *,
+        grad_clip: float,
+        average: nn.Module | None = None,
+        ema_decay: float = 0.0,
+        scaled: bool = False,
+        scale_init: float = 65536.0,
+        scale_floor: float = 1.0,
+        growth_interval: int = 2000,
+        on_spike: str = "note",
+        spike_sigma: float = 6.0,
+        losses: Iterable[nn.Module] = (),
+    ) -> None:
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.grad_clip = grad_clip
+        self.ema_decay = ema_decay
+        self.scaled = scaled
+        self.scale_floor = scale_floor
+        self.growth_interval = growth_interval
+        self.on_spike, self.spike_sigma = on_spike, spike_sigma
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averages = list(average.parameters()) if average is not None else []
+        #: Weights and their averages as whole blocks: one kernel moves all of them.
+        self.blocks = list(zip(flatten(model), flatten(average))) if average is not None else []
+        self.buffers = [b for module in (model, *losses) for b in _persistent_buffers(module)]
+        self.kept: list[Tensor] = []
+        self.think = self.judge
+        #: Whether the optimizer takes ``found_inf`` and skips by itself.
+        self.fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        device = self.parameters[0].device
+        self.root_sizes = torch.tensor([math.sqrt(p.numel()) for p in self.parameters], device=device)
+
+        start = {
+            "applied": 0, "skipped": 0, "skips_in_a_row": 0, "scale": scale_init if scaled else 1.0, "headroom_peak": 0.0, "good_in_a_row": 0,
+            "lr_factor": 1.0, "lr_factor_until": 0,  # the latter in applied steps
+            "loss_center": 0.0, "norm_center": 0.0,  # means of log loss and log gradient norm
+            "loss_spread": 0.0, "norm_spread": 0.0, "seen": 0,  # mean absolute deviations from these, and how many values
+            "armed": 0, "frozen": 0,
+        }  # fmt: skip
+        #: All that the guard remembers, in one tensor, so that one copy renews it; float64 counts exactly.
+        self.memory = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
+        #: The same by name, as views.
+        self.state = {name: self.memory[place] for place, name in enumerate(start)}
+
+    # -- a step, in the order of its calls -----------------------------------------------------------
+    def zero_grad(self) -> None:
+        """Start a step: no gradients, and buffers kept as they are now."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.buffers:
+            self.kept = [buffer.clone() for buffer in self.buffers]
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call ``backward`` on."""
+        return loss * self.state["scale"].float() if self.scaled else loss
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> Tensor:
+        """Apply the accumulated gradients, or nothing at all where they or the loss are not finite.
+
+        Args:
+            loss: the step's unscaled loss, scalar.
+
+        Returns:
+            float32 ``[len(REPORT) + parameters]`` on the device: the columns of ``REPORT``, then
+            the L2 norm of each parameter's gradient, unscaled and before clipping.
+        """
+        found = self.think(loss, *self.measure())
+        self._apply(found)
+        self._follow(found.skip)
+        self.memory.copy_(found.memory)
+        return torch.cat([found.report, found.norms])
+
+    def compile(self) -> None:
+        """Make one kernel of the many small operations of a judgement."""
+        self.think = torch.compile(self.judge, dynamic=False)
+
+    def uncompile(self) -> None:
+        self.think = self.judge
+
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """L2 norm and largest magnitude of each parameter's gradient as it stands (still scaled), float32 ``[parameters]``."""
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        return torch.stack(torch._foreach_norm(grads, 2)).float(), torch.stack(torch._foreach_norm(grads, math.inf)).float()
+
+    def judge(self, loss: Tensor, norms: Tensor, largest: Tensor) -> Judgement:
+        """What to do with a step; changes nothing.
+
+        Args:
+            loss: scalar, unscaled.
+            norms, largest: from :meth:`measure`.
+        """
+        state = dict(zip(self.state, self.memory.unbind()))
+        scale, frozen, armed = state["scale"].float(), state["frozen"] != 0, state["armed"] != 0
+        norms, largest = norms / scale, largest / scale
+        bad_loss, bad_grad = ~torch.isfinite(loss), ~torch.isfinite(largest).all()
+        bad = bad_loss | bad_grad
+        # Squares of finite gradients above 1e19 overflow: the norm is then bounded by the largest element.
+        norms = torch.where(torch.isfinite(norms), norms, largest * self.root_sizes)
+        peak = norms.amax()
+        total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
+
+        loss_spike, loss_statistics = self._spike(state, "loss", loss)
+        norm_spike, norm_statistics = self._spike(state, "norm", total)
+        spike = (loss_spike | norm_spike) & ~bad
+        skip = bad | frozen
+        if self.on_spike == "skip":
+            skip = skip | spike
+        longest = torch.full_like(total, self.grad_clip)
+        if self.on_spike == "clip":
+            longest = torch.where(spike, torch.minimum(longest, state["norm_center"].exp().float()), longest)
+        clip = (longest / total.clamp(min=1e-12)).clamp(max=1.0)
+        slow = torch.where(state["applied"] < state["lr_factor_until"], state["lr_factor"], 1.0).float()
+        lr = self.schedule(state["applied"]) * slow
+
+        froze = armed & bad & ~frozen
+        if self.scaled:  # float16 that overflows now and then is how its scale is found
+            ordinary = bad_grad & ~bad_loss & (scale > self.scale_floor) & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
+            froze = froze & ~ordinary
+        flags = (bad_loss, bad_grad, skip & ~frozen, loss_spike & ~bad, norm_spike & ~bad, froze, frozen)
+        report = torch.stack([loss.float(), total, largest.amax(), lr, scale, *(flag.float() for flag in flags)])
+
+        new = {"applied": state["applied"] + 1, "seen": state["seen"] + 1, **loss_statistics, **norm_statistics}
+        new = {name: torch.where(skip, state[name], value) for name, value in new.items()}
+        new |= {"skipped": state["skipped"] + skip.double(), "skips_in_a_row": torch.where(skip, state["skips_in_a_row"] + 1, 0.0)}
+        if self.scaled:
+            new |= self._rescaled(state, skip, overflow=bad_grad & ~bad_loss, largest=(report[2] * scale).double())
+        # A frozen guard stands still: the host will come back to the step after the one that froze it.
+        new = {name: torch.where(frozen, state[name], value) for name, value in new.items()}
+        new["frozen"] = (frozen | froze).double()
+        memory = torch.stack([new.get(name, value) for name, value in state.items()])
+        return Judgement(skip, clip, lr, report, norms, memory)
+
+    def thaw(self, *, armed: bool) -> None:
+        """Go on after an incident, ready to freeze at the next one or not."""
+        self.state["frozen"].fill_(0)
+        self.state["armed"].fill_(int(armed))
+
+    def slow_down(self, factor: float, steps: int) -> None:
+        """Multiply the learning rate by ``factor`` for the next ``steps`` applied steps."""
+        self.state["lr_factor"].fill_(factor)
+        self.state["lr_factor_until"].copy_(self.state["applied"] + steps)
+
+    # -- its parts -----------------------------------------------------------------------------------
+    def _apply(self, found: Judgement) -> None:
+        """The optimizer's step, where the judgement allows one."""
+        scale = self.state["scale"].float()
+        if self.fused:
+            for group in self.optimizer.param_groups:
+                group["lr"].copy_(found.lr)
+            # The fused step divides by grad_scale, so unscaling and clipping cost no pass of their own.
+            self.optimizer.grad_scale = torch.where(found.skip, 1.0, scale / found.clip)
+            self.optimizer.found_inf = found.skip.to(torch.float32)
+            self.optimizer.step()
+            return
+        if bool(found.skip):  # the one read of the host in a step, where the optimizer cannot skip by itself
+            return
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(grads, found.clip / scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(found.lr)
+        self.optimizer.step()
+
+    def _follow(self, skip: Tensor) -> None:
+        """Moving average of the weights and buffers; a skipped step weighs exactly nothing."""
+        for buffer, kept in zip(self.buffers, self.kept):
+            buffer.copy_(torch.where(skip, kept, buffer))
+        weight = torch.where(skip, 0.0, 1.0 - self.ema_decay)
+        for weights, averages in self.blocks:
+            averages.lerp_(weights, weight.to(weights.dtype))  # weights are always finite
+
+    def _spike(self, state: dict[str, Tensor], name: str, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Whether loss or gradient norm stands out, and its statistics with it taken in."""
+        center, spread, seen = state[f"{name}_center"], state[f"{name}_spread"], state["seen"]
+        sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
+        limit = torch.where(seen < EARLY_STEPS, math.log(EARLY_SPIKE), (self.spike_sigma * sigma).clamp(math.log(LEAST_SPIKE), math.log(MOST_SPIKE)))
+        limit = torch.where(seen == 0, math.inf, limit)
+        off = value.double().clamp(min=torch.finfo(torch.float32).tiny).log() - center
+        moved = torch.maximum(torch.minimum(off, limit), -limit)
+        weight = (1.0 / (seen + 1)).clamp(min=1.0 / WINDOW)
+        widened = spread + (1.0 / seen.clamp(min=1)).clamp(min=1.0 / WINDOW) * (moved.abs() - spread)
+        return off > limit, {f"{name}_center": center + weight * moved, f"{name}_spread": torch.where(seen == 0, spread, widened)}
+
+    def _rescaled(self, state: dict[str, Tensor], skip: Tensor, *, overflow: Tensor, largest: Tensor) -> dict[str, Tensor]:
+        """The loss scale's next value: back before float16 overflows, and up only where there is room.
+
+        An overflow halves it, down to the floor; a bad loss is no overflow. It also halves when the
+        largest scaled gradient has come within ``HEADROOM`` of float16's largest number: waiting for the
+        overflow would cost a step. It doubles after ``growth_interval`` good steps, if the largest
+        gradient of those steps leaves room for it.
+        """
+        good = torch.where(skip, torch.where(overflow, 0.0, state["good_in_a_row"]), state["good_in_a_row"] + 1)
+        peak = torch.where(skip, state["headroom_peak"], torch.maximum(state["headroom_peak"], largest))
+        near = peak * HEADROOM > FLOAT16_MAX
+        grown = (good >= self.growth_interval) & ~near
+        roomy = grown & (2 * HEADROOM * peak < FLOAT16_MAX)
+        factor = torch.where(overflow | near, 0.5, torch.where(roomy, 2.0, 1.0))
+        return {
+            "scale": (state["scale"] * factor).clamp(self.scale_floor, 2.0**24),
+            "headroom_peak": torch.where(grown | near | overflow, 0.0, peak),
+            "good_in_a_row": torch.where(grown | near, 0.0, good),
+        }
+
+    # -- kept and taken up again -----------------------------------------------------------------------
+    def state_dict(self) -> dict:
+        return {"state": dict(self.state), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for name, value in saved["state"].items():
+            self.state[name].copy_(value)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            if isinstance(rate, Tensor):  # the very tensor that the fused kernel reads
+                group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
+
+
+def _persistent_buffers(module: nn.Module) -> list[Tensor]:
+    """Buffers that a checkpoint holds: state. The others are constants."""
+    held = module.state_dict(keep_vars=True)
+    return [buffer for name, buffer in module.named_buffers() if name in held]
