@@ -35,7 +35,7 @@ WIDGETS = {
     "predict": {"boxes": ["columns", "rows", "add", "remove last"]},
 }
 #: Seconds that a notebook may run on two busy cores.
-LIMIT = {"rootcause": 400}
+LIMIT = {"rootcause": 600}
 LEFT = project_root() / "outputs" / "browser"
 
 
