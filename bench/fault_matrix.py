@@ -22,6 +22,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Sequence
 
 import torch
 
@@ -135,7 +136,7 @@ def judge(trainer: Trainer, kind: str, skips: bool | None, before: dict, events:
                 events=[event["message"] for event in events])  # fmt: skip
 
 
-def attributed(kind: str, skipped: bool, events: list[dict], first: list[int]) -> bool:
+def attributed(kind: str, skipped: bool, events: list[dict], first: Sequence[int] = (0,)) -> bool:
     """Whether the events name what was planted (``first``: the first sample of each micro-batch is the one). A finite fault that was taken as an ordinary step needs no name."""
     if not skipped:
         return True
@@ -150,7 +151,7 @@ def attributed(kind: str, skipped: bool, events: list[dict], first: list[int]) -
             if what == "loss":
                 return event["phase"] == "loss"
             if what == "input":
-                return event["phase"] == "input" and event["places"] == first if value != "overflow" and value != "spike" else bool(event["module"])
+                return event["phase"] == "input" and event["places"] == list(first) if value != "overflow" and value != "spike" else bool(event["module"])
             if what == "activation":
                 return event["module"].startswith(fault.where) if value in ("nan", "inf") else bool(event["module"])
             return event["phase"] == "gradient" and len(event["parameters"]) == 1 and event["parameters"][0].startswith(fault.where)

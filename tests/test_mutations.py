@@ -11,31 +11,31 @@ from refinelib.config import project_root
 
 MUTATIONS = {
     "an unprotected square root": (
-        "geometry.py", "(dy.square() + dx.square() + eps * eps).sqrt() - eps", "(dy.square() + dx.square()).sqrt()",
+        "modeling/geometry.py", "(dy.square() + dx.square() + eps * eps).sqrt() - eps", "(dy.square() + dx.square()).sqrt()",
         "edge_strength or (bounded_gradient and active_contour)", "test_edge_strength_has_a_gradient_everywhere",
     ),
     "a normalisation over the batch": (
-        "refine.py", "        undecided = 4 * probs", "        edges = (edges - edges.min()) / (edges.max() - edges.min() + 1e-6)\n        undecided = 4 * probs",
+        "modeling/refine.py", "        undecided = 4 * probs", "        edges = (edges - edges.min()) / (edges.max() - edges.min() + 1e-6)\n        undecided = 4 * probs",
         "depend_on_the_batch", "test_refinement_of_a_sample_does_not_depend_on_the_batch[BoundaryRefinement",
     ),
     "a sigmoid too many": (
-        "losses.py", "    logits = widen(contour_logits)\n", "    logits = torch.sigmoid(widen(contour_logits))\n",
+        "modeling/losses.py", "    logits = widen(contour_logits)\n", "    logits = torch.sigmoid(widen(contour_logits))\n",
         "perfect_costs_nothing", "test_perfect_costs_nothing_and_worse_costs_more[contour_head]",
     ),
     "an absent class in Dice": (
-        "losses.py", "    present = (size > 0).to(probs.dtype)\n", "    present = torch.ones_like(size)\n",
+        "modeling/losses.py", "    present = (size > 0).to(probs.dtype)\n", "    present = torch.ones_like(size)\n",
         "perfect_costs_nothing or absent_class", "test_an_absent_class_neither_costs_nor_pulls_in_dice",
     ),
     "a clamp in place of a cap": (
-        "losses.py", "    return cost * (cap / cost.detach().clamp(min=cap))", "    return cost.clamp(max=cap)",
+        "modeling/losses.py", "    return cost * (cap / cost.detach().clamp(min=cap))", "    return cost.clamp(max=cap)",
         "cap_holds", "test_cap_holds_the_value_and_keeps_the_gradients_direction",
     ),
     "a value read back from the device": (
-        "losses.py", "    size = truth.sum(-1)\n", "    size = truth.sum(-1)\n    if size.sum().item() == 0:\n        return size\n",
+        "modeling/losses.py", "    size = truth.sum(-1)\n", "    size = truth.sum(-1)\n    if size.sum().item() == 0:\n        return size\n",
         "read_back and dice", "test_nothing_is_read_back[dice]",
     ),
     "a one-sided contour": (
-        "geometry.py", "    return signed.abs() < radius", "    return (signed > 0) & (signed < radius)",
+        "modeling/geometry.py", "    return signed.abs() < radius", "    return (signed > 0) & (signed < radius)",
         "symmetric", "test_signed_distance_and_band_are_symmetric",
     ),
 }  # fmt: skip
