@@ -86,7 +86,7 @@ def test_two_faults_of_the_same_share_have_steps_of_their_own():
 
 
 def test_a_share_takes_the_same_steps_in_every_process():
-    code = "from refinelib.faults import parse; (f,) = parse('input:nan@5%'); print([s for s in range(1, 2001) if f.due(s)])"
+    code = "from refinelib.safety.faults import parse; (f,) = parse('input:nan@5%'); print([s for s in range(1, 2001) if f.due(s)])"
     for seed in ("1", "2"):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
         assert done.stdout.strip() == str(due("input:nan@5%", 2000))

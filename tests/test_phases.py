@@ -88,7 +88,7 @@ def test_what_is_wrong_is_said(tiny, given, sentence):
 
 def test_a_notebook_name_space_makes_a_plan_without_torch(tmp_path):
     code = (
-        "import sys; from refinelib.phase_plan import from_notebook, describe\n"
+        "import sys; from refinelib.notebook.phase_plan import from_notebook, describe\n"
         f"phases, phase, name, margin, lr, output_dir, _x, In = None, None, 'mine', 0.1, 1e-5, {str(tmp_path)!r}, 3, []\n"
         "made = from_notebook(globals()); print(describe(made)); assert 'torch' not in sys.modules and made.margin == 0.1"
     )
@@ -171,7 +171,7 @@ def test_everything_must_be_finite(tmp_path):
 
 
 # -- chains ----------------------------------------------------------------------------------------
-KILLED = "import sys, json; from refinelib import phases; from refinelib.phase_plan import plan; phases.advance(plan(**json.loads(sys.argv[1])))"
+KILLED = "import sys, json; from refinelib.notebook import phases; from refinelib.notebook.phase_plan import plan; phases.advance(plan(**json.loads(sys.argv[1])))"
 
 
 def test_killed_in_phase_3_the_chain_goes_on_where_it_was(tmp_path, stores, tiny):
