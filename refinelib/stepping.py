@@ -9,9 +9,8 @@ The whole step, the guard's decision included, lies in the graph: it reads nothi
 
 from __future__ import annotations
 
-import time
 import warnings
-from typing import Any, Callable, Iterator
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -110,13 +109,10 @@ class Stepper:
         """A step before the graph stands. What cannot be compiled here is done without."""
         if not self.compiled or self.taken:
             return self._fitting(given)
-        started = time.perf_counter()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice for whoever writes the compiled code
-                report = self._fitting(given)
-            self.compile_seconds = time.perf_counter() - started
-            return report
+                return self._fitting(given)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C compiler, no Triton, an operation it does not know: many kinds
@@ -168,10 +164,6 @@ class Stepper:
             self.captures = False
             return
         self.graph, self.report = graph, report
-
-    def state(self) -> dict[str, Any]:
-        """How steps are taken, for the log."""
-        return {"compiled": self.compiled, "graph": self.graph is not None}
 
 
 def _in_pieces(batches: list[tuple[Tensor, Tensor]], pieces: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from refinelib.safety.guard import measured, unscaled
 from refinelib.safety.inject import Injector
 from refinelib.modeling.losses import MaskLoss
 
@@ -101,10 +102,10 @@ def take(step: Step) -> tuple[float, list[float]]:
         (loss * share * step.scale).backward()
         total = total + loss.detach() * share
     step.injector.after_backward()
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in step.model.parameters() if p.requires_grad]
-    norms, largest = (torch.stack(torch._foreach_norm(grads, kind)).float() / step.scale for kind in (2, float("inf")))
-    sizes = torch.tensor([g.numel() for g in grads], device=norms.device).sqrt()
-    return float(total), torch.where(norms.isfinite(), norms, largest * sizes).tolist()
+    trained = [p for p in step.model.parameters() if p.requires_grad]
+    sizes = torch.tensor([p.numel() for p in trained], device=trained[0].device).sqrt()
+    norms, _ = unscaled(*measured(trained), step.scale, sizes)
+    return float(total), norms.tolist()
 
 
 def _forward(step: Step, images: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ hangs on the same tensor. A skipped step leaves all of it bit for bit as it was.
 from __future__ import annotations
 
 import math
-from typing import Iterable, NamedTuple
+from typing import Iterable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,7 @@ class Guard:
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """L2 norm and largest magnitude of each parameter's gradient as it stands (still scaled), float32 ``[parameters]``."""
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        return torch.stack(torch._foreach_norm(grads, 2)).float(), torch.stack(torch._foreach_norm(grads, math.inf)).float()
+        return measured(self.parameters)
 
     def judge(self, loss: Tensor, norms: Tensor, largest: Tensor) -> Judgement:
         """What to do with a step; changes nothing.
@@ -175,11 +174,9 @@ class Guard:
         """
         state = dict(zip(self.state, self.memory.unbind()))
         scale, frozen, armed = state["scale"].float(), state["frozen"] != 0, state["armed"] != 0
-        norms, largest = norms / scale, largest / scale
+        norms, largest = unscaled(norms, largest, scale, self.root_sizes)
         bad_loss, bad_grad = ~torch.isfinite(loss), ~torch.isfinite(largest).all()
         bad = bad_loss | bad_grad
-        # Squares of finite gradients above 1e19 overflow: the norm is then bounded by the largest element.
-        norms = torch.where(torch.isfinite(norms), norms, largest * self.root_sizes)
         peak = norms.amax()
         total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
 
@@ -302,3 +299,16 @@ def _persistent_buffers(module: nn.Module) -> list[Tensor]:
     """Buffers that a checkpoint holds: state. The others are constants."""
     held = module.state_dict(keep_vars=True)
     return [buffer for name, buffer in module.named_buffers() if name in held]
+
+
+def measured(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """L2 norm and largest magnitude of each parameter's gradient as it stands, float32 ``[parameters]``."""
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    return tuple(torch.stack(torch._foreach_norm(grads, kind)).float() for kind in (2, math.inf))
+
+
+def unscaled(norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the gradients without their loss scale; ``root_sizes`` are the roots of their numbers of elements."""
+    norms, largest = norms / scale, largest / scale
+    # Squares of finite gradients above 1e19 overflow: the norm is then bounded by the largest element.
+    return torch.where(torch.isfinite(norms), norms, largest * root_sizes), largest
