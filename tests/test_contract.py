@@ -100,7 +100,10 @@ def test_nothing_public_is_left_out():
     assert public(refine) == set(REFINEMENTS) | NOT_REFINEMENTS
     assert public(geometry) == GEOMETRY
     assert public(model) == {"HierarchicalUNet", "UNet", "MaskOutput"}  # swept whole, below
-    assert public(blocks) == {"group_norm", "Conv", "conv3x3", "Head", "ConvNormAct", "ResidualBlock", "ChannelAttention", "SpatialAttention", "resize"}
+    assert public(blocks) == {
+        "GroupNorm", "Conv", "conv3x3", "Head", "Chain", "ConvNormAct", "ResidualBlock", "ChannelAttention", "SpatialAttention", "resize",
+        "resize_by_products",
+    }
 
 
 def test_every_bound_is_in_its_docstring():

@@ -9,14 +9,47 @@ from torch import Tensor, nn
 from refinelib.modeling.geometry import widen
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation: statistics of one sample only, so a batch never changes a sample's output.
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation (Wu & He, 2018): statistics of one sample only, so a batch never changes a sample's output.
 
-    On a flat crop the variance is 0 and the gradient grows by ``eps ** -0.5`` a layer: 316 with PyTorch's
+    The sums are float32 whatever comes in; the result has the input's type, so that half precision stays half the
+    memory. On a flat crop the variance is 0 and the gradient grows by ``eps ** -0.5`` a layer: 316 with PyTorch's
     default, which float16 does not survive twice; 32 with this one.
     """
-    groups = next(g for g in (8, 4, 2, 1) if channels % g == 0 and channels // g >= 2)
-    return nn.GroupNorm(groups, channels, eps=1e-3)
+
+    def __init__(self, channels: int) -> None:
+        groups = next(g for g in (8, 4, 2, 1) if channels % g == 0 and channels // g >= 2)
+        super().__init__(groups, channels, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and torch.compiler.is_compiling():
+            return self.by_channels(x)
+        return super().forward(x).to(x.dtype)
+
+    def by_channels(self, x: Tensor) -> Tensor:
+        """The same from sums over each channel's pixels, which lie in memory as a compiled kernel reads them.
+
+        PyTorch's own kernel wants all pixels of a channel side by side, and copies the convolutions' output there and back.
+        Variances are taken about each channel's first pixel. It is one of the values, so its distance to the mean is at most
+        ``sqrt(pixels)`` standard deviations and rounding stays below ``pixels * 2^-24`` of the variance, however far the
+        values are from 0. Groups are put together from their channels as in Chan et al., "Updating Formulae and a
+        Pairwise Algorithm for Computing Sample Variances", 1979, eq. 2.1.
+        """
+        batch, channels = x.shape[:2]
+        wide = widen(x)
+        first = wide[:, :, :1, :1].detach()
+        off = (wide - first).clamp(-1e18, 1e18)  # whose squares are finite
+        mean, square = off.mean(dim=(2, 3)), off.square().mean(dim=(2, 3))
+        variances = (square - mean.square()).clamp(min=0).view(batch, self.num_groups, -1)
+        means = (first.flatten(1) + mean).view(batch, self.num_groups, -1)
+        middle = means.mean(dim=-1, keepdim=True)
+        variance = variances.mean(dim=-1, keepdim=True) + (means - middle).clamp(-1e18, 1e18).square().mean(dim=-1, keepdim=True)
+        gain = (variance + self.eps).rsqrt() * widen(self.weight).view(1, self.num_groups, -1)
+        middle = middle.expand_as(means).reshape(batch, channels, 1, 1)
+        # One bias a sample: its gradient is then a sum over pixels like the others', and all of them take one pass.
+        bias = widen(self.bias).view(1, -1, 1, 1).expand(batch, -1, -1, -1)
+        y = (wide - middle) * gain.reshape(batch, channels, 1, 1) + bias
+        return y.to(x.dtype)
 
 
 class Conv(nn.Conv2d):
@@ -28,13 +61,26 @@ class Conv(nn.Conv2d):
 
     def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, bias: bool = True) -> None:
         super().__init__(inputs, outputs, size, stride=stride, padding=size // 2, bias=bias)
-        self.missing = -inputs % 8
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.missing or not x.is_cuda:
-            return super().forward(x)
-        wider = (0, 0, 0, 0, 0, self.missing)
-        return F.conv2d(F.pad(x, wider), F.pad(self.weight, wider), self.bias, self.stride, self.padding)
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: float ``[B, inputs, H, W]``, or its first channels.
+            extra: the others. On a GPU a few channels beside many are convolved by themselves: cheaper than copying
+                all of them together.
+        """
+        if extra is None:
+            return self._padded(x, self.weight, self.bias)
+        if not x.is_cuda:
+            return super().forward(torch.cat([x, extra], dim=1))
+        many = x.shape[1]
+        return self._padded(x, self.weight[:, :many], self.bias) + self._padded(extra, self.weight[:, many:], None)
+
+    def _padded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        missing = -x.shape[1] % 8
+        if missing and x.is_cuda:
+            x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
 
 
 def conv3x3(inputs: int, outputs: int, *, stride: int = 1) -> Conv:
@@ -54,17 +100,37 @@ class Head(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             if x.is_cuda and self.kernel_size == (1, 1) and torch.compiler.is_compiling():
-                # As a sum of products the compiler reads the half-precision input once; a convolution needs a float32 copy of it.
-                products = widen(x)[:, None] * widen(self.weight).unsqueeze(0)
-                return products.sum(dim=2) + widen(self.bias).view(1, -1, 1, 1)
+                return self.by_products(x)
             return F.conv2d(widen(x), widen(self.weight), widen(self.bias), padding=self.padding)
 
+    def by_products(self, x: Tensor) -> Tensor:
+        """A convolution of one pixel as sums of products: a compiler reads the half-precision input once, without a float32 copy.
 
-class ConvNormAct(nn.Sequential):
+        Channels come last, as they lie in memory, and each sample has its own copy of the weights, whose gradient is then
+        summed over pixels in as many places at once as there are samples.
+        """
+        wide = widen(x).permute(0, 2, 3, 1)
+        weights = (weight.view(1, 1, 1, -1).expand(len(x), -1, -1, -1) for weight in widen(self.weight))
+        sums = [(wide * weight).sum(dim=-1) for weight in weights]
+        return torch.stack(sums, dim=1) + widen(self.bias).view(1, -1, 1, 1)
+
+
+class Chain(nn.Sequential):
+    """Layers one after the other; the first may take its input in two parts, as :class:`Conv` does."""
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        first, *others = self
+        x = first(x) if extra is None else first(x, extra)
+        for layer in others:
+            x = layer(x)
+        return x
+
+
+class ConvNormAct(Chain):
     """3 x 3 convolution, group normalisation, SiLU: ``[B, inputs, H, W]`` to ``[B, outputs, H / stride, W / stride]``."""
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
-        super().__init__(conv3x3(inputs, outputs, stride=stride), group_norm(outputs), nn.SiLU())
+        super().__init__(conv3x3(inputs, outputs, stride=stride), GroupNorm(outputs), nn.SiLU())
 
 
 class ResidualBlock(nn.Module):
@@ -73,9 +139,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = conv3x3(channels, channels)
-        self.norm1 = group_norm(channels)
+        self.norm1 = GroupNorm(channels)
         self.conv2 = conv3x3(channels, channels)
-        self.norm2 = group_norm(channels)
+        self.norm2 = GroupNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.silu(self.norm1(self.conv1(x)))
@@ -112,7 +178,32 @@ class SpatialAttention(nn.Module):
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize to ``size`` (height, width); nothing at all where it fits already."""
+    """Bilinear resize to ``size`` (height, width), pixel centres aligned by area; nothing at all where it fits already."""
     if x.shape[-2:] == torch.Size(size):
         return x
+    if x.is_cuda:
+        return resize_by_products(x, size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def resize_by_products(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The same as one matrix product a direction.
+
+    The gradient is then two products as well, repeatable and at the speed of memory; PyTorch's own adds every pixel's share to
+    its neighbours atomically, in any order, and takes longer than the convolutions around it.
+    """
+    batch, channels, height, width = x.shape
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (_bilinear(a, b, x) for a, b in zip((height, width), size))
+        tall = torch.bmm(rows.expand(batch, -1, -1), x.permute(0, 2, 3, 1).reshape(batch, height, width * channels))
+        lines = tall.view(batch * size[0], width, channels)
+        whole = torch.bmm(columns.expand(len(lines), -1, -1), lines)
+    return whole.view(batch, *size, channels).permute(0, 3, 1, 2)
+
+
+def _bilinear(before: int, after: int, like: Tensor) -> Tensor:
+    """Weights ``[after, before]`` of a bilinear resize of one side; each row sums to 1."""
+    kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+    old, new = (torch.arange(side, dtype=kind, device=like.device) for side in (before, after))
+    distance = ((new + 0.5) * (before / after) - 0.5).clamp(0, before - 1)[:, None] - old
+    return (1 - distance.abs()).clamp(min=0).to(like.dtype)

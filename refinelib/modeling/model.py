@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from refinelib.modeling.blocks import ChannelAttention, Conv, ConvNormAct, Head, ResidualBlock, SpatialAttention, resize
+from refinelib.modeling.blocks import Chain, ChannelAttention, Conv, ConvNormAct, Head, ResidualBlock, SpatialAttention, resize
 from refinelib.modeling.losses import hierarchical_log_probs
 from refinelib.modeling.refine import BoundaryRefinement, ContourDetection, DistanceTransform, ProgressiveUpsampling, SubpixelConv
 
@@ -67,7 +67,7 @@ class HierarchicalUNet(nn.Module):
 
     Gradient: what arrives at the logits is bounded by the loss (:class:`~refinelib.modeling.losses.MaskLoss`) and the
     refinements pass it on unchanged; below them a layer multiplies it by no more than its weights' norm
-    and, where it normalises, by 32 (see ``blocks.group_norm``): bounded for finite weights, whatever the
+    and, where it normalises, by 32 (see ``blocks.GroupNorm``): bounded for finite weights, whatever the
     image.
 
     Args:
@@ -112,7 +112,7 @@ class HierarchicalUNet(nn.Module):
         self.shared = nn.Sequential(*(ResidualBlock(c) for _ in range(4)))
         self.person = UNet(widths)
         self.person_head = Head(c, 1)
-        self.gate = nn.Sequential(Conv(c + 1, c, 1), nn.Sigmoid())
+        self.gate = Chain(Conv(c + 1, c, 1), nn.Sigmoid())
         self.merge = nn.Conv2d(2 * c, c, 1)
         self.attention = nn.Sequential(ChannelAttention(c), SpatialAttention())
         self.target = UNet(widths)
@@ -154,7 +154,7 @@ class HierarchicalUNet(nn.Module):
         person = self.person(shared)
         person_logit = self.person_head(person[0])
         probability = torch.sigmoid(person_logit).to(shared.dtype)
-        gated = shared * self.gate(torch.cat([person[0], probability], dim=1))
+        gated = shared * self.gate(person[0], probability)
         target = self.target(self.attention(self.merge(torch.cat([gated, person[0]], dim=1))))
         logits = torch.cat([person_logit, self.target_head(target[0])], dim=1)
 

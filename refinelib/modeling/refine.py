@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refinelib.modeling.blocks import ConvNormAct, Head, resize
+from refinelib.modeling.blocks import Chain, ConvNormAct, Head, resize
 from refinelib.modeling.geometry import edge_strength
 
 #: The largest residual a module can write before its blending weight: e^10 in odds.
@@ -47,7 +47,7 @@ class BoundaryRefinement(nn.Module):
 
     def __init__(self, channels: int, *, hidden: int, blend_init: float = 0.1, edge_gain_init: float = 1.0) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(ConvNormAct(channels + 5, hidden), ConvNormAct(hidden, hidden))
+        self.trunk = Chain(ConvNormAct(channels + 5, hidden), ConvNormAct(hidden, hidden))
         self.edge_conv = Head(hidden, 2, 3)
         nn.init.normal_(self.edge_conv.weight, std=edge_gain_init * (9 * hidden) ** -0.5)
         nn.init.zeros_(self.edge_conv.bias)
@@ -64,8 +64,8 @@ class BoundaryRefinement(nn.Module):
         edges = F.avg_pool2d(edge_strength(probs), 3, stride=1, padding=1, count_include_pad=False)
         undecided = 4 * probs * (1 - probs)
         gate = 1 - (1 - edges / (edges + 0.1)) * (1 - undecided)
-        inputs = torch.cat([features, image.to(features.dtype), probs.to(features.dtype)], dim=1)
-        return logits + self.blend * gate * bounded(self.edge_conv(self.trunk(inputs)))
+        seen = torch.cat([image.to(features.dtype), probs.to(features.dtype)], dim=1)
+        return logits + self.blend * gate * bounded(self.edge_conv(self.trunk(features, seen)))
 
 
 class ProgressiveUpsampling(nn.Module):
@@ -148,7 +148,7 @@ class ContourDetection(nn.Module):
         super().__init__()
         self.trunk = ConvNormAct(channels, hidden)
         self.head = Head(hidden, 2)
-        self.fuse = nn.Sequential(ConvNormAct(hidden + 4, hidden), Head(hidden, 2))
+        self.fuse = Chain(ConvNormAct(hidden + 4, hidden), Head(hidden, 2))
         for last in (self.head, self.fuse[-1]):
             nn.init.normal_(last.weight, std=1e-3)
             nn.init.zeros_(last.bias)
@@ -166,8 +166,7 @@ class ContourDetection(nn.Module):
         own = self.trunk(features)
         contour_logits = self.head(own)
         evidence = torch.cat([torch.sigmoid(contour_logits), torch.sigmoid(logits.detach())], dim=1)
-        residual = self.fuse(torch.cat([own, evidence.to(own.dtype)], dim=1))
-        return logits + self.blend * bounded(residual), contour_logits
+        return logits + self.blend * bounded(self.fuse(own, evidence.to(own.dtype))), contour_logits
 
 
 class DistanceTransform(nn.Module):
