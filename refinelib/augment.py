@@ -2,14 +2,15 @@
 
 :func:`draw` makes the random numbers of many ROIs at once, on the CPU, from a seeded generator;
 :func:`apply` is a pure function of them, the same on every device. So an ROI's augmentation
-depends on the seed, the epoch and its place in the epoch alone: a skipped step, a resumed run and
-a replayed incident see the very same pixels.
+depends on the seed, the epoch and its place in the epoch alone (and who is pasted into it, on its
+neighbour in the batch): a skipped step, a resumed run and a replayed incident see the very same pixels.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,30 +21,41 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 
 #: Columns of the parameter table.
-FLIP, ANGLE, SCALE, SHIFT_X, SHIFT_Y, BRIGHTNESS, CONTRAST, SATURATION = range(8)
-COLUMNS = 8
+FLIP, ANGLE, SCALE, SHIFT_X, SHIFT_Y, BRIGHTNESS, CONTRAST, SATURATION, ASPECT, RED, BLUE, PASTE, PASTE_FLIP, PASTE_SCALE, PASTE_X, PASTE_Y = range(16)
+COLUMNS = 16
+
+#: What PASTE says.
+NOBODY, IN_FRONT, BEHIND = 0.0, 1.0, 2.0
+#: Somebody pasted in front leaves at least this much of the target visible, and stands behind it otherwise.
+LEAST_VISIBLE = 0.5
 
 
-def draw(
-    count: int,
-    *,
-    mode: str,
-    generator: torch.Generator,
-    degrees: float = 10.0,
-    scale: float = 0.15,
-    shift: float = 0.06,
-    colour: float = 0.3,
-) -> Tensor:
+class Amounts(NamedTuple):
+    """How much of everything."""
+
+    degrees: float  # largest rotation
+    scale: float  # largest relative change of size; drawn uniformly in its logarithm
+    aspect: float  # largest relative change of width against height, likewise
+    shift: float  # largest shift, of the canvas's side
+    colour: float  # largest relative change of brightness, contrast and saturation
+    tint: float  # of the red and of the blue channel
+    paste: float  # share of ROIs with another person pasted in
+
+
+AMOUNTS = {
+    "full": Amounts(degrees=10.0, scale=0.15, aspect=0.0, shift=0.06, colour=0.3, tint=0.0, paste=0.0),
+    "strong": Amounts(degrees=15.0, scale=0.25, aspect=0.15, shift=0.08, colour=0.4, tint=0.1, paste=0.5),
+}
+
+
+def draw(count: int, *, mode: str, generator: torch.Generator) -> Tensor:
     """Augmentation parameters of ``count`` ROIs.
 
     Args:
         count: number of rows.
-        mode: ``off``, ``flip`` (left and right, half of all) or ``full`` (flip, affine and colour).
+        mode: ``off``; ``flip`` (left and right, half of all); ``full`` (flip, affine and colour); ``strong`` (more of it, and
+            people pasted in front and behind).
         generator: CPU generator; it gives the same number of values in every mode.
-        degrees: largest rotation.
-        scale: largest relative change of size; drawn uniformly in its logarithm.
-        shift: largest shift, of the canvas's side.
-        colour: largest relative change of brightness, contrast and saturation.
 
     Returns:
         float32 ``[count, COLUMNS]``.
@@ -51,15 +63,23 @@ def draw(
     uniform = torch.rand(count, COLUMNS, generator=generator)
     signed = 2 * uniform - 1
     table = torch.zeros(count, COLUMNS)
-    table[:, [SCALE, BRIGHTNESS, CONTRAST, SATURATION]] = 1.0
-    if mode in ("flip", "full"):
+    table[:, [SCALE, BRIGHTNESS, CONTRAST, SATURATION, ASPECT, RED, BLUE]] = 1.0
+    if mode != "off":
         table[:, FLIP] = (uniform[:, FLIP] < 0.5).float()
-    if mode == "full":
-        table[:, ANGLE] = signed[:, ANGLE] * math.radians(degrees)
-        table[:, SCALE] = torch.exp(signed[:, SCALE] * math.log1p(scale))
-        table[:, [SHIFT_X, SHIFT_Y]] = signed[:, [SHIFT_X, SHIFT_Y]] * (2 * shift)
+    if mode in AMOUNTS:
+        amounts = AMOUNTS[mode]
+        table[:, ANGLE] = signed[:, ANGLE] * math.radians(amounts.degrees)
+        table[:, SCALE] = torch.exp(signed[:, SCALE] * math.log1p(amounts.scale))
+        table[:, ASPECT] = torch.exp(signed[:, ASPECT] * math.log1p(amounts.aspect))
+        table[:, [SHIFT_X, SHIFT_Y]] = signed[:, [SHIFT_X, SHIFT_Y]] * (2 * amounts.shift)
         for column in (BRIGHTNESS, CONTRAST, SATURATION):
-            table[:, column] = 1 + signed[:, column] * colour
+            table[:, column] = 1 + signed[:, column] * amounts.colour
+        table[:, [RED, BLUE]] = 1 + signed[:, [RED, BLUE]] * amounts.tint
+        drawn = uniform[:, PASTE]
+        table[:, PASTE] = torch.where(drawn < amounts.paste / 2, IN_FRONT, torch.where(drawn < amounts.paste, BEHIND, NOBODY))
+        table[:, PASTE_FLIP] = (uniform[:, PASTE_FLIP] < 0.5).float()
+        table[:, PASTE_SCALE] = torch.exp(signed[:, PASTE_SCALE] * math.log(1.5))
+        table[:, [PASTE_X, PASTE_Y]] = signed[:, [PASTE_X, PASTE_Y]] * torch.tensor([0.9, 0.5])
     return table
 
 
@@ -91,10 +111,12 @@ def apply(images: Tensor, coverage: Tensor, table: Tensor, *, mode: str) -> tupl
         0..255.
     """
     pixels, shares = images.permute(0, 3, 1, 2).float(), coverage.permute(0, 3, 1, 2).float()
-    if mode in ("flip", "full"):
+    if mode == "strong":
+        pixels, shares = _paste(pixels, shares, table)
+    if mode != "off":
         flip = table[:, FLIP].bool().view(-1, 1, 1, 1)
         pixels, shares = (torch.where(flip, x.flip(-1), x) for x in (pixels, shares))
-    if mode == "full":
+    if mode in AMOUNTS:
         aspect = pixels.shape[-2] / pixels.shape[-1]
         pixels, shares = (_warp(x, table, aspect) for x in (pixels, shares))
         pixels = _recolour(pixels, table)
@@ -107,20 +129,61 @@ def _warp(x: Tensor, table: Tensor, aspect: float) -> Tensor:
     ``aspect`` is the crop's height over its width in input pixels; a mask of another shape covers the same crop.
     """
     cos, sin = table[:, ANGLE].cos() / table[:, SCALE], table[:, ANGLE].sin() / table[:, SCALE]
+    wider = table[:, ASPECT]
     # Normalised coordinates run -1..1 along both sides, so a rotation has to know their ratio.
     matrix = torch.stack(
         [
-            torch.stack([cos, -sin * aspect, table[:, SHIFT_X]], dim=-1),
-            torch.stack([sin / aspect, cos, table[:, SHIFT_Y]], dim=-1),
+            torch.stack([cos / wider, -sin * aspect, table[:, SHIFT_X]], dim=-1),
+            torch.stack([sin / aspect / wider, cos, table[:, SHIFT_Y]], dim=-1),
         ],
         dim=1,
     )
+    return _sample(x, matrix, "reflection")
+
+
+def _sample(x: Tensor, matrix: Tensor, beyond: str) -> Tensor:
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode=beyond, align_corners=False)
+
+
+def _paste(pixels: Tensor, shares: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The person of the crop before in the batch, cut out by its coverage, as a non-target in front of or behind this one.
+
+    The cut's edges are as soft as the coverage, so no seam tells the network where somebody was pasted (Dwibedi et al.,
+    "Cut, Paste and Learn", 2017; Ghiasi et al., "Simple Copy-Paste", 2021).
+    """
+    pasted, front = (table[:, PASTE] != NOBODY).view(-1, 1, 1, 1), (table[:, PASTE] == IN_FRONT).view(-1, 1, 1, 1)
+    mirror, scale = 1 - 2 * table[:, PASTE_FLIP], table[:, PASTE_SCALE]
+    zero = torch.zeros_like(scale)
+    matrix = torch.stack(
+        [
+            torch.stack([mirror / scale, zero, -table[:, PASTE_X] * mirror / scale], dim=-1),
+            torch.stack([zero, 1 / scale, -table[:, PASTE_Y] / scale], dim=-1),
+        ],
+        dim=1,
+    )
+    size = pixels.shape[-2:]
+    cut = shares[:, :1].roll(1, 0) / 255
+    on_mask = _sample(cut, matrix, "zeros") * pasted
+    cut = cut if cut.shape[-2:] == size else F.interpolate(cut, size=size, mode="bilinear", align_corners=False)
+    layer = _sample(torch.cat([pixels.roll(1, 0) * cut, cut], dim=1), matrix, "zeros") * pasted
+
+    target, other = (shares / 255).split(1, dim=1)
+    left = (target * (1 - on_mask)).sum(dim=(1, 2, 3), keepdim=True)
+    front = front & (left >= LEAST_VISIBLE * target.sum(dim=(1, 2, 3), keepdim=True))
+    hidden = torch.where(front, 0.0, target)  # what the target hides of the one behind it
+    seen = target if target.shape[-2:] == size else F.interpolate(target, size=size, mode="bilinear", align_corners=False)
+    layer = layer * (1 - torch.where(front, 0.0, seen))
+    pixels = layer[:, :3] + (1 - layer[:, 3:]) * pixels
+    visible = on_mask * (1 - hidden)
+    target = torch.where(front, target * (1 - on_mask), target)
+    other = torch.minimum(other * (1 - on_mask) + visible, 1 - target)
+    return pixels, 255 * torch.cat([target, other], dim=1)
 
 
 def _recolour(pixels: Tensor, table: Tensor) -> Tensor:
-    """Saturation about each pixel's grey, contrast about each image's mean, then brightness."""
+    """Tint, saturation about each pixel's grey, contrast about each image's mean, then brightness."""
+    pixels = pixels * torch.stack([table[:, RED], torch.ones_like(table[:, RED]), table[:, BLUE]], dim=1).view(-1, 3, 1, 1)
     saturation, contrast, brightness = (
         table[:, column].view(-1, 1, 1, 1) for column in (SATURATION, CONTRAST, BRIGHTNESS)
     )

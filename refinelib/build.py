@@ -91,7 +91,14 @@ def build_device(settings: Settings) -> torch.device:
     return torch.device(settings.device)
 
 
+def precision(settings: Settings, device: torch.device) -> str:
+    """``off``, ``bf16`` or ``fp16``: what ``amp`` means on a device."""
+    if settings.amp != "auto":
+        return settings.amp
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+
+
 def autocast(settings: Settings, device: torch.device) -> torch.autocast:
     """Mixed precision as the settings ask for it."""
-    dtype = {"off": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=settings.amp != "off")
+    amp = precision(settings, device)
+    return torch.autocast(device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")

@@ -80,13 +80,14 @@ class Settings(BaseModel):
     train_images: str | None = Field(None, description="folder of its images, where it is not data_dir/images/train2017 or data_dir/train2017")
     val_annotations: str | None = Field(None, description="COCO JSON to validate on, where it is not data_dir/annotations/instances_val2017*.json")
     val_images: str | None = Field(None, description="folder of its images, where it is not data_dir/images/val2017 or data_dir/val2017")
+    add_pennfudan: str | None = Field(None, description="folder of Penn-Fudan (PNGImages, PedMasks): all its people join the training people, never the validation people")
     store_dir: str | None = Field(None, description="folder of the decoded crops (a store built elsewhere serves with no images at hand); none: output_dir/stores")
     max_images: int | None = Field(None, ge=1, description="use only the first so many images of each split")
     workers: int | None = Field(None, ge=1, le=256, description="processes that build the store; none: one a core")
     roi_size: tuple[int, int] = _size("input pixels across the person's box, one number or [height, width], 16 to 512")
     mask_size: tuple[int, int] = _size("mask pixels across the person's box, one number or [height, width], 16 to 512")
     context: float = Field(0.0, ge=0.0, le=2.0, description="how much of the box's size is added around it; 0: the box itself, 0.5: half again as much")
-    augment: Literal["off", "flip", "full"] = Field("flip", description="full: flip, affine, colour; on the device, whole batches at once")
+    augment: Literal["off", "flip", "full", "strong"] = Field("flip", description="full: flip, affine, colour; strong: more of these, and people pasted in front and behind; on the device, whole batches at once")
 
     # -- model -----------------------------------------------------------------------------------
     width: float = Field(1.0, ge=0.0625, le=2.0, description="channels relative to the full model: 1.0 has 23 M parameters, 0.125 trains on a laptop")
@@ -123,7 +124,7 @@ class Settings(BaseModel):
     weight_decay: float = Field(1e-3, ge=0.0, le=1.0, description="decay of matrices and kernels; norms, biases and scalars have none")
     grad_clip: float = Field(5.0, gt=0.0, le=1e6, description="largest L2 norm of the whole gradient after clipping")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0, description="decay of the weights' moving average that is validated and delivered; 0: off")
-    amp: Literal["off", "bf16", "fp16"] = Field("off", description="mixed precision")
+    amp: Literal["auto", "off", "bf16", "fp16"] = Field("auto", description="mixed precision; auto: bf16 on GPUs that have it, off elsewhere")
     loss_scale_init: float = Field(65536.0, ge=1.0, le=2.0**24, description="fp16 loss scale at the start")
     loss_scale_floor: float = Field(1.0, gt=0.0, le=2.0**24, description="fp16 loss scale never falls below this; at most loss_scale_init")
 
@@ -140,6 +141,7 @@ class Settings(BaseModel):
     inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/safety/faults.py")
 
     # -- validation and prediction ---------------------------------------------------------------
+    validate_every: int = Field(1, ge=1, description="epochs between validations (the last epoch always is)")
     flip_test: bool = Field(False, description="average the probabilities of each crop and of its mirror image; twice the time")
 
     # -- what the run leaves ---------------------------------------------------------------------
@@ -179,6 +181,8 @@ class Settings(BaseModel):
             refuse("use_subpixel_conv is the alternative to use_progressive_upsampling: switch one of them off")
         if self.data != "synthetic" and not (self.data_dir or self.store_dir or self.train_annotations):
             refuse(f"data = {self.data} needs data_dir, the folder of the data set, or store_dir, a store built before")
+        if self.add_pennfudan and self.data == "pennfudan":
+            refuse("data = pennfudan has Penn-Fudan's people already, and add_pennfudan would add those it validates on: leave add_pennfudan out")
         if self.ce_weight == 0 and self.dice_weight == 0:
             refuse("ce_weight and dice_weight are both 0: nothing would teach the mask; give one of them a weight")
         if self.resume and self.init_from:

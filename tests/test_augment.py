@@ -71,3 +71,65 @@ def test_colours_stay_in_range():
     pixels, _ = augment.apply(image, torch.zeros(8, 16, 16, 2, dtype=torch.uint8), table("full", 8), mode="full")
     low, high = (augment.normalise(torch.full((1, 3, 1, 1), value)) for value in (0, 255))
     assert (pixels >= low - 1e-4).all() and (pixels <= high + 1e-4).all()
+
+
+# -- strong ----------------------------------------------------------------------------------------
+def two_people(count=8):
+    """Crops of one flat colour each, with a person of the same shade: who is where shows in the pixels."""
+    image = torch.zeros(count, 64, 64, 3, dtype=torch.uint8)
+    cover = torch.zeros(count, 64, 64, 2, dtype=torch.uint8)
+    cover[:, 16:48, 24:40, 0] = 255
+    image[:, 16:48, 24:40] = (100 + 10 * torch.arange(count))[:, None, None, None].to(torch.uint8)
+    return image, cover
+
+
+def pasting(drawn, what, x=0.0, y=0.0):
+    """A table that pastes and does nothing else."""
+    drawn = augment.draw(len(drawn), mode="off", generator=torch.Generator())
+    drawn[:, augment.PASTE], drawn[:, augment.PASTE_SCALE] = what, 1.0
+    drawn[:, augment.PASTE_X], drawn[:, augment.PASTE_Y] = x, y
+    return drawn
+
+
+def seen(pixels):
+    return pixels[:, 0] * augment.STD[0] + augment.MEAN[0]
+
+
+@pytest.mark.parametrize("size", [64, 32])
+def test_somebody_in_front_hides_part_of_the_target_and_is_a_non_target(size):
+    image, cover = two_people()
+    cover = cover[:, :: 64 // size, :: 64 // size]
+    drawn = pasting(torch.zeros(8), augment.IN_FRONT, x=0.25)  # 8 of the target's 16 columns are hidden
+    pixels, shares = augment.apply(image, cover, drawn, mode="strong")
+    target, other = (shares.sum(dim=(2, 3)) / 255 * (64 / size) ** 2).unbind(1)
+    torch.testing.assert_close(target, torch.full((8,), 32 * 8.0))
+    torch.testing.assert_close(other, torch.full((8,), 32 * 16.0))
+    neighbour = (100 + 10 * torch.arange(8.0)).roll(1)
+    torch.testing.assert_close(seen(pixels)[:, 32, 36], neighbour, atol=0.01, rtol=0)  # where both stand, the one in front is seen
+
+
+def test_somebody_behind_hides_nothing_of_the_target():
+    image, cover = two_people()
+    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(8), augment.BEHIND, x=0.25), mode="strong")
+    target, other = (shares.sum(dim=(2, 3)) / 255).unbind(1)
+    torch.testing.assert_close(target, torch.full((8,), 32 * 16.0))
+    torch.testing.assert_close(other, torch.full((8,), 32 * 8.0))
+    torch.testing.assert_close(seen(pixels)[:, 32, 36], 100 + 10 * torch.arange(8.0), atol=0.01, rtol=0)
+
+
+def test_nobody_hides_more_than_half_of_the_target():
+    image, cover = two_people()
+    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(8), augment.IN_FRONT), mode="strong")  # exactly on top
+    torch.testing.assert_close(shares, cover.permute(0, 3, 1, 2).float(), atol=0.1, rtol=0)  # a resampled edge is off by a rounding
+    torch.testing.assert_close(seen(pixels)[:, 32, 32], 100 + 10 * torch.arange(8.0), atol=0.01, rtol=0)
+
+
+def test_strong_shares_never_exceed_the_cell_and_about_half_get_company():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    target = torch.randint(0, 256, (64, 32, 32), generator=generator)
+    cover = torch.stack([target, 255 - target], dim=-1).to(torch.uint8)
+    drawn = table("strong", 64)
+    assert 16 < (drawn[:, augment.PASTE] != augment.NOBODY).sum() < 48
+    pixels, shares = augment.apply(image, cover, drawn, mode="strong")
+    assert pixels.isfinite().all() and shares.min() >= -1e-3 and shares.sum(dim=1).max() <= 255 + 1e-2

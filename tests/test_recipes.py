@@ -91,10 +91,12 @@ def observed(settings, tmp_path) -> dict:
         "epochs": guard.schedule.total_steps / 10,
         "weight_decay": decays[1], "grad_clip": guard.grad_clip,
         "optimizer": type(guard.optimizer).__name__.lower(),
-        "amp": "off" if not cast._enabled else {torch.float16: "fp16", torch.bfloat16: "bf16"}[cast.fast_dtype],
+        "amp": settings.amp if settings.amp == "auto" and not cast._enabled else "off" if not cast._enabled else {torch.float16: "fp16", torch.bfloat16: "bf16"}[cast.fast_dtype],
         "ema_decay": guard.ema_decay, "batch_size": feed.plan(0).rois.shape[2], "accumulate": feed.plan(0).rois.shape[1],
         "augment": feed.mode, "recipe": run.name, "width": model.person_head.in_channels / 256,
-        "roi_size": tuple(model.canvas), "mask_size": tuple(model.mask_canvas),
+        "roi_size": tuple(round(2 * (side - 1) / (at.max() - at.min()).item()) for side, at in zip(model.canvas, model.coordinates[0])),
+        "mask_size": tuple(model.mask_canvas) if not settings.context else settings.mask_size,
+        "context": model.canvas[0] / settings.roi_size[0] - 1,
         "use_boundary_refinement": model.boundary is not None, "use_progressive_upsampling": model.progressive is not None,
         "use_subpixel_conv": model.subpixel is not None, "use_contour_detection": model.contour is not None,
         "use_distance_transform": model.distance is not None,
@@ -109,6 +111,7 @@ def observed(settings, tmp_path) -> dict:
         "edge_gain_init": settings.edge_gain_init if gain is None or close(settings.edge_gain_init, gain) else gain,
         "distance_threshold_init": round(model.distance.threshold.item(), 6) if model.distance else settings.distance_threshold_init,
         "data": settings.data, "max_images": settings.max_images, "init_from": settings.init_from,  # seen in test_train.py
+        "flip_test": settings.flip_test, "validate_every": settings.validate_every, "save_every": settings.save_every, "probe_every": settings.probe_every,
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from refinelib.config import Settings
 from refinelib.data.building import open_store, sampling
 from refinelib.data.coco import CocoPeople, coco_paths
 from refinelib.data.errors import DataError
+from refinelib.data.joined import JoinedSources
 from refinelib.data.pennfudan import PennFudanPeople
 from refinelib.data.scenes import Source
 from refinelib.data.spoilt import SpoiltFiles
@@ -66,6 +67,18 @@ def make_source(settings: Settings, split: str) -> Source:
     Raises:
         DataError: a file or folder is missing.
     """
+    own = _own_source(settings, split)
+    if settings.add_pennfudan and split == "train":
+        return JoinedSources([own, PennFudanPeople(settings.path(settings.add_pennfudan), "all")], split)
+    return own
+
+
+def source_name(settings: Settings, split: str) -> str:
+    """What the stores of a split say they were made from."""
+    return f"{settings.data}+pennfudan" if settings.add_pennfudan and split == "train" else settings.data
+
+
+def _own_source(settings: Settings, split: str) -> Source:
     if settings.data == "synthetic":
         return SyntheticPeople(SYNTHETIC[split], split=split)
     data_dir = settings.path(settings.data_dir) if settings.data_dir else None
@@ -96,10 +109,10 @@ def find_store(root: Path, settings: Settings, split: str) -> Store | None:
         try:
             info = read_info(file.parent)
         except DataError as error:
-            if file.parent.name.startswith(f"{settings.data}-{split}-"):
+            if file.parent.name.startswith(f"{source_name(settings, split)}-{split}-"):
                 unreadable.append(error)
             continue
-        same = (info["source"], info["split"]) == (settings.data, split)
+        same = (info["source"], info["split"]) == (source_name(settings, split), split)
         same = same and all(info[name] == size for name, size in sizes.items())
         limit = info["max_images"]
         if same and (limit is None or (settings.max_images is not None and limit >= settings.max_images)):
@@ -121,4 +134,4 @@ def find_store(root: Path, settings: Settings, split: str) -> Store | None:
 def _wanted(settings: Settings, split: str) -> str:
     (h, w), (mh, mw) = settings.roi_size, settings.mask_size
     limit = "" if settings.max_images is None else f", at least {settings.max_images} images"
-    return f"of {settings.data} {split} with roi_size {h}x{w}, mask_size {mh}x{mw}, context {settings.context:g}{limit}"
+    return f"of {source_name(settings, split)} {split} with roi_size {h}x{w}, mask_size {mh}x{mw}, context {settings.context:g}{limit}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from refinelib.quality import predict
 from refinelib.augment import normalise
-from refinelib.build import autocast, build_device, build_guard, build_loss, build_model
+from refinelib.build import autocast, build_device, build_guard, build_loss, build_model, precision
 from refinelib.config import Settings
 from refinelib.data import open_splits
 from refinelib.feed import Batch, Feed
@@ -85,7 +85,7 @@ def shapes(parts: Parts) -> Check:
         wrong = f"the loss of a fresh model is {float(total)} ({', '.join(bad)} not finite): look at that function in losses.py"
     elif float((sums - 1).abs().max()) > 1e-4:
         wrong = "the three class probabilities do not sum to 1: look at losses.hierarchical_log_probs"
-    elif apart > (1e-3 if settings.amp == "off" else 5e-2):
+    elif apart > (1e-3 if precision(settings, images.device) == "off" else 5e-2):
         wrong = (
             f"a crop's logits differ by {apart:.1%} when others are in its batch: look for a statistic over the batch "
             "in model.py or refine.py"
@@ -221,7 +221,7 @@ def whole_run(settings: Settings) -> Check:
         )
     elif None in losses or status["skipped_steps"]:
         wrong = f"{status['skipped_steps']} of {status['step']} steps were skipped: events.jsonl in {run.folder} says what was not finite"
-    elif apart > (2e-3 if settings.amp == "off" else 2e-2):
+    elif apart > (2e-3 if precision(settings, predictor.device) == "off" else 2e-2):
         wrong = (
             f"loaded again, the checkpoint's masks differ by up to {apart:.3f} from those of the run: look at "
             "checkpoints.py and predict.load"
