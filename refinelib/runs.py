@@ -293,6 +293,10 @@ class Run:
     def epochs(self) -> list[dict[str, Any]]:
         return [line for line in read_lines(self.folder / "metrics.jsonl") if line["kind"] == "epoch"]
 
+    def validations(self) -> list[dict[str, Any]]:
+        """The epochs that were validated: every ``validate_every``-th and the last."""
+        return [line for line in self.epochs() if line.get("metrics")]
+
     def events(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "events.jsonl")
 

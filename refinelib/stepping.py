@@ -9,6 +9,7 @@ The whole step, the guard's decision included, lies in the graph: it reads nothi
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Callable, Iterator
 
@@ -64,6 +65,8 @@ class Stepper:
         self.compiled = wanted
         self.captures = device.type == "cuda" and settings.cuda_graphs and guard.fused  # another optimizer asks the host
         if wanted:
+            # Beside the stores, so that the next run of the same shape starts in seconds; a temporary folder forgets.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.path(settings.output_dir) / "compiled"))
             self.forward = torch.compile(self.eager, dynamic=False)
             guard.compile()
 

@@ -297,11 +297,25 @@ class Trainer:
         with self.worth_less("gradients"):
             self.probe.end_epoch(epoch + 1)
         seconds = time.perf_counter() - started  # the reports were read back, so the device is done
-        found = self.validate(final=epoch + 1 == settings.epochs)
-        self.last_metrics = metrics = found.compute()
-        best = self.best is None or _merit(metrics) > _merit(self.best)
+        last = epoch + 1 == settings.epochs
+        validated = last or (epoch + 1) % settings.validate_every == 0
+        metrics = self.look_at_people(epoch, final=last) if validated else {}
+        best = validated and (self.best is None or _merit(metrics) > _merit(self.best))
         if best:
             self.best = {"epoch": epoch + 1, "step": self.step, **{name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}}
+        self.last_metrics = metrics
+        self.run.metrics({"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
+        self.report_writes()
+        if best:
+            self.save("best.pt")
+        if (epoch + 1) % settings.save_every == 0 or last:
+            self.save("last.pt")
+        scored = dict(best=self.best, metrics=metrics) if validated else {}
+        self.run.update(epoch=epoch + 1, step=self.step, skipped_steps=int(self.guard.state["skipped"]), **scored)
+
+    def look_at_people(self, epoch: int, *, final: bool) -> dict[str, Any]:
+        """Metrics on the validation people, and some of their masks for whoever looks at the run."""
+        found = self.validate(final=final)
         with self.worth_less("samples"):
             write_samples(
                 self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz",
@@ -309,15 +323,9 @@ class Trainer:
                 self.predict,
                 found.per_roi()["target_iou"],
                 device=self.device,
-                mask_size=settings.mask_size,
+                mask_size=self.settings.mask_size,
             )
-        self.run.metrics({"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
-        self.report_writes()
-        if best:
-            self.save("best.pt")
-        if (epoch + 1) % settings.save_every == 0 or epoch + 1 == settings.epochs:
-            self.save("last.pt")
-        self.run.update(epoch=epoch + 1, step=self.step, skipped_steps=int(self.guard.state["skipped"]), best=self.best, metrics=metrics)
+        return found.compute()
 
     def epoch_line(self, epoch: int, seconds: float) -> str:
         """One line about the epoch just ended."""
@@ -326,10 +334,11 @@ class Trainer:
         def shown(name: str) -> str:
             return "none" if metrics[name] is None else f"{metrics[name]:.3f}"
 
+        names = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU", "miou": "mIoU"}
+        scores = "".join(f"{words} {shown(name)}  " for name, words in names.items()) if metrics else ""
         return (
             f"epoch {epoch + 1:>4}/{self.settings.epochs}  loss {summary['train_loss']:.4f}  gradient norm {summary['grad_norm']:.3g}  "
-            f"target IoU {shown('target_iou')}  Boundary IoU {shown('boundary_iou')}  mIoU {shown('miou')}  "
-            f"skipped {int(self.guard.state['skipped'])}  {seconds:.1f} s"
+            f"{scores}skipped {int(self.guard.state['skipped'])}  {seconds:.1f} s"
         )
 
     def predict(self, images: Tensor) -> Tensor:
@@ -390,7 +399,7 @@ class Trainer:
 #: Settings that a resumed run may have changed: none of them changes what a step does.
 _FREE_TO_CHANGE = {
     "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images",
-    "device", "workers", "log_every", "save_every", "probe_every", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents",
+    "device", "workers", "log_every", "save_every", "probe_every", "epochs", "validate_every", "inject", "init_from", "recipe", "max_rewinds", "max_incidents",
     "flip_test", "compile", "cuda_graphs",
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ import torch
 import refinelib.training as loop
 from refinelib import checkpoints
 from refinelib.config import SettingsError, resolve
+from refinelib.figures import plots
 from refinelib.runs import Run
 from refinelib.training import train
 
@@ -48,6 +49,20 @@ def test_leaves_what_the_readme_promises(tiny):
     np.testing.assert_allclose(sample["probs"].astype(np.float32).sum(1), 1.0, atol=5e-3)
     worst, best = (sample["target_iou"][sample["kind"] == kind].mean() for kind in ("worst", "best"))
     assert worst <= best and worst <= sample["target_iou"].mean() <= best
+
+
+def test_validated_now_and_then_it_is_the_same_run(tiny):
+    often, seldom = train(tiny(epochs=5)), train(tiny(epochs=5, validate_every=2))
+    assert_same(final_weights(often), final_weights(seldom))
+    assert [bool(line["metrics"]) for line in seldom.epochs()] == [False, True, False, True, True]
+    by_epoch = {line["epoch"]: line["metrics"] for line in often.epochs()}
+    assert all(line["metrics"] == by_epoch[line["epoch"]] for line in seldom.validations())
+    assert seldom.status()["best"]["epoch"] in (2, 4, 5) and seldom.status()["metrics"] == by_epoch[5]
+    assert len(list((seldom.folder / "samples").iterdir())) == 3
+    for draw in (plots.overview, plots.ious, plots.live):
+        draw(seldom)
+    (line, *_) = plots.ious(seldom).axes[0].get_lines()
+    assert list(line.get_xdata()) == [2, 4, 5]
 
 
 def test_the_loss_falls_and_the_mask_beats_the_untrained_one(tiny):

@@ -106,10 +106,11 @@ def _draw(panels: list[Axes], run: Run, offset: float, *, first: bool) -> float:
     draw_line(loss, x, [line["loss"] for line in steps], color=LOSSES["total"], linewidth=0.9, alpha=0.4, **label("by window of steps"))
     style = dict(color=LOSSES["total"], marker="o", linewidth=1.8)
     draw_line(loss, [end - 0.5 for end in ends], [line["train_loss"] for line in epochs], **style, **label("by epoch"))
+    validations = run.validations()
     for name, color in METRICS.items():
-        values = [line["metrics"].get(name) for line in epochs]
+        values = [line["metrics"].get(name) for line in validations]
         style = "--" if name == "miou" else "-"
-        draw_line(iou, ends, values, color=color, marker="o", linestyle=style, crosses=False, **label(METRIC_NAMES[name]))
+        draw_line(iou, [offset + line["epoch"] for line in validations], values, color=color, marker="o", linestyle=style, crosses=False, **label(METRIC_NAMES[name]))
     norm.set_yscale("log")
     draw_line(norm, x, [line.get("grad_norm_max") for line in steps], color=PURPLE, linewidth=1.0, **label("largest"))
     draw_line(norm, x, [line["grad_norm"] for line in steps], color=BLACK, linewidth=1.4, **label("mean"))

@@ -74,7 +74,7 @@ def ious(run: Run | str | os.PathLike) -> Figure:
     figure = titled(run, "validation", height=4.0)
     left, right = figure.subplots(1, 2, sharey=True)
     iou_panel(left, run)
-    epochs = run.epochs()
+    epochs = run.validations()
     x = [line["epoch"] for line in epochs]
     for label, (name, color) in enumerate(CLASSES.items()):
         values = [(line["metrics"].get("iou") or [None] * 3)[label] for line in epochs]
@@ -120,7 +120,7 @@ def live(run: Run | str | os.PathLike) -> Figure:
 # -- words -----------------------------------------------------------------------------------------
 def metrics_table(run: Run | str | os.PathLike) -> str:
     """Last and best validation as a Markdown table."""
-    epochs = [line for line in opened(run).epochs() if line.get("metrics")]
+    epochs = opened(run).validations()
     if not epochs:
         return "No epoch has been validated yet."
     last, best = epochs[-1], max(epochs, key=lambda line: line["metrics"].get("target_iou") or -1.0)
@@ -188,7 +188,7 @@ def learning_rate_panel(axes: Axes, run: Run) -> None:
 
 
 def iou_panel(axes: Axes, run: Run) -> None:
-    epochs = run.epochs()
+    epochs = run.validations()
     x = [line["epoch"] for line in epochs]
     for name, color in METRICS.items():
         style = "--" if name == "miou" else "-"

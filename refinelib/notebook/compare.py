@@ -158,7 +158,7 @@ def curves(runs: Sequence[Run]) -> Figure:
         for (name, members), (color, style) in zip(found.items(), _looks(len(found))):
             by_epoch: dict[int, list[float]] = {}
             for run in members:
-                lines = run.epochs()
+                lines = run.validations() if unit == "IoU, 0 to 1" else run.epochs()
                 x, y = [line["epoch"] for line in lines], [read(line) for line in lines]
                 thin = dict(linewidth=1.0, alpha=0.6) if len(members) > 1 else dict(linewidth=1.8)
                 draw_line(axes, x, y, color=color, linestyle=style, **thin)
@@ -237,7 +237,7 @@ def _ending(axes: Axes, run: Run, x: list[int], y: list[float | None], color: st
 
 
 def _best(run: Run) -> dict[str, Any]:
-    scored = [line["metrics"] for line in run.epochs() if line.get("metrics")]
+    scored = [line["metrics"] for line in run.validations()]
     best = max(scored, key=lambda metrics: -1.0 if metrics.get("target_iou") is None else metrics["target_iou"], default={})
     return {key: (scored[-1] if "last" in name else best).get(key) for key, name in METRICS.items()} if scored else {}
 
