@@ -91,6 +91,11 @@ def build_device(settings: Settings) -> torch.device:
     return torch.device(settings.device)
 
 
+def settled(settings: Settings, device: torch.device) -> Settings:
+    """The settings with what ``auto`` means on this device in its place: what a run records, and what is compiled."""
+    return settings.model_copy(update={"amp": precision(settings, device)})
+
+
 def precision(settings: Settings, device: torch.device) -> str:
     """``off``, ``bf16`` or ``fp16``: what ``amp`` means on a device."""
     if settings.amp != "auto":

@@ -16,7 +16,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from refinelib.build import autocast
+from refinelib.build import autocast, settled
 from refinelib.config import Settings
 from refinelib.feed import Feed, Plan
 from refinelib.safety.guard import Guard
@@ -53,7 +53,8 @@ class Stepper:
         steps: int,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.settings, self.device, self.say = settings, device, say
+        # Settled here: asking a GPU what it can do in the middle of a step would break the compiled graph in two.
+        self.settings, self.device, self.say = settled(settings, device), device, say
         self.model, self.loss, self.guard, self.injector, self.feed = model, loss, guard, injector, feed
         self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self.eager
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import checkpoints
-from refinelib.build import autocast, build_device, build_guard, build_loss, build_model
+from refinelib.build import autocast, build_device, build_guard, build_loss, build_model, settled
 from refinelib.config import Settings
 from refinelib.data import open_splits
 from refinelib.feed import Feed
@@ -85,8 +85,8 @@ class Trainer:
     """A run's live objects and the loop over them."""
 
     def __init__(self, settings: Settings, run: Run) -> None:
-        self.settings, self.run = settings, run
-        self.device = build_device(settings)
+        self.run, self.device = run, build_device(settings)
+        self.settings = settings = settled(settings, self.device)
         _seed_everything(settings)
         run.record_settings(settings, _device_name(self.device))
 

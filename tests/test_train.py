@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import refinelib.training as loop
-from refinelib import checkpoints
+from refinelib import build, checkpoints
 from refinelib.config import SettingsError, resolve
 from refinelib.figures import plots
 from refinelib.runs import Run
@@ -336,3 +336,15 @@ def test_what_cannot_be_compiled_trains_all_the_same(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     run = train(tiny(run="plain", compile="on", epochs=1))
     assert run.status()["state"] == "ok" and "no C compiler here" in run.events()[0]["message"]
+
+
+@pytest.mark.parametrize("amp", ["auto", "bf16"])
+def test_model_and_loss_compile_as_one_graph(tiny, amp, monkeypatch):
+    """A break in it is no error, only slow: nothing else would tell."""
+    monkeypatch.setattr(build, "precision", lambda settings, device: "bf16" if settings.amp == "auto" and not torch.compiler.is_compiling() else settings.amp)
+    settings = tiny(amp=amp, epochs=1)
+    trainer = loop.Trainer(settings, Run.start(settings))
+    assert trainer.settings.amp == "bf16"
+    batch = trainer.feed.batch(trainer.feed.plan(0), 0)
+    found = torch._dynamo.explain(trainer.stepper.eager)(batch.images, batch.labels)
+    assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
