@@ -60,7 +60,8 @@ def draw(count: int, *, mode: str, generator: torch.Generator) -> Tensor:
     Returns:
         float32 ``[count, COLUMNS]``.
     """
-    uniform = torch.rand(count, COLUMNS, generator=generator)
+    # Two draws: what the first eight columns are does not depend on how many others there are.
+    uniform = torch.cat([torch.rand(count, SATURATION + 1, generator=generator), torch.rand(count, COLUMNS - SATURATION - 1, generator=generator)], dim=1)
     signed = 2 * uniform - 1
     table = torch.zeros(count, COLUMNS)
     table[:, [SCALE, BRIGHTNESS, CONTRAST, SATURATION, ASPECT, RED, BLUE]] = 1.0
@@ -111,7 +112,7 @@ def apply(images: Tensor, coverage: Tensor, table: Tensor, *, mode: str) -> tupl
         0..255.
     """
     pixels, shares = images.permute(0, 3, 1, 2).float(), coverage.permute(0, 3, 1, 2).float()
-    if mode == "strong":
+    if mode == "strong" and len(images) > 1:  # nobody is his own neighbour
         pixels, shares = _paste(pixels, shares, table)
     if mode != "off":
         flip = table[:, FLIP].bool().view(-1, 1, 1, 1)

@@ -92,7 +92,7 @@ def build_device(settings: Settings) -> torch.device:
 
 
 def settled(settings: Settings, device: torch.device) -> Settings:
-    """The settings with what ``auto`` means on this device in its place: what a run records, and what is compiled."""
+    """The settings with what ``auto`` means on this device in its place."""
     return settings.model_copy(update={"amp": precision(settings, device)})
 
 
@@ -100,7 +100,10 @@ def precision(settings: Settings, device: torch.device) -> str:
     """``off``, ``bf16`` or ``fp16``: what ``amp`` means on a device."""
     if settings.amp != "auto":
         return settings.amp
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    if device.type != "cuda":
+        return "off"
+    with torch.cuda.device(device):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
 
 
 def autocast(settings: Settings, device: torch.device) -> torch.autocast:

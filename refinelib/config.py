@@ -34,6 +34,13 @@ RECIPE_ALIASES = {
 }
 
 
+#: Settings that say where a run lies and what it leaves, not what it does.
+WHERE = frozenset({
+    "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images", "workers",
+    "log_every", "save_every", "probe_every", "validate_every",
+})  # fmt: skip
+
+
 class SettingsError(ValueError):
     """A setting is wrong; the message says which, why, and what would be right."""
 
@@ -80,7 +87,7 @@ class Settings(BaseModel):
     train_images: str | None = Field(None, description="folder of its images, where it is not data_dir/images/train2017 or data_dir/train2017")
     val_annotations: str | None = Field(None, description="COCO JSON to validate on, where it is not data_dir/annotations/instances_val2017*.json")
     val_images: str | None = Field(None, description="folder of its images, where it is not data_dir/images/val2017 or data_dir/val2017")
-    add_pennfudan: str | None = Field(None, description="folder of Penn-Fudan (PNGImages, PedMasks): all its people join the training people, never the validation people")
+    add_pennfudan: str | None = Field(None, description="folder of Penn-Fudan (PNGImages, PedMasks), whose own training people join those of data; max_images counts them last")
     store_dir: str | None = Field(None, description="folder of the decoded crops (a store built elsewhere serves with no images at hand); none: output_dir/stores")
     max_images: int | None = Field(None, ge=1, description="use only the first so many images of each split")
     workers: int | None = Field(None, ge=1, le=256, description="processes that build the store; none: one a core")
@@ -182,7 +189,7 @@ class Settings(BaseModel):
         if self.data != "synthetic" and not (self.data_dir or self.store_dir or self.train_annotations):
             refuse(f"data = {self.data} needs data_dir, the folder of the data set, or store_dir, a store built before")
         if self.add_pennfudan and self.data == "pennfudan":
-            refuse("data = pennfudan has Penn-Fudan's people already, and add_pennfudan would add those it validates on: leave add_pennfudan out")
+            refuse("data = pennfudan has Penn-Fudan's people already: leave add_pennfudan out")
         if self.ce_weight == 0 and self.dice_weight == 0:
             refuse("ce_weight and dice_weight are both 0: nothing would teach the mask; give one of them a weight")
         if self.resume and self.init_from:

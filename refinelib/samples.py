@@ -1,4 +1,4 @@
-"""Masks of some validation ROIs, kept after every epoch for whoever looks at the run later."""
+"""Masks of some validation ROIs, kept after every validation for whoever looks at the run later."""
 
 from __future__ import annotations
 

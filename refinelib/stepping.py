@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from refinelib.build import autocast, settled
-from refinelib.config import Settings
+from refinelib.config import Settings, absolute
 from refinelib.feed import Feed, Plan
 from refinelib.safety.guard import Guard
 from refinelib.safety.inject import Injector
@@ -66,8 +66,8 @@ class Stepper:
         self.compiled = wanted
         self.captures = device.type == "cuda" and settings.cuda_graphs and guard.fused  # another optimizer asks the host
         if wanted:
-            # Beside the stores, so that the next run of the same shape starts in seconds; a temporary folder forgets.
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.path(settings.output_dir) / "compiled"))
+            # One place for all runs, so that the next of the same shape starts in seconds; a temporary folder forgets.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(absolute("outputs/compiled")))
             self.forward = torch.compile(self.eager, dynamic=False)
             guard.compile()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from refinelib import checkpoints
 from refinelib.build import autocast, build_device, build_guard, build_loss, build_model, settled
-from refinelib.config import Settings
+from refinelib.config import WHERE, Settings
 from refinelib.data import open_splits
 from refinelib.feed import Feed
 from refinelib.safety.incidents import capture
@@ -85,8 +85,8 @@ class Trainer:
     """A run's live objects and the loop over them."""
 
     def __init__(self, settings: Settings, run: Run) -> None:
-        self.run, self.device = run, build_device(settings)
-        self.settings = settings = settled(settings, self.device)
+        self.settings, self.run = settings, run
+        self.device = build_device(settings)
         _seed_everything(settings)
         run.record_settings(settings, _device_name(self.device))
 
@@ -220,7 +220,7 @@ class Trainer:
             finding = capture(
                 folder,
                 row,
-                settings=self.settings,
+                settings=settled(self.settings, self.device),  # taken again elsewhere, it is the same step
                 model=self.model,
                 loss=self.loss,
                 injector=self.injector,
@@ -397,10 +397,8 @@ class Trainer:
 
 
 #: Settings that a resumed run may have changed: none of them changes what a step does.
-_FREE_TO_CHANGE = {
-    "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images",
-    "device", "workers", "log_every", "save_every", "probe_every", "epochs", "validate_every", "inject", "init_from", "recipe", "max_rewinds", "max_incidents",
-    "flip_test", "compile", "cuda_graphs",
+_FREE_TO_CHANGE = WHERE | {
+    "add_pennfudan", "device", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents", "flip_test", "compile", "cuda_graphs",
 }  # fmt: skip
 
 

@@ -133,3 +133,14 @@ def test_strong_shares_never_exceed_the_cell_and_about_half_get_company():
     assert 16 < (drawn[:, augment.PASTE] != augment.NOBODY).sum() < 48
     pixels, shares = augment.apply(image, cover, drawn, mode="strong")
     assert pixels.isfinite().all() and shares.min() >= -1e-3 and shares.sum(dim=1).max() <= 255 + 1e-2
+
+
+def test_nobody_is_his_own_neighbour():
+    image, cover = two_people(1)
+    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(1), augment.BEHIND, x=0.5), mode="strong")
+    assert shares[:, 1].sum() == 0
+
+
+def test_more_columns_leave_the_first_ones_as_they_were():
+    first = torch.rand(50, 8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(table("flip", 50, seed=3)[:, augment.FLIP], (first[:, augment.FLIP] < 0.5).float())

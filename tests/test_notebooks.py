@@ -151,7 +151,7 @@ def test_papermill_from_the_root_with_a_recipe_file_and_a_flag(tmp_path: Path):
     [
         (("learning_rate", "1e-3"), "there is no setting 'learning_rate'; did you mean 'lr'?"),
         (("lr", "nan"), "lr = nan: give a finite number"),
-        (("amp", "fp8"), "amp = 'fp8': give one of off, bf16, fp16"),
+        (("amp", "fp8"), "amp = 'fp8': give one of auto, off, bf16, fp16"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

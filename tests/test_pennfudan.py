@@ -128,7 +128,7 @@ def test_settings_lead_to_it(files, tmp_path):
 
 # -- what is wrong ---------------------------------------------------------------------------------------
 def test_missing_folders_and_splits_are_told(files, tmp_path):
-    with pytest.raises(DataError, match="there is no folder .*nowhere: data_dir must hold PNGImages and PedMasks"):
+    with pytest.raises(DataError, match="there is no folder .*nowhere: data_dir \\(or add_pennfudan\\) must hold PNGImages and PedMasks"):
         PennFudanPeople(tmp_path / "nowhere")
     with pytest.raises(DataError, match="has no split 'test': give train, val or all"):
         files.source("test")

@@ -95,7 +95,7 @@ def observed(settings, tmp_path) -> dict:
         "ema_decay": guard.ema_decay, "batch_size": feed.plan(0).rois.shape[2], "accumulate": feed.plan(0).rois.shape[1],
         "augment": feed.mode, "recipe": run.name, "width": model.person_head.in_channels / 256,
         "roi_size": tuple(round(2 * (side - 1) / (at.max() - at.min()).item()) for side, at in zip(model.canvas, model.coordinates[0])),
-        "mask_size": tuple(model.mask_canvas) if not settings.context else settings.mask_size,
+        "mask_size": tuple(m * r // c for m, r, c in zip(model.mask_canvas, settings.roi_size, model.canvas)),
         "context": model.canvas[0] / settings.roi_size[0] - 1,
         "use_boundary_refinement": model.boundary is not None, "use_progressive_upsampling": model.progressive is not None,
         "use_subpixel_conv": model.subpixel is not None, "use_contour_detection": model.contour is not None,

@@ -340,11 +340,22 @@ def test_what_cannot_be_compiled_trains_all_the_same(tiny, monkeypatch):
 
 @pytest.mark.parametrize("amp", ["auto", "bf16"])
 def test_model_and_loss_compile_as_one_graph(tiny, amp, monkeypatch):
-    """A break in it is no error, only slow: nothing else would tell."""
-    monkeypatch.setattr(build, "precision", lambda settings, device: "bf16" if settings.amp == "auto" and not torch.compiler.is_compiling() else settings.amp)
+    """A break in it is no error, only slow: nothing else would tell. Asking a GPU what it can do is one."""
+
+    def asked(settings, device):
+        if settings.amp == "auto":
+            torch._dynamo.graph_break()
+        return "bf16"
+
+    monkeypatch.setattr(build, "precision", asked)
     settings = tiny(amp=amp, epochs=1)
     trainer = loop.Trainer(settings, Run.start(settings))
-    assert trainer.settings.amp == "bf16"
     batch = trainer.feed.batch(trainer.feed.plan(0), 0)
     found = torch._dynamo.explain(trainer.stepper.eager)(batch.images, batch.labels)
     assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
+
+
+def test_auto_is_what_the_device_has_and_stays_auto_in_the_records(tiny):
+    run = train(tiny(amp="auto", epochs=1))
+    assert run.settings().amp == "auto" and build.precision(tiny(amp="auto"), torch.device("cpu")) == "off"
+    assert_same(final_weights(run), final_weights(train(tiny(amp="off", epochs=1))))

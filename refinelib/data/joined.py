@@ -14,7 +14,8 @@ from refinelib.data.scenes import COLUMNS, People, Scene, Source
 class JoinedSources:
     """The people of all ``sources``, in their order; ``max_images`` counts from the first.
 
-    Each image and person keeps the id of its own data set. The name says which these are, as in ``coco+pennfudan``.
+    The name says which these are, as in ``coco+pennfudan``. Images and persons keep the ids of their own data sets, so one id
+    may be there twice.
     """
 
     def __init__(self, sources: Sequence[Source], split: str) -> None:

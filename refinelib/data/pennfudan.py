@@ -48,7 +48,7 @@ class PennFudanPeople:
         for place in (self.folder, self.folder / "PNGImages", self.folder / "PedMasks"):
             if not place.is_dir():
                 raise DataError(
-                    f"there is no folder {place}: data_dir must hold PNGImages and PedMasks, as PennFudanPed does"
+                    f"there is no folder {place}: data_dir (or add_pennfudan) must hold PNGImages and PedMasks, as PennFudanPed does"
                 )
 
     def __len__(self) -> int:

@@ -69,7 +69,7 @@ def make_source(settings: Settings, split: str) -> Source:
     """
     own = _own_source(settings, split)
     if settings.add_pennfudan and split == "train":
-        return JoinedSources([own, PennFudanPeople(settings.path(settings.add_pennfudan), "all")], split)
+        return JoinedSources([own, PennFudanPeople(settings.path(settings.add_pennfudan), split)], split)
     return own
 
 

@@ -202,7 +202,7 @@ def resize_by_products(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _bilinear(before: int, after: int, like: Tensor) -> Tensor:
-    """Weights ``[after, before]`` of a bilinear resize of one side; each row sums to 1."""
+    """Weights ``[after, before]`` of a bilinear resize of one side; each row sums to 1, but for rounding."""
     kind = torch.float64 if like.dtype == torch.float64 else torch.float32
     old, new = (torch.arange(side, dtype=kind, device=like.device) for side in (before, after))
     distance = ((new + 0.5) * (before / after) - 0.5).clamp(0, before - 1)[:, None] - old

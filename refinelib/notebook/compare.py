@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from refinelib.notebook import examples
 from refinelib.figures.drawing import BLACK, BLUE, CLASSES, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, Figure, color_key, dress, draw_line
 from refinelib.figures.pictures import class_picture, tile, window_of
+from refinelib.config import WHERE
 from refinelib.runs import Run
 
 #: Colours of groups in their order; beyond these the line's style changes.
@@ -25,10 +26,7 @@ STYLES = ("-", "--", ":")
 #: Runs looked at where none are named, the newest ones.
 MOST = 12
 #: Settings that say where a run lies or what it leaves, not what it is.
-_OUTSIDE = {
-    "run", "recipe", "output_dir", "store_dir", "data_dir", "resume", "workers", "log_every", "save_every", "probe_every",
-    "train_annotations", "train_images", "val_annotations", "val_images", "smoke",
-}  # fmt: skip
+_OUTSIDE = WHERE | {"recipe", "smoke"}
 METRICS = {
     "target_iou": "target IoU",
     "boundary_iou": "Boundary IoU",

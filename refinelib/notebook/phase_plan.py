@@ -9,7 +9,7 @@ from typing import Any, Mapping, NamedTuple
 
 import yaml
 
-from refinelib.config import Settings, SettingsError, absolute, resolve
+from refinelib.config import WHERE, Settings, SettingsError, absolute, resolve
 
 #: What each phase adds to the one before.
 ADDS = {
@@ -20,10 +20,7 @@ ADDS = {
     "finetune": "progressive upsampling, smaller steps",
 }
 #: Settings that may differ when a chain is taken up again: none of them changes what a step does.
-_FREE = {
-    "run", "resume", "init_from", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations",
-    "val_images", "device", "workers", "log_every", "save_every", "inject",
-}  # fmt: skip
+_FREE = WHERE | {"add_pennfudan", "init_from", "device", "inject"}
 
 
 class Plan(NamedTuple):

@@ -165,7 +165,7 @@ class Recovery:
     def _paragraph(self) -> str:
         return (
             f"diverged: {self.reasons[-1]}, after {self.rewinds} rewinds ({'; '.join(self.reasons[:-1]) or 'none was allowed'}). "
-            "checkpoints/best.pt is what it was at its best. The folders in incidents/ hold the batches that hurt: "
+            "checkpoints/best.pt, where an epoch was validated, is what it was at its best. The folders in incidents/ hold the batches that hurt: "
             "`python -m refinelib replay INCIDENT` names the module, the loss term and the people. Then try a tenth of the learning "
             "rate, or the recipe `rescue`; if the skips were spikes, on_spike = clip; if the loss scale was at its floor, amp = bf16; if one loss term is named, its weight at 0"
         )
