@@ -115,7 +115,7 @@ def by_data(base: Settings, small: Store, device: torch.device, options: argpars
             taken = min(feed.steps_per_epoch, 200)
             for step in range(taken):
                 feed.batch(plan, step)
-            synchronize(device)
+            speed.synchronize(device)
             served = (time.perf_counter() - planned) / (taken * feed.batch_size)
             yield told(
                 "data", rows, opening_s=round(opened - started, 4), feed_s=round(ready - opened, 4), plan_s=round(planned - ready, 4),
@@ -161,11 +161,6 @@ def exponents(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[s
         if name != "at" and isinstance(before[name], (int, float)) and not isinstance(before[name], bool) and before[name] > 0 and (after[name] or 0) > 0
     }
     return {"exponents": found}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

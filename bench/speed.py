@@ -43,6 +43,12 @@ def say(**line) -> None:
     print(json.dumps(line), flush=True)
 
 
+def synchronize(device) -> None:
+    """Wait until the device has done all it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class NoGuard:
     """What a plain loop does where the guard stands: clip, step, average."""
 
@@ -101,12 +107,10 @@ def take(stepper: Stepper, count: int) -> None:
 
 
 def seconds_a_step(stepper: Stepper, count: int, device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     started = time.perf_counter()
     take(stepper, count)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - started) / count
 
 
@@ -156,8 +160,7 @@ def measure(settings, store, device, options, rate: float) -> None:
         try:
             steppers[name] = made = makers[name]()
             take(made, WARM_UP + 1)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
         except torch.OutOfMemoryError:
             steppers.pop(name, None)
             say(figure="step", batch=settings.batch_size, kind=name, note="out of memory")
@@ -202,13 +205,11 @@ def matrix_rate(device) -> float:
         a @ b
     best = []
     for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         started = time.perf_counter()
         for _ in range(10):
             a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best.append(10 * 2 * side**3 / (time.perf_counter() - started))
     return statistics.median(best)
 
