@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from refinelib.modeling.blocks import Conv, GroupNorm, Head, resize_by_products
+from refinelib.modeling.blocks import Conv, GroupNorm, Head, SelfAttention, resize, resize_by_products
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])]
 
@@ -108,3 +108,55 @@ def test_compiled_layers_are_the_eager_ones():
     b, (db,) = gradients(layers, x)
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(da, db, rtol=1e-2, atol=1e-3)
+
+
+def attention(channels=16, **keywords):
+    """With its last layers no longer at zero."""
+    torch.manual_seed(0)
+    layer = SelfAttention(channels, **keywords).double()
+    for last in (layer.out, layer.perceptron[-1]):
+        torch.nn.init.normal_(last.weight, std=0.2)
+        torch.nn.init.normal_(last.bias, std=0.2)
+    torch.nn.init.uniform_(layer.temperature, 2.0, 9.0)
+    return layer
+
+
+@pytest.mark.parametrize("size", [(5, 7), (16, 16), (20, 18)])
+def test_self_attention_is_that_of_the_paper_on_vectors_within_unit_length(size):
+    """Against PyTorch's own attention, a head at a time."""
+    layer, x = attention(heads=2), torch.randn(2, 16, *size, dtype=torch.float64)
+    seen = layer.norm1(x)
+    few = resize(seen, tuple(min(side, 16) for side in size))
+    query = layer.query(seen).flatten(2).transpose(1, 2)
+    key, value = layer.key_value(few).flatten(2).transpose(1, 2).chunk(2, dim=-1)
+    found = []
+    for head in range(2):
+        q, k, v = (t[..., 8 * head : 8 * head + 8] for t in (query, key, value))
+        q, k = (t / (1 + t.square().sum(-1, keepdim=True)).sqrt() for t in (q, k))
+        found.append(F.scaled_dot_product_attention(q * layer.temperature[head], k, v, scale=1.0))
+    middle = x + layer.out(torch.cat(found, -1).transpose(1, 2).reshape(x.shape))
+    torch.testing.assert_close(layer(x), middle + layer.perceptron(layer.norm2(middle)))
+
+
+def test_self_attention_starts_as_the_identity_and_keeps_samples_apart():
+    x = torch.randn(3, 16, 6, 6, dtype=torch.float64)
+    assert torch.equal(SelfAttention(16).double()(x), x)
+    other = x.clone()
+    other[1] += 1.0
+    before, after = attention()(x), attention()(other)
+    torch.testing.assert_close(before[[0, 2]], after[[0, 2]])
+    assert not torch.allclose(before[1], after[1])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e4, 1e18])
+def test_self_attention_is_finite_for_extreme_input(value):
+    layer = attention().float()
+    x = torch.full((2, 16, 6, 6), value)
+    x[0, :, :3] *= -1
+    y, (dx,) = gradients(layer, x)
+    assert y.isfinite().all() and dx.isfinite().all()
+    with torch.no_grad():  # and for queries and keys of any size
+        layer.query.weight.mul_(1e20)
+        layer.key_value.weight.mul_(1e-20)
+    y, (dx,) = gradients(layer, torch.randn(2, 16, 6, 6))
+    assert y.isfinite().all() and dx.isfinite().all()

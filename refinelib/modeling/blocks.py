@@ -177,6 +177,61 @@ class SpatialAttention(nn.Module):
         return x * torch.sigmoid(self.conv(summary))
 
 
+class SelfAttention(nn.Module):
+    """Lets every place of a coarse map look at every other: self-attention, then a perceptron, each added to its input (Vaswani et al., 2017).
+
+    Convolutions see a person piece by piece; whose leg this is may be decided at the other end of the box. Queries and keys
+    are held within unit length (query-key normalisation, Henry et al., 2020), smoothly, with slope 1 at most, so that a score is at
+    most the learned temperature whatever comes in. A map of more than ``MOST`` places a side is looked at through a copy of
+    that size (spatial reduction, Wang et al., PVT, 2021), so the cost stays proportional to the places. Both branches end in
+    zeros: at the start it is the identity.
+
+    Args:
+        channels: of the map; a multiple of ``heads``.
+        heads: independent attentions, each on its share of the channels.
+    """
+
+    #: Places a side that are looked at, at most.
+    MOST = 16
+
+    def __init__(self, channels: int, *, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = GroupNorm(channels), GroupNorm(channels)
+        self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 2 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        self.perceptron = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.SiLU(), nn.Conv2d(2 * channels, channels, 1))
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 8.0))
+        for last in (self.out, self.perceptron[-1]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float ``[B, channels, H, W]``, the same back."""
+        seen = self.norm1(x)
+        few = tuple(min(side, self.MOST) for side in x.shape[-2:])
+        key, value = self.key_value(resize(seen, few)).chunk(2, dim=1)
+        query, key, value = (self._by_head(t) for t in (self.query(seen), key, value))
+        scores = (_within_unit(query) * self.temperature).to(value.dtype) @ _within_unit(key).to(value.dtype).transpose(-1, -2)
+        found = torch.softmax(widen(scores), dim=-1).to(value.dtype) @ value
+        x = x + self.out(found.transpose(-1, -2).reshape(x.shape))
+        return x + self.perceptron(self.norm2(x))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """``[B, channels, h, w]`` to ``[B, heads, h w, channels / heads]``."""
+        batch, channels, height, width = x.shape
+        return x.reshape(batch, self.heads, channels // self.heads, height * width).transpose(-1, -2)
+
+
+def _within_unit(x: Tensor) -> Tensor:
+    """float32 (or wider) vectors along the last axis, their length ``r`` made ``r / sqrt(1 + r^2)``."""
+    wide = widen(x)
+    # The largest element first: squares of numbers beyond 1e19 are not finite.
+    largest = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1.0).detach()
+    scaled = wide / largest
+    return scaled * (scaled.square().sum(dim=-1, keepdim=True) + largest.square().reciprocal()).rsqrt()
+
+
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize to ``size`` (height, width), pixel centres aligned by area; nothing at all where it fits already."""
     if x.shape[-2:] == torch.Size(size):

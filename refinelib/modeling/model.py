@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from refinelib.modeling.blocks import Chain, ChannelAttention, Conv, ConvNormAct, Head, ResidualBlock, SpatialAttention, resize
+from refinelib.modeling.blocks import Chain, ChannelAttention, Conv, ConvNormAct, Head, ResidualBlock, SelfAttention, SpatialAttention, resize
 from refinelib.modeling.losses import hierarchical_log_probs
 from refinelib.modeling.refine import BoundaryRefinement, ContourDetection, DistanceTransform, ProgressiveUpsampling, SubpixelConv
 
@@ -35,7 +35,7 @@ class MaskOutput(NamedTuple):
 
 
 class UNet(nn.Module):
-    """An encoder-decoder with skips that returns the features of every scale, finest first.
+    """An encoder-decoder with skips, and self-attention at the coarsest scale, that returns the features of every scale, finest first.
 
     Args:
         widths: channels of each scale, finest first; the input has ``widths[0]``.
@@ -46,6 +46,7 @@ class UNet(nn.Module):
         self.downs = nn.ModuleList(
             nn.Sequential(ConvNormAct(a, b, stride=2), ResidualBlock(b)) for a, b in zip(widths, widths[1:])
         )
+        self.attention = nn.Sequential(SelfAttention(widths[-1]), SelfAttention(widths[-1]))
         self.ups = nn.ModuleList(
             nn.Sequential(ConvNormAct(a + b, a), ConvNormAct(a, a) if scale else ResidualBlock(a))
             for scale, (a, b) in enumerate(zip(widths, widths[1:]))
@@ -56,6 +57,7 @@ class UNet(nn.Module):
         scales = [x]
         for down in self.downs:
             scales.append(down(scales[-1]))
+        scales[-1] = self.attention(scales[-1])
         for i in reversed(range(len(self.ups))):
             coarse = resize(scales[i + 1], tuple(scales[i].shape[-2:]))
             scales[i] = self.ups[i](torch.cat([scales[i], coarse], dim=1))
