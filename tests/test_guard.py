@@ -180,11 +180,20 @@ def test_schedule_without_warmup():
 
 
 def test_moving_average_follows_its_formula():
-    model, guard = make(ema=0.75)
-    start = [p.detach().clone() for p in guard.averages]
-    run(model, guard, batches(1))
-    for average, before, now in zip(guard.averages, start, model.parameters()):
-        torch.testing.assert_close(average, 0.75 * before + 0.25 * now)
+    """Decay of at most (1 + n) / (10 + n) after n applied steps, whatever was skipped between them; then what was asked for."""
+    model, guard = make(ema=0.25)
+    expected = [p.detach().clone() for p in guard.averages]
+    data, applied, decays = batches(8), 0, []
+    for step, batch in enumerate(data):
+        (report,) = run(model, guard, [batch], {0: grad(math.nan)} if step == 1 else {})
+        if report["skipped"]:
+            continue
+        decays.append(min(0.25, (1 + applied) / (10 + applied)))
+        expected = [decays[-1] * before + (1 - decays[-1]) * now.detach() for before, now in zip(expected, model.parameters())]
+        applied += 1
+    assert applied == 7 and decays[0] == 0.1 and decays[1] < decays[2] == decays[-1] == 0.25
+    for average, by_hand in zip(guard.averages, expected):
+        torch.testing.assert_close(average, by_hand)
 
 
 def test_state_survives_a_checkpoint():

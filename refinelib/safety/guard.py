@@ -44,6 +44,7 @@ class Judgement(NamedTuple):
     skip: Tensor  # bool: nothing may move
     clip: Tensor  # factor on the gradients, 1 or less
     lr: Tensor
+    share: Tensor  # of the new weights in their moving average
     report: Tensor  # float32 [len(REPORT)]
     norms: Tensor  # float32 [parameters]
     memory: Tensor  # what the guard's memory becomes
@@ -65,7 +66,7 @@ class Guard:
         schedule: learning rate by number of applied steps.
         grad_clip: largest L2 norm of the gradient after clipping.
         average: model that holds the moving average of the weights; none: no average.
-        ema_decay: its decay.
+        ema_decay: its decay; after ``n`` steps at most ``(1 + n) / (10 + n)``, as a start from fresh weights would weigh for long otherwise.
         scaled: whether the loss is scaled (fp16).
         scale_init, scale_floor: loss scale at the start, and its least value: without a floor some
             150 skips in a row make its inverse infinite, and the next healthy step writes that into
@@ -150,7 +151,7 @@ class Guard:
         """
         found = self.think(loss, *self.measure())
         self._apply(found)
-        self._follow(found.skip)
+        self._follow(found)
         self.memory.copy_(found.memory)
         return torch.cat([found.report, found.norms])
 
@@ -209,7 +210,10 @@ class Guard:
         new = {name: torch.where(frozen, state[name], value) for name, value in new.items()}
         new["frozen"] = (frozen | froze).double()
         memory = torch.stack([new.get(name, value) for name, value in state.items()])
-        return Judgement(skip, clip, lr, report, norms, memory)
+        # As many steps as there were so far are averaged, up to what the decay means: the first ones know nothing yet.
+        applied = state["applied"]
+        share = torch.where(skip, 0.0, 1.0 - ((1.0 + applied) / (10.0 + applied)).clamp(max=self.ema_decay)).float()
+        return Judgement(skip, clip, lr, share, report, norms, memory)
 
     def thaw(self, *, armed: bool) -> None:
         """Go on after an incident, ready to freeze at the next one or not."""
@@ -241,13 +245,12 @@ class Guard:
             group["lr"] = float(found.lr)
         self.optimizer.step()
 
-    def _follow(self, skip: Tensor) -> None:
+    def _follow(self, found: Judgement) -> None:
         """Moving average of the weights and buffers; a skipped step weighs exactly nothing."""
         for buffer, kept in zip(self.buffers, self.kept):
-            buffer.copy_(torch.where(skip, kept, buffer))
-        weight = torch.where(skip, 0.0, 1.0 - self.ema_decay)
+            buffer.copy_(torch.where(found.skip, kept, buffer))
         for weights, averages in self.blocks:
-            averages.lerp_(weights, weight.to(weights.dtype))  # weights are always finite
+            averages.lerp_(weights, found.share.to(weights.dtype))  # weights are always finite
 
     def _spike(self, state: dict[str, Tensor], name: str, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Whether loss or gradient norm stands out, and its statistics with it taken in."""
