@@ -22,7 +22,7 @@ from refinelib.training import train
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
     return train(
-        resolve("demo", output_dir=str(folder), max_images=24, width=0.0625, roi_size=32, mask_size=32, epochs=6, lr=3e-3, batch_size=4, context=0.5, device="cpu")
+        resolve("demo", output_dir=str(folder), max_images=12, width=0.0625, roi_size=32, mask_size=32, epochs=5, lr=5e-3, batch_size=4, context=0.5, device="cpu")
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from refinelib.quality.scoring import predict_probs
 def folder(tmp_path_factory):
     """Two short runs, with refinement and without, whose masks are no good but not empty."""
     folder = tmp_path_factory.mktemp("outputs")
-    common = dict(output_dir=str(folder), max_images=16, epochs=6, lr=5e-3, device="cpu")
+    common = dict(output_dir=str(folder), max_images=12, epochs=5, lr=5e-3, device="cpu")
     tiny_run("refined", **common)
     tiny_run("plain", **common, **results.REFINEMENT_OFF)
     return folder
@@ -116,7 +116,7 @@ def test_flip_test_is_a_setting(folder, source):
 def test_save_writes_rows_that_can_be_read_again(scored, tmp_path):
     evaluation = scored[0][0].evaluation
     files = evaluation.save(tmp_path / "new" / "folder")
-    assert [file.name for file in files] == ["report.json", "people.csv", "coco_results.json"]
+    assert [file.name for file in files] == ["report.json", "people.csv", "coco_results.json", "evaluation.npz", "evaluation.json"]
     assert json.loads(files[0].read_text())["target_iou"] == evaluation.report["target_iou"]
     rows = list(csv.DictReader(files[1].open()))
     for name in ("annotation_id", "target_iou", "nontarget_iou", "image_hd95"):
@@ -124,6 +124,25 @@ def test_save_writes_rows_that_can_be_read_again(scored, tmp_path):
         np.testing.assert_allclose(read, evaluation.people[name].astype(float))
     entries = json.loads(files[2].read_text())
     assert entries == evaluation.results and set(entries[0]) == {"image_id", "category_id", "segmentation", "score"}
+
+
+def test_a_saved_evaluation_stands_for_its_run(scored, source, tmp_path):
+    """Scored on one machine, compared on another that has neither the weights nor the time."""
+    (first,), (second,) = scored
+    for run in (first, second):
+        run.evaluation.save(tmp_path / run.name)
+    (again,) = results.score_runs([tmp_path / first.name], source)
+    assert again.name == first.name and again.settings == first.settings
+    assert again.evaluation.report == first.evaluation.report and again.evaluation.masks == first.evaluation.masks
+    for name, column in first.evaluation.people.items():
+        np.testing.assert_array_equal(again.evaluation.people[name], column)
+    np.testing.assert_array_equal(again.evaluation.confusion, first.evaluation.confusion)
+    assert results_tables.paired_table([again], [second]) == results_tables.paired_table([first], [second])
+    with pytest.raises(ValueError, match="was scored on other images"):
+        results.score_runs([tmp_path / first.name], source, max_images=2)
+    (tmp_path / first.name / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match="holds no whole evaluation .*evaluate RUN --save"):
+        results.score_runs([tmp_path / first.name], source)
 
 
 @pytest.mark.parametrize(

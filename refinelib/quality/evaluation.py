@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import tempfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable
@@ -12,6 +14,7 @@ from typing import Any, Iterable
 import numpy as np
 import torch
 
+from refinelib.config import Settings
 from refinelib.quality.coco_results import CocoResults, average_precision
 from refinelib.data import CocoPeople, PennFudanPeople, Source, Store, open_store
 from refinelib.quality.image_space import AnnotatedImage, ImageMetrics, Predict, pasted_grid, pasted_model, score_in_images
@@ -38,6 +41,8 @@ class Evaluation:
         results: every person's mask in COCO's results format.
         masks: run lengths of the masks of the rows of ``people``, by annotation id.
         confusion: int64 ``[N, 3, 3]``, pixel counts of each ROI: row = truth, column = prediction.
+        name: of the run.
+        settings: of the run.
     """
 
     report: dict[str, Any]
@@ -45,16 +50,38 @@ class Evaluation:
     results: list[dict[str, Any]] = field(repr=False)
     masks: dict[int, dict[str, Any]] = field(repr=False)
     confusion: np.ndarray = field(repr=False)
+    name: str = ""
+    settings: Settings | None = field(default=None, repr=False)
+
+    #: What :meth:`read` reads, beside what people read.
+    ARRAYS, REST = "evaluation.npz", "evaluation.json"
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> "Evaluation":
+        """What :meth:`save` wrote, without the run, its weights or the images.
+
+        Raises:
+            ValueError: the folder holds no evaluation, or one that is not whole.
+        """
+        folder = Path(folder).expanduser()
+        try:
+            with np.load(folder / cls.ARRAYS, allow_pickle=False) as arrays:
+                confusion, people = arrays["confusion"], {key.removeprefix("people."): arrays[key] for key in arrays.files if key != "confusion"}
+            rest, report, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (cls.REST, "report.json", "coco_results.json"))
+            masks = {int(key): mask for key, mask in rest["masks"].items()}
+            return cls(report, people, results, masks, confusion, rest["name"], Settings(**rest["settings"]))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{folder} holds no whole evaluation ({error}): make it again with `python -m refinelib evaluate RUN --save {folder}`") from None
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Write ``report.json``, ``people.csv`` and ``coco_results.json``; returns the files.
+        """Write ``report.json``, ``people.csv`` and ``coco_results.json``, and two files for :meth:`read`; returns the files.
 
         Raises:
             ValueError: the folder's name is a file's.
         """
         folder = checked_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / name for name in ("report.json", "people.csv", "coco_results.json")]
+        files = [folder / name for name in ("report.json", "people.csv", "coco_results.json", self.ARRAYS, self.REST)]
         write_atomically(files[0], dumps(self.report, indent=2) + "\n")
         with open(files[1], "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -63,6 +90,9 @@ class Evaluation:
                 writer.writerow(["" if value != value else value for value in row])
         entries = ",\n".join(dumps(entry) for entry in self.results)
         write_atomically(files[2], f"[\n{entries}\n]\n")
+        np.savez_compressed(files[3], confusion=self.confusion, **{f"people.{name}": column for name, column in self.people.items()})
+        settings = None if self.settings is None else self.settings.model_dump(mode="json")
+        write_atomically(files[4], dumps({"name": self.name, "settings": settings, "masks": self.masks}) + "\n")
         return files
 
 
@@ -174,7 +204,7 @@ def measure(
         confusion = found.per_roi()["confusion"].cpu().numpy()
         del store  # its files are mapped, and Windows deletes no mapped file
     report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
-    return Evaluation(report, people, pasted["model"].coco.entries, pasted["model"].masks, confusion)
+    return Evaluation(report, people, pasted["model"].coco.entries, pasted["model"].masks, confusion, predictor.name, settings)
 
 
 def grid_ceiling(

@@ -40,7 +40,14 @@ def load(
     saved = checkpoints.load(path)
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
-    model.load_state_dict(saved["average"] or saved["model"])
+    weights = saved["average"] or saved["model"]
+    other = sorted(model.state_dict().keys() ^ weights.keys())
+    if other:
+        raise checkpoints.CheckpointError(
+            f"{path} was written by another version of the model ({len(other)} parameters differ, the first is {other[0]}): train it again, or "
+            "use the version of refinelib that its config.json names"
+        )
+    model.load_state_dict(weights)
     return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"], flip=flip)
 
 
@@ -74,6 +81,11 @@ class Predictor:
         self.model = model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
         self.flip = settings.flip_test if flip is None else flip
+
+    @property
+    def name(self) -> str:
+        """The run's, or that of a checkpoint file that lies in no run."""
+        return self.path.parents[1].name if self.path.parent.name == "checkpoints" else self.path.stem
 
     def with_flip(self, flip: bool) -> "Predictor":
         """The same model with the flip test on or off."""

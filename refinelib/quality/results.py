@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refinelib.config import Settings, SettingsError
+from refinelib.config import Settings, SettingsError, absolute
 from refinelib.data import CocoPeople, Source, SyntheticPeople
 from refinelib.quality.evaluation import Evaluation, measure
 from refinelib.quality.intervals import ImageBootstrap
@@ -101,7 +101,8 @@ def score_runs(
     """Score each run on the same images, a line each.
 
     Args:
-        runs: names, folders or checkpoint files.
+        runs: names, folders or checkpoint files; or folders that ``python -m refinelib evaluate --save`` wrote, which are taken as
+            they are: scored on another machine, say.
         source: of scenes.
         output_dir: where runs are looked for by name.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -109,18 +110,34 @@ def score_runs(
 
     Raises:
         CheckpointError: there is no such run, or it has no whole checkpoint; before any is scored.
+        ValueError: a saved evaluation is not whole, or is of other people.
     """
-    predictors = [load(run, device=device, output_dir=output_dir) for run in runs]
+    # An evaluation is small and a model is not: each is opened before anything is scored, so that a wrong name shows at once.
+    opened = [_saved(run, source, options.get("max_images")) or load(run, device=device, output_dir=output_dir) for run in runs]
     results = []
-    for predictor in predictors:
-        settings, path = predictor.settings, predictor.path
-        name = path.parents[1].name if path.parent.name == "checkpoints" else path.stem
-        result = Result(name, settings, measure(predictor, source=source, **options))
-        report = result.evaluation.report
-        reached = ", ".join(f"{FIGURES[key]} {shown(report[key])}" for key in ("target_iou", "boundary_iou", "miou"))
-        print(f"{name} (recipe {settings.recipe}, seed {settings.seed}): {reached}", flush=True)
+    for one in opened:
+        found = one if isinstance(one, Evaluation) else measure(one, source=source, **options)
+        result = Result(found.name, found.settings, found)
+        reached = ", ".join(f"{FIGURES[key]} {shown(found.report[key])}" for key in ("target_iou", "boundary_iou", "miou"))
+        print(f"{result.name} (recipe {result.settings.recipe}, seed {result.settings.seed}): {reached}", flush=True)
         results.append(result)
     return results
+
+
+def _saved(folder: str | os.PathLike, source: Source, max_images: int | None) -> Evaluation | None:
+    """The evaluation that was saved there; none where the folder is something else.
+
+    Raises:
+        ValueError: it is not whole, or of people that the source does not have.
+    """
+    folder = absolute(folder)
+    if not (folder / Evaluation.ARRAYS).is_file():
+        return None
+    found = Evaluation.read(folder)
+    mine, known = set(found.people["annotation_id"].tolist()), set(source.people(max_images).annotation_ids.tolist())
+    if not mine <= known:
+        raise ValueError(f"{folder} was scored on other images ({len(mine - known)} of its {len(mine)} people are not among these): give the images it was scored on")
+    return found
 
 
 def tiny_pair(output_dir: str = "outputs") -> tuple[list[str], list[str]]:
