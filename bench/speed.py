@@ -6,6 +6,7 @@ For each batch size, interleaved in blocks on the same data:
 
     refinelib   the step as a user gets it: augmentation, every module and loss, guard, report, moving average; compiled and captured
     no guard    the same, compiled and captured too, with clip_grad_norm_ and the optimizer in the guard's place
+    captured    refinelib captured as a graph, but not compiled
     eager       refinelib without compiling or graphs
     base        the network alone without refinements, cross-entropy only, no guard, compiled and captured
 
@@ -117,7 +118,7 @@ def seconds_a_step(stepper: Stepper, count: int, device) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", default="2,16,64")
-    parser.add_argument("--kinds", default="refinelib,no guard,eager,base")
+    parser.add_argument("--kinds", default="refinelib,no guard,captured,eager,base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--block", type=float, default=0.25, help="seconds of a block")
@@ -148,6 +149,7 @@ def measure(settings, store, device, options, rate: float) -> None:
     makers = {
         "refinelib": lambda: stepper(settings, store, device),
         "no guard": lambda: stepper(settings, store, device, guarded=False),
+        "captured": lambda: stepper(settings.model_copy(update=dict(compile="off")), store, device),
         "eager": lambda: stepper(plain, store, device),
         "base": lambda: stepper(bare, store, device, guarded=False, base=True),
     }

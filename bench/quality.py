@@ -1,0 +1,222 @@
+"""How good are the masks, and what is each part worth? Train variants of a recipe over seeds, and compare.
+
+    python bench/quality.py --data-dir COCO --pennfudan PENNFUDAN --variants on,off --seeds 0,1,2 [-p epochs 120]
+
+Runs are shared out over the GPUs there are, ``--parallel`` at a time on each; the first of each variant goes ahead, so that
+the others find its compiled kernels. Prints a JSON line at every validation of every run and one a finished run, flushed, then
+two tables: mean over seeds and their spread at the end of training, and each variant against the first, seed by seed. Runs stay in
+``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures); ``--keep FILE`` packs what they reached, without weights.
+
+bench/quality.md holds the outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from refinelib import resolve
+from refinelib.config import absolute
+from refinelib.quality.results import REFINEMENT_OFF
+from refinelib.quality.results_tables import table as markdown
+from refinelib.training import Trainer, train
+
+FIGURES = ("target_iou", "boundary_iou", "miou", "nontarget_iou")
+#: Target IoU that the plain U-Net reaches in its 60 epochs.
+EARLY = 0.66
+
+#: What each variant changes in the recipe.
+VARIANTS = {
+    "on": {},
+    "off": REFINEMENT_OFF,
+    "no boundary refinement": {"use_boundary_refinement": False},
+    "no progressive upsampling": {"use_progressive_upsampling": False},
+    "no contour detection": {"use_contour_detection": False},
+    "no distance transform": {"use_distance_transform": False},
+    "no active contour loss": {"use_active_contour_loss": False},
+    "no boundary-aware loss": {"use_boundary_aware_loss": False},
+    "sub-pixel for progressive": {"use_progressive_upsampling": False, "use_subpixel_conv": True},
+    "no context": {"context": 0.0},
+    "augment full": {"augment": "full"},
+    "augment flip": {"augment": "flip"},
+    "no moving average": {"ema_decay": 0.0},
+    "width 0.25": {"width": 0.25},
+    "width 1": {"width": 1.0},
+}
+
+
+def one(name: str, settings_json: str) -> None:
+    """Train one run and print its validations and its end."""
+    settings = resolve(**json.loads(settings_json))
+    first: list[float] = []
+    whole_step = Trainer.train_step
+
+    def stamped(trainer: Trainer, plan, at: int):
+        report = whole_step(trainer, plan, at)
+        if not first:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            first.append(time.perf_counter())
+        return report
+
+    Trainer.train_step = stamped
+    started, reached = time.perf_counter(), []
+
+    def tell(run) -> None:
+        metrics = run.epochs()[-1]["metrics"]
+        if metrics:
+            after = time.perf_counter() - first[0]
+            if (metrics["target_iou"] or 0) >= EARLY and not reached:
+                reached.append(after)
+            reach = {figure: None if metrics[figure] is None else round(metrics[figure], 4) for figure in FIGURES}
+            print(json.dumps({"run": name, "epoch": run.epochs()[-1]["epoch"], **reach, "seconds": round(after, 1)}), flush=True)
+
+    run = train(settings, on_epoch=tell)
+    ended, epochs = time.perf_counter(), run.epochs()
+    metrics = epochs[-1]["metrics"]
+    print(
+        json.dumps({
+            "run": name, "done": True, "folder": str(run.folder), **{f: metrics[f] for f in FIGURES},
+            "thirds": {third: {f: part[f] for f in FIGURES} for third, part in metrics["by_third"].items()},
+            "skipped": run.status()["skipped_steps"], "first_step": round(first[0] - started, 1), "training": round(ended - first[0], 1),
+            "early": round(reached[0], 1) if reached else None, "seconds": round(ended - started, 1),
+        }),
+        flush=True,
+    )  # fmt: skip
+
+
+def run_all(jobs: list[tuple[str, str, dict]], *, script: str, parallel: int) -> dict[str, dict]:
+    """Every job (name, variant, settings) in a process of its own; the last line of each that finished, by name."""
+    gpus = list(range(torch.cuda.device_count())) or [None]
+    places = [gpu for _ in range(parallel) for gpu in gpus]
+    waiting, finished, warm, leading = list(jobs), {}, set(), set()
+    lock = threading.Condition()
+
+    def take() -> tuple[str, str, dict] | None:
+        """The first job whose variant's kernels are there, or that nobody is compiling; None when none is left."""
+        while waiting:
+            for job in waiting:
+                if job[1] in warm or job[1] not in leading:
+                    leading.add(job[1])
+                    waiting.remove(job)
+                    return job
+            lock.wait()
+        return None
+
+    def work(gpu: int | None) -> None:
+        while True:
+            with lock:
+                job = take()
+            if job is None:
+                return
+            name, variant, settings = job
+            environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+            process = subprocess.Popen([sys.executable, script, "--one", name, json.dumps(settings)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            problems: list[str] = []
+            reader = threading.Thread(target=lambda: problems.append(process.stderr.read()))
+            reader.start()
+            for line in process.stdout:
+                if line.startswith("{"):
+                    print(line, end="", flush=True)
+                    with lock:
+                        warm.add(variant)  # its first validation: everything is compiled
+                        lock.notify_all()
+                    record = json.loads(line)
+                    if record.get("done"):
+                        finished[name] = record
+            reader.join()
+            if process.wait() and name not in finished:
+                print(json.dumps({"run": name, "failed": problems[0].strip().splitlines()[-1:]}), flush=True)
+            with lock:
+                leading.discard(variant)
+                lock.notify_all()
+
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in places]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return finished
+
+
+def table(finished: dict[str, dict], variants: list[str], seeds: list[int]) -> str:
+    """Means over seeds, then each variant against the first, seed by seed, in Markdown."""
+    runs = {variant: {seed: finished[f"{variant}, seed {seed}"] for seed in seeds if f"{variant}, seed {seed}" in finished} for variant in variants}
+    lines = [["variant", "seeds", *FIGURES, "training, s", "to 0.66, s", "skipped"]]
+    for variant, mine in runs.items():
+        cells = [_spread([run[name] for run in mine.values()]) for name in (*FIGURES, "training", "early")]
+        lines.append([variant, len(mine), *cells, sum(run["skipped"] for run in mine.values())])
+    gains = [[f"{variants[0]} less ..., points", "people", "seeds", *FIGURES]]
+    for variant in variants[1:]:
+        pairs = [(runs[variants[0]][seed], run) for seed, run in runs[variant].items() if seed in runs[variants[0]]]
+        for third in ("all", *(pairs[0][0]["thirds"] if pairs else ())):
+            sides = [[run if third == "all" else run["thirds"][third] for run in pair] for pair in pairs]
+            cells = [_spread([None if None in (a[name], b[name]) else 100 * (a[name] - b[name]) for a, b in sides], digits=1) for name in FIGURES]
+            gains.append([variant, third, len(pairs), *cells])
+    return "\n\n".join(markdown(head, rows) for head, *rows in (lines, gains) if rows)
+
+
+def _spread(values: list[float | None], digits: int = 3) -> str:
+    """Mean (least to most) of those that there are."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    mean = f"{statistics.mean(there):.{digits}f}"
+    return mean if len(there) == 1 else f"{mean} ({min(there):.{digits}f} to {max(there):.{digits}f})"
+
+
+def pack(file: Path, finished: dict[str, dict]) -> None:
+    """What the runs reached, without their weights: records, settings, samples."""
+    with tarfile.open(file, "w:gz") as archive:
+        for record in finished.values():
+            folder = Path(record["folder"])
+            for path in sorted(folder.rglob("*")):
+                if path.is_file() and path.suffix != ".pt" and "tb" not in path.parts and "gradients" not in path.parts:
+                    archive.add(path, arcname=path.relative_to(folder.parent))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        one(*sys.argv[2:4])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="best")
+    parser.add_argument("--data-dir", help="folder of COCO persons")
+    parser.add_argument("--store-dir", help="folder of stores built before, where the images are not at hand")
+    parser.add_argument("--pennfudan", help="folder of Penn-Fudan, whose training people join")
+    parser.add_argument("--output-dir", default="outputs/quality")
+    parser.add_argument("--variants", default="on,off", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time on each GPU")
+    parser.add_argument("--keep", type=Path, help="a .tar.gz for what the runs reached, without weights")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of all runs")
+    options = parser.parse_args()
+    variants, seeds = options.variants.split(","), [int(seed) for seed in options.seeds.split(",")]
+    unknown = [variant for variant in variants if variant not in VARIANTS]
+    if unknown:
+        parser.error(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+    common = {"recipe": options.recipe, "data": "coco", "data_dir": options.data_dir, "store_dir": options.store_dir, "add_pennfudan": options.pennfudan}
+    common |= {"output_dir": str(absolute(options.output_dir)), **dict(options.p)}
+    jobs = [
+        (f"{variant}, seed {seed}", variant, {**common, **VARIANTS[variant], "seed": seed, "run": f"{variant.replace(' ', '-')}-{seed}"})
+        for seed in seeds
+        for variant in variants
+    ]
+    finished = run_all(jobs, script=__file__, parallel=options.parallel)
+    print("\n" + table(finished, variants, seeds))
+    if options.keep:
+        pack(options.keep, finished)
+
+
+if __name__ == "__main__":
+    main()
