@@ -193,11 +193,11 @@ train(settings, on_epoch=limit)
 
 
 def test_a_run_that_cannot_write_its_last_checkpoint_goes_on_to_its_end_and_says_so(tiny, tmp_path):
-    """Files longer than 4 KB cannot be written after the first epoch: neither checkpoints, samples nor records."""
+    """Files longer than 6 KB cannot be written after the first epoch: neither checkpoints, samples nor records."""
     settings = tiny(run="full", epochs=4, log_every=1)
     whole = train(settings.model_copy(update={"run": "whole"}))
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", LIMITED, settings.model_dump_json(), "4096"]
+    command = [sys.executable, "-c", LIMITED, settings.model_dump_json(), "6144"]
     done = subprocess.run(command, capture_output=True, text=True, env=threads)
     run = Run.open(tmp_path / "full")
     status = run.status()

@@ -36,7 +36,7 @@ def test_a_passing_fault_is_survived_with_one_rewind(tiny):
 
 
 def test_a_loss_that_stays_high_is_lost_without_any_skip(tiny):
-    settings = tiny(epochs=200, batch_size=6, inject="loss:spike@80:always", max_rewinds=0, on_spike="note")
+    settings = tiny(epochs=200, batch_size=2, inject="loss:spike@70:always", max_rewinds=0, on_spike="note")
     with pytest.raises(DivergedError, match="the loss stays at"):
         train(settings)
     assert Run.open(settings.run_name, output_dir=settings.output_dir).status()["skipped_steps"] == 0

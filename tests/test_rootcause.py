@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import math
 import re
@@ -107,9 +108,9 @@ def test_gate_and_length_pass_the_nan_on_to_the_network(settings, crops, part):
     """On one-bin crops in fp16; each by itself, and the same step in ours is finite."""
     only = dict(use_boundary_refinement=part == "gate", use_active_contour_loss=part == "length")
     settings = settings.model_copy(update=only)
-    grads = {}
-    for first in (True, False):
-        torch.manual_seed(0)
+    norms = {True: [], False: []}
+    for first, seed in itertools.product(norms, range(4)):  # whether neighbours share a number depends on the weights, and on rounding
+        torch.manual_seed(seed)
         model, criterion = build_model(settings), build_loss(settings)
         if first:
             faulty.use_bare_edges(model)
@@ -118,8 +119,8 @@ def test_gate_and_length_pass_the_nan_on_to_the_network(settings, crops, part):
             loss, _ = criterion(model(crops.one_bin[:8]), crops.labels[:8])
         loss.backward()
         assert loss.isfinite(), "the loss itself does not tell"
-        grads[first] = faulty.gradient_norm([p for p in model.parameters() if p.grad is not None])
-    assert math.isnan(grads[True]) and math.isfinite(grads[False])
+        norms[first].append(faulty.gradient_norm([p for p in model.parameters() if p.grad is not None]))
+    assert any(math.isnan(norm) for norm in norms[True]) and all(math.isfinite(norm) for norm in norms[False])
 
 
 def test_the_first_gate_lets_one_sample_change_another(settings, crops):
