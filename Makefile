@@ -34,7 +34,7 @@ train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb th
 	@$(BIN)/papermill notebooks/train.ipynb $(OUT) --kernel python3 --no-progress-bar --log-level WARNING --stdout-file - $(ARGS)
 
 test: $(READY) ## pass every test, the notebooks' included
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not browser" -n auto --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not browser" -n auto --dist loadfile
 	@OMP_NUM_THREADS=1 REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
 	  --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider $(NOTEBOOKS)
 

@@ -22,11 +22,13 @@ from refinelib.feed import Feed, Plan
 from refinelib.safety.guard import Guard
 from refinelib.safety.inject import Injector
 from refinelib.modeling.losses import MaskLoss
+from refinelib.modeling.roi import canvas_size
 
 #: Steps before a graph is captured: kernels are chosen and the optimizer makes its state.
 WARM_UP = 3
-#: Steps below which compiling costs more than it saves.
-WORTH_COMPILING = 400
+#: Seconds that compiling takes where no kernels are kept from an earlier run, and seconds that compiled kernels save: in any step, and
+#: for each ROI of 64 x 64 at ``width`` 1. Measured on an H100 and an H200 (bench/speed.md).
+COMPILING, SAVED_A_STEP, SAVED_A_ROI = 120.0, 3.5e-3, 1.8e-3
 
 
 class Stepper:
@@ -62,7 +64,7 @@ class Stepper:
         self.report: Tensor | None = None
         self.taken = 0
         self.pieces = 1  # that each micro-batch is taken in; more where it does not fit into memory
-        wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda" and steps >= WORTH_COMPILING)
+        wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda" and worth_compiling(settings, steps))
         self.compiled = wanted
         self.captures = device.type == "cuda" and settings.cuda_graphs and guard.fused  # another optimizer asks the host
         if wanted:
@@ -168,6 +170,16 @@ class Stepper:
             self.captures = False
             return
         self.graph, self.report = graph, report
+
+
+def worth_compiling(settings: Settings, steps: int) -> bool:
+    """Whether a run of so many steps saves more time by compiled kernels on a GPU than compiling takes.
+
+    Kernels that an earlier run left count for nothing: what a run computes must not depend on what ran before it.
+    """
+    height, width = canvas_size(settings.roi_size, settings.context)
+    rois = settings.batch_size * settings.accumulate * settings.width * height * width / 64**2
+    return steps * (SAVED_A_STEP + SAVED_A_ROI * rois) > COMPILING
 
 
 def _in_pieces(batches: list[tuple[Tensor, Tensor]], pieces: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from refinelib.config import project_root
+from refinelib.config import project_root, resolve
 
 
 def bench(name):
@@ -56,3 +56,38 @@ def test_the_matrix_notices_what_is_wrong(column):
     skip = dict(kind="skip", message="step 3 skipped", parameters=["stem.0.0.weight"])
     assert matrix.attributed("grad:nan:stem", True, [skip]) and not matrix.attributed("grad:nan:boundary", True, [skip])
     assert not matrix.attributed("grad:nan:stem", True, [])
+
+
+CHILD = """
+import json, sys, time
+name, settings = sys.argv[2], json.loads(sys.argv[3])
+if settings["seed"] == 9:
+    sys.exit("seed 9 is bad luck")
+print(json.dumps({"run": name, "epoch": 1, "started": time.time()}), flush=True)
+time.sleep(0.2)
+thirds = {"smaller": {f: settings["reach"] - 0.1 for f in ("target_iou", "boundary_iou", "miou")} | {"nontarget_iou": None}}
+print(json.dumps({"run": name, "done": True, "target_iou": settings["reach"], "boundary_iou": settings["reach"] / 2, "miou": 0.5, "nontarget_iou": None,
+                  "thirds": thirds, "skipped": 1, "training": 10.0, "early": None}), flush=True)
+"""
+
+
+def test_variants_are_trained_side_by_side_and_compared_seed_by_seed(tmp_path, capfd):
+    quality = bench("quality")
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    reach = {("on", 0): 0.75, ("on", 1): 0.77, ("off", 0): 0.72, ("off", 1): 0.70}
+    jobs = [(f"{variant}, seed {seed}", variant, {"seed": seed, "reach": value}) for (variant, seed), value in reach.items()]
+    jobs.append(("on, seed 9", "on", {"seed": 9, "reach": 1.0}))
+    finished = quality.run_all(jobs, script=str(script), parallel=2)
+    assert set(finished) == {name for name, *_ in jobs[:-1]}
+    assert '{"run": "on, seed 9", "failed": ["seed 9 is bad luck"]}' in capfd.readouterr().out
+    means, gains = quality.table(finished, ["on", "off"], [0, 1, 9]).split("\n\n")
+    assert "| on | 2 | 0.760 (0.750 to 0.770) | 0.380 (0.375 to 0.385) |" in means and means.endswith("| 2 |")
+    assert "| off | all | 2 | 5.0 (3.0 to 7.0) | 2.5 (1.5 to 3.5) | 0.0 (0.0 to 0.0) |  |" in gains
+    assert "| off | smaller | 2 | 5.0 (3.0 to 7.0) |" in gains
+
+
+def test_every_variant_is_one_that_can_be_trained():
+    for name, changes in bench("quality").VARIANTS.items():
+        settings = resolve("best", **changes)
+        assert all(getattr(settings, setting) == value for setting, value in changes.items()), name

@@ -17,6 +17,7 @@ from refinelib import build, checkpoints
 from refinelib.config import SettingsError, resolve
 from refinelib.figures import plots
 from refinelib.runs import Run
+from refinelib.stepping import worth_compiling
 from refinelib.training import train
 
 
@@ -359,3 +360,9 @@ def test_auto_is_what_the_device_has_and_stays_auto_in_the_records(tiny):
     run = train(tiny(amp="auto", epochs=1))
     assert run.settings().amp == "auto" and build.precision(tiny(amp="auto"), torch.device("cpu")) == "off"
     assert_same(final_weights(run), final_weights(train(tiny(amp="off", epochs=1))))
+
+
+@pytest.mark.parametrize("recipe, steps, worth", [("original", 400, False), ("original", 33_300, True), ("best", 1_000, False), ("best", 3_600, True)])
+def test_only_a_run_that_gains_by_it_is_compiled(recipe, steps, worth):
+    """Two minutes of compiling pay after 17,000 steps of two ROIs, or after 1,800 of the recipe best."""
+    assert worth_compiling(resolve(recipe, device="cpu"), steps) is worth

@@ -201,7 +201,7 @@ class SelfAttention(nn.Module):
         self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 2 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         self.perceptron = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.SiLU(), nn.Conv2d(2 * channels, channels, 1))
-        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 8.0))
+        self.temperature = nn.Parameter(torch.full((heads,), 8.0))  # one axis: weight decay is for matrices
         for last in (self.out, self.perceptron[-1]):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -212,7 +212,7 @@ class SelfAttention(nn.Module):
         few = tuple(min(side, self.MOST) for side in x.shape[-2:])
         key, value = self.key_value(resize(seen, few)).chunk(2, dim=1)
         query, key, value = (self._by_head(t) for t in (self.query(seen), key, value))
-        scores = (_within_unit(query) * self.temperature).to(value.dtype) @ _within_unit(key).to(value.dtype).transpose(-1, -2)
+        scores = (_within_unit(query) * self.temperature.view(-1, 1, 1)).to(value.dtype) @ _within_unit(key).to(value.dtype).transpose(-1, -2)
         found = torch.softmax(widen(scores), dim=-1).to(value.dtype) @ value
         x = x + self.out(found.transpose(-1, -2).reshape(x.shape))
         return x + self.perceptron(self.norm2(x))
