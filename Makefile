@@ -41,8 +41,8 @@ test: $(READY) ## pass every test, the notebooks' included
 gallery: $(READY) ## execute the notebooks into gallery/, for readers on the web
 	@$(BIN)/python gallery/make.py $(ARGS)
 
-browser: $(PLAYWRIGHT) chromium ## pass every notebook in JupyterLab, in a headless Chromium; pictures of the pages in outputs/browser
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser -n 2 --dist worksteal -p no:cacheprovider tests/browser
+browser: $(PLAYWRIGHT) chromium ## pass every notebook (ARGS="-k train": some) in JupyterLab, in a headless Chromium; pictures of the pages in outputs/browser
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser -n 2 --dist worksteal -p no:cacheprovider $(ARGS) tests/browser
 
 $(PLAYWRIGHT): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from refinelib.config import absolute
 
-FORMAT = 2
+#: 3: the model has self-attention.
+FORMAT = 3
 
 
 class CheckpointError(RuntimeError):
@@ -150,6 +151,15 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     if checksum(content) != expected:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     return content
+
+
+def readable(path: str | os.PathLike) -> bool:
+    """Whether :func:`load` takes a file: it is whole, and of this version."""
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def newest_whole(folder: Path, names: tuple[str, ...] = ("last.pt", "best.pt")) -> tuple[Path, dict[str, Any], list[str]]:

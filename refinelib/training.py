@@ -428,14 +428,10 @@ def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
     own = model.state_dict()
     missing = [name for name in own if name not in weights and not name.startswith(refinements)]
     shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if shapes:
+    if missing or shapes:
         raise checkpoints.CheckpointError(
-            f"the weights in {source} do not fit this model (first {shapes[0]}): use the width it was trained with, {saved['settings']['width']:g}"
-        )
-    if missing:
-        raise checkpoints.CheckpointError(
-            f"the weights in {source} are of another version of the model: {len(missing)} of its parameters are not among them (first "
-            f"{missing[0]}); start from a checkpoint of this version, or train anew"
+            f"the weights in {source} do not fit this model (first {(missing + shapes)[0]}): use the width it was trained with, "
+            f"{saved['settings']['width']:g}"
         )
     broken = [name for name in own if name in weights and not bool(weights[name].isfinite().all())]
     if broken:

@@ -7,9 +7,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from refinelib import checkpoints, load
 from refinelib.quality import mask_files
 from refinelib.notebook.box_widget import BoxPicker
 from refinelib.config import SettingsError
@@ -96,6 +98,11 @@ def test_the_newest_usable_run_or_a_tiny_one(tmp_path, monkeypatch):
     assert made.name == "tiny" and Run(made).status()["state"] == "ok"
     second = tiny_run("second", output_dir=str(tmp_path), max_images=4, epochs=1)
     assert usable_run(None, output_dir=str(tmp_path)) == second.folder
+    for file in second.folder.glob("checkpoints/*.pt"):  # as another version wrote it
+        torch.save({**torch.load(file, weights_only=True), "format": checkpoints.FORMAT - 1}, file)
+    assert usable_run(None, output_dir=str(tmp_path)) == made
+    with pytest.raises(checkpoints.CheckpointError, match="use the version that wrote it"):
+        load(second.folder)
 
 
 def test_parameters_mean_what_the_command_line_means():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refinelib import checkpoints
 from refinelib.config import absolute, resolve
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.runs import Run
@@ -31,7 +32,7 @@ def output_root(output_dir: str = "outputs") -> Path:
 
 
 def usable_run(run: str | None, *, output_dir: str = "outputs") -> str | Path:
-    """The run that is meant: the one named, else the newest with a checkpoint, else a tiny one trained now.
+    """The run that is meant: the one named, else the newest with a checkpoint that this version reads, else a tiny one trained now.
 
     Args:
         run: a run's name or folder or a checkpoint file; none: see above.
@@ -40,11 +41,20 @@ def usable_run(run: str | None, *, output_dir: str = "outputs") -> str | Path:
     if run:
         return run
     for root in (output_root(output_dir), absolute(output_dir)):
-        found = sorted(root.glob("*/checkpoints/*.pt"), key=lambda file: file.stat().st_mtime)
-        found = [file for file in found if (file.parents[1] / "status.json").is_file()]
-        if found:
-            return found[-1].parents[1]
+        found = newest_readable(root, "*")
+        if found is not None:
+            return found
     return tiny_run("tiny", output_dir=output_dir).folder
+
+
+def newest_readable(root: Path, name: str) -> Path | None:
+    """The folder under ``root`` of the run of that name (a pattern) with the newest checkpoint that can be used; none: there is none."""
+    files = [file for file in root.glob(f"{name}/checkpoints/*.pt") if (file.parents[1] / "status.json").is_file()]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        folder = file.parents[1]
+        if checkpoints.readable(checkpoints.find(folder)):  # the one that would be used
+            return folder
+    return None
 
 
 def tiny_run(name: str, *, output_dir: str = "outputs", **overrides: Any) -> Run:

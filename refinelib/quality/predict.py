@@ -40,14 +40,7 @@ def load(
     saved = checkpoints.load(path)
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
-    weights = saved["average"] or saved["model"]
-    other = sorted(model.state_dict().keys() ^ weights.keys())
-    if other:
-        raise checkpoints.CheckpointError(
-            f"{path} was written by another version of the model ({len(other)} parameters differ, the first is {other[0]}): train it again, or "
-            "use the version of refinelib that its config.json names"
-        )
-    model.load_state_dict(weights)
+    model.load_state_dict(saved["average"] or saved["model"])
     return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"], flip=flip)
 
 

@@ -16,7 +16,7 @@ from refinelib.quality.evaluation import Evaluation, measure
 from refinelib.quality.intervals import ImageBootstrap
 from refinelib.quality.metrics import coco_groups, iou_from_confusion, third_groups
 from refinelib.quality.predict import load
-from refinelib.notebook.predict_inputs import output_root, tiny_run
+from refinelib.notebook.predict_inputs import newest_readable, output_root, tiny_run
 
 #: Figures of the comparison by key in an evaluation's rows.
 FIGURES = {
@@ -144,9 +144,7 @@ def tiny_pair(output_dir: str = "outputs") -> tuple[list[str], list[str]]:
     """Two runs of the recipe ``debug``, refinement on and off, trained where they are not there yet; their folders."""
     folders = []
     for name, changes in (("tiny-refined", {}), ("tiny-plain", REFINEMENT_OFF)):
-        folder = output_root(output_dir) / name
-        if not (folder / "checkpoints" / "best.pt").is_file():
-            folder = tiny_run(name, output_dir=output_dir, **changes).folder
+        folder = newest_readable(output_root(output_dir), f"{name}*") or tiny_run(name, output_dir=output_dir, **changes).folder
         folders.append([str(folder)])
     return folders[0], folders[1]
 

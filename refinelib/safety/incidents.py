@@ -31,7 +31,8 @@ from refinelib.steplog import Row
 
 
 #: Of the folder's layout.
-FORMAT = 1
+#: 2: the model has self-attention.
+FORMAT = 2
 _NEEDED = ("format", "step", "epoch", "finding", "recorded", "losses", "gradient_norms", "people", "device", "torch", "threads", "settings")
 
 
@@ -156,6 +157,8 @@ def load(incident: str | os.PathLike, *, device: str = "auto") -> tuple[dict[str
 def find(incident: str | os.PathLike | None = None, *, output_dir: str = "outputs") -> Path | None:
     """The folder of an incident; without one given, the newest of the run under ``output_dir`` that last had one (none: no run has).
 
+    What another version left is passed over, unless it is given.
+
     Raises:
         IncidentError: the folder given holds none.
     """
@@ -164,12 +167,21 @@ def find(incident: str | os.PathLike | None = None, *, output_dir: str = "output
         read_report(folder)
         return folder
     root = absolute(output_dir)
-    runs = [file.parent for pattern in ("*/status.json", "smoke/*/status.json") for file in root.glob(pattern)]
-    runs = [run for run in runs if any(run.glob("incidents/*/report.json"))]
-    if not runs:
-        return None
-    latest = max(runs, key=lambda run: (run / "status.json").stat().st_mtime)
-    return max(file.parent for file in latest.glob("incidents/*/report.json"))
+    runs = [file for pattern in ("*/status.json", "smoke/*/status.json") for file in root.glob(pattern)]
+    for status in sorted(runs, key=lambda file: file.stat().st_mtime, reverse=True):
+        folders = sorted((file.parent for file in status.parent.glob("incidents/*/report.json")), reverse=True)
+        found = next((folder for folder in folders if _readable(folder)), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _readable(folder: Path) -> bool:
+    try:
+        read_report(folder)
+    except IncidentError:
+        return False
+    return True
 
 
 def read_report(folder: Path) -> dict[str, Any]:
