@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from refinelib import resolve
-from refinelib.config import absolute
+from refinelib.config import SettingsError, absolute
 from refinelib.quality.results import REFINEMENT_OFF
 from refinelib.quality.results_tables import table as markdown
 from refinelib.training import Trainer, train
@@ -212,6 +212,11 @@ def main() -> None:
         for seed in seeds
         for variant in variants
     ]
+    try:
+        for *_, settings in jobs:
+            resolve(**settings)
+    except SettingsError as error:  # before anything is trained
+        parser.error(str(error))
     finished = run_all(jobs, script=__file__, parallel=options.parallel)
     print("\n" + table(finished, variants, seeds))
     if options.keep:

@@ -70,7 +70,7 @@ class Evaluation:
             rest, report, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (cls.REST, "report.json", "coco_results.json"))
             masks = {int(key): mask for key, mask in rest["masks"].items()}
             return cls(report, people, results, masks, confusion, rest["name"], Settings(**rest["settings"]))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{folder} holds no whole evaluation ({error}): make it again with `python -m refinelib evaluate RUN --save {folder}`") from None
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
