@@ -227,12 +227,24 @@ class Widgets:
         control = self.control(label)
         knob, track = control.locator(".noUi-touch-area").nth(handle), control.locator(".noUi-base")
         knob.scroll_into_view_if_needed()
-        start, whole = knob.bounding_box(), track.bounding_box()
+        start, whole = self._at_rest(knob), self._at_rest(track)  # a picture above that is still loading would move it from under the mouse
         middle = start["y"] + start["height"] / 2
         self.page.mouse.move(start["x"] + start["width"] / 2, middle)
         self.page.mouse.down()
         self.page.mouse.move(whole["x"] + whole["width"] * share, middle, steps=6)
         self.page.mouse.up()
+
+    def _at_rest(self, place: Any) -> dict[str, float]:
+        """Where something is on the page, once it has stayed there for a moment."""
+        seen = [place.bounding_box()]
+
+        def stays() -> bool:
+            self.page.wait_for_timeout(100)
+            seen.append(place.bounding_box())
+            return seen[-1] == seen[-2]
+
+        until(stays, 15, f"{self.name}: the page does not come to rest")
+        return seen[-1]
 
     def options(self, label: str) -> list[str]:
         return self.control(label).locator("option").all_inner_texts()
