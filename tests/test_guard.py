@@ -414,10 +414,14 @@ def test_a_lasting_shift_of_level_is_learned(on_spike):
 @pytest.mark.parametrize("on_spike", ["note", "clip", "skip"])
 def test_an_ordinary_noisy_run_has_hardly_any_spikes(on_spike):
     """2000 steps with tails of Student's t (4 degrees of freedom) on the logarithms, the loss falling meanwhile."""
-    generator = torch.Generator().manual_seed(len(on_spike))  # another run for each
-    normal, square = torch.randn(2, 2000, generator=generator), torch.randn(2, 2000, 4, generator=generator).square().mean(-1)
-    tails = 0.2 * normal / square.sqrt()
-    falling = 2.0 * torch.exp(-torch.arange(2000) / 500) + 0.3
-    _, guard = make(on_spike=on_spike)
-    found = spiked(push(guard, (falling * tails[0].exp()).tolist(), tails[1].exp().tolist()))
-    assert len(found) < 10, found
+    rates = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        normal, square = torch.randn(2, 2000, generator=generator), torch.randn(2, 2000, 4, generator=generator).square().mean(-1)
+        tails = 0.2 * normal / square.sqrt()
+        falling = 2.0 * torch.exp(-torch.arange(2000) / 500) + 0.3
+        _, guard = make(on_spike=on_spike)
+        found = spiked(push(guard, (falling * tails[0].exp()).tolist(), tails[1].exp().tolist()))
+        rates.append(len(found) / 2000)
+    assert max(rates) < 0.005, rates
+    print(f"false alarms, {on_spike}: {', '.join(f'{rate:.2%}' for rate in rates)}")

@@ -16,7 +16,7 @@ from refinelib.runs import Run, dumps
 from refinelib.training import train
 
 
-@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_replay_is_the_same_step_and_names_the_module(tiny, amp):
     run = train(tiny(inject="activation:nan@5:contour.trunk", amp=amp, epochs=2))
     (folder,) = (run.folder / "incidents").iterdir()

@@ -50,11 +50,9 @@ def usable_run(run: str | None, *, output_dir: str = "outputs") -> str | Path:
 def newest_readable(root: Path, name: str) -> Path | None:
     """The folder under ``root`` of the run of that name (a pattern) with the newest checkpoint that can be used; none: there is none."""
     files = [file for file in root.glob(f"{name}/checkpoints/*.pt") if (file.parents[1] / "status.json").is_file()]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        folder = file.parents[1]
-        if checkpoints.readable(checkpoints.find(folder)):  # the one that would be used
-            return folder
-    return None
+    newest = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    folders = dict.fromkeys(file.parents[1] for file in newest)  # each once: reading a checkpoint takes a while
+    return next((folder for folder in folders if checkpoints.readable(checkpoints.find(folder))), None)
 
 
 def tiny_run(name: str, *, output_dir: str = "outputs", **overrides: Any) -> Run:

@@ -112,8 +112,9 @@ def score_runs(
         CheckpointError: there is no such run, or it has no whole checkpoint; before any is scored.
         ValueError: a saved evaluation is not whole, or is of other people.
     """
-    # An evaluation is small and a model is not: each is opened before anything is scored, so that a wrong name shows at once.
-    opened = [_saved(run, source, options.get("max_images")) or load(run, device=device, output_dir=output_dir) for run in runs]
+    # Each is opened before anything is scored, so that a wrong name shows at once.
+    opened = [_saved(run) or load(run, device=device, output_dir=output_dir) for run in runs]
+    _refuse_other_people([one for one in opened if isinstance(one, Evaluation)], source, options.get("max_images"))
     results = []
     for one in opened:
         found = one if isinstance(one, Evaluation) else measure(one, source=source, **options)
@@ -124,20 +125,23 @@ def score_runs(
     return results
 
 
-def _saved(folder: str | os.PathLike, source: Source, max_images: int | None) -> Evaluation | None:
+def _saved(folder: str | os.PathLike) -> Evaluation | None:
     """The evaluation that was saved there; none where the folder is something else.
 
     Raises:
-        ValueError: it is not whole, or of people that the source does not have.
+        ValueError: it is not whole.
     """
     folder = absolute(folder)
-    if not (folder / Evaluation.ARRAYS).is_file():
-        return None
-    found = Evaluation.read(folder)
-    mine, known = set(found.people["annotation_id"].tolist()), set(source.people(max_images).annotation_ids.tolist())
-    if not mine <= known:
-        raise ValueError(f"{folder} was scored on other images ({len(mine - known)} of its {len(mine)} people are not among these): give the images it was scored on")
-    return found
+    return Evaluation.read(folder) if (folder / Evaluation.ARRAYS).is_file() else None
+
+
+def _refuse_other_people(saved: Sequence[Evaluation], source: Source, max_images: int | None) -> None:
+    """Raises ValueError where an evaluation is of people that the source does not have; the source is read only if there is one."""
+    known = set(source.people(max_images).annotation_ids.tolist()) if saved else set()
+    for one in saved:
+        mine = set(one.people["annotation_id"].tolist())
+        if not mine <= known:
+            raise ValueError(f"{one.name} was scored on other images ({len(mine - known)} of its {len(mine)} people are not among these): give the images it was scored on")
 
 
 def tiny_pair(output_dir: str = "outputs") -> tuple[list[str], list[str]]:
