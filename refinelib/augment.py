@@ -21,13 +21,17 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 
 #: Columns of the parameter table.
-FLIP, ANGLE, SCALE, SHIFT_X, SHIFT_Y, BRIGHTNESS, CONTRAST, SATURATION, ASPECT, RED, BLUE, PASTE, PASTE_FLIP, PASTE_SCALE, PASTE_X, PASTE_Y = range(16)
-COLUMNS = 16
+FLIP, ANGLE, SCALE, SHIFT_X, SHIFT_Y, BRIGHTNESS, CONTRAST, SATURATION, ASPECT, RED, BLUE, PASTE, PASTE_FLIP, PASTE_SCALE, PASTE_X, PASTE_Y, SHEAR, JITTER = range(18)
+COLUMNS = 18
 
 #: What PASTE says.
 NOBODY, IN_FRONT, BEHIND = 0.0, 1.0, 2.0
 #: Somebody pasted in front leaves at least this much of the target visible, and stands behind it otherwise.
 LEAST_VISIBLE = 0.5
+#: Cells with this much of the target (of 255) bound it: with it the boxes found on crops as they are lie on the annotated ones, 0.05 cells apart in the mean.
+BOUNDING = 64.0
+#: A fitted box is this many times as large as the one before, at least and at most: of somebody mostly hidden, a shred is no person.
+LEAST_FIT, MOST_FIT = 0.4, 1.5
 
 
 class Amounts(NamedTuple):
@@ -40,11 +44,13 @@ class Amounts(NamedTuple):
     colour: float  # largest relative change of brightness, contrast and saturation
     tint: float  # of the red and of the blue channel
     paste: float  # share of ROIs with another person pasted in
+    shear: float = 0.0  # largest slant, shift a height
+    fitted: bool = False  # whether the box is drawn anew around the target as it has become; scale, aspect and shift are then the box's errors
 
 
 AMOUNTS = {
     "full": Amounts(degrees=10.0, scale=0.15, aspect=0.0, shift=0.06, colour=0.3, tint=0.0, paste=0.0),
-    "strong": Amounts(degrees=15.0, scale=0.25, aspect=0.15, shift=0.08, colour=0.4, tint=0.1, paste=0.5),
+    "strong": Amounts(degrees=20.0, scale=0.25, aspect=0.15, shift=0.08, colour=0.4, tint=0.1, paste=0.5, shear=0.15, fitted=True),
 }
 
 
@@ -53,8 +59,9 @@ def draw(count: int, *, mode: str, generator: torch.Generator) -> Tensor:
 
     Args:
         count: number of rows.
-        mode: ``off``; ``flip`` (left and right, half of all); ``full`` (flip, affine and colour); ``strong`` (more of it, and
-            people pasted in front and behind).
+        mode: ``off``; ``flip`` (left and right, half of all); ``full`` (flip, affine and colour); ``strong`` (more of it,
+            people pasted in front and behind, and the box drawn anew around what is then to be seen of the target, well in
+            most crops and badly in some: a box is where the person ends, and a network that never met a good one cannot know).
         generator: CPU generator; it gives the same number of values in every mode.
 
     Returns:
@@ -64,7 +71,7 @@ def draw(count: int, *, mode: str, generator: torch.Generator) -> Tensor:
     uniform = torch.cat([torch.rand(count, SATURATION + 1, generator=generator), torch.rand(count, COLUMNS - SATURATION - 1, generator=generator)], dim=1)
     signed = 2 * uniform - 1
     table = torch.zeros(count, COLUMNS)
-    table[:, [SCALE, BRIGHTNESS, CONTRAST, SATURATION, ASPECT, RED, BLUE]] = 1.0
+    table[:, [SCALE, BRIGHTNESS, CONTRAST, SATURATION, ASPECT, RED, BLUE, PASTE_SCALE]] = 1.0
     if mode != "off":
         table[:, FLIP] = (uniform[:, FLIP] < 0.5).float()
     if mode in AMOUNTS:
@@ -81,6 +88,11 @@ def draw(count: int, *, mode: str, generator: torch.Generator) -> Tensor:
         table[:, PASTE_FLIP] = (uniform[:, PASTE_FLIP] < 0.5).float()
         table[:, PASTE_SCALE] = torch.exp(signed[:, PASTE_SCALE] * math.log(1.5))
         table[:, [PASTE_X, PASTE_Y]] = signed[:, [PASTE_X, PASTE_Y]] * torch.tensor([0.9, 0.5])
+        table[:, SHEAR] = signed[:, SHEAR] * amounts.shear
+        if amounts.fitted:  # most boxes are good, some are bad
+            table[:, JITTER] = uniform[:, JITTER].square()
+            table[:, [SCALE, ASPECT]] = table[:, [SCALE, ASPECT]] ** table[:, JITTER, None]
+            table[:, [SHIFT_X, SHIFT_Y]] *= table[:, JITTER, None]
     return table
 
 
@@ -96,7 +108,9 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
 
 
-def apply(images: Tensor, coverage: Tensor, table: Tensor, *, mode: str) -> tuple[Tensor, Tensor]:
+def apply(
+    images: Tensor, coverage: Tensor, table: Tensor, *, mode: str, window: tuple[float, float] = (1.0, 1.0)
+) -> tuple[Tensor, Tensor]:
     """Augmented crops and their coverages.
 
     Labels are warped as coverages, not as class numbers, so their edges stay where they belong.
@@ -106,6 +120,7 @@ def apply(images: Tensor, coverage: Tensor, table: Tensor, *, mode: str) -> tupl
         coverage: uint8 ``[B, Hm, Wm, 2]``: share of a cell taken by this person, by others (255: all).
         table: float32 ``[B, COLUMNS]`` from :func:`draw`, on the same device.
         mode: as given to :func:`draw`.
+        window: share of the crop's height and width that the person's box takes.
 
     Returns:
         images float32 ``[B, 3, Hc, Wc]``, normalised, and coverage float32 ``[B, 2, Hm, Wm]`` in
@@ -119,27 +134,56 @@ def apply(images: Tensor, coverage: Tensor, table: Tensor, *, mode: str) -> tupl
         pixels, shares = (torch.where(flip, x.flip(-1), x) for x in (pixels, shares))
     if mode in AMOUNTS:
         aspect = pixels.shape[-2] / pixels.shape[-1]
-        pixels, shares = (_warp(x, table, aspect) for x in (pixels, shares))
+        matrix = _matrix(table, aspect, _fit(shares, table, aspect, window) if AMOUNTS[mode].fitted else None)
+        itself = _sample(shares[:, :1], matrix, "zeros")
+        # Beyond the crop lies its mirror image; whoever is seen in it is somebody else.
+        pixels, shares = (_sample(x, matrix, "reflection") for x in (pixels, shares))
+        shares = torch.cat([itself, shares.sum(dim=1, keepdim=True) - itself], dim=1)
         pixels = _recolour(pixels, table)
     return normalise(pixels), shares
 
 
-def _warp(x: Tensor, table: Tensor, aspect: float) -> Tensor:
-    """Rotate, scale and shift about the middle; what lies beyond the crop is its mirror image.
+def _turn(table: Tensor, aspect: float) -> Tensor:
+    """Rotation after shear, ``[B, 2, 2]``, from where a pixel goes to where it comes from.
 
-    ``aspect`` is the crop's height over its width in input pixels; a mask of another shape covers the same crop.
+    ``aspect`` is the crop's height over its width in input pixels: normalised coordinates run -1..1 along both sides, so a
+    rotation has to know their ratio. A mask of another shape covers the same crop.
     """
-    cos, sin = table[:, ANGLE].cos() / table[:, SCALE], table[:, ANGLE].sin() / table[:, SCALE]
-    wider = table[:, ASPECT]
-    # Normalised coordinates run -1..1 along both sides, so a rotation has to know their ratio.
-    matrix = torch.stack(
-        [
-            torch.stack([cos / wider, -sin * aspect, table[:, SHIFT_X]], dim=-1),
-            torch.stack([sin / aspect / wider, cos, table[:, SHIFT_Y]], dim=-1),
-        ],
-        dim=1,
-    )
-    return _sample(x, matrix, "reflection")
+    cos, sin, shear = table[:, ANGLE].cos(), table[:, ANGLE].sin(), table[:, SHEAR]
+    first = torch.stack([cos, sin / aspect], dim=-1)
+    second = torch.stack([-sin * aspect, cos], dim=-1)
+    return torch.stack([first, second + shear[:, None] * first], dim=-1)
+
+
+def _matrix(table: Tensor, aspect: float, fitted: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Turn, stretch and shift about the middle, ``[B, 2, 3]`` as :func:`torch.nn.functional.affine_grid` takes it.
+
+    With ``fitted`` (middle and size, ``[B, 2]`` each, in turned coordinates) the box is laid there first.
+    """
+    turn = _turn(table, aspect)
+    stretch = torch.stack([1 / (table[:, SCALE] * table[:, ASPECT]), 1 / table[:, SCALE]], dim=-1)
+    shift = table[:, SHIFT_X : SHIFT_Y + 1]
+    if fitted is None:
+        return torch.cat([turn * stretch[:, None], shift[:, :, None]], dim=-1)
+    middle, size = fitted
+    return torch.cat([turn * (size * stretch)[:, None], turn @ (middle + size * shift)[:, :, None]], dim=-1)
+
+
+def _fit(shares: Tensor, table: Tensor, aspect: float, window: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The upright box of the turned target: its middle (x, y) and its size relative to the box before, ``[B, 2]`` each."""
+    (a, b), (c, d) = (row.unbind(-1) for row in _turn(table, aspect).unbind(1))
+    height, width = shares.shape[-2:]
+    y, x = ((torch.arange(side, device=shares.device) + 0.5) * (2 / side) - 1 for side in (height, width))
+    there = shares[:, 0] >= BOUNDING
+    ends = []
+    for along_x, along_y, part in ((d, -b, window[1]), (-c, a, window[0])):  # the turn's inverse: its determinant is 1
+        turned = along_x[:, None, None] * x + along_y[:, None, None] * y[:, None]
+        half = along_x.abs() / width + along_y.abs() / height  # of a cell
+        low, high = torch.where(there, turned, 2.0).amin(dim=(1, 2)) - half, torch.where(there, turned, -2.0).amax(dim=(1, 2)) + half
+        ends.append((0.5 * (low + high), (0.5 / part * (high - low)).clamp(LEAST_FIT, MOST_FIT)))
+    seen = there.any(dim=2).any(dim=1)[:, None]
+    middle, size = (torch.stack(pair, dim=-1) for pair in zip(*ends))
+    return torch.where(seen, middle, 0.0), torch.where(seen, size, 1.0)
 
 
 def _sample(x: Tensor, matrix: Tensor, beyond: str) -> Tensor:

@@ -18,6 +18,8 @@ def build_model(settings: Settings) -> HierarchicalUNet:
     canvas = canvas_size(settings.roi_size, settings.context)
     return HierarchicalUNet(
         width=settings.width,
+        coarse_width=settings.coarse_width,
+        coarse_depth=settings.coarse_depth,
         roi_size=settings.roi_size,
         canvas=canvas,
         mask_canvas=mask_canvas_size(settings.mask_size, settings.roi_size, canvas),

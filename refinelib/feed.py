@@ -41,10 +41,19 @@ class Feed:
         accumulate: micro-batches a step.
         mode: augmentation, see :func:`augment.draw`.
         seed: of order and augmentation.
+        resident: false: stream in any case.
     """
 
     def __init__(
-        self, store: Store, *, device: torch.device, batch_size: int, accumulate: int = 1, mode: str = "off", seed: int = 0
+        self,
+        store: Store,
+        *,
+        device: torch.device,
+        batch_size: int,
+        accumulate: int = 1,
+        mode: str = "off",
+        seed: int = 0,
+        resident: bool = True,
     ) -> None:
         self.store = store
         self.device = device
@@ -52,9 +61,10 @@ class Feed:
         self.accumulate = accumulate
         self.mode = mode
         self.seed = seed
+        self.window = tuple(box / whole for box, whole in zip(store.roi_size, store.canvas))
         self.steps_per_epoch = max(1, len(store) // (batch_size * accumulate))
         self.resident: tuple[Tensor, Tensor] | None = None
-        if device.type == "cuda":
+        if resident and device.type == "cuda":
             size = len(store) * (store.images[0].nbytes + store.coverage[0].nbytes)
             if size < torch.cuda.get_device_properties(device).total_memory / 4:
                 self.resident = tuple(x.to(device) for x in store.as_tensors())
@@ -89,7 +99,7 @@ class Feed:
         """Images and labels from :meth:`inputs`, without the host: see :class:`Batch`."""
         *source, table = inputs
         images, coverage = (x.index_select(0, source[0]) for x in self.resident) if self.resident is not None else source
-        pixels, shares = augment.apply(images, coverage, table, mode=self.mode)
+        pixels, shares = augment.apply(images, coverage, table, mode=self.mode, window=self.window)
         return pixels, labels_from_coverage(shares.round().permute(0, 2, 3, 1))
 
     def batch(self, plan: Plan, step: int, micro: int = 0) -> Batch:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from refinelib import augment
 
@@ -50,7 +51,7 @@ def test_warped_mask_stays_on_the_warped_image(size):
     pixels, shares = augment.apply(image, cover, drawn, mode="full")
     mean, std = augment.MEAN[0], augment.STD[0]
     seen = (pixels[:, :1] * std + mean) / 255
-    mask = F.interpolate(shares[:, :1] / 255, size=(64, 64), mode="bilinear", align_corners=False)
+    mask = F.interpolate(shares.sum(dim=1, keepdim=True) / 255, size=(64, 64), mode="bilinear", align_corners=False)
     apart = (seen - mask).abs().sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
     assert apart.max() < 0.15, apart.max()  # blur of the coarser edge only
     assert (seen[0] - seen[-1]).abs().mean() > 0.01  # and it did move
@@ -66,6 +67,14 @@ def test_draw_depends_on_the_seed_alone_and_stays_in_range():
     assert torch.equal(*(torch.rand(3, generator=g) for g in generators))  # a mode changes no later draw
 
 
+def test_nothing_comes_from_the_host():
+    """A step is recorded as a CUDA graph: nothing in it may copy a number or an index from the host, but for what is kept on the device."""
+    image, cover = disc((64, 64))
+    graph = make_fx(lambda *given: augment.apply(*given, mode="strong", window=(0.5, 0.5)))(image, cover, table("strong"))
+    held = [getattr(graph, node.target).flatten().tolist() for node in graph.graph.nodes if node.op == "get_attr"]
+    assert held == [pytest.approx(augment.MEAN), pytest.approx(augment.STD)]
+
+
 def test_colours_stay_in_range():
     image = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8)
     pixels, _ = augment.apply(image, torch.zeros(8, 16, 16, 2, dtype=torch.uint8), table("full", 8), mode="full")
@@ -75,7 +84,7 @@ def test_colours_stay_in_range():
 
 # -- strong ----------------------------------------------------------------------------------------
 def two_people(count=8):
-    """Crops of one flat colour each, with a person of the same shade: who is where shows in the pixels."""
+    """Black crops with somebody of one shade in the middle: who is where shows in the pixels."""
     image = torch.zeros(count, 64, 64, 3, dtype=torch.uint8)
     cover = torch.zeros(count, 64, 64, 2, dtype=torch.uint8)
     cover[:, 16:48, 24:40, 0] = 255
@@ -84,11 +93,15 @@ def two_people(count=8):
 
 
 def pasting(drawn, what, x=0.0, y=0.0):
-    """A table that pastes and does nothing else."""
+    """A table that pastes and otherwise only draws the box anew."""
     drawn = augment.draw(len(drawn), mode="off", generator=torch.Generator())
-    drawn[:, augment.PASTE], drawn[:, augment.PASTE_SCALE] = what, 1.0
+    drawn[:, augment.PASTE] = what
     drawn[:, augment.PASTE_X], drawn[:, augment.PASTE_Y] = x, y
     return drawn
+
+
+#: What the box of :func:`two_people` takes of the crop.
+WINDOW = (0.5, 0.25)
 
 
 def seen(pixels):
@@ -100,17 +113,20 @@ def test_somebody_in_front_hides_part_of_the_target_and_is_a_non_target(size):
     image, cover = two_people()
     cover = cover[:, :: 64 // size, :: 64 // size]
     drawn = pasting(torch.zeros(8), augment.IN_FRONT, x=0.25)  # 8 of the target's 16 columns are hidden
-    pixels, shares = augment.apply(image, cover, drawn, mode="strong")
-    target, other = (shares.sum(dim=(2, 3)) / 255 * (64 / size) ** 2).unbind(1)
-    torch.testing.assert_close(target, torch.full((8,), 32 * 8.0))
-    torch.testing.assert_close(other, torch.full((8,), 32 * 16.0))
+    pixels, shares = augment.apply(image, cover, drawn, mode="strong", window=WINDOW)
+    target, other = (shares / 255 * (64 / size) ** 2).unbind(1)
+    # What is left of him fills the box that is drawn anew, columns 24 to 40, twice as wide as it was; the one in front begins there.
+    rest = other.sum(dim=(1, 2))
+    torch.testing.assert_close(target.sum(dim=(1, 2)), torch.full((8,), 32 * 16.0), atol=12.0, rtol=0)
+    torch.testing.assert_close(rest, torch.full((8,), 32 * 24.0), atol=12.0, rtol=0)  # up to the crop's edge
     neighbour = (100 + 10 * torch.arange(8.0)).roll(1)
-    torch.testing.assert_close(seen(pixels)[:, 32, 36], neighbour, atol=0.01, rtol=0)  # where both stand, the one in front is seen
+    torch.testing.assert_close(seen(pixels)[:, 32, 48], neighbour, atol=0.01, rtol=0)  # where both stood, the one in front is seen
+    torch.testing.assert_close(seen(pixels)[:, 32, 32], 100 + 10 * torch.arange(8.0), atol=0.01, rtol=0)
 
 
 def test_somebody_behind_hides_nothing_of_the_target():
     image, cover = two_people()
-    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(8), augment.BEHIND, x=0.25), mode="strong")
+    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(8), augment.BEHIND, x=0.25), mode="strong", window=WINDOW)
     target, other = (shares.sum(dim=(2, 3)) / 255).unbind(1)
     torch.testing.assert_close(target, torch.full((8,), 32 * 16.0))
     torch.testing.assert_close(other, torch.full((8,), 32 * 8.0))
@@ -119,7 +135,7 @@ def test_somebody_behind_hides_nothing_of_the_target():
 
 def test_nobody_hides_more_than_half_of_the_target():
     image, cover = two_people()
-    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(8), augment.IN_FRONT), mode="strong")  # exactly on top
+    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(8), augment.IN_FRONT), mode="strong", window=WINDOW)  # exactly on top
     torch.testing.assert_close(shares, cover.permute(0, 3, 1, 2).float(), atol=0.1, rtol=0)  # a resampled edge is off by a rounding
     torch.testing.assert_close(seen(pixels)[:, 32, 32], 100 + 10 * torch.arange(8.0), atol=0.01, rtol=0)
 
@@ -144,3 +160,76 @@ def test_nobody_is_his_own_neighbour():
 def test_more_columns_leave_the_first_ones_as_they_were():
     first = torch.rand(50, 8, generator=torch.Generator().manual_seed(3))
     assert torch.equal(table("flip", 50, seed=3)[:, augment.FLIP], (first[:, augment.FLIP] < 0.5).float())
+
+
+# -- the box drawn anew ------------------------------------------------------------------------------
+def unjittered(count, seed=0):
+    drawn = table("strong", count, seed)
+    drawn[:, [augment.SCALE, augment.ASPECT]], drawn[:, [augment.SHIFT_X, augment.SHIFT_Y]] = 1.0, 0.0
+    return drawn
+
+
+def bounds(target):
+    """First and last row and column that hold a good part of the target, as edges: ``[B, 4]`` (top, bottom, left, right)."""
+    there = target >= augment.BOUNDING
+    ends = []
+    for lines in (there.any(dim=2), there.any(dim=1)):
+        places = torch.arange(lines.shape[1])
+        ends += [torch.where(lines, places, 999).amin(dim=1), torch.where(lines, places + 1, -1).amax(dim=1)]
+    return torch.stack(ends, dim=-1)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (48, 48), (72, 96)])
+def test_a_turned_persons_box_is_drawn_anew(size):
+    """Whatever was turned, slanted, mirrored or hidden: the target ends where the window ends, to a cell."""
+    image, cover = disc(size, count=32)
+    cover[..., 1] = 0
+    drawn = unjittered(32)
+    drawn[:, augment.PASTE] = augment.NOBODY
+    drawn[:, augment.ANGLE] = torch.linspace(-0.5, 0.5, 32)
+    # The disc's box (40 % of the width, 60 % of the height) is not in the middle of this crop: it is found and brought there.
+    _, shares = augment.apply(image, cover, drawn, mode="strong", window=(0.5, 0.5))
+    height, width = size
+    wanted = torch.tensor([0.25 * height, 0.75 * height, 0.25 * width, 0.75 * width])
+    assert (bounds(shares[:, 0]) - wanted).abs().max() <= 1.5
+
+
+def test_a_box_that_fits_is_left_alone():
+    image, cover = two_people()
+    drawn = augment.draw(8, mode="off", generator=torch.Generator())
+    pixels, shares = augment.apply(image, cover, drawn, mode="strong", window=WINDOW)
+    torch.testing.assert_close(shares, cover.permute(0, 3, 1, 2).float(), atol=0.1, rtol=0)
+    torch.testing.assert_close(seen(pixels), image[..., 0].float(), atol=0.1, rtol=0)
+
+
+def test_without_a_target_the_box_stays():
+    image, _ = two_people(4)
+    cover = torch.zeros(4, 64, 64, 2, dtype=torch.uint8)
+    drawn = augment.draw(4, mode="off", generator=torch.Generator())
+    pixels, shares = augment.apply(image, cover, drawn, mode="strong", window=WINDOW)
+    torch.testing.assert_close(seen(pixels), image[..., 0].float(), atol=0.1, rtol=0)
+    assert not shares.any()
+
+
+@pytest.mark.parametrize("mode", ["full", "strong"])
+def test_the_mirror_image_of_the_target_is_somebody_else(mode):
+    image, cover = two_people(4)
+    image, cover = image.roll(22, 2), cover.roll(22, 2)  # at the right edge
+    drawn = augment.draw(4, mode="off", generator=torch.Generator())
+    if mode == "full":  # where nobody draws the box anew
+        drawn[:, augment.SHIFT_X] = 0.5  # a quarter of the crop: beyond the edge
+    pixels, shares = augment.apply(image, cover, drawn, mode=mode, window=WINDOW)
+    person = shares.sum(dim=1)
+    torch.testing.assert_close(person, 255.0 * (seen(pixels) > 50), atol=1.0, rtol=0)
+    assert (shares[:, 0].sum(dim=(1, 2)) > 0).all() and (shares[:, 1].sum(dim=(1, 2)) > 0).all()
+    assert ((shares[:, 0] > 1) & (shares[:, 1] > 1)).sum() == 0
+
+
+def test_most_boxes_are_good_and_some_are_bad():
+    drawn = table("strong", 4000)
+    amounts = augment.AMOUNTS["strong"]
+    for column, most in ((augment.SHIFT_X, 2 * amounts.shift), (augment.SHIFT_Y, 2 * amounts.shift)):
+        off = drawn[:, column].abs()
+        assert off.max() <= most and off.quantile(0.5) < most / 8 and off.quantile(0.97) > most / 2
+    off = drawn[:, augment.SCALE].log().abs() / torch.tensor(1 + amounts.scale).log()
+    assert off.max() <= 1.0001 and off.quantile(0.5) < 1 / 8 and off.quantile(0.97) > 1 / 2

@@ -9,6 +9,7 @@ from refinelib.config import project_root, recipe_names, resolve
 from refinelib.feed import Feed
 from refinelib.safety.guard import Guard
 from refinelib.runs import Run
+from refinelib.modeling.roi import canvas_size
 
 TABLE = {
     "lr": (5e-5, 1e-5, 5e-6),
@@ -94,6 +95,7 @@ def observed(settings, tmp_path) -> dict:
         "amp": settings.amp if settings.amp == "auto" and not cast._enabled else "off" if not cast._enabled else {torch.float16: "fp16", torch.bfloat16: "bf16"}[cast.fast_dtype],
         "ema_decay": guard.ema_decay, "batch_size": feed.plan(0).rois.shape[2], "accumulate": feed.plan(0).rois.shape[1],
         "augment": feed.mode, "recipe": run.name, "width": model.person_head.in_channels / 256,
+        "coarse_width": model.target.downs[1][0][0].out_channels / (160 * settings.width), "coarse_depth": len(model.target.downs[0]) - 1,
         "roi_size": tuple(round(2 * (side - 1) / (at.max() - at.min()).item()) for side, at in zip(model.canvas, model.coordinates[0])),
         "mask_size": tuple(m * r // c for m, r, c in zip(model.mask_canvas, settings.roi_size, model.canvas)),
         "context": model.canvas[0] / settings.roi_size[0] - 1,
@@ -120,6 +122,7 @@ class _Blank:
 
     def __init__(self, settings):
         self.count = 10 * settings.batch_size * settings.accumulate
+        self.roi_size, self.canvas = settings.roi_size, canvas_size(settings.roi_size, settings.context)
 
     def __len__(self):
         return self.count
@@ -147,7 +150,7 @@ def test_changing_any_modelled_value_changes_what_is_seen(tmp_path):
     base = resolve("original", width=0.0625)
     changes = {
         "lr": 1e-3, "min_lr": 1e-9, "warmup_epochs": 2, "epochs": 50, "weight_decay": 0.5, "grad_clip": 9.0, "optimizer": "adam", "amp": "bf16",
-        "ema_decay": 0.5, "batch_size": 3, "accumulate": 2, "augment": "full", "width": 0.125, "roi_size": 32, "mask_size": 32,
+        "ema_decay": 0.5, "batch_size": 3, "accumulate": 2, "augment": "full", "width": 0.125, "coarse_width": 2.0, "coarse_depth": 2, "roi_size": 32, "mask_size": 32,
         "blend_init": 0.2, "edge_gain_init": 0.3, "distance_threshold_init": 0.4, "active_contour_weight": 0.7,
         "boundary_aware_weight": 0.7, "contour_weight": 0.7, "distance_weight": 0.7, "active_contour_smoothness": 0.7,
         "boundary_weight": 7.0, "refinement_loss_cap": 7.0,

@@ -39,12 +39,13 @@ class UNet(nn.Module):
 
     Args:
         widths: channels of each scale, finest first; the input has ``widths[0]``.
+        depth: residual blocks of each scale below the finest.
     """
 
-    def __init__(self, widths: tuple[int, ...]) -> None:
+    def __init__(self, widths: tuple[int, ...], *, depth: int = 1) -> None:
         super().__init__()
         self.downs = nn.ModuleList(
-            nn.Sequential(ConvNormAct(a, b, stride=2), ResidualBlock(b)) for a, b in zip(widths, widths[1:])
+            nn.Sequential(ConvNormAct(a, b, stride=2), *(ResidualBlock(b) for _ in range(depth))) for a, b in zip(widths, widths[1:])
         )
         self.attention = nn.Sequential(SelfAttention(widths[-1]), SelfAttention(widths[-1]))
         self.ups = nn.ModuleList(
@@ -74,6 +75,8 @@ class HierarchicalUNet(nn.Module):
 
     Args:
         width: channels relative to the full model; 1.0 has 256 at full resolution.
+        coarse_width: channels of the two coarsest scales relative to those of ``width``.
+        coarse_depth: residual blocks of each scale below the finest. There a block costs little and sees much.
         roi_size: input pixels across the person's box (height, width).
         canvas: input pixels of the whole crop (height, width), which has the box in its middle;
             none: the box is the whole crop.
@@ -89,6 +92,8 @@ class HierarchicalUNet(nn.Module):
         self,
         *,
         width: float = 1.0,
+        coarse_width: float = 1.0,
+        coarse_depth: int = 1,
         roi_size: tuple[int, int] = (64, 64),
         canvas: tuple[int, int] | None = None,
         mask_canvas: tuple[int, int] | None = None,
@@ -105,19 +110,19 @@ class HierarchicalUNet(nn.Module):
         self.canvas = tuple(canvas or roi_size)
         self.mask_canvas = tuple(mask_canvas or self.canvas)
 
-        def channels(full: int) -> int:
+        def channels(full: float) -> int:
             return 16 * math.ceil(full * width / 16)  # CPU and GPU kernels are several times slower between multiples of 16
 
         c, half = channels(256), channels(128)
-        widths = (c, channels(192), channels(160), channels(192))
+        widths = (c, channels(192), channels(160 * coarse_width), channels(192 * coarse_width))
         self.stem = nn.Sequential(ConvNormAct(5, half), ConvNormAct(half, c))
         self.shared = nn.Sequential(*(ResidualBlock(c) for _ in range(4)))
-        self.person = UNet(widths)
+        self.person = UNet(widths, depth=coarse_depth)
         self.person_head = Head(c, 1)
         self.gate = Chain(Conv(c + 1, c, 1), nn.Sigmoid())
         self.merge = nn.Conv2d(2 * c, c, 1)
         self.attention = nn.Sequential(ChannelAttention(c), SpatialAttention())
-        self.target = UNet(widths)
+        self.target = UNet(widths, depth=coarse_depth)
         self.target_head = Head(c, 1)
         for head in (self.person_head, self.target_head):
             # Nearly undecided at the start, so that the first loss is that of ignorance.
