@@ -19,7 +19,7 @@ import itertools
 import json
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Sequence
@@ -60,13 +60,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(options.device, amp, path, folder) for amp, path in itertools.product(PRECISIONS, PATHS) if (path in options.paths.split(";") if options.paths else options.compiled or "compiled" not in path)]
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            cells = [cell for found in pool.map(column, *zip(*jobs)) for cell in found]
+            waiting = {pool.submit(column, *job): job for job in jobs}
+            for done in as_completed(waiting):  # a column at a time, for whoever has to stop it early
+                print(json.dumps(dict(zip(("device", "amp", "path"), waiting[done]), good=sum(map(good, done.result())), of=len(KINDS))), file=sys.stderr, flush=True)
+            cells = [cell for done in waiting for cell in done.result()]
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     text = table(cells, f"{name}, torch {torch.__version__}")
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
-    failed = [cell for cell in cells if not (cell["survived"] and cell["exact"] and cell["attribution"])]
+    failed = [cell for cell in cells if not good(cell)]
     for cell in failed:
         print(json.dumps(cell), file=sys.stderr)
     return 1 if failed else 0
@@ -168,11 +171,14 @@ def where(kind: str) -> str:
     return f":{place[0]}" if place else ""
 
 
+def good(cell: dict) -> bool:
+    return cell["survived"] and cell["exact"] and cell["attribution"]
+
+
 def table(cells: list[dict], device: str) -> str:
     """A row a fault, a column a precision and path; what failed is spelt out."""
     paths = [(amp, path) for amp in PRECISIONS for path in PATHS if any((c["amp"], c["path"]) == (amp, path) for c in cells)]
-    good = sum(c["survived"] and c["exact"] and c["attribution"] for c in cells)
-    lines = [f"Fault matrix, {device}: {good} of {len(cells)} cells good (survived, state exact, attribution right).", ""]
+    lines = [f"Fault matrix, {device}: {sum(map(good, cells))} of {len(cells)} cells good (survived, state exact, attribution right).", ""]
     lines += ["| fault | " + " | ".join(f"{'fp32' if amp == 'off' else amp} {path}" for amp, path in paths) + " |", "| --- " * (len(paths) + 1) + "|"]
     for kind in dict.fromkeys(c["kind"] for c in cells):
         row = {(c["amp"], c["path"]): c for c in cells if c["kind"] == kind}

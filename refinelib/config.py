@@ -94,10 +94,12 @@ class Settings(BaseModel):
     roi_size: tuple[int, int] = _size("input pixels across the person's box, one number or [height, width], 16 to 512")
     mask_size: tuple[int, int] = _size("mask pixels across the person's box, one number or [height, width], 16 to 512")
     context: float = Field(0.0, ge=0.0, le=2.0, description="how much of the box's size is added around it; 0: the box itself, 0.5: half again as much")
-    augment: Literal["off", "flip", "full", "strong"] = Field("flip", description="full: flip, affine, colour; strong: more of these, and people pasted in front and behind; on the device, whole batches at once")
+    augment: Literal["off", "flip", "full", "strong"] = Field("flip", description="full: flip, affine, colour; strong: more of these, people pasted in front and behind, boxes drawn anew around what is then seen; on the device, whole batches at once")
 
     # -- model -----------------------------------------------------------------------------------
     width: float = Field(1.0, ge=0.0625, le=2.0, description="channels relative to the full model: 1.0 has 23 M parameters, 0.125 trains on a laptop")
+    coarse_width: float = Field(1.0, ge=0.25, le=4.0, description="channels of the two coarsest scales relative to those that width gives")
+    coarse_depth: int = Field(1, ge=1, le=8, description="residual blocks of each scale below full resolution")
     use_boundary_refinement: bool = Field(True, description="residual on the mask, gated by edge strength")
     use_progressive_upsampling: bool = Field(True, description="coarse-to-fine resize-convolution decoder")
     use_subpixel_conv: bool = Field(False, description="sub-pixel (pixel shuffle) decoder, the alternative to progressive upsampling")
@@ -135,7 +137,7 @@ class Settings(BaseModel):
     loss_scale_init: float = Field(65536.0, ge=1.0, le=2.0**24, description="fp16 loss scale at the start")
     loss_scale_floor: float = Field(1.0, gt=0.0, le=2.0**24, description="fp16 loss scale never falls below this; at most loss_scale_init")
 
-    compile: Literal["auto", "on", "off"] = Field("auto", description="compile model and loss; auto: on CUDA, in runs long enough to gain by it")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="compile model and loss; auto: on CUDA, in runs long enough to gain by it, beside the training where no kernels are kept; on: at once, and wait")
     cuda_graphs: bool = Field(True, description="on CUDA, record a step once and replay it: one launch in place of thousands")
     fused_optimizer: bool = Field(True, description="one kernel that can skip a step on the device; false: plain kernels and one read of the host a step")
 
@@ -150,6 +152,9 @@ class Settings(BaseModel):
     # -- validation and prediction ---------------------------------------------------------------
     validate_every: int = Field(1, ge=1, description="epochs between validations (the last epoch always is)")
     flip_test: bool = Field(False, description="average the probabilities of each crop and of its mirror image; twice the time")
+
+    target_decision_weight: float = Field(1.0, ge=0.1, le=10.0, description="probabilities of the target are multiplied by this before the likeliest class is drawn; 1: the fewest wrong pixels")
+    nontarget_decision_weight: float = Field(1.0, ge=0.1, le=10.0, description="the same for other people: what is rare needs less than even odds for the best IoU")
 
     # -- what the run leaves ---------------------------------------------------------------------
     log_every: int = Field(20, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
@@ -195,6 +200,11 @@ class Settings(BaseModel):
         if self.resume and self.init_from:
             refuse("resume goes on with a run and init_from starts a new one from its weights: give one of them")
         return self
+
+    @property
+    def decision_weights(self) -> tuple[float, float, float]:
+        """Of background, target and non-target: see :func:`refinelib.quality.scoring.predict_probs`."""
+        return (1.0, self.target_decision_weight, self.nontarget_decision_weight)
 
     # -- paths -----------------------------------------------------------------------------------
     def path(self, value: str) -> Path:

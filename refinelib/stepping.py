@@ -5,11 +5,11 @@
                                  `-------------- compiled --------------'
 
 The whole step, the guard's decision included, lies in the graph: it reads nothing back, so safety costs no launch and no wait.
+Where no kernels are kept from an earlier run another process makes them (kernels.py), and steps are taken without meanwhile.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Callable, Iterator
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from refinelib.build import autocast, settled
-from refinelib.config import Settings, absolute
+from refinelib.config import Settings
 from refinelib.feed import Feed, Plan
+from refinelib.kernels import Precompile, keep_note, kernels_folder, note
 from refinelib.safety.guard import Guard
 from refinelib.safety.inject import Injector
 from refinelib.modeling.losses import MaskLoss
@@ -35,7 +36,7 @@ class Stepper:
     """Takes steps.
 
     Args:
-        settings: precision, ``accumulate`` and ``compile``.
+        settings: precision, ``accumulate`` and ``compile``: ``on`` waits for the kernels; ``auto`` trains while they are made.
         model, loss, guard, injector, feed: of the run.
         device: they are on.
         steps: the run has; a short one is not compiled.
@@ -64,17 +65,28 @@ class Stepper:
         self.report: Tensor | None = None
         self.taken = 0
         self.pieces = 1  # that each micro-batch is taken in; more where it does not fit into memory
-        wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda" and worth_compiling(settings, steps))
-        self.compiled = wanted
+        self.compiled = False
+        self.beside = False  # whether another process is to make the kernels
+        self.meanwhile: Precompile | None = None  # which does
         self.captures = device.type == "cuda" and settings.cuda_graphs and guard.fused  # another optimizer asks the host
-        if wanted:
-            # One place for all runs, so that the next of the same shape starts in seconds; a temporary folder forgets.
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(absolute("outputs/compiled")))
-            self.forward = torch.compile(self.eager, dynamic=False)
-            guard.compile()
+        if settings.compile == "on":
+            self._compile()
+        elif settings.compile == "auto" and device.type == "cuda" and worth_compiling(settings, steps):
+            if settings.deterministic or note(self.settings).exists():  # when other kernels take over is chance
+                self._compile()
+            else:
+                self.beside = True
+
+    def close(self) -> None:
+        """End what goes on beside the training."""
+        if self.meanwhile is not None:
+            self.meanwhile.close()
+            self.meanwhile = None
 
     def step(self, plan: Plan, at: int, number: int) -> Tensor:
         """Step ``at`` of a planned epoch, the run's step ``number`` (from 1); its report, still on the device."""
+        if self.beside:
+            self._beside()
         self.injector.start(number)
         given = [self.feed.inputs(plan, at, micro) for micro in range(self.settings.accumulate)]
         if self.graph is not None:
@@ -111,6 +123,34 @@ class Stepper:
         self.injector.after_backward()
         return torch.cat([components, self.guard.step(total)])
 
+    def _compile(self) -> None:
+        kernels_folder()
+        self.compiled = True
+        self.forward = torch.compile(self.eager, dynamic=False)
+        self.guard.compile()
+
+    def _beside(self) -> None:
+        """Have another process make the kernels, and go over to them once they are there."""
+        if self.meanwhile is None:
+            self.say("compiles its kernels beside the training, which goes on without them until they are there")
+            self.meanwhile = Precompile(self.settings, store=self.feed.store.folder, steps_per_epoch=self.feed.steps_per_epoch)
+        problem = self.meanwhile.poll()
+        if problem is None:
+            return
+        self.beside = False
+        self.close()
+        if problem:
+            self.say(f"could not compile ({problem}): trains without, more slowly")
+            return
+        self.say("goes over to compiled kernels")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # no graph goes while it runs
+        self.graph, self.report, self.inputs, self.taken = None, None, [], 0
+        self.guard.zero_grad()  # gradients lie in the graph's memory
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._compile()
+
     def _first(self, given: list[tuple[Tensor, ...]]) -> Tensor:
         """A step before the graph stands. What cannot be compiled here is done without."""
         if not self.compiled or self.taken:
@@ -118,7 +158,9 @@ class Stepper:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice for whoever writes the compiled code
-                return self._fitting(given)
+                report = self._fitting(given)
+            keep_note(self.settings)
+            return report
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C compiler, no Triton, an operation it does not know: many kinds

@@ -114,6 +114,7 @@ class Trainer:
         self.incidents: list[str] = []  # kinds that were kept
         self.repeats = 0  # looks at a kind already known
         self.guard.thaw(armed=settings.max_incidents > 0)
+        self.step = 0  # steps tried: the position in the data
         self.stepper = Stepper(
             settings,
             model=self.model,
@@ -130,7 +131,6 @@ class Trainer:
             run.folder / "gradients", guard=self.guard, loss=self.loss, feed=self.feed, model=self.forward, every=settings.probe_every
         )
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
-        self.step = 0  # steps tried: the position in the data
         self.best: dict[str, Any] | None = None
         self.mean_coverage = torch.as_tensor(self.train_store.mean_coverage())
 
@@ -147,7 +147,7 @@ class Trainer:
         total = settings.epochs * per_epoch
         self.run.update(epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
         self.recovery.start(self.step)
-        with contextlib.closing(self.writer), Progress(total, self.run.name, "steps", done=self.step, every=30.0) as bar:
+        with contextlib.closing(self.writer), contextlib.closing(self.stepper), Progress(total, self.run.name, "steps", done=self.step, every=30.0) as bar:
             for epoch in range(self.step // per_epoch, settings.epochs):
                 started, end = time.perf_counter(), (epoch + 1) * per_epoch
                 plan = self.feed.plan(epoch)
@@ -344,7 +344,7 @@ class Trainer:
     def predict(self, images: Tensor) -> Tensor:
         """Class probabilities of normalised crops, by the delivered model in the run's precision."""
         with autocast(self.settings, self.device):
-            return predict_probs(self.delivered, images, flip=self.settings.flip_test)
+            return predict_probs(self.delivered, images, flip=self.settings.flip_test, weights=self.settings.decision_weights)
 
     def validate(self, *, final: bool = False):
         """Metrics of the delivered model on the validation people."""
@@ -398,7 +398,8 @@ class Trainer:
 
 #: Settings that a resumed run may have changed: none of them changes what a step does.
 _FREE_TO_CHANGE = WHERE | {
-    "add_pennfudan", "device", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents", "flip_test", "compile", "cuda_graphs",
+    "add_pennfudan", "device", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents", "flip_test", "target_decision_weight", "nontarget_decision_weight",
+    "compile", "cuda_graphs",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import refinelib
+from refinelib.augment import normalise
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
 from refinelib.data import SyntheticPeople
@@ -128,3 +129,34 @@ def test_grid_ceiling_of_finer_grids_is_higher():
 def test_labels_from_coverage_ties_go_to_background():
     coverage = torch.tensor([[128, 127], [100, 100], [255, 0], [0, 255]], dtype=torch.uint8)
     assert labels_from_coverage(coverage).tolist() == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_decision_weights_move_the_odds_and_nothing_else(flip):
+    from refinelib.modeling.model import HierarchicalUNet
+    from refinelib.quality.scoring import predict_probs
+
+    torch.manual_seed(0)
+    model = HierarchicalUNet(width=0.0625, roi_size=(16, 16)).eval()
+    torch.nn.init.normal_(model.person_head.weight), torch.nn.init.normal_(model.target_head.weight)
+    images = torch.randn(3, 3, 16, 16)
+    plain, weighed = (predict_probs(model, images, flip=flip, weights=weights) for weights in ((1.0, 1.0, 1.0), (1.0, 1.25, 2.0)))
+    torch.testing.assert_close(weighed.sum(dim=1), torch.ones(3, 16, 16))
+    torch.testing.assert_close(weighed[:, 1] / weighed[:, 0], 1.25 * plain[:, 1] / plain[:, 0])
+    torch.testing.assert_close(weighed[:, 2] / weighed[:, 0], 2.0 * plain[:, 2] / plain[:, 0])
+    labels, plainly = weighed.argmax(dim=1), plain.argmax(dim=1)
+    assert (labels != plainly).any() and (labels >= plainly)[plainly != 1].all()
+
+
+def test_a_run_and_its_predictor_weigh_and_flip_alike(tiny):
+    """The masks that are validated are the masks that are delivered."""
+    run = train(tiny(nontarget_decision_weight=4.0, flip_test=True, epochs=1, lr=1e-3))
+    saved = np.load(run.folder / "samples" / "epoch_0001.npz")
+    images = normalise(torch.from_numpy(saved["image"]).permute(0, 3, 1, 2))
+    predictor = refinelib.load(run.folder, device="cpu")
+    validated = torch.from_numpy(saved["probs"].astype(np.float32))
+    torch.testing.assert_close(predictor.roi_probs(images), validated, atol=2e-3, rtol=0)
+    for other in (dict(nontarget_decision_weight=1.0), dict(flip_test=False)):
+        settings = predictor.settings.model_copy(update=other)
+        plain = refinelib.Predictor(predictor.model, settings, path=predictor.path, mean_coverage=predictor.mean_coverage)
+        assert (plain.roi_probs(images) - validated).abs().max() > 4e-3, other

@@ -21,7 +21,6 @@ from refinelib.config import Settings
 from refinelib.data import open_splits
 from refinelib.feed import Batch, Feed
 from refinelib.modeling.losses import NON_TARGET, TARGET
-from refinelib.quality.scoring import predict_probs
 from refinelib.training import train
 from refinelib.notebook.verdicts import Check, told
 
@@ -208,8 +207,7 @@ def whole_run(settings: Settings) -> Check:
     saved = np.load(run.folder / "samples" / f"epoch_{settings.epochs:04d}.npz")
     predictor = predict.load(run.folder / "checkpoints" / "last.pt", device=settings.device)
     images = torch.from_numpy(saved["image"]).permute(0, 3, 1, 2).to(predictor.device)
-    with autocast(settings, predictor.device):
-        again = predict_probs(predictor.model, normalise(images)).float().cpu()
+    again = predictor.roi_probs(normalise(images)).cpu()
     apart = float((again - torch.from_numpy(saved["probs"].astype(np.float32))).abs().max())
     figures = {"folder": str(run.folder), "epochs": len(epochs), "skipped": status["skipped_steps"], "apart": apart}
     losses = [line["train_loss"] for line in epochs]

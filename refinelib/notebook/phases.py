@@ -8,6 +8,7 @@ resumes from its checkpoint.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -171,7 +172,8 @@ def _starting_score(settings: Settings, source: str) -> dict[str, Any]:
     saved = checkpoints.load(source)
     load_weights(model, {**saved, "model": saved["average"] or saved["model"]}, source)
     with autocast(settings, device):
-        found = score(lambda images: predict_probs(model, images), store, device=device, mask_size=settings.mask_size).compute()
+        predict = functools.partial(predict_probs, model, flip=settings.flip_test, weights=settings.decision_weights)
+        found = score(predict, store, device=device, mask_size=settings.mask_size).compute()
     return {key: found[key] for key in ("target_iou", "boundary_iou", "miou")}
 
 

@@ -85,7 +85,7 @@ class Predictor:
         return Predictor(self.model, self.settings, path=self.path, mean_coverage=self.mean_coverage, flip=flip)
 
     def probs(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Tensor:
-        """Class probabilities in each box's own grid.
+        """Class probabilities in each box's own grid, weighed as the settings' decision weights say.
 
         Args:
             image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file).
@@ -139,7 +139,7 @@ class Predictor:
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
         with autocast(self.settings, self.device):
-            return predict_probs(self.model, images, flip=self.flip).float()
+            return predict_probs(self.model, images, flip=self.flip, weights=self.settings.decision_weights).float()
 
     def _probs(self, crops: Tensor) -> Tensor:
         return centre_window(self.roi_probs(crops), self.settings.mask_size)

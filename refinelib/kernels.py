@@ -1,0 +1,104 @@
+"""Kernels made in a process of its own while the run trains without them.
+
+    Stepper --> python -m refinelib.precompile SETTINGS --> kernels on disk (outputs/compiled)
+       | trains with plain kernels meanwhile                   |
+       +-- the first step after that takes them up, in seconds +
+
+Compiling takes minutes and most of it is other processes' work; waiting for it would leave the GPU idle.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from refinelib.config import WHERE, Settings, absolute
+
+#: Where kernels are kept unless this variable says otherwise.
+KERNELS_VARIABLE, KERNELS = "TORCHINDUCTOR_CACHE_DIR", "outputs/compiled"
+
+#: Settings that change what is computed and no kernel, beside those of ``WHERE``.
+_IMMATERIAL = WHERE | {
+    "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "augment", "flip_test", "target_decision_weight", "nontarget_decision_weight", "max_images", "data", "add_pennfudan",
+    "max_consecutive_skips", "max_rewinds", "max_incidents", "compile", "cuda_graphs", "smoke",
+}  # fmt: skip
+
+
+def kernels_folder() -> Path:
+    """Folder of compiled kernels: one place for all runs, so that the next of the same shape starts in seconds; a temporary folder forgets."""
+    return Path(os.environ.setdefault(KERNELS_VARIABLE, str(absolute(KERNELS))))
+
+
+def note(settings: Settings) -> Path:
+    """The file that says that kernels for these settings are kept: it belongs to this package's code, this PyTorch and this device."""
+    content = {name: value for name, value in settings.model_dump(mode="json").items() if name not in _IMMATERIAL}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    key = json.dumps([_code(), torch.__version__, device, content], sort_keys=True)
+    return kernels_folder() / "refinelib" / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def keep_note(settings: Settings) -> None:
+    """Say that kernels for these settings are kept. Where there is no room for that, the next run does without."""
+    try:
+        note(settings).parent.mkdir(parents=True, exist_ok=True)
+        note(settings).touch()
+    except OSError:
+        pass
+
+
+@functools.cache
+def _code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Precompile:
+    """Compiles in a process of its own; :meth:`poll` tells when it is done.
+
+    Args:
+        settings: of the run, settled for its device.
+        store: folder of its training store.
+        steps_per_epoch: of the run.
+    """
+
+    def __init__(self, settings: Settings, *, store: Path, steps_per_epoch: int) -> None:
+        kernels_folder()
+        given = {"settings": settings.model_dump(mode="json"), "store": str(store), "steps_per_epoch": steps_per_epoch}
+        package = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        self._said = tempfile.TemporaryFile()
+        # A session of its own: Ctrl-C means the run, which ends this process itself, with all that it started.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "refinelib.precompile", json.dumps(given)],
+            env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said, start_new_session=True,
+        )  # fmt: skip
+
+    def poll(self) -> str | None:
+        """None while it works; "" when the kernels are there; else the last line of what went wrong."""
+        code = self._process.poll()
+        if not code:
+            return None if code is None else ""
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"ended with code {code}"
+
+    def close(self) -> None:
+        """End it, if it still works."""
+        if self._process.poll() is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except OSError:  # ended this moment
+                pass
+            self._process.wait()
+        self._said.close()

@@ -1,0 +1,136 @@
+"""Kernels made by another process while the run trains without them."""
+
+import functools
+import os
+import time
+
+import pytest
+import torch
+
+from refinelib import kernels, precompile, stepping
+from refinelib import training as loop
+from refinelib.runs import Run
+from refinelib.training import train
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Kernels of a test stay in it."""
+    monkeypatch.setenv(kernels.KERNELS_VARIABLE, str(tmp_path / "kernels"))
+
+
+class Answers:
+    """Stands where the other process would: works for so many looks, then has an answer."""
+
+    made: list["Answers"] = []
+
+    def __init__(self, looks, answer):
+        self.looks, self.answer, self.closed = looks, answer, False
+        Answers.made = [*Answers.made[-1:], self]
+
+    def poll(self):
+        self.looks -= 1
+        return None if self.looks >= 0 else self.answer
+
+    def close(self):
+        self.closed = True
+
+
+def run_beside(tiny, monkeypatch, *, looks, answer, name="beside"):
+    """A run on a CPU that trains as one on a GPU does that has no kernels yet; what is compiled is only noted."""
+    compiled = []
+    monkeypatch.setattr(stepping, "Precompile", lambda *given, **named: Answers(looks, answer))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    start = stepping.Stepper.__init__
+
+    def beside(self, *given, **named):
+        start(self, *given, **named)
+        self.beside = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stepping.Stepper, "__init__", beside)
+        return train(tiny(run=name)), compiled
+
+
+def weights(run):
+    return torch.load(run.folder / "checkpoints" / "last.pt", weights_only=False)["model"]
+
+
+def test_a_run_goes_over_once_the_kernels_are_there(tiny, monkeypatch):
+    plain = train(tiny(run="plain"))
+    run, compiled = run_beside(tiny, monkeypatch, looks=2, answer="")
+    told = [event for event in run.events() if event["kind"] == "speed"]
+    assert [event["step"] for event in told] == [0, 2] and "goes over" in told[1]["message"]
+    assert len(compiled) == 2  # model and loss; the guard's judgement
+    assert Answers.made[-1].closed
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(run).values()))
+    assert kernels.note(run.settings()).exists()  # the next run of this shape need not train without
+
+
+def test_where_they_cannot_be_made_the_run_says_so_and_goes_on(tiny, monkeypatch):
+    run, compiled = run_beside(tiny, monkeypatch, looks=1, answer="RuntimeError: no C compiler here")
+    (_, told) = [event["message"] for event in run.events() if event["kind"] == "speed"]
+    assert "no C compiler here" in told and "trains without" in told
+    assert not compiled and run.status()["state"] == "ok" and not kernels.note(run.settings()).exists()
+
+
+def test_a_run_that_ends_first_ends_the_other_process(tiny, monkeypatch):
+    run, compiled = run_beside(tiny, monkeypatch, looks=10**6, answer="")
+    assert run.status()["state"] == "ok" and not compiled and Answers.made[-1].closed
+
+
+def test_a_process_that_fails_tells_why(tiny, tmp_path):
+    made = kernels.Precompile(tiny(), store=tmp_path / "nowhere", steps_per_epoch=2)
+    end = time.monotonic() + 120
+    while made.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    assert "nowhere" in made.poll()
+    made.close()
+
+
+def test_a_process_that_works_can_be_ended(tiny, tmp_path):
+    made = kernels.Precompile(tiny(), store=tmp_path / "nowhere", steps_per_epoch=2)
+    pid = made._process.pid
+    made.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_it_takes_the_steps_of_the_run(tiny, monkeypatch):
+    """With kernels left as graphs, which is quick: the whole of it runs, and leaves the note."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    settings = tiny()
+    trainer = loop.Trainer(settings, Run.start(settings))
+    assert not kernels.note(settings).exists()
+    precompile.compile_kernels(settings, store=trainer.feed.store.folder, steps_per_epoch=trainer.feed.steps_per_epoch)
+    assert kernels.note(settings).exists()
+
+
+def test_kernels_belong_to_shapes_precision_and_code_not_to_rates(tiny, monkeypatch):
+    first = kernels.note(tiny())
+    assert first == kernels.note(tiny(lr=1e-4, seed=5, epochs=7, run="other"))
+    others = [kernels.note(tiny(**change)) for change in (dict(batch_size=4), dict(amp="bf16"), dict(width=0.125), dict(use_contour_detection=False), dict(inject="grad:nan@3"))]
+    monkeypatch.setattr(kernels, "_code", lambda: "other code")
+    assert len({first, *others, kernels.note(tiny())}) == 7
+
+
+def test_on_a_gpu_auto_waits_only_where_it_must(tiny, monkeypatch):
+    """Kept kernels are taken up at once; without any the run goes ahead, unless it has to be repeatable."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    monkeypatch.setattr(stepping, "worth_compiling", lambda settings, steps: True)
+
+    def stepper(**named):
+        settings = tiny(compile="auto", **named)
+        trainer = loop.Trainer(settings, Run.start(settings))
+        given = {name: getattr(trainer, name) for name in ("model", "loss", "guard", "injector", "feed")}
+        compiled.clear()
+        return stepping.Stepper(settings, **given, device=torch.device("cuda"), steps=10), len(compiled)
+
+    waiting, count = stepper()
+    assert waiting.beside and count == 0
+    waiting, count = stepper(deterministic=True)
+    assert not waiting.beside and count == 2
+    kernels.keep_note(tiny())
+    waiting, count = stepper()
+    assert not waiting.beside and count == 2
