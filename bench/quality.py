@@ -50,6 +50,8 @@ VARIANTS = {
     "augment full": {"augment": "full"},
     "augment flip": {"augment": "flip"},
     "no moving average": {"ema_decay": 0.0},
+    "coarse as fine": {"coarse_width": 1.0, "coarse_depth": 1},
+    "likeliest class": {"target_decision_weight": 1.0, "nontarget_decision_weight": 1.0},
     "width 0.25": {"width": 0.25},
     "width 1": {"width": 1.0},
 }
