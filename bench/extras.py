@@ -9,18 +9,16 @@
 - ``point_refinement``: Kirillov et al., PointRend, CVPR 2020, on the mask's own grid: a small per-pixel network rewrites
   the least certain quarter of the pixels and is trained on those.
 
-Prints one JSON line a run (``--one``) or a table of mean and spread over seeds. bench/quality.md holds the outcome.
+Runs and tables are those of bench/quality.py. bench/quality.md holds the outcome.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
 import tempfile
 
+import quality
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +26,6 @@ from torch import Tensor, nn
 import refinelib.training as loop
 from refinelib.modeling.blocks import Head
 from refinelib.build import build_loss, build_model
-from refinelib.config import resolve
 from refinelib.modeling.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, truth_of
 from refinelib.modeling.model import MaskOutput
 from refinelib.modeling.refine import bounded
@@ -96,9 +93,8 @@ class PointRefinement(nn.Module):
         return output._replace(logits=output.logits + chosen * residual)
 
 
-def one(variant: str, settings_json: str) -> dict:
-    """Train one variant and return its figures."""
-    settings = resolve("original", **json.loads(settings_json))
+def patch(variant: str) -> None:
+    """Have the package train the variant."""
     if variant in ("boundary_loss", "active_boundary_loss"):
         extra = {
             "boundary_loss": lambda o, y: distance_mask(hierarchical_log_probs(o.logits), truth_of(y)),
@@ -115,49 +111,30 @@ def one(variant: str, settings_json: str) -> dict:
         loop.build_model = build
         on_points = lambda o, y: cross_entropy(hierarchical_log_probs(o.logits), y, pixel_weights=models[-1].chosen.float())  # noqa: E731
         loop.build_loss = lambda s: WithLoss(build_loss(s), on_points, weight=1.0)
-    run = loop.train(settings)
-    last = run.epochs()[-1]["metrics"]
-    return {"variant": variant, "seed": settings.seed, "skipped": run.status()["skipped_steps"],
-            **{name: last[name] for name in ("target_iou", "boundary_iou", "miou", "nontarget_iou")}}  # fmt: skip
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        patch(sys.argv[2].split(",")[0])
+        quality.one(*sys.argv[2:4])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
     parser.add_argument("--store-dir")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--width", type=float, default=0.25)
-    parser.add_argument("--parallel", type=int, default=6)
+    parser.add_argument("--parallel", type=int, default=6, help="runs at a time on each GPU")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SETTINGS"))
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of all runs")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(one(*options.one)), flush=True)
-        return
-    amp = "bf16" if torch.cuda.is_available() else "off"
     with tempfile.TemporaryDirectory() as folder:
-        common = dict(data="coco", data_dir=options.data_dir, store_dir=options.store_dir, output_dir=folder, epochs=options.epochs, width=options.width,
-                      batch_size=16, lr=1e-3, min_lr=1e-5, warmup_epochs=2, ema_decay=0.98, amp=amp, augment="full")  # fmt: skip
-        waiting = [(v, {**common, "seed": s, "run": f"{v}-{s}"}) for s in range(options.seeds) for v in options.variants]
-        running, done = [], []
-        while waiting or running:
-            while waiting and len(running) < options.parallel:
-                variant, settings = waiting.pop(0)
-                command = [sys.executable, __file__, "--one", variant, json.dumps({k: v for k, v in settings.items() if v is not None})]
-                running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-            process = running.pop(0)
-            text = process.communicate()[0]
-            done += [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-            print(text.splitlines()[-1] if text else "failed", flush=True)
-    print(f"\n{'variant':22}" + "".join(f"{name:>18}" for name in ("target_iou", "boundary_iou", "miou", "nontarget_iou")))
-    for variant in options.variants:
-        cells = []
-        for name in ("target_iou", "boundary_iou", "miou", "nontarget_iou"):
-            values = [row[name] for row in done if row["variant"] == variant]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.4f} +- {spread:.4f}" if values else "failed")
-        print(f"{variant:22}" + "".join(f"{cell:>18}" for cell in cells))
+        # A patched model has no kernels that another process could make.
+        common = dict(recipe="original", data="coco", data_dir=options.data_dir, store_dir=options.store_dir, output_dir=folder, epochs=options.epochs,
+                      width=options.width, batch_size=16, lr=1e-3, min_lr=1e-5, warmup_epochs=2, ema_decay=0.98, augment="full", compile="off") | dict(options.p)  # fmt: skip
+        jobs = [(f"{v}, seed {s}", v, {**common, "seed": s, "run": f"{v}-{s}"}) for s in range(options.seeds) for v in options.variants]
+        finished = quality.run_all(jobs, script=__file__, parallel=options.parallel)
+    print("\n" + quality.table(finished, options.variants, list(range(options.seeds))))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import torch
 from refinelib.build import build_device, build_guard, build_loss, build_model
 from refinelib.config import Settings
 from refinelib.data import Store
+from refinelib.data.locking import held
 from refinelib.feed import Feed
+from refinelib.kernels import note
 from refinelib.safety.inject import Injector
 from refinelib.stepping import Stepper
 
@@ -46,9 +48,14 @@ def _refuse(message: str) -> None:
 
 def main() -> None:
     given = json.loads(sys.argv[1])
+    settings = Settings(**given["settings"])
     if hasattr(os, "nice"):
         os.nice(10)  # the run goes first
-    compile_kernels(Settings(**given["settings"]), store=Path(given["store"]), steps_per_epoch=given["steps_per_epoch"])
+    place = note(settings)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with held(place.with_suffix(".lock")):  # runs of one shape side by side: one compiles, the others' processes wait for it
+        if not place.exists():
+            compile_kernels(settings, store=Path(given["store"]), steps_per_epoch=given["steps_per_epoch"])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from refinelib.modeling.roi import canvas_size
 
 #: Steps before a graph is captured: kernels are chosen and the optimizer makes its state.
 WARM_UP = 3
-#: Seconds that compiling takes where no kernels are kept from an earlier run, and seconds that compiled kernels save: in any step, and
+#: Seconds that compiling takes, beside the training or before it, where no kernels are kept from an earlier run, and seconds that compiled kernels save: in any step, and
 #: for each ROI of 64 x 64 at ``width`` 1. Measured on an H100 and an H200 (bench/speed.md).
 COMPILING, SAVED_A_STEP, SAVED_A_ROI = 120.0, 3.5e-3, 1.8e-3
 
@@ -217,7 +217,7 @@ class Stepper:
 def worth_compiling(settings: Settings, steps: int) -> bool:
     """Whether a run of so many steps saves more time by compiled kernels on a GPU than compiling takes.
 
-    Kernels that an earlier run left count for nothing: what a run computes must not depend on what ran before it.
+    Kernels that an earlier run left count for nothing: whether a run is compiled must not depend on what ran before it, only when.
     """
     height, width = canvas_size(settings.roi_size, settings.context)
     rois = settings.batch_size * settings.accumulate * settings.width * height * width / 64**2

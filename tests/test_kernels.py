@@ -1,7 +1,9 @@
 """Kernels made by another process while the run trains without them."""
 
 import functools
+import json
 import os
+import threading
 import time
 
 import pytest
@@ -104,6 +106,20 @@ def test_it_takes_the_steps_of_the_run(tiny, monkeypatch):
     assert not kernels.note(settings).exists()
     precompile.compile_kernels(settings, store=trainer.feed.store.folder, steps_per_epoch=trainer.feed.steps_per_epoch)
     assert kernels.note(settings).exists()
+
+
+def test_of_runs_side_by_side_one_compiles(tiny, tmp_path, monkeypatch):
+    calls = []
+    given = json.dumps({"settings": tiny().model_dump(mode="json"), "store": str(tmp_path), "steps_per_epoch": 2})
+    monkeypatch.setattr(precompile.os, "nice", lambda by: None)
+    monkeypatch.setattr(precompile.sys, "argv", ["precompile", given])
+    monkeypatch.setattr(precompile, "compile_kernels", lambda *given, **named: (time.sleep(0.3), calls.append(1), kernels.keep_note(tiny())))
+    both = [threading.Thread(target=precompile.main) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert calls == [1]
 
 
 def test_kernels_belong_to_shapes_precision_and_code_not_to_rates(tiny, monkeypatch):

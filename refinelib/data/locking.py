@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Iterator
+from typing import IO, Callable, Iterator
 
 try:
     import fcntl
@@ -27,19 +27,32 @@ def only_builder(folder: Path, progress: bool) -> Iterator[None]:
     The lock dies with the last process of its builder. Where the file system has no locks, this
     does nothing: builders then race, and the first to finish wins.
     """
-    if fcntl is None:
+    def waits() -> None:
+        if progress:
+            print(f"another process is building {folder.name}; waiting for it", flush=True)
+
+    with held(_lock_of(folder), waits=waits) as mine:
+        if mine:
+            with suppress(OSError):
+                _clear(folder)
         yield
+
+
+@contextmanager
+def held(lock: Path, *, waits: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Hold a lock file, after waiting for whoever has it (``waits`` is called first); gives whether it is ours, as it is where there are locks."""
+    if fcntl is None:
+        yield False
         return
-    with open(_lock_of(folder), "w") as file:
+    with open(lock, "w") as file:
+        mine = True
         try:
             if not _taken(file):
-                if progress:
-                    print(f"another process is building {folder.name}; waiting for it", flush=True)
+                waits()
                 fcntl.flock(file, fcntl.LOCK_EX)
-            _clear(folder)
-        except OSError:
-            pass
-        yield
+        except OSError:  # a file system without
+            mine = False
+        yield mine
 
 
 def _lock_of(folder: Path) -> Path:
