@@ -132,17 +132,36 @@ class Stepper:
     def _beside(self) -> None:
         """Have another process make the kernels, and go over to them once they are there."""
         if self.meanwhile is None:
+            if self.taken < WARM_UP:  # until then nobody knows how much memory a step takes
+                return
+            if not self._room_for_another():
+                self.say("waits for its kernels to be compiled: the device's memory does not hold the run twice")
+                self._go_over()
+                return
             self.say("compiles its kernels beside the training, which goes on without them until they are there")
             self.meanwhile = Precompile(self.settings, store=self.feed.store.folder, steps_per_epoch=self.feed.steps_per_epoch)
         problem = self.meanwhile.poll()
         if problem is None:
             return
-        self.beside = False
         self.close()
         if problem:
+            self.beside = False
             self.say(f"could not compile ({problem}): trains without, more slowly")
             return
         self.say("goes over to compiled kernels")
+        self._go_over()
+
+    def _room_for_another(self) -> bool:
+        """Whether a process that takes the same steps fits into the device's memory beside this one."""
+        if self.device.type != "cuda":
+            return True
+        with torch.cuda.device(self.device):
+            free, _ = torch.cuda.mem_get_info()
+        return free > 1.2 * torch.cuda.memory_reserved(self.device)
+
+    def _go_over(self) -> None:
+        """Leave plain kernels and their graph; the next step is compiled."""
+        self.beside = False
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # no graph goes while it runs
         self.graph, self.report, self.inputs, self.taken = None, None, [], 0

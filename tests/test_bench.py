@@ -1,7 +1,10 @@
-"""The two benches that must come out whole, in small: hard kills, and the matrix of faults."""
+"""Benches that must come out whole, in small: hard kills, the matrix of faults, variants side by side, a start."""
 
 import importlib.util
+import json
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -91,3 +94,12 @@ def test_every_variant_is_one_that_can_be_trained():
     for name, changes in bench("quality").VARIANTS.items():
         settings = resolve("best", **changes)
         assert all(getattr(settings, setting) == value for setting, value in changes.items()), name
+
+
+def test_a_start_is_timed_from_the_process_on():
+    small = ["-p", "recipe", "debug", "-p", "width", "0.0625", "-p", "roi_size", "16", "-p", "mask_size", "16", "-p", "data", "synthetic"]
+    done = subprocess.run([sys.executable, str(project_root() / "bench" / "start.py"), "--fresh", "--steps", "12", *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line.get("number") for line in lines if line["figure"] == "step"] == [1, 10, 12]
+    assert 0 < lines[0]["seconds"] <= lines[-1]["seconds"]

@@ -28,7 +28,7 @@ class Answers:
 
     def __init__(self, looks, answer):
         self.looks, self.answer, self.closed = looks, answer, False
-        Answers.made = [*Answers.made[-1:], self]
+        Answers.made.append(self)
 
     def poll(self):
         self.looks -= 1
@@ -62,7 +62,7 @@ def test_a_run_goes_over_once_the_kernels_are_there(tiny, monkeypatch):
     plain = train(tiny(run="plain"))
     run, compiled = run_beside(tiny, monkeypatch, looks=2, answer="")
     told = [event for event in run.events() if event["kind"] == "speed"]
-    assert [event["step"] for event in told] == [0, 2] and "goes over" in told[1]["message"]
+    assert [event["step"] for event in told] == [stepping.WARM_UP, stepping.WARM_UP + 2] and "goes over" in told[1]["message"]
     assert len(compiled) == 2  # model and loss; the guard's judgement
     assert Answers.made[-1].closed
     assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(run).values()))
@@ -74,6 +74,14 @@ def test_where_they_cannot_be_made_the_run_says_so_and_goes_on(tiny, monkeypatch
     (_, told) = [event["message"] for event in run.events() if event["kind"] == "speed"]
     assert "no C compiler here" in told and "trains without" in told
     assert not compiled and run.status()["state"] == "ok" and not kernels.note(run.settings()).exists()
+
+
+def test_where_memory_holds_one_run_only_it_waits(tiny, monkeypatch):
+    monkeypatch.setattr(stepping.Stepper, "_room_for_another", lambda self: False)
+    before = len(Answers.made)
+    run, compiled = run_beside(tiny, monkeypatch, looks=0, answer="")
+    (told,) = [event["message"] for event in run.events() if event["kind"] == "speed"]
+    assert "waits" in told and len(compiled) == 2 and len(Answers.made) == before
 
 
 def test_a_run_that_ends_first_ends_the_other_process(tiny, monkeypatch):
