@@ -28,7 +28,7 @@ from refinelib.config import project_root, resolve
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = project_root() / "notebooks"
-PICTURE_BYTES = 64_000
+PICTURE_BYTES = 120_000
 #: Scale and number of colours, tried in this order until a picture is small enough.
 STEPS = [(1, 256), (1, 128), (1, 96), (1, 64), (1, 48), (0.8, 48), (0.65, 64), (0.65, 32), (0.5, 32), (0.4, 16)]
 Covers = Mapping[str, Sequence[Sequence[int]]]  # by cell
@@ -53,7 +53,7 @@ HERE_MADE: dict[str, dict[str, Any]] = {
     "progressive": {"phases": "1,2,3", "epochs": 2, "max_images": 60, "width": 0.125, "batch_size": 8, "lr": 2e-3},
     "rootcause": {},
 }
-FROM_A_GPU = ("gradients", "progressive", "rootcause")
+FROM_A_GPU = ("gradients", "progressive", "results", "rootcause")
 
 
 # -- cleaning --------------------------------------------------------------------------------------

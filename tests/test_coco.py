@@ -518,3 +518,13 @@ def test_real_masks_as_pycocotools_reads_them(real_coco):
         size = sizes[annotation["image_id"]]
         want = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(annotation["segmentation"], *size)))
         assert np.array_equal(decode_segmentation(annotation["segmentation"], *size), want.astype(bool))
+
+
+def test_a_home_folder_may_be_meant(coco_files, monkeypatch):
+    """Quoted, or in a notebook, no shell has written it out."""
+    coco_files.person(coco_files.image(), (10, 10, 60, 70))
+    coco_files.source()
+    monkeypatch.setenv("HOME", str(coco_files.images.parent))
+    from refinelib.data import CocoPeople
+
+    assert len(CocoPeople("~/instances.json", "~/images")) == 1

@@ -39,7 +39,7 @@ class CocoPeople:
     name = "coco"
 
     def __init__(self, annotations: str | Path, images: str | Path, split: str = "val") -> None:
-        self.annotations, self.images, self.split = Path(annotations), Path(images), split
+        self.annotations, self.images, self.split = Path(annotations).expanduser(), Path(images).expanduser(), split
         if not self.annotations.is_file():
             raise DataError(f"there is no annotation file {self.annotations}")
         if not self.images.is_dir():

@@ -42,7 +42,7 @@ class PennFudanPeople:
     name = "pennfudan"
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
-        self.folder, self.split = Path(folder), split
+        self.folder, self.split = Path(folder).expanduser(), split
         if split not in ("train", "val", "all"):
             raise DataError(f"Penn-Fudan has no split {split!r}: give train, val or all")
         for place in (self.folder, self.folder / "PNGImages", self.folder / "PedMasks"):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refinelib.config import Settings, SettingsError, absolute
+from refinelib.config import WHERE, Settings, SettingsError, absolute
 from refinelib.data import CocoPeople, Source, SyntheticPeople
 from refinelib.quality.evaluation import Evaluation, measure
 from refinelib.quality.intervals import ImageBootstrap
@@ -45,11 +45,8 @@ REFINEMENT_OFF = {
         "use_boundary_aware_loss",
     )
 }
-#: Settings that make no variant of a run: who it is, where things lie, how often it writes.
-_NO_VARIANT = {
-    "seed", "run", "recipe", "output_dir", "resume", "device", "data_dir", "store_dir", "workers", "log_every", "save_every",
-    "train_annotations", "train_images", "val_annotations", "val_images", "inject", "smoke",
-}  # fmt: skip
+#: Settings that make no variant of a run: who it is, where things lie, how often it writes, what it computes its steps with.
+_NO_VARIANT = WHERE | {"seed", "recipe", "device", "inject", "smoke", "compile", "cuda_graphs", "fused_optimizer"}
 
 
 class Result(NamedTuple):
