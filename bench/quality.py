@@ -2,8 +2,8 @@
 
     python bench/quality.py --data-dir COCO --pennfudan PENNFUDAN --variants on,off --seeds 0,1,2 [-p epochs 120]
 
-Runs are shared out over the GPUs there are, ``--parallel`` at a time on each; the first of each variant goes ahead, so that
-the others find its compiled kernels. Prints a JSON line at every validation of every run and one a finished run, flushed, then
+Runs are shared out over the GPUs there are, ``--parallel`` at a time on each. Kernels of a shape are made once, beside the first runs
+(their times hold the steps taken without). Prints a JSON line at every validation of every run and one a finished run, flushed, then
 two tables: mean over seeds and their spread at the end of training, and each variant against the first, seed by seed. Runs stay in
 ``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures); ``--keep FILE`` packs what they reached, without weights.
 
@@ -13,6 +13,7 @@ bench/quality.md holds the outcome.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import statistics
@@ -101,27 +102,14 @@ def run_all(jobs: list[tuple[str, str, dict]], *, script: str, parallel: int) ->
     """Every job (name, variant, settings) in a process of its own; the last line of each that finished, by name."""
     gpus = list(range(torch.cuda.device_count())) or [None]
     places = [gpu for _ in range(parallel) for gpu in gpus]
-    waiting, finished, warm, leading = list(jobs), {}, set(), set()
-    lock = threading.Condition()
-
-    def take() -> tuple[str, str, dict] | None:
-        """The first job whose variant's kernels are there, or that nobody is compiling; None when none is left."""
-        while waiting:
-            for job in waiting:
-                if job[1] in warm or job[1] not in leading:
-                    leading.add(job[1])
-                    waiting.remove(job)
-                    return job
-            lock.wait()
-        return None
+    waiting, finished = collections.deque(jobs), {}
 
     def work(gpu: int | None) -> None:
         while True:
-            with lock:
-                job = take()
-            if job is None:
+            try:
+                name, _, settings = waiting.popleft()
+            except IndexError:
                 return
-            name, variant, settings = job
             environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
             process = subprocess.Popen([sys.executable, script, "--one", name, json.dumps(settings)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             problems: list[str] = []
@@ -130,18 +118,12 @@ def run_all(jobs: list[tuple[str, str, dict]], *, script: str, parallel: int) ->
             for line in process.stdout:
                 if line.startswith("{"):
                     print(line, end="", flush=True)
-                    with lock:
-                        warm.add(variant)  # its first validation: everything is compiled
-                        lock.notify_all()
                     record = json.loads(line)
                     if record.get("done"):
                         finished[name] = record
             reader.join()
             if process.wait() and name not in finished:
                 print(json.dumps({"run": name, "failed": problems[0].strip().splitlines()[-1:]}), flush=True)
-            with lock:
-                leading.discard(variant)
-                lock.notify_all()
 
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in places]
     for worker in workers:

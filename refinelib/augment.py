@@ -44,7 +44,7 @@ class Amounts(NamedTuple):
     colour: float  # largest relative change of brightness, contrast and saturation
     tint: float  # of the red and of the blue channel
     paste: float  # share of ROIs with another person pasted in
-    shear: float = 0.0  # largest slant, shift a height
+    shear: float = 0.0  # largest slant, pixels across a pixel down
     fitted: bool = False  # whether the box is drawn anew around the target as it has become; scale, aspect and shift are then the box's errors
 
 
@@ -152,7 +152,7 @@ def _turn(table: Tensor, aspect: float) -> Tensor:
     cos, sin, shear = table[:, ANGLE].cos(), table[:, ANGLE].sin(), table[:, SHEAR]
     first = torch.stack([cos, sin / aspect], dim=-1)
     second = torch.stack([-sin * aspect, cos], dim=-1)
-    return torch.stack([first, second + shear[:, None] * first], dim=-1)
+    return torch.stack([first, second + aspect * shear[:, None] * first], dim=-1)
 
 
 def _matrix(table: Tensor, aspect: float, fitted: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -179,7 +179,8 @@ def _fit(shares: Tensor, table: Tensor, aspect: float, window: tuple[float, floa
     for along_x, along_y, part in ((d, -b, window[1]), (-c, a, window[0])):  # the turn's inverse: its determinant is 1
         turned = along_x[:, None, None] * x + along_y[:, None, None] * y[:, None]
         half = along_x.abs() / width + along_y.abs() / height  # of a cell
-        low, high = torch.where(there, turned, 2.0).amin(dim=(1, 2)) - half, torch.where(there, turned, -2.0).amax(dim=(1, 2)) + half
+        low = torch.where(there, turned, math.inf).amin(dim=(1, 2)) - half
+        high = torch.where(there, turned, -math.inf).amax(dim=(1, 2)) + half
         ends.append((0.5 * (low + high), (0.5 / part * (high - low)).clamp(LEAST_FIT, MOST_FIT)))
     seen = there.any(dim=2).any(dim=1)[:, None]
     middle, size = (torch.stack(pair, dim=-1) for pair in zip(*ends))

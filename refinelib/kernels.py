@@ -9,6 +9,7 @@ Compiling takes minutes and most of it is other processes' work; waiting for it 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,7 +27,8 @@ from refinelib.config import WHERE, Settings, absolute
 #: Where kernels are kept unless this variable says otherwise.
 KERNELS_VARIABLE, KERNELS = "TORCHINDUCTOR_CACHE_DIR", "outputs/compiled"
 
-#: Settings that change what is computed and no kernel, beside those of ``WHERE``.
+#: Settings that change what is computed and no kernel of model and loss, beside those of ``WHERE``. (The schedule's numbers are
+#: part of the guard's own small kernel, which takes seconds.)
 _IMMATERIAL = WHERE | {
     "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "augment", "flip_test", "target_decision_weight", "nontarget_decision_weight", "max_images", "data", "add_pennfudan",
     "max_consecutive_skips", "max_rewinds", "max_incidents", "compile", "cuda_graphs", "smoke",
@@ -48,11 +50,9 @@ def note(settings: Settings) -> Path:
 
 def keep_note(settings: Settings) -> None:
     """Say that kernels for these settings are kept. Where there is no room for that, the next run does without."""
-    try:
+    with contextlib.suppress(OSError):
         note(settings).parent.mkdir(parents=True, exist_ok=True)
         note(settings).touch()
-    except OSError:
-        pass
 
 
 @functools.cache
@@ -74,21 +74,27 @@ class Precompile:
 
     def __init__(self, settings: Settings, *, store: Path, steps_per_epoch: int) -> None:
         kernels_folder()
-        given = {"settings": settings.model_dump(mode="json"), "store": str(store), "steps_per_epoch": steps_per_epoch}
+        given = {"settings": settings.model_dump(mode="json"), "store": str(store), "steps_per_epoch": steps_per_epoch, "parent": os.getpid()}
         package = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._said = tempfile.TemporaryFile()
-        # A session of its own: Ctrl-C means the run, which ends this process itself, with all that it started.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "refinelib.precompile", json.dumps(given)],
-            env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said, start_new_session=True,
-        )  # fmt: skip
+        try:
+            # A session of its own: Ctrl-C means the run, which ends this process itself, with all that it started.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "refinelib.precompile", json.dumps(given)],
+                env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said, start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            self._said.close()
+            raise
 
     def poll(self) -> str | None:
         """None while it works; "" when the kernels are there; else the last line of what went wrong."""
         code = self._process.poll()
         if not code:
             return None if code is None else ""
+        if code < 0:
+            return f"ended by signal {-code}"
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"ended with code {code}"
@@ -96,9 +102,14 @@ class Precompile:
     def close(self) -> None:
         """End it, if it still works."""
         if self._process.poll() is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except OSError:  # ended this moment
-                pass
+            kill_session(self._process.pid)
+            self._process.kill()
             self._process.wait()
         self._said.close()
+
+
+def kill_session(leader: int) -> None:
+    """End a process that leads a session and all that it started, where sessions exist."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):  # ended this moment
+            os.killpg(leader, signal.SIGKILL)

@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from refinelib.config import Settings
 from refinelib.data import Store
 from refinelib.data.locking import held
 from refinelib.feed import Feed
-from refinelib.kernels import note
+from refinelib.kernels import kill_session, note
 from refinelib.safety.inject import Injector
 from refinelib.stepping import Stepper
 
@@ -42,12 +44,20 @@ def compile_kernels(settings: Settings, *, store: Path, steps_per_epoch: int) ->
         torch.cuda.synchronize()
 
 
+def _end_with(parent: int) -> None:
+    """End this process and its helpers when the run that started it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    kill_session(os.getpid())
+
+
 def _refuse(message: str) -> None:
     raise RuntimeError(message)
 
 
 def main() -> None:
     given = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with, args=(given["parent"],), daemon=True).start()
     settings = Settings(**given["settings"])
     if hasattr(os, "nice"):
         os.nice(10)  # the run goes first

@@ -27,6 +27,8 @@ from refinelib.modeling.roi import canvas_size
 
 #: Steps before a graph is captured: kernels are chosen and the optimizer makes its state.
 WARM_UP = 3
+#: Bytes of the device's memory to leave alone.
+SPARE = 2 * 2**30
 #: Seconds that compiling takes, beside the training or before it, where no kernels are kept from an earlier run, and seconds that compiled kernels save: in any step, and
 #: for each ROI of 64 x 64 at ``width`` 1. Measured on an H100 and an H200 (bench/speed.md).
 COMPILING, SAVED_A_STEP, SAVED_A_ROI = 120.0, 3.5e-3, 1.8e-3
@@ -138,17 +140,19 @@ class Stepper:
                 self.say("waits for its kernels to be compiled: the device's memory does not hold the run twice")
                 self._go_over()
                 return
+            try:
+                self.meanwhile = Precompile(self.settings, store=self.feed.store.folder, steps_per_epoch=self.feed.steps_per_epoch)
+            except OSError as error:  # no more processes, no room for its messages
+                self.say(f"waits for its kernels to be compiled: no other process could be started ({error})")
+                self._go_over()
+                return
             self.say("compiles its kernels beside the training, which goes on without them until they are there")
-            self.meanwhile = Precompile(self.settings, store=self.feed.store.folder, steps_per_epoch=self.feed.steps_per_epoch)
         problem = self.meanwhile.poll()
         if problem is None:
             return
         self.close()
-        if problem:
-            self.beside = False
-            self.say(f"could not compile ({problem}): trains without, more slowly")
-            return
-        self.say("goes over to compiled kernels")
+        # What another process lacked (memory, most likely) this one may have by itself; what it lacks too, its own attempt will tell.
+        self.say(f"waits for its kernels to be compiled: another process could not ({problem})" if problem else "goes over to compiled kernels")
         self._go_over()
 
     def _room_for_another(self) -> bool:
@@ -157,7 +161,8 @@ class Stepper:
             return True
         with torch.cuda.device(self.device):
             free, _ = torch.cuda.mem_get_info()
-        return free > 1.2 * torch.cuda.memory_reserved(self.device)
+        # What the run has yet to take (validation, copies of its state), and what a process takes on a device just by being there.
+        return free > 1.2 * torch.cuda.memory_reserved(self.device) + SPARE
 
     def _go_over(self) -> None:
         """Leave plain kernels and their graph; the next step is compiled."""
@@ -178,7 +183,8 @@ class Stepper:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice for whoever writes the compiled code
                 report = self._fitting(given)
-            keep_note(self.settings)
+            if self.pieces == 1 and type(self.guard) is Guard and type(self.loss) is MaskLoss:  # another run's kernels exactly
+                keep_note(self.settings)
             return report
         except torch.OutOfMemoryError:
             raise

@@ -422,18 +422,16 @@ def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
     """Weights of a checkpoint into a model; what only one of them has is left as it is where it is a refinement.
 
     Raises:
-        CheckpointError: shapes differ, or the checkpoint lacks a part that is no refinement; something in it is not finite.
+        CheckpointError: shapes differ, or one of the two lacks a part that is no refinement; something in it is not finite.
     """
     weights = saved["model"]
     refinements = ("progressive.", "subpixel.", "contour.", "distance.", "boundary.")
     own = model.state_dict()
-    missing = [name for name in own if name not in weights and not name.startswith(refinements)]
-    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if missing or shapes:
-        raise checkpoints.CheckpointError(
-            f"the weights in {source} do not fit this model (first {(missing + shapes)[0]}): use the width it was trained with, "
-            f"{saved['settings']['width']:g}"
-        )
+    apart = [name for name in own.keys() ^ weights.keys() if not name.startswith(refinements)]
+    apart += [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if apart:
+        sizes = ", ".join(f"{name} {saved['settings'].get(name, 1):g}" for name in ("width", "coarse_width", "coarse_depth"))
+        raise checkpoints.CheckpointError(f"the weights in {source} do not fit this model (first {min(apart)}): use the sizes it was trained with, {sizes}")
     broken = [name for name in own if name in weights and not bool(weights[name].isfinite().all())]
     if broken:
         raise checkpoints.CheckpointError(f"the weights in {source} are not finite (first {broken[0]}): start from another checkpoint")

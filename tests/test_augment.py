@@ -194,6 +194,21 @@ def test_a_turned_persons_box_is_drawn_anew(size):
     assert (bounds(shares[:, 0]) - wanted).abs().max() <= 1.5
 
 
+@pytest.mark.parametrize("size", [(64, 64), (96, 48), (48, 96)])
+def test_a_slant_is_in_pixels_whatever_the_shape(size):
+    """A straight upright line leans by 0.2 pixels across a pixel down."""
+    height, width = size
+    image = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    image[:, :, width // 2 - 1 : width // 2 + 1] = 255
+    drawn = augment.draw(1, mode="off", generator=torch.Generator())
+    drawn[:, augment.SHEAR] = 0.2
+    pixels, _ = augment.apply(image, torch.zeros(1, height, width, 2, dtype=torch.uint8), drawn, mode="full")
+    weight = seen(pixels)[0].clamp(min=0)
+    columns = (weight * torch.arange(width)).sum(dim=1) / weight.sum(dim=1)
+    lean = (columns[height // 2 + 8] - columns[height // 2 - 8]) / 16
+    assert abs(lean) == pytest.approx(0.2, abs=0.01)
+
+
 def test_a_box_that_fits_is_left_alone():
     image, cover = two_people()
     drawn = augment.draw(8, mode="off", generator=torch.Generator())

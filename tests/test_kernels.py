@@ -1,10 +1,15 @@
 """Kernels made by another process while the run trains without them."""
 
+import contextlib
 import functools
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,10 +43,10 @@ class Answers:
         self.closed = True
 
 
-def run_beside(tiny, monkeypatch, *, looks, answer, name="beside"):
+def run_beside(tiny, monkeypatch, *, looks, answer, precompile=None):
     """A run on a CPU that trains as one on a GPU does that has no kernels yet; what is compiled is only noted."""
     compiled = []
-    monkeypatch.setattr(stepping, "Precompile", lambda *given, **named: Answers(looks, answer))
+    monkeypatch.setattr(stepping, "Precompile", precompile or (lambda *given, **named: Answers(looks, answer)))
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
     start = stepping.Stepper.__init__
 
@@ -51,7 +56,7 @@ def run_beside(tiny, monkeypatch, *, looks, answer, name="beside"):
 
     with monkeypatch.context() as patch:
         patch.setattr(stepping.Stepper, "__init__", beside)
-        return train(tiny(run=name)), compiled
+        return train(tiny(run="beside")), compiled
 
 
 def weights(run):
@@ -69,11 +74,23 @@ def test_a_run_goes_over_once_the_kernels_are_there(tiny, monkeypatch):
     assert kernels.note(run.settings()).exists()  # the next run of this shape need not train without
 
 
-def test_where_they_cannot_be_made_the_run_says_so_and_goes_on(tiny, monkeypatch):
-    run, compiled = run_beside(tiny, monkeypatch, looks=1, answer="RuntimeError: no C compiler here")
+def test_what_another_process_could_not_the_run_does_itself(tiny, monkeypatch):
+    run, compiled = run_beside(tiny, monkeypatch, looks=1, answer="OutOfMemoryError: no room for two")
     (_, told) = [event["message"] for event in run.events() if event["kind"] == "speed"]
-    assert "no C compiler here" in told and "trains without" in told
-    assert not compiled and run.status()["state"] == "ok" and not kernels.note(run.settings()).exists()
+    assert "no room for two" in told and "waits" in told
+    assert len(compiled) == 2 and run.status()["state"] == "ok" and kernels.note(run.settings()).exists()
+
+
+def test_a_machine_that_starts_no_more_processes_is_no_reason_to_fail(tiny, monkeypatch):
+    def refuse(*given, **named):
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(kernels.subprocess, "Popen", refuse)
+    with pytest.raises(BlockingIOError):
+        kernels.Precompile(tiny(), store=kernels.kernels_folder(), steps_per_epoch=2)
+    run, compiled = run_beside(tiny, monkeypatch, looks=0, answer="", precompile=kernels.Precompile)
+    (told,) = [event["message"] for event in run.events() if event["kind"] == "speed"]
+    assert "no more processes" in told and len(compiled) == 2 and run.status()["state"] == "ok"
 
 
 def test_where_memory_holds_one_run_only_it_waits(tiny, monkeypatch):
@@ -100,10 +117,58 @@ def test_a_process_that_fails_tells_why(tiny, tmp_path):
 
 def test_a_process_that_works_can_be_ended(tiny, tmp_path):
     made = kernels.Precompile(tiny(), store=tmp_path / "nowhere", steps_per_epoch=2)
-    pid = made._process.pid
     made.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    assert made._process.returncode == -signal.SIGKILL
+    ended = kernels.Precompile(tiny(), store=tmp_path / "nowhere", steps_per_epoch=2)
+    kernels.kill_session(ended._process.pid)
+    ended._process.wait()
+    assert ended.poll() == f"ended by signal {signal.SIGKILL:d}"
+    ended.close()
+
+
+RUN = """
+import os, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())], stdout=subprocess.PIPE, start_new_session=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+HELPER = """
+import sys, threading, time
+from refinelib import precompile
+threading.Thread(target=precompile._end_with, args=(int(sys.argv[1]),), daemon=True).start()
+print("works", flush=True)
+time.sleep(600)
+"""
+
+
+def test_it_ends_with_the_run_that_started_it():
+    """Killed hard, the run has no chance to end it."""
+    run = subprocess.Popen([sys.executable, "-c", RUN, HELPER], stdout=subprocess.PIPE, text=True)
+    helper = int(run.stdout.readline())
+    run.wait()
+    end = time.monotonic() + 60
+    while _lives(helper) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not _lives(helper)
+
+
+def _lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("free, room", [(2, False), (3, False), (4.5, True)])
+def test_room_is_measured_by_what_a_step_took(tiny, monkeypatch, free, room):
+    settings = tiny()
+    trainer = loop.Trainer(settings, Run.start(settings))
+    trainer.stepper.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    assert trainer.stepper._room_for_another() is room
 
 
 def test_it_takes_the_steps_of_the_run(tiny, monkeypatch):
@@ -118,7 +183,8 @@ def test_it_takes_the_steps_of_the_run(tiny, monkeypatch):
 
 def test_of_runs_side_by_side_one_compiles(tiny, tmp_path, monkeypatch):
     calls = []
-    given = json.dumps({"settings": tiny().model_dump(mode="json"), "store": str(tmp_path), "steps_per_epoch": 2})
+    given = json.dumps({"settings": tiny().model_dump(mode="json"), "store": str(tmp_path), "steps_per_epoch": 2, "parent": os.getppid()})
+    monkeypatch.setattr(precompile, "_end_with", lambda parent: None)
     monkeypatch.setattr(precompile.os, "nice", lambda by: None)
     monkeypatch.setattr(precompile.sys, "argv", ["precompile", given])
     monkeypatch.setattr(precompile, "compile_kernels", lambda *given, **named: (time.sleep(0.3), calls.append(1), kernels.keep_note(tiny())))

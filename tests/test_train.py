@@ -191,6 +191,10 @@ def test_starts_from_another_runs_weights(tiny):
     assert any(name.startswith("distance.") for name in weights.keys() - before.keys())
     with pytest.raises(checkpoints.CheckpointError, match="width"):
         train(tiny("phase2", init_from=str(first.folder), width=0.125))
+    deep = train(tiny("phase2", run="deep", epochs=1, coarse_depth=2))
+    for depth in (1, 3):  # blocks that are trained and left out are as wrong as blocks that are not
+        with pytest.raises(checkpoints.CheckpointError, match="width 0.0625, coarse_width 1, coarse_depth 2"):
+            train(tiny("phase2", init_from=str(deep.folder), epochs=1, coarse_depth=depth))
     with pytest.raises(checkpoints.CheckpointError, match="no run"):
         train(tiny("finetune", init_from="no-such-run"))
 

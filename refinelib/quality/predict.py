@@ -85,7 +85,11 @@ class Predictor:
         return Predictor(self.model, self.settings, path=self.path, mean_coverage=self.mean_coverage, flip=flip)
 
     def probs(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Tensor:
-        """Class probabilities in each box's own grid, weighed as the settings' decision weights say.
+        """Class probabilities in each box's own grid.
+
+        Where the settings have decision weights they are weighed by them and sum to 1 again
+        (:func:`~refinelib.quality.scoring.predict_probs`): the likeliest class is the one drawn, and none of the three is the model's own
+        probability. For that, load the model and set both weights of its ``settings`` to 1.
 
         Args:
             image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file).
@@ -114,8 +118,8 @@ class Predictor:
         Arguments and errors are those of :meth:`probs`.
 
         Returns:
-            bool ``[N, H, W]``: where this person is likelier than background and than other people.
-            Nothing outside the box.
+            bool ``[N, H, W]``: where this person is likelier than background and than other people, as the settings'
+            decision weights weigh them. Nothing outside the box.
         """
         return self.predict_scored(image, boxes, batch_size=batch_size)[0]
 
@@ -123,8 +127,8 @@ class Predictor:
         """The masks of :meth:`predict` and how sure the model is of each.
 
         Returns:
-            masks bool ``[N, H, W]``; scores float64 ``[N]`` in 0..1: the mean probability of this person over
-            the pixels of the mask, 0 for an empty one.
+            masks bool ``[N, H, W]``; scores float64 ``[N]`` in 0..1: the mean probability of this person (weighed, see
+            :meth:`probs`) over the pixels of the mask, 0 for an empty one.
         """
         pixels = _rgb(image)
         probs = self.probs(pixels, boxes, batch_size=batch_size)
