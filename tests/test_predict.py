@@ -156,7 +156,7 @@ def test_a_run_and_its_predictor_weigh_and_flip_alike(tiny):
     predictor = refinelib.load(run.folder, device="cpu")
     validated = torch.from_numpy(saved["probs"].astype(np.float32))
     torch.testing.assert_close(predictor.roi_probs(images), validated, atol=2e-3, rtol=0)
-    for other in (dict(nontarget_decision_weight=1.0), dict(flip_test=False)):
-        settings = predictor.settings.model_copy(update=other)
-        plain = refinelib.Predictor(predictor.model, settings, path=predictor.path, mean_coverage=predictor.mean_coverage)
-        assert (plain.roi_probs(images) - validated).abs().max() > 4e-3, other
+    assert (predictor.with_flip(False).roi_probs(images) - validated).abs().max() > 4e-3
+    predictor.weights = (1.0, 1.0, 1.0)
+    assert (predictor.roi_probs(images) - validated).abs().max() > 4e-3
+    assert predictor.with_flip(False).weights == (1.0, 1.0, 1.0)

@@ -59,6 +59,8 @@ class Predictor:
         model: in evaluation mode, on ``device``.
         settings: of the run that trained it.
         flip: whether it averages with the mirror image.
+        weights: of background, target and non-target in what is drawn, from the settings; ``(1, 1, 1)`` gives the model's own
+            probabilities.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Predictor:
         self.model = model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
         self.flip = settings.flip_test if flip is None else flip
+        self.weights = settings.decision_weights
 
     @property
     def name(self) -> str:
@@ -82,14 +85,15 @@ class Predictor:
 
     def with_flip(self, flip: bool) -> "Predictor":
         """The same model with the flip test on or off."""
-        return Predictor(self.model, self.settings, path=self.path, mean_coverage=self.mean_coverage, flip=flip)
+        other = Predictor(self.model, self.settings, path=self.path, mean_coverage=self.mean_coverage, flip=flip)
+        other.weights = self.weights
+        return other
 
     def probs(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Tensor:
         """Class probabilities in each box's own grid.
 
-        Where the settings have decision weights they are weighed by them and sum to 1 again
-        (:func:`~refinelib.quality.scoring.predict_probs`): the likeliest class is the one drawn, and none of the three is the model's own
-        probability. For that, load the model and set both weights of its ``settings`` to 1.
+        Weighed by ``weights``, after which they sum to 1 again (:func:`~refinelib.quality.scoring.predict_probs`): the likeliest
+        class is the one to draw.
 
         Args:
             image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file).
@@ -143,7 +147,7 @@ class Predictor:
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
         with autocast(self.settings, self.device):
-            return predict_probs(self.model, images, flip=self.flip, weights=self.settings.decision_weights).float()
+            return predict_probs(self.model, images, flip=self.flip, weights=self.weights).float()
 
     def _probs(self, crops: Tensor) -> Tensor:
         return centre_window(self.roi_probs(crops), self.settings.mask_size)
