@@ -132,7 +132,7 @@ def main() -> None:
         # A patched model has no kernels that another process could make.
         common = dict(recipe="original", data="coco", data_dir=options.data_dir, store_dir=options.store_dir, output_dir=folder, epochs=options.epochs,
                       width=options.width, batch_size=16, lr=1e-3, min_lr=1e-5, warmup_epochs=2, ema_decay=0.98, augment="full", amp="auto", compile="off") | dict(options.p)  # fmt: skip
-        jobs = [(f"{v}, seed {s}", v, {**common, "seed": s, "run": f"{v}-{s}"}) for s in range(options.seeds) for v in options.variants]
+        jobs = [(f"{v}, seed {s}", {**common, "seed": s, "run": f"{v}-{s}"}) for s in range(options.seeds) for v in options.variants]
         finished = quality.run_all(jobs, script=__file__, parallel=options.parallel)
     print("\n" + quality.table(finished, options.variants, list(range(options.seeds))))
 

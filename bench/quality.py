@@ -98,8 +98,8 @@ def one(name: str, settings_json: str) -> None:
     )  # fmt: skip
 
 
-def run_all(jobs: list[tuple[str, str, dict]], *, script: str, parallel: int) -> dict[str, dict]:
-    """Every job (name, variant, settings) in a process of its own; the last line of each that finished, by name."""
+def run_all(jobs: list[tuple[str, dict]], *, script: str, parallel: int) -> dict[str, dict]:
+    """Every job (name, settings) in a process of its own; the last line of each that finished, by name."""
     gpus = list(range(torch.cuda.device_count())) or [None]
     places = [gpu for _ in range(parallel) for gpu in gpus]
     waiting, finished = collections.deque(jobs), {}
@@ -107,7 +107,7 @@ def run_all(jobs: list[tuple[str, str, dict]], *, script: str, parallel: int) ->
     def work(gpu: int | None) -> None:
         while True:
             try:
-                name, _, settings = waiting.popleft()
+                name, settings = waiting.popleft()
             except IndexError:
                 return
             environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
@@ -192,12 +192,12 @@ def main() -> None:
     common = {"recipe": options.recipe, "data": "coco", "data_dir": options.data_dir, "store_dir": options.store_dir, "add_pennfudan": options.pennfudan}
     common |= {"output_dir": str(absolute(options.output_dir)), **dict(options.p)}
     jobs = [
-        (f"{variant}, seed {seed}", variant, {**common, **VARIANTS[variant], "seed": seed, "run": f"{variant.replace(' ', '-')}-{seed}"})
+        (f"{variant}, seed {seed}", {**common, **VARIANTS[variant], "seed": seed, "run": f"{variant.replace(' ', '-')}-{seed}"})
         for seed in seeds
         for variant in variants
     ]
     try:
-        for *_, settings in jobs:
+        for _, settings in jobs:
             resolve(**settings)
     except SettingsError as error:  # before anything is trained
         parser.error(str(error))

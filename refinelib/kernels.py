@@ -22,15 +22,15 @@ from pathlib import Path
 
 import torch
 
-from refinelib.config import WHERE, Settings, absolute
+from refinelib.config import DRAWING, WHERE, Settings, absolute
 
 #: Where kernels are kept unless this variable says otherwise.
 KERNELS_VARIABLE, KERNELS = "TORCHINDUCTOR_CACHE_DIR", "outputs/compiled"
 
 #: Settings that change what is computed and no kernel of model and loss, beside those of ``WHERE``. (The schedule's numbers are
 #: part of the guard's own small kernel, which takes seconds.)
-_IMMATERIAL = WHERE | {
-    "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "augment", "flip_test", "target_decision_weight", "nontarget_decision_weight", "max_images", "data", "add_pennfudan",
+_IMMATERIAL = WHERE | DRAWING | {
+    "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "augment", "max_images", "data", "add_pennfudan",
     "max_consecutive_skips", "max_rewinds", "max_incidents", "compile", "cuda_graphs", "smoke",
 }  # fmt: skip
 
@@ -50,9 +50,10 @@ def note(settings: Settings) -> Path:
 
 def keep_note(settings: Settings) -> None:
     """Say that kernels for these settings are kept. Where there is no room for that, the next run does without."""
+    place = note(settings)
     with contextlib.suppress(OSError):
-        note(settings).parent.mkdir(parents=True, exist_ok=True)
-        note(settings).touch()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
 
 
 @functools.cache

@@ -126,7 +126,7 @@ class Stepper:
         return torch.cat([components, self.guard.step(total)])
 
     def _compile(self) -> None:
-        kernels_folder()
+        kernels_folder()  # says where they are kept
         self.compiled = True
         self.forward = torch.compile(self.eager, dynamic=False)
         self.guard.compile()
@@ -170,10 +170,14 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # no graph goes while it runs
         self.graph, self.report, self.inputs, self.taken = None, None, [], 0
-        self.guard.zero_grad()  # gradients lie in the graph's memory
+        self._let_go()
+        self._compile()
+
+    def _let_go(self) -> None:
+        """Give back the memory of the step before: its gradients, and what PyTorch keeps for the next."""
+        self.guard.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._compile()
 
     def _first(self, given: list[tuple[Tensor, ...]]) -> Tensor:
         """A step before the graph stands. What cannot be compiled here is done without."""
@@ -209,9 +213,7 @@ class Stepper:
 
     def _smaller(self, batch: int) -> bool:
         """Take micro-batches in twice as many pieces; whether that can still be done."""
-        self.guard.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._let_go()
         if self.pieces >= batch:
             return False
         self.pieces = min(2 * self.pieces, batch)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from refinelib import checkpoints
 from refinelib.build import autocast, build_device, build_guard, build_loss, build_model, settled
-from refinelib.config import WHERE, Settings
+from refinelib.config import DRAWING, WHERE, Settings
 from refinelib.data import open_splits
 from refinelib.feed import Feed
 from refinelib.safety.incidents import capture
@@ -397,9 +397,8 @@ class Trainer:
 
 
 #: Settings that a resumed run may have changed: none of them changes what a step does.
-_FREE_TO_CHANGE = WHERE | {
-    "add_pennfudan", "device", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents", "flip_test", "target_decision_weight", "nontarget_decision_weight",
-    "compile", "cuda_graphs",
+_FREE_TO_CHANGE = WHERE | DRAWING | {
+    "add_pennfudan", "device", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents", "compile", "cuda_graphs",
 }  # fmt: skip
 
 

@@ -79,8 +79,8 @@ def test_variants_are_trained_side_by_side_and_compared_seed_by_seed(tmp_path, c
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     reach = {("on", 0): 0.75, ("on", 1): 0.77, ("off", 0): 0.72, ("off", 1): 0.70}
-    jobs = [(f"{variant}, seed {seed}", variant, {"seed": seed, "reach": value}) for (variant, seed), value in reach.items()]
-    jobs.append(("on, seed 9", "on", {"seed": 9, "reach": 1.0}))
+    jobs = [(f"{variant}, seed {seed}", {"seed": seed, "reach": value}) for (variant, seed), value in reach.items()]
+    jobs.append(("on, seed 9", {"seed": 9, "reach": 1.0}))
     finished = quality.run_all(jobs, script=str(script), parallel=2)
     assert set(finished) == {name for name, *_ in jobs[:-1]}
     assert '{"run": "on, seed 9", "failed": ["seed 9 is bad luck"]}' in capfd.readouterr().out

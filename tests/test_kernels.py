@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refinelib import kernels, precompile, stepping
+from refinelib import checkpoints, kernels, precompile, stepping
 from refinelib import training as loop
 from refinelib.runs import Run
 from refinelib.training import train
@@ -60,7 +60,7 @@ def run_beside(tiny, monkeypatch, *, looks, answer, precompile=None):
 
 
 def weights(run):
-    return torch.load(run.folder / "checkpoints" / "last.pt", weights_only=False)["model"]
+    return checkpoints.load(run.folder / "checkpoints" / "last.pt")["model"]
 
 
 def test_a_run_goes_over_once_the_kernels_are_there(tiny, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,8 @@ class Predictor:
 
     def with_flip(self, flip: bool) -> "Predictor":
         """The same model with the flip test on or off."""
-        other = Predictor(self.model, self.settings, path=self.path, mean_coverage=self.mean_coverage, flip=flip)
-        other.weights = self.weights
+        other = copy.copy(self)
+        other.flip = flip
         return other
 
     def probs(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Tensor:
