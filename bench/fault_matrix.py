@@ -55,10 +55,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
     parser.add_argument("--workers", type=int, default=1, help="columns measured side by side")
     parser.add_argument("--paths", help="only these, separated by semicolons")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="only these, separated by commas")
     parser.add_argument("--compiled", action="store_true", help="one more path: compiled")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [(options.device, amp, path, folder) for amp, path in itertools.product(PRECISIONS, PATHS) if (path in options.paths.split(";") if options.paths else options.compiled or "compiled" not in path)]
+        jobs = [(options.device, amp, path, folder) for amp, path in itertools.product(options.precisions.split(","), PATHS) if (path in options.paths.split(";") if options.paths else options.compiled or "compiled" not in path)]
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             waiting = {pool.submit(column, *job): job for job in jobs}
             for done in as_completed(waiting):  # a column at a time, for whoever has to stop it early

@@ -29,11 +29,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refinelib.build import build_guard, build_loss, build_model
+from refinelib.build import build_step
 from refinelib.config import resolve
 from refinelib.data import open_split
-from refinelib.feed import Feed
-from refinelib.safety.inject import Injector
 from refinelib.stepping import WARM_UP, Stepper
 
 LINES: list[dict] = []
@@ -88,15 +86,13 @@ class CrossEntropy(nn.Module):
 
 def stepper(settings, store, device, *, guarded=True, base=False):
     torch.manual_seed(0)
-    model = build_model(settings).to(device, memory_format=torch.channels_last)
-    average = None
-    if settings.ema_decay and not base:
-        average = build_model(settings).to(device).requires_grad_(False)
-    feed = Feed(store, device=device, batch_size=settings.batch_size, mode=settings.augment, seed=0)
-    guard = build_guard(settings, model, average, steps_per_epoch=1000)
-    found = Stepper(settings, model=model, loss=CrossEntropy() if base else build_loss(settings), guard=guard if guarded else NoGuard(guard),
-                    injector=Injector("", model), feed=feed, device=device, steps=10**6, say=lambda m: say(figure="note", text=m))  # fmt: skip
-    found.plan, found.number = feed.plan(0), 0
+    parts = build_step(settings.model_copy(update={"ema_decay": 0.0}) if base else settings, store, device)
+    if base:
+        parts = parts._replace(loss=CrossEntropy())
+    if not guarded:
+        parts = parts._replace(guard=NoGuard(parts.guard))
+    found = Stepper(settings, parts, device=device, steps=10**6, say=lambda m: say(figure="note", text=m))
+    found.plan, found.number = parts.feed.plan(0), 0
     return found
 
 

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Callable, NamedTuple
+
 import torch
 from torch import nn
 
 from refinelib.config import Settings
+from refinelib.data import Store
+from refinelib.feed import Feed
 from refinelib.safety.guard import Guard
+from refinelib.safety.inject import Injector
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.model import HierarchicalUNet
 from refinelib.optim import WarmupCosine, build_optimizer
 from refinelib.modeling.roi import canvas_size, mask_canvas_size
+
+
+class StepParts(NamedTuple):
+    """What a training step is made of."""
+
+    model: HierarchicalUNet
+    average: HierarchicalUNet | None  # moving average of the weights, where the run has one
+    loss: nn.Module
+    guard: Guard
+    injector: Injector
+    feed: Feed
+
+
+def build_step(
+    settings: Settings, store: Store, device: torch.device, *, prepare: Callable[[nn.Module], None] | None = None, resident: bool = True
+) -> StepParts:
+    """The parts of a run's steps, on the device.
+
+    Args:
+        settings: of the run.
+        store: it trains on.
+        device: it runs on.
+        prepare: gives the fresh model other weights, before the moving average starts from them.
+        resident: false: the store streams in any case, see :class:`~refinelib.feed.Feed`.
+    """
+    model = build_model(settings).to(device, memory_format=torch.channels_last)
+    if prepare is not None:
+        prepare(model)
+    average = copy.deepcopy(model).requires_grad_(False) if settings.ema_decay else None
+    feed = Feed(
+        store, device=device, batch_size=settings.batch_size, accumulate=settings.accumulate, mode=settings.augment, seed=settings.seed, resident=resident
+    )
+    guard = build_guard(settings, model, average, steps_per_epoch=feed.steps_per_epoch)
+    return StepParts(model, average, build_loss(settings).to(device), guard, Injector(settings.inject, model), feed)
 
 
 def build_model(settings: Settings) -> HierarchicalUNet:

@@ -70,12 +70,11 @@ class Precompile:
     Args:
         settings: of the run, settled for its device.
         store: folder of its training store.
-        steps_per_epoch: of the run.
     """
 
-    def __init__(self, settings: Settings, *, store: Path, steps_per_epoch: int) -> None:
+    def __init__(self, settings: Settings, *, store: Path) -> None:
         kernels_folder()
-        given = {"settings": settings.model_dump(mode="json"), "store": str(store), "steps_per_epoch": steps_per_epoch, "parent": os.getpid()}
+        given = {"settings": settings.model_dump(mode="json"), "store": str(store), "parent": os.getpid()}
         package = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._said = tempfile.TemporaryFile()

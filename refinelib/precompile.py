@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
@@ -12,32 +11,21 @@ from pathlib import Path
 
 import torch
 
-from refinelib.build import build_device, build_guard, build_loss, build_model
+from refinelib.build import build_device, build_step
 from refinelib.config import Settings
 from refinelib.data import Store
 from refinelib.data.locking import held
-from refinelib.feed import Feed
 from refinelib.kernels import kill_session, note
-from refinelib.safety.inject import Injector
 from refinelib.stepping import Stepper
 
 
-def compile_kernels(settings: Settings, *, store: Path, steps_per_epoch: int) -> None:
+def compile_kernels(settings: Settings, *, store: Path) -> None:
     """Take two steps of a run with fresh weights, compiled: its kernels are then on disk."""
     device = build_device(settings)
     torch.backends.cudnn.benchmark = not settings.deterministic  # as the run has it
-    model = build_model(settings).to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model).requires_grad_(False) if settings.ema_decay else None
-    feed = Feed(
-        Store.open(store), device=device, batch_size=settings.batch_size, accumulate=settings.accumulate, mode=settings.augment, seed=settings.seed,
-        resident=False,
-    )  # fmt: skip
-    stepper = Stepper(
-        settings.model_copy(update={"compile": "on", "cuda_graphs": False}), model=model, loss=build_loss(settings).to(device),
-        guard=build_guard(settings, model, average, steps_per_epoch=steps_per_epoch), injector=Injector(settings.inject, model),
-        feed=feed, device=device, steps=2, say=_refuse,
-    )  # fmt: skip
-    plan = feed.plan(0)
+    parts = build_step(settings, Store.open(store), device, resident=False)
+    stepper = Stepper(settings.model_copy(update={"compile": "on", "cuda_graphs": False}), parts, device=device, steps=2, say=_refuse)
+    plan = parts.feed.plan(0)
     for number in (1, 2):
         stepper.step(plan, 0, number)
     if device.type == "cuda":
@@ -65,7 +53,7 @@ def main() -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     with held(place.with_suffix(".lock")):  # runs of one shape side by side: one compiles, the others' processes wait for it
         if not place.exists():
-            compile_kernels(settings, store=Path(given["store"]), steps_per_epoch=given["steps_per_epoch"])
+            compile_kernels(settings, store=Path(given["store"]))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import warnings
 from typing import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from refinelib.build import autocast, settled
+from refinelib.build import StepParts, autocast, settled
 from refinelib.config import Settings
-from refinelib.feed import Feed, Plan
+from refinelib.feed import Plan
 from refinelib.kernels import Precompile, keep_note, kernels_folder, note
 from refinelib.safety.guard import Guard
-from refinelib.safety.inject import Injector
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.roi import canvas_size
 
@@ -39,7 +38,7 @@ class Stepper:
 
     Args:
         settings: precision, ``accumulate`` and ``compile``: ``on`` waits for the kernels; ``auto`` trains while they are made.
-        model, loss, guard, injector, feed: of the run.
+        parts: of the run's steps.
         device: they are on.
         steps: the run has; a short one is not compiled.
         say: told in a sentence what could not be done.
@@ -48,19 +47,15 @@ class Stepper:
     def __init__(
         self,
         settings: Settings,
+        parts: StepParts,
         *,
-        model: nn.Module,
-        loss: MaskLoss,
-        guard: Guard,
-        injector: Injector,
-        feed: Feed,
         device: torch.device,
         steps: int,
         say: Callable[[str], None] = print,
     ) -> None:
         # Settled here: asking a GPU what it can do in the middle of a step would break the compiled graph in two.
         self.settings, self.device, self.say = settled(settings, device), device, say
-        self.model, self.loss, self.guard, self.injector, self.feed = model, loss, guard, injector, feed
+        self.model, self.loss, self.guard, self.injector, self.feed = parts.model, parts.loss, parts.guard, parts.injector, parts.feed
         self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self.eager
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[tuple[Tensor, ...]] = []  # what the graph reads, a tuple a micro-batch
@@ -70,7 +65,7 @@ class Stepper:
         self.compiled = False
         self.beside = False  # whether another process is to make the kernels
         self.meanwhile: Precompile | None = None  # which does
-        self.captures = device.type == "cuda" and settings.cuda_graphs and guard.fused  # another optimizer asks the host
+        self.captures = device.type == "cuda" and settings.cuda_graphs and self.guard.fused  # another optimizer asks the host
         if settings.compile == "on":
             self._compile()
         elif settings.compile == "auto" and device.type == "cuda" and worth_compiling(settings, steps):
@@ -141,7 +136,7 @@ class Stepper:
                 self._go_over()
                 return
             try:
-                self.meanwhile = Precompile(self.settings, store=self.feed.store.folder, steps_per_epoch=self.feed.steps_per_epoch)
+                self.meanwhile = Precompile(self.settings, store=self.feed.store.folder)
             except OSError as error:  # no more processes, no room for its messages
                 self.say(f"waits for its kernels to be compiled: no other process could be started ({error})")
                 self._go_over()

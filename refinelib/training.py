@@ -8,7 +8,6 @@ Everything that a later look needs is in the run folder; nothing here knows of a
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
 import random
@@ -20,12 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import checkpoints
-from refinelib.build import autocast, build_device, build_guard, build_loss, build_model, settled
+from refinelib.build import autocast, build_device, build_step, settled
 from refinelib.config import DRAWING, WHERE, Settings
 from refinelib.data import open_splits
-from refinelib.feed import Feed
 from refinelib.safety.incidents import capture
-from refinelib.safety.inject import Injector
 from refinelib.interruption import Interruption
 from refinelib.probe import Probe
 from refinelib.progress import Progress
@@ -91,23 +88,8 @@ class Trainer:
         run.record_settings(settings, _device_name(self.device))
 
         self.train_store, self.val_store = open_splits(settings)
-        self.model = build_model(settings).to(self.device, memory_format=torch.channels_last)
-        if settings.init_from:
-            source = checkpoints.find(settings.init_from, output_dir=settings.output_dir)
-            saved = checkpoints.load(source)
-            load_weights(self.model, {**saved, "model": saved["average"] or saved["model"]}, str(source))
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if settings.ema_decay else None
-        self.loss = build_loss(settings).to(self.device)
-        self.feed = Feed(
-            self.train_store,
-            device=self.device,
-            batch_size=settings.batch_size,
-            accumulate=settings.accumulate,
-            mode=settings.augment,
-            seed=settings.seed,
-        )
-        self.guard = build_guard(settings, self.model, self.average, steps_per_epoch=self.feed.steps_per_epoch)
-        self.injector = Injector(settings.inject, self.model)
+        self.parts = build_step(settings, self.train_store, self.device, prepare=self.start_from if settings.init_from else None)
+        self.model, self.average, self.loss, self.guard, self.injector, self.feed = self.parts
         self.recovery = Recovery(
             self.model, self.guard, max_consecutive_skips=settings.max_consecutive_skips, max_rewinds=settings.max_rewinds
         )
@@ -117,11 +99,7 @@ class Trainer:
         self.step = 0  # steps tried: the position in the data
         self.stepper = Stepper(
             settings,
-            model=self.model,
-            loss=self.loss,
-            guard=self.guard,
-            injector=self.injector,
-            feed=self.feed,
+            self.parts,
             device=self.device,
             steps=settings.epochs * self.feed.steps_per_epoch,
             say=lambda message: run.event("speed", message, step=self.step),
@@ -357,6 +335,12 @@ class Trainer:
     def save(self, name: str) -> None:
         """Have a complete checkpoint written."""
         self.writer.save(self.run.folder / "checkpoints" / name, self.state_dict())
+
+    def start_from(self, model: nn.Module) -> None:
+        """Give a fresh model the weights that ``init_from`` names."""
+        source = checkpoints.find(self.settings.init_from, output_dir=self.settings.output_dir)
+        saved = checkpoints.load(source)
+        load_weights(model, {**saved, "model": saved["average"] or saved["model"]}, str(source))
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -87,7 +87,7 @@ def test_a_machine_that_starts_no_more_processes_is_no_reason_to_fail(tiny, monk
 
     monkeypatch.setattr(kernels.subprocess, "Popen", refuse)
     with pytest.raises(BlockingIOError):
-        kernels.Precompile(tiny(), store=kernels.kernels_folder(), steps_per_epoch=2)
+        kernels.Precompile(tiny(), store=kernels.kernels_folder())
     run, compiled = run_beside(tiny, monkeypatch, looks=0, answer="", precompile=kernels.Precompile)
     (told,) = [event["message"] for event in run.events() if event["kind"] == "speed"]
     assert "no more processes" in told and len(compiled) == 2 and run.status()["state"] == "ok"
@@ -107,7 +107,7 @@ def test_a_run_that_ends_first_ends_the_other_process(tiny, monkeypatch):
 
 
 def test_a_process_that_fails_tells_why(tiny, tmp_path):
-    made = kernels.Precompile(tiny(), store=tmp_path / "nowhere", steps_per_epoch=2)
+    made = kernels.Precompile(tiny(), store=tmp_path / "nowhere")
     end = time.monotonic() + 120
     while made.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
@@ -116,10 +116,10 @@ def test_a_process_that_fails_tells_why(tiny, tmp_path):
 
 
 def test_a_process_that_works_can_be_ended(tiny, tmp_path):
-    made = kernels.Precompile(tiny(), store=tmp_path / "nowhere", steps_per_epoch=2)
+    made = kernels.Precompile(tiny(), store=tmp_path / "nowhere")
     made.close()
     assert made._process.returncode == -signal.SIGKILL
-    ended = kernels.Precompile(tiny(), store=tmp_path / "nowhere", steps_per_epoch=2)
+    ended = kernels.Precompile(tiny(), store=tmp_path / "nowhere")
     kernels.kill_session(ended._process.pid)
     ended._process.wait()
     assert ended.poll() == f"ended by signal {signal.SIGKILL:d}"
@@ -177,13 +177,13 @@ def test_it_takes_the_steps_of_the_run(tiny, monkeypatch):
     settings = tiny()
     trainer = loop.Trainer(settings, Run.start(settings))
     assert not kernels.note(settings).exists()
-    precompile.compile_kernels(settings, store=trainer.feed.store.folder, steps_per_epoch=trainer.feed.steps_per_epoch)
+    precompile.compile_kernels(settings, store=trainer.feed.store.folder)
     assert kernels.note(settings).exists()
 
 
 def test_of_runs_side_by_side_one_compiles(tiny, tmp_path, monkeypatch):
     calls = []
-    given = json.dumps({"settings": tiny().model_dump(mode="json"), "store": str(tmp_path), "steps_per_epoch": 2, "parent": os.getppid()})
+    given = json.dumps({"settings": tiny().model_dump(mode="json"), "store": str(tmp_path), "parent": os.getppid()})
     monkeypatch.setattr(precompile, "_end_with", lambda parent: None)
     monkeypatch.setattr(precompile.os, "nice", lambda by: None)
     monkeypatch.setattr(precompile.sys, "argv", ["precompile", given])
@@ -213,9 +213,8 @@ def test_on_a_gpu_auto_waits_only_where_it_must(tiny, monkeypatch):
     def stepper(**named):
         settings = tiny(compile="auto", **named)
         trainer = loop.Trainer(settings, Run.start(settings))
-        given = {name: getattr(trainer, name) for name in ("model", "loss", "guard", "injector", "feed")}
         compiled.clear()
-        return stepping.Stepper(settings, **given, device=torch.device("cuda"), steps=10), len(compiled)
+        return stepping.Stepper(settings, trainer.parts, device=torch.device("cuda"), steps=10), len(compiled)
 
     waiting, count = stepper()
     assert waiting.beside and count == 0
