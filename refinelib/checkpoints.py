@@ -19,8 +19,8 @@ from torch import Tensor
 
 from refinelib.config import absolute
 
-#: 3: the model has self-attention.
-FORMAT = 3
+#: 3: the model has self-attention; 4: made of matrix products.
+FORMAT = 4
 
 
 class CheckpointError(RuntimeError):

@@ -127,15 +127,16 @@ def test_self_attention_is_that_of_the_paper_on_vectors_within_unit_length(size)
     layer, x = attention(heads=2), torch.randn(2, 16, *size, dtype=torch.float64)
     seen = layer.norm1(x)
     few = resize(seen, tuple(min(side, 16) for side in size))
-    query = layer.query(seen).flatten(2).transpose(1, 2)
-    key, value = layer.key_value(few).flatten(2).transpose(1, 2).chunk(2, dim=-1)
+    parts = zip((seen, few, few), layer.query_key_value.weight.chunk(3), layer.query_key_value.bias.chunk(3))
+    query, key, value = (F.conv2d(x, weight[:, :, None, None], bias).flatten(2).transpose(1, 2) for x, weight, bias in parts)
     found = []
     for head in range(2):
         q, k, v = (t[..., 8 * head : 8 * head + 8] for t in (query, key, value))
         q, k = (t / (1 + t.square().sum(-1, keepdim=True)).sqrt() for t in (q, k))
         found.append(F.scaled_dot_product_attention(q * layer.temperature[head], k, v, scale=1.0))
-    middle = x + layer.out(torch.cat(found, -1).transpose(1, 2).reshape(x.shape))
-    torch.testing.assert_close(layer(x), middle + layer.perceptron(layer.norm2(middle)))
+    middle = x + layer.out(torch.cat(found, -1)).transpose(1, 2).reshape(x.shape)
+    last = layer.perceptron(layer.norm2(middle).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(layer(x), middle + last.transpose(1, 2).reshape(x.shape))
 
 
 def test_self_attention_starts_as_the_identity_and_keeps_samples_apart():
@@ -156,7 +157,7 @@ def test_self_attention_is_finite_for_extreme_input(value):
     y, (dx,) = gradients(layer, x)
     assert y.isfinite().all() and dx.isfinite().all()
     with torch.no_grad():  # and for queries and keys of any size
-        layer.query.weight.mul_(1e20)
-        layer.key_value.weight.mul_(1e-20)
+        layer.query_key_value.weight[:16].mul_(1e20)
+        layer.query_key_value.weight[16:].mul_(1e-20)
     y, (dx,) = gradients(layer, torch.randn(2, 16, 6, 6))
     assert y.isfinite().all() and dx.isfinite().all()

@@ -154,12 +154,12 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, *, reduction: int = 8) -> None:
         super().__init__()
         hidden = max(4, channels // reduction)
-        self.squeeze = nn.Conv2d(channels, hidden, 1)
-        self.excite = nn.Conv2d(hidden, channels, 1)
+        self.squeeze = nn.Linear(channels, hidden)
+        self.excite = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.excite(F.silu(self.squeeze(x.mean(dim=(-2, -1), keepdim=True))))
-        return x * torch.sigmoid(weight)
+        weight = self.excite(F.silu(self.squeeze(x.mean(dim=(-2, -1)))))
+        return x * torch.sigmoid(weight)[:, :, None, None]
 
 
 class SpatialAttention(nn.Module):
@@ -198,9 +198,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = GroupNorm(channels), GroupNorm(channels)
-        self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 2 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        self.perceptron = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.SiLU(), nn.Conv2d(2 * channels, channels, 1))
+        # Matrix products over places, not convolutions of one pixel: on so few places those spend most of their time getting ready.
+        self.query_key_value = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        self.perceptron = nn.Sequential(nn.Linear(channels, 2 * channels), nn.SiLU(), nn.Linear(2 * channels, channels))
         self.temperature = nn.Parameter(torch.full((heads,), 8.0))  # one axis: weight decay is for matrices
         for last in (self.out, self.perceptron[-1]):
             nn.init.zeros_(last.weight)
@@ -208,19 +209,30 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float ``[B, channels, H, W]``, the same back."""
-        seen = self.norm1(x)
-        few = tuple(min(side, self.MOST) for side in x.shape[-2:])
-        key, value = self.key_value(resize(seen, few)).chunk(2, dim=1)
-        query, key, value = (self._by_head(t) for t in (self.query(seen), key, value))
+        size = tuple(x.shape[-2:])
+        query, *both = self.query_key_value(_places(self.norm1(x))).chunk(3, dim=-1)
+        few = tuple(min(side, self.MOST) for side in size)
+        if few != size:  # as good as resizing what they are made from: neither step knows of the other's axes
+            both = [_places(resize(_map(t, size), few)) for t in both]
+        query, key, value = (self._by_head(t) for t in (query, *both))
         scores = (_within_unit(query) * self.temperature.view(-1, 1, 1)).to(value.dtype) @ _within_unit(key).to(value.dtype).transpose(-1, -2)
         found = torch.softmax(widen(scores), dim=-1).to(value.dtype) @ value
-        x = x + self.out(found.transpose(-1, -2).reshape(x.shape))
-        return x + self.perceptron(self.norm2(x))
+        x = x + _map(self.out(found.transpose(1, 2).flatten(2)), size)
+        return x + _map(self.perceptron(_places(self.norm2(x))), size)
 
     def _by_head(self, x: Tensor) -> Tensor:
-        """``[B, channels, h, w]`` to ``[B, heads, h w, channels / heads]``."""
-        batch, channels, height, width = x.shape
-        return x.reshape(batch, self.heads, channels // self.heads, height * width).transpose(-1, -2)
+        """``[B, places, channels]`` to ``[B, heads, places, channels / heads]``."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _places(x: Tensor) -> Tensor:
+    """``[B, channels, H, W]`` to ``[B, H W, channels]``; no copy where channels lie last in memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[B, H W, channels]`` back to ``[B, channels, H, W]``."""
+    return x.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def _within_unit(x: Tensor) -> Tensor:
