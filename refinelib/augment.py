@@ -135,11 +135,13 @@ def apply(
     if mode in AMOUNTS:
         aspect = pixels.shape[-2] / pixels.shape[-1]
         matrix = _matrix(table, aspect, _fit(shares, table, aspect, window) if AMOUNTS[mode].fitted else None)
-        itself = _sample(shares[:, :1], matrix, "zeros")
+        places = _grid(pixels, matrix)
+        mask_places = places if shares.shape[-2:] == pixels.shape[-2:] else _grid(shares, matrix)
+        itself = _look(shares[:, :1], mask_places, "zeros")
         # Beyond the crop lies its mirror image; whoever is seen in it is somebody else.
-        pixels, shares = (_sample(x, matrix, "reflection") for x in (pixels, shares))
+        pixels, shares = _look(pixels, places, "reflection"), _look(shares, mask_places, "reflection")
         shares = torch.cat([itself, shares.sum(dim=1, keepdim=True) - itself], dim=1)
-        pixels = _recolour(pixels, table)
+        pixels = _recolour(pixels, table, tinted=AMOUNTS[mode].tint > 0)
     return normalise(pixels), shares
 
 
@@ -187,8 +189,12 @@ def _fit(shares: Tensor, table: Tensor, aspect: float, window: tuple[float, floa
     return torch.where(seen, middle, 0.0), torch.where(seen, size, 1.0)
 
 
-def _sample(x: Tensor, matrix: Tensor, beyond: str) -> Tensor:
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+def _grid(like: Tensor, matrix: Tensor) -> Tensor:
+    """Where each cell of a map comes from, ``[B, H, W, 2]``. Many small kernels: made once for all maps of a size."""
+    return F.affine_grid(matrix, list(like.shape), align_corners=False)
+
+
+def _look(x: Tensor, grid: Tensor, beyond: str) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode=beyond, align_corners=False)
 
 
@@ -210,9 +216,9 @@ def _paste(pixels: Tensor, shares: Tensor, table: Tensor) -> tuple[Tensor, Tenso
     )
     size = pixels.shape[-2:]
     cut = shares[:, :1].roll(1, 0) / 255
-    on_mask = _sample(cut, matrix, "zeros") * pasted
+    on_mask = _look(cut, _grid(cut, matrix), "zeros") * pasted
     cut = cut if cut.shape[-2:] == size else F.interpolate(cut, size=size, mode="bilinear", align_corners=False)
-    layer = _sample(torch.cat([pixels.roll(1, 0) * cut, cut], dim=1), matrix, "zeros") * pasted
+    layer = _look(torch.cat([pixels.roll(1, 0) * cut, cut], dim=1), _grid(pixels, matrix), "zeros") * pasted
 
     target, other = (shares / 255).split(1, dim=1)
     left = (target * (1 - on_mask)).sum(dim=(1, 2, 3), keepdim=True)
@@ -227,14 +233,13 @@ def _paste(pixels: Tensor, shares: Tensor, table: Tensor) -> tuple[Tensor, Tenso
     return pixels, 255 * torch.cat([target, other], dim=1)
 
 
-def _recolour(pixels: Tensor, table: Tensor) -> Tensor:
+def _recolour(pixels: Tensor, table: Tensor, *, tinted: bool) -> Tensor:
     """Tint, saturation about each pixel's grey, contrast about each image's mean, then brightness."""
-    pixels = pixels * torch.stack([table[:, RED], torch.ones_like(table[:, RED]), table[:, BLUE]], dim=1).view(-1, 3, 1, 1)
+    if tinted:
+        pixels = pixels * torch.stack([table[:, RED], torch.ones_like(table[:, RED]), table[:, BLUE]], dim=1).view(-1, 3, 1, 1)
     saturation, contrast, brightness = (
         table[:, column].view(-1, 1, 1, 1) for column in (SATURATION, CONTRAST, BRIGHTNESS)
     )
-    grey = pixels.mean(dim=1, keepdim=True)
-    pixels = grey + (pixels - grey) * saturation
-    mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
-    pixels = mean + (pixels - mean) * contrast
+    pixels = torch.lerp(pixels.mean(dim=1, keepdim=True), pixels, saturation)
+    pixels = torch.lerp(pixels.mean(dim=(1, 2, 3), keepdim=True), pixels, contrast)
     return (pixels * brightness).clamp(0.0, 255.0)

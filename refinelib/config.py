@@ -42,7 +42,7 @@ WHERE = frozenset({
 
 
 #: Settings that say how a finished model's masks are drawn; no training step knows of them.
-DRAWING = frozenset({"flip_test", "zoom_test", "target_decision_weight", "nontarget_decision_weight"})
+DRAWING = frozenset({"flip_test", "target_decision_weight", "nontarget_decision_weight"})
 
 
 class SettingsError(ValueError):
@@ -156,7 +156,6 @@ class Settings(BaseModel):
     # -- validation and prediction ---------------------------------------------------------------
     validate_every: int = Field(1, ge=1, description="epochs between validations (the last epoch always is)")
     flip_test: bool = Field(False, description="average the probabilities of each crop and of its mirror image; twice the time")
-    zoom_test: float = Field(1.0, ge=0.7, le=1.0, description="average also with the crop shrunk to this share of its size about its middle; twice the time; 1: off")
     target_decision_weight: float = Field(1.0, ge=0.1, le=10.0, description="probabilities of the target are multiplied by this before the likeliest class is drawn; 1: the fewest wrong pixels")
     nontarget_decision_weight: float = Field(1.0, ge=0.1, le=10.0, description="the same for other people: what is rare needs less than even odds for the best IoU")
 

@@ -107,18 +107,19 @@ class Stepper:
 
     def compute(self, given: list[tuple[Tensor, ...]]) -> Tensor:
         """Everything of a step that happens on the device."""
-        total, components = 0.0, 0.0
+        totals, components = [], []
         self.guard.zero_grad()
         batches = [self.injector.batch(*self.feed.make(*inputs)) for inputs in given]
         samples = sum(len(labels) for _, labels in batches)
         for images, labels in _in_pieces(batches, self.pieces):
             share = len(labels) / samples  # every loss is a mean over samples
             loss, parts = self.forward(images.contiguous(memory_format=torch.channels_last), labels)
-            loss = self.injector.loss(loss)
-            self.guard.scale(loss * share).backward()
-            total, components = total + loss.detach() * share, components + parts * share
+            loss, parts = (x if share == 1 else x * share for x in (self.injector.loss(loss), parts))
+            self.guard.scale(loss).backward()
+            totals.append(loss.detach())
+            components.append(parts)
         self.injector.after_backward()
-        return torch.cat([components, self.guard.step(total)])
+        return torch.cat([sum(components[1:], components[0]), self.guard.step(sum(totals[1:], totals[0]))])
 
     def _compile(self) -> None:
         kernels_folder()  # says where they are kept

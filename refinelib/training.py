@@ -322,7 +322,7 @@ class Trainer:
     def predict(self, images: Tensor) -> Tensor:
         """Class probabilities of normalised crops, by the delivered model in the run's precision."""
         with autocast(self.settings, self.device):
-            return predict_probs(self.delivered, images, flip=self.settings.flip_test, zoom=self.settings.zoom_test, weights=self.settings.decision_weights)
+            return predict_probs(self.delivered, images, flip=self.settings.flip_test, weights=self.settings.decision_weights)
 
     def validate(self, *, final: bool = False):
         """Metrics of the delivered model on the validation people."""

@@ -114,7 +114,7 @@ def observed(settings, tmp_path) -> dict:
         "distance_threshold_init": round(model.distance.threshold.item(), 6) if model.distance else settings.distance_threshold_init,
         "data": settings.data, "max_images": settings.max_images, "init_from": settings.init_from,  # seen in test_train.py
         "target_decision_weight": settings.decision_weights[1], "nontarget_decision_weight": settings.decision_weights[2],  # seen in test_predict.py
-        "flip_test": settings.flip_test, "zoom_test": settings.zoom_test, "validate_every": settings.validate_every, "save_every": settings.save_every, "probe_every": settings.probe_every,
+        "flip_test": settings.flip_test, "validate_every": settings.validate_every, "save_every": settings.save_every, "probe_every": settings.probe_every,
     }  # fmt: skip
 
 

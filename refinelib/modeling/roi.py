@@ -179,8 +179,8 @@ def labels_from_coverage(coverage: Tensor) -> Tensor:
     target, other = coverage.to(torch.int16).unbind(-1)
     rest = 255 - target - other
     is_target = (target > rest) & (target >= other)
-    is_other = (other > rest) & (other > target)
-    return is_target.to(torch.int64) + 2 * is_other.to(torch.int64)
+    is_other = other > torch.maximum(rest, target)
+    return is_other.to(torch.int64).mul_(2).add_(is_target)
 
 
 # -- helpers ---------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def _starting_score(settings: Settings, source: str) -> dict[str, Any]:
     saved = checkpoints.load(source)
     load_weights(model, {**saved, "model": saved["average"] or saved["model"]}, source)
     with autocast(settings, device):
-        predict = functools.partial(predict_probs, model, flip=settings.flip_test, zoom=settings.zoom_test, weights=settings.decision_weights)
+        predict = functools.partial(predict_probs, model, flip=settings.flip_test, weights=settings.decision_weights)
         found = score(predict, store, device=device, mask_size=settings.mask_size).compute()
     return {key: found[key] for key in ("target_iou", "boundary_iou", "miou")}
 

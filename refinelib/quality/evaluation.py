@@ -203,7 +203,7 @@ def measure(
         people = _columns(found, pasted["model"], store)
         confusion = found.per_roi()["confusion"].cpu().numpy()
         del store  # its files are mapped, and Windows deletes no mapped file
-    report |= {"flip_test": predictor.flip, "zoom_test": predictor.zoom, "checkpoint": str(predictor.path)}
+    report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
     return Evaluation(report, people, pasted["model"].coco.entries, pasted["model"].masks, confusion, predictor.name, settings)
 
 

@@ -60,7 +60,6 @@ class Predictor:
         model: in evaluation mode, on ``device``.
         settings: of the run that trained it.
         flip: whether it averages with the mirror image.
-        zoom: share of its size to which the crop is shrunk for one more view, from the settings; 1: none.
         weights: of background, target and non-target in what is drawn, from the settings; ``(1, 1, 1)`` gives the model's own
             probabilities.
     """
@@ -78,7 +77,7 @@ class Predictor:
         self.model = model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
         self.flip = settings.flip_test if flip is None else flip
-        self.zoom, self.weights = settings.zoom_test, settings.decision_weights
+        self.weights = settings.decision_weights
 
     @property
     def name(self) -> str:
@@ -149,7 +148,7 @@ class Predictor:
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
         with autocast(self.settings, self.device):
-            return predict_probs(self.model, images, flip=self.flip, zoom=self.zoom, weights=self.weights).float()
+            return predict_probs(self.model, images, flip=self.flip, weights=self.weights).float()
 
     def _probs(self, crops: Tensor) -> Tensor:
         return centre_window(self.roi_probs(crops), self.settings.mask_size)

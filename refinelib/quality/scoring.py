@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refinelib.augment import normalise
@@ -22,38 +21,23 @@ def batches(store: Store, device: torch.device, size: int) -> Iterator[tuple[Ten
 
 
 @torch.no_grad()
-def predict_probs(
-    model: nn.Module, images: Tensor, *, flip: bool = False, zoom: float = 1.0, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-) -> Tensor:
+def predict_probs(model: nn.Module, images: Tensor, *, flip: bool = False, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Tensor:
     """Class probabilities float32 ``[B, 3, Hm, Wm]`` of normalised crops, on the mask canvas.
 
-    With ``flip`` the average over each crop and its mirror image, mirrored back. With ``zoom`` below 1 the average of that and of
-    the same for the crop shrunk to this share about its middle, what lies beyond its edges mirrored in; enlarged again.
+    With ``flip`` the average over each crop and its mirror image, mirrored back.
 
     With ``weights`` (background, target, non-target) each is multiplied by its class's and the three are divided by their sum, so that
     the likeliest class is the one to draw. A pixel raises the IoU one can expect where its probability is above ``J / (1 + J)``,
     with ``J`` the IoU reached (Lipton et al., "Optimal Thresholding of Classifiers to Maximize F1 Measure", 2014: half the
     F1, written in IoU): at odds of ``J`` to 1, not even ones, which is a weight of ``1 / J`` against all else.
     """
-
-    def seen(images: Tensor) -> Tensor:
-        probs = model(images.contiguous(memory_format=torch.channels_last)).log_probs().exp()
-        return (probs + model(images.flip(-1).contiguous(memory_format=torch.channels_last)).log_probs().exp().flip(-1)) / 2 if flip else probs
-
-    probs = seen(images)
-    if zoom != 1:
-        probs = (probs + _zoomed(seen(_zoomed(images, zoom)), 1 / zoom)) / 2
+    probs = model(images.contiguous(memory_format=torch.channels_last)).log_probs().exp()
+    if flip:
+        probs = (probs + predict_probs(model, images.flip(-1)).flip(-1)) / 2
     if set(weights) == {1.0}:
         return probs
     weighed = torch.stack([share * weight for share, weight in zip(probs.unbind(1), weights)], dim=1)
     return weighed / weighed.sum(dim=1, keepdim=True)
-
-
-def _zoomed(x: Tensor, scale: float) -> Tensor:
-    """Float ``[B, C, H, W]``, larger by ``scale`` about the middle of a frame that stays."""
-    matrix = torch.tensor([[1 / scale, 0, 0], [0, 1 / scale, 0]], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def score(
