@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "$(PYTHON) -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 	@echo "installing into $(VENV) (the first time takes some minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@
 
 train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb through papermill
@@ -45,7 +45,7 @@ browser: $(PLAYWRIGHT) chromium ## pass every notebook (ARGS="-k train": some) i
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser -n 2 --dist worksteal -p no:cacheprovider $(ARGS) tests/browser
 
 $(PLAYWRIGHT): $(READY)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[browser]"
 	@touch $@
 
 chromium:

@@ -14,7 +14,7 @@ import torch
 from refinelib.build import build_device, build_step
 from refinelib.config import Settings
 from refinelib.data import Store
-from refinelib.data.locking import held
+from refinelib.locking import held
 from refinelib.kernels import kill_session, note
 from refinelib.stepping import Stepper
 

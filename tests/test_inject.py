@@ -1,6 +1,7 @@
 """Faults on demand: read as they are written, planted where and when they say, and nothing else touched."""
 
 import math
+import functools
 import os
 import signal
 import subprocess
@@ -94,7 +95,8 @@ def test_a_share_takes_the_same_steps_in_every_process():
 
 def test_a_share_survives_a_resume(tiny, monkeypatch):
     inject = "grad:nan@20%:stem;input:inf@10%"
-    whole = train(tiny(run="whole", epochs=4, batch_size=2, inject=inject))
+    settings = functools.partial(tiny, epochs=4, batch_size=2, inject=inject, validate_every=4, probe_every=0)
+    whole = train(settings(run="whole"))
     skipped = {step for fault in parse(inject) for step in range(1, whole.status()["steps"] + 1) if fault.due(step)}
     assert whole.status()["skipped_steps"] == len(skipped) and len(skipped) > 2
     real, calls = loop.Trainer.train_step, []
@@ -107,9 +109,9 @@ def test_a_share_survives_a_resume(tiny, monkeypatch):
 
     monkeypatch.setattr(loop.Trainer, "train_step", stop_at_eight)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(run="parts", epochs=4, batch_size=2, inject=inject))
+        train(settings(run="parts"))
     monkeypatch.undo()
-    parts = train(tiny(run="parts", epochs=4, batch_size=2, inject=inject, resume=True))
+    parts = train(settings(run="parts", resume=True))
     assert parts.status()["skipped_steps"] == whole.status()["skipped_steps"]
     assert_same(final_weights(whole), final_weights(parts))
 

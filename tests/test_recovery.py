@@ -29,14 +29,14 @@ def test_a_fault_for_good_rewinds_a_bounded_number_of_times_and_stops_as_diverge
 
 def test_a_passing_fault_is_survived_with_one_rewind(tiny):
     faults = ";".join(f"loss:nan@{step}" for step in range(9, 14))
-    run = train(tiny(epochs=12, batch_size=2, inject=faults, max_consecutive_skips=5))
+    run = train(tiny(epochs=12, batch_size=2, inject=faults, max_consecutive_skips=5, validate_every=4, probe_every=0))
     assert run.status()["state"] == "ok" and run.status()["rewinds"] == 1 and run.status()["skipped_steps"] == 5
     first, last = run.epochs()[0], run.epochs()[-1]
     assert last["train_loss"] < first["train_loss"]
 
 
 def test_a_loss_that_stays_high_is_lost_without_any_skip(tiny):
-    settings = tiny(epochs=200, batch_size=2, inject="loss:spike@70:always", max_rewinds=0, on_spike="note")
+    settings = tiny(epochs=200, batch_size=2, inject="loss:spike@70:always", max_rewinds=0, on_spike="note", validate_every=10, save_every=10, probe_every=0)
     with pytest.raises(DivergedError, match="the loss stays at"):
         train(settings)
     assert Run.open(settings.run_name, output_dir=settings.output_dir).status()["skipped_steps"] == 0

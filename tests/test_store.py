@@ -17,7 +17,7 @@ import torch
 from refinelib.augment import MEAN
 from refinelib.config import Settings, resolve
 from refinelib.data import DataError, SceneError, Store, SyntheticPeople, building, open_split, open_splits, open_store
-from refinelib.data.locking import only_builder
+from refinelib.data.builders import only_builder
 from refinelib.data.scenes import COLUMNS, MISSING, UNREADABLE
 from refinelib.data.store import FORMAT
 from refinelib.progress import Progress
@@ -312,7 +312,7 @@ def test_two_builders_one_builds_the_other_waits(tmp_path, gate, capfd):
 
 @fork
 def test_without_locks_builders_race_and_one_result_stays(tmp_path, gate, monkeypatch):
-    monkeypatch.setattr("refinelib.data.locking.fcntl", None)
+    monkeypatch.setattr("refinelib.locking.fcntl", None)
     source = Logged(8, gate, stop=7)
     both = [start(source, tmp_path / "s") for _ in range(2)]
     wait(lambda: len(source.lines()) == 16)

@@ -21,8 +21,8 @@ from typing import Any, Iterator
 import numpy as np
 import torch
 
+from refinelib.data.builders import building_folder, only_builder
 from refinelib.data.errors import DataError
-from refinelib.data.locking import building_folder, only_builder
 from refinelib.data.rows import RowWriter, Written
 from refinelib.data.scenes import COLUMNS, MAX_PEOPLE, MIN_SIDE, Source, counted
 from refinelib.data.store import FORMAT, Store

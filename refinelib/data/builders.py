@@ -7,12 +7,9 @@ import shutil
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Callable, Iterator
+from typing import Iterator
 
-try:
-    import fcntl
-except ImportError:  # Windows: two builders of one store may both build it, and one result stays
-    fcntl = None
+from refinelib.locking import held
 
 
 def building_folder(folder: Path) -> Path:
@@ -24,9 +21,9 @@ def building_folder(folder: Path) -> Path:
 def only_builder(folder: Path, progress: bool) -> Iterator[None]:
     """Wait until nobody else builds this store, then clear what killed builders left beside it.
 
-    The lock dies with the last process of its builder. Where the file system has no locks, this
-    does nothing: builders then race, and the first to finish wins.
+    Where there are no locks, this does nothing: builders then race, and the first to finish wins.
     """
+
     def waits() -> None:
         if progress:
             print(f"another process is building {folder.name}; waiting for it", flush=True)
@@ -38,34 +35,8 @@ def only_builder(folder: Path, progress: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def held(lock: Path, *, waits: Callable[[], None] = lambda: None) -> Iterator[bool]:
-    """Hold a lock file, after waiting for whoever has it (``waits`` is called first); gives whether it is ours, as it is where there are locks."""
-    if fcntl is None:
-        yield False
-        return
-    with open(lock, "w") as file:
-        mine = True
-        try:
-            if not _taken(file):
-                waits()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without
-            mine = False
-        yield mine
-
-
 def _lock_of(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.lock"
-
-
-def _taken(file: IO) -> bool:
-    """Whether the lock is ours now; False: another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _clear(mine: Path) -> None:
@@ -79,6 +50,6 @@ def _clear(mine: Path) -> None:
         if folder == mine:
             shutil.rmtree(stale, ignore_errors=True)
         elif time.time() - max(file.stat().st_mtime for file in (stale, *stale.iterdir())) > 3600:
-            with open(_lock_of(folder), "w") as file:
-                if _taken(file):
+            with held(_lock_of(folder), wait=False) as nobody:
+                if nobody:
                     shutil.rmtree(stale, ignore_errors=True)
