@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refinelib import build as parts
-from refinelib.modeling.blocks import Head
+from refinelib import build as building
 from refinelib.build import build_loss, build_model
+from refinelib.modeling.blocks import Head
 from refinelib.modeling.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, truth_of
 from refinelib.modeling.model import MaskOutput
 from refinelib.modeling.refine import bounded
@@ -100,7 +100,7 @@ def patch(variant: str) -> None:
             "boundary_loss": lambda o, y: distance_mask(hierarchical_log_probs(o.logits), truth_of(y)),
             "active_boundary_loss": lambda o, y: active_boundary_loss(hierarchical_log_probs(o.logits), y),
         }[variant]
-        parts.build_loss = lambda s: WithLoss(build_loss(s), extra, weight=1.0)
+        building.build_loss = lambda s: WithLoss(build_loss(s), extra, weight=1.0)
     if variant == "point_refinement":
         models = []
 
@@ -108,9 +108,9 @@ def patch(variant: str) -> None:
             models.append(PointRefinement(build_model(s)))
             return models[-1]
 
-        parts.build_model = build
+        building.build_model = build
         on_points = lambda o, y: cross_entropy(hierarchical_log_probs(o.logits), y, pixel_weights=models[-1].chosen.float())  # noqa: E731
-        parts.build_loss = lambda s: WithLoss(build_loss(s), on_points, weight=1.0)
+        building.build_loss = lambda s: WithLoss(build_loss(s), on_points, weight=1.0)
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ from refinelib.quality.results import REFINEMENT_OFF
 from refinelib.quality.results_tables import table as markdown
 from refinelib.training import Trainer, train
 
-FIGURES = ("target_iou", "boundary_iou", "miou", "nontarget_iou")
+#: The last is of all crops' pixels together, as in mIoU; the one before it is a mean over the crops that have others in them.
+FIGURES = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "nontarget_pooled")
 #: Target IoU that the plain U-Net reaches in its 60 epochs.
 EARLY = 0.66
 
@@ -59,6 +60,11 @@ VARIANTS = {
 }
 
 
+def figures(metrics: dict) -> dict[str, float | None]:
+    """The ``FIGURES`` of one validation, or of a group of its people."""
+    return {name: metrics["iou"][2] if name == "nontarget_pooled" else metrics[name] for name in FIGURES}
+
+
 def one(name: str, settings_json: str) -> None:
     """Train one run and print its validations and its end."""
     settings = resolve(**json.loads(settings_json))
@@ -82,7 +88,7 @@ def one(name: str, settings_json: str) -> None:
             after = time.perf_counter() - first[0]
             if (metrics["target_iou"] or 0) >= EARLY and not reached:
                 reached.append(after)
-            reach = {figure: None if metrics[figure] is None else round(metrics[figure], 4) for figure in FIGURES}
+            reach = {figure: None if value is None else round(value, 4) for figure, value in figures(metrics).items()}
             print(json.dumps({"run": name, "epoch": run.epochs()[-1]["epoch"], **reach, "seconds": round(after, 1)}), flush=True)
 
     run = train(settings, on_epoch=tell)
@@ -90,8 +96,8 @@ def one(name: str, settings_json: str) -> None:
     metrics = epochs[-1]["metrics"]
     print(
         json.dumps({
-            "run": name, "done": True, "folder": str(run.folder), **{f: metrics[f] for f in FIGURES},
-            "thirds": {third: {f: part[f] for f in FIGURES} for third, part in metrics["by_third"].items()},
+            "run": name, "done": True, "folder": str(run.folder), **figures(metrics),
+            "groups": {group: figures(part) for by in ("by_size", "by_third") for group, part in metrics[by].items() if part["rois"]},
             "skipped": run.status()["skipped_steps"], "first_step": round(first[0] - started, 1), "training": round(ended - first[0], 1),
             "early": round(reached[0], 1) if reached else None, "seconds": round(ended - started, 1),
         }),
@@ -144,10 +150,10 @@ def table(finished: dict[str, dict], variants: list[str], seeds: list[int]) -> s
     gains = [[f"{variants[0]} less ..., points", "people", "seeds", *FIGURES]]
     for variant in variants[1:]:
         pairs = [(runs[variants[0]][seed], run) for seed, run in runs[variant].items() if seed in runs[variants[0]]]
-        for third in ("all", *(pairs[0][0]["thirds"] if pairs else ())):
-            sides = [[run if third == "all" else run["thirds"][third] for run in pair] for pair in pairs]
+        for group in ("all", *(pairs[0][0]["groups"] if pairs else ())):
+            sides = [[run if group == "all" else run["groups"][group] for run in pair] for pair in pairs]
             cells = [_spread([None if None in (a[name], b[name]) else 100 * (a[name] - b[name]) for a, b in sides], digits=1) for name in FIGURES]
-            gains.append([variant, third, len(pairs), *cells])
+            gains.append([variant, group, len(pairs), *cells])
     return "\n\n".join(markdown(head, rows) for head, *rows in (lines, gains) if rows)
 
 

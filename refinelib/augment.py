@@ -135,8 +135,7 @@ def apply(
     if mode in AMOUNTS:
         aspect = pixels.shape[-2] / pixels.shape[-1]
         matrix = _matrix(table, aspect, _fit(shares, table, aspect, window) if AMOUNTS[mode].fitted else None)
-        places = _grid(pixels, matrix)
-        mask_places = places if shares.shape[-2:] == pixels.shape[-2:] else _grid(shares, matrix)
+        places, mask_places = _grids(pixels, shares, matrix)
         itself = _look(shares[:, :1], mask_places, "zeros")
         # Beyond the crop lies its mirror image; whoever is seen in it is somebody else.
         pixels, shares = _look(pixels, places, "reflection"), _look(shares, mask_places, "reflection")
@@ -189,9 +188,11 @@ def _fit(shares: Tensor, table: Tensor, aspect: float, window: tuple[float, floa
     return torch.where(seen, middle, 0.0), torch.where(seen, size, 1.0)
 
 
-def _grid(like: Tensor, matrix: Tensor) -> Tensor:
-    """Where each cell of a map comes from, ``[B, H, W, 2]``. Many small kernels: made once for all maps of a size."""
-    return F.affine_grid(matrix, list(like.shape), align_corners=False)
+def _grids(pixels: Tensor, shares: Tensor, matrix: Tensor) -> list[Tensor]:
+    """Where each cell of pixels and of shares comes from, ``[B, H, W, 2]``. Many small kernels: made once where both have one size."""
+    sizes = [list(x.shape[-2:]) for x in (pixels, shares)]
+    first = F.affine_grid(matrix, [len(matrix), 1, *sizes[0]], align_corners=False)
+    return [first, first if sizes[0] == sizes[1] else F.affine_grid(matrix, [len(matrix), 1, *sizes[1]], align_corners=False)]
 
 
 def _look(x: Tensor, grid: Tensor, beyond: str) -> Tensor:
@@ -216,9 +217,10 @@ def _paste(pixels: Tensor, shares: Tensor, table: Tensor) -> tuple[Tensor, Tenso
     )
     size = pixels.shape[-2:]
     cut = shares[:, :1].roll(1, 0) / 255
-    on_mask = _look(cut, _grid(cut, matrix), "zeros") * pasted
+    places, mask_places = _grids(pixels, cut, matrix)
+    on_mask = _look(cut, mask_places, "zeros") * pasted
     cut = cut if cut.shape[-2:] == size else F.interpolate(cut, size=size, mode="bilinear", align_corners=False)
-    layer = _look(torch.cat([pixels.roll(1, 0) * cut, cut], dim=1), _grid(pixels, matrix), "zeros") * pasted
+    layer = _look(torch.cat([pixels.roll(1, 0) * cut, cut], dim=1), places, "zeros") * pasted
 
     target, other = (shares / 255).split(1, dim=1)
     left = (target * (1 - on_mask)).sum(dim=(1, 2, 3), keepdim=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from refinelib.config import absolute
 
-#: 3: the model has self-attention; 4: made of matrix products.
+#: 3: the model has self-attention; 4: that and channel attention are made of matrix products, and weights of before are not read.
 FORMAT = 4
 
 

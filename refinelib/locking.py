@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import IO, Callable, Iterator
 
 try:
     import fcntl
@@ -14,27 +14,35 @@ except ImportError:  # Windows: nobody waits for anybody
 
 @contextmanager
 def held(lock: Path, *, wait: bool = True, waits: Callable[[], None] = lambda: None) -> Iterator[bool]:
-    """Hold a lock file meanwhile; gives whether it is ours.
-
-    It is not where the system or the file system has no locks, nor where another process has it and there is no waiting.
+    """Hold a lock file meanwhile; gives whether it is ours, which it is not where the system or the file system has no locks.
 
     Args:
         lock: file to lock; made where there is none, and left.
         wait: until whoever has it lets go.
         waits: called before that.
+
+    Raises:
+        BlockingIOError: another process has it, and there was to be no waiting.
     """
     if fcntl is None:
         yield False
         return
     with open(lock, "w") as file:
-        mine = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mine = wait
-            if wait:
-                waits()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without
-            mine = False
-        yield mine
+        mine = _locked(file)
+        if mine is False and not wait:
+            raise BlockingIOError(f"{lock} is held by another process")
+        if mine is False:
+            waits()
+            mine = _locked(file, fcntl.LOCK_EX)
+        yield bool(mine)
+
+
+def _locked(file: IO, how: int | None = None) -> bool | None:
+    """Whether the lock is ours now; False: another process has it; None: a file system without locks. At once, where not said how."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if how is None else how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

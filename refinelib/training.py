@@ -88,8 +88,8 @@ class Trainer:
         run.record_settings(settings, _device_name(self.device))
 
         self.train_store, self.val_store = open_splits(settings)
-        self.parts = build_step(settings, self.train_store, self.device, prepare=self.start_from if settings.init_from else None)
-        self.model, self.average, self.loss, self.guard, self.injector, self.feed = self.parts
+        parts = build_step(settings, self.train_store, self.device, prepare=self.start_from if settings.init_from else None)
+        self.model, self.average, self.loss, self.guard, self.injector, self.feed = parts
         self.recovery = Recovery(
             self.model, self.guard, max_consecutive_skips=settings.max_consecutive_skips, max_rewinds=settings.max_rewinds
         )
@@ -99,7 +99,7 @@ class Trainer:
         self.step = 0  # steps tried: the position in the data
         self.stepper = Stepper(
             settings,
-            self.parts,
+            parts,
             device=self.device,
             steps=settings.epochs * self.feed.steps_per_epoch,
             say=lambda message: run.event("speed", message, step=self.step),

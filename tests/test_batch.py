@@ -86,9 +86,9 @@ def source(tmp_path_factory):
     return train(resolve("phase1", **where)).folder
 
 
-# phase1 is rehearsed above, test_notebooks.py runs phase4 by its file, and debug.ipynb the recipe of its name.
+# phase1 is rehearsed above, test_notebooks.py runs phase4 by its file, test_phases.py trains all of them; which setting is whose, test_recipes.py sees.
 @pytest.mark.parametrize("recipe", ["phase2", "finetune"])
-def test_each_recipe_by_papermill_and_its_parameter_file(tmp_path, source, recipe):
+def test_a_recipe_by_papermill_and_its_parameter_file(tmp_path, source, recipe):
     """``papermill notebooks/train.ipynb outputs/phase2.ipynb -f params/phase2.yaml``, from the weights of the phase before."""
     line = ("papermill", "notebooks/train.ipynb", tmp_path / f"{recipe}.ipynb", "-f", f"params/{recipe}.yaml", "-p", "init_from", source, "-p", "epochs", 1, *SMALL)
     done = shell(*line, output_dir=tmp_path)

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from refinelib import build
 from refinelib.config import project_root, resolve
+from refinelib.data import open_split
 
 
 def bench(name):
@@ -68,9 +71,9 @@ if settings["seed"] == 9:
     sys.exit("seed 9 is bad luck")
 print(json.dumps({"run": name, "epoch": 1, "started": time.time()}), flush=True)
 time.sleep(0.2)
-thirds = {"smaller": {f: settings["reach"] - 0.1 for f in ("target_iou", "boundary_iou", "miou")} | {"nontarget_iou": None}}
+groups = {"smaller": {f: settings["reach"] - 0.1 for f in ("target_iou", "boundary_iou", "miou")} | {"nontarget_iou": None, "nontarget_pooled": 0.2}}
 print(json.dumps({"run": name, "done": True, "target_iou": settings["reach"], "boundary_iou": settings["reach"] / 2, "miou": 0.5, "nontarget_iou": None,
-                  "thirds": thirds, "skipped": 1, "training": 10.0, "early": None}), flush=True)
+                  "nontarget_pooled": settings["reach"] - 0.5, "groups": groups, "skipped": 1, "training": 10.0, "early": None}), flush=True)
 """
 
 
@@ -86,7 +89,7 @@ def test_variants_are_trained_side_by_side_and_compared_seed_by_seed(tmp_path, c
     assert '{"run": "on, seed 9", "failed": ["seed 9 is bad luck"]}' in capfd.readouterr().out
     means, gains = quality.table(finished, ["on", "off"], [0, 1, 9]).split("\n\n")
     assert "| on | 2 | 0.760 (0.750 to 0.770) | 0.380 (0.375 to 0.385) |" in means and means.endswith("| 2 |")
-    assert "| off | all | 2 | 5.0 (3.0 to 7.0) | 2.5 (1.5 to 3.5) | 0.0 (0.0 to 0.0) |  |" in gains
+    assert "| off | all | 2 | 5.0 (3.0 to 7.0) | 2.5 (1.5 to 3.5) | 0.0 (0.0 to 0.0) |  | 5.0 (3.0 to 7.0) |" in gains
     assert "| off | smaller | 2 | 5.0 (3.0 to 7.0) |" in gains
 
 
@@ -103,3 +106,27 @@ def test_a_start_is_timed_from_the_process_on():
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line.get("number") for line in lines if line["figure"] == "step"] == [1, 10, 12]
     assert 0 < lines[0]["seconds"] <= lines[-1]["seconds"]
+
+
+def test_variants_that_were_left_out_are_what_is_trained(tiny, monkeypatch):
+    """Were the package not to take them, all of them would be the same, and seem to help nothing."""
+    monkeypatch.syspath_prepend(str(project_root() / "bench"))
+    extras, settings = bench("extras"), tiny()
+    monkeypatch.setattr(build, "build_loss", build.build_loss)  # put back afterwards
+    monkeypatch.setattr(build, "build_model", build.build_model)
+    store, cpu = open_split(settings, "train"), torch.device("cpu")
+    extras.patch("base")
+    assert not isinstance(build.build_step(settings, store, cpu).loss, extras.WithLoss)
+    extras.patch("boundary_loss")
+    assert isinstance(build.build_step(settings, store, cpu).loss, extras.WithLoss)
+    extras.patch("point_refinement")
+    parts = build.build_step(settings, store, cpu)
+    assert isinstance(parts.model, extras.PointRefinement) and isinstance(parts.loss, extras.WithLoss)
+
+
+def test_a_bench_steps_at_the_rate_of_a_long_run_whatever_its_store(tiny):
+    speed = bench("speed")
+    settings = tiny(batch_size=2, warmup_epochs=0, lr=1e-3)
+    stepper = speed.stepper(settings, open_split(settings, "train"), torch.device("cpu"))
+    rates = [float(stepper.guard.schedule(torch.tensor(step, dtype=torch.float64))) for step in (0, 500, speed.SCHEDULED // 2)]
+    assert rates[0] == pytest.approx(1e-3) and rates[1] > 0.999e-3 and rates[2] == pytest.approx(0.5e-3, rel=0.02)

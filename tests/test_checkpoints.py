@@ -237,7 +237,7 @@ def fill(disk):
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tiny, small_disk, capfd):
-    keywords = dict(epochs=6, log_every=1, inject="grad:nan@6:stem")
+    keywords = dict(epochs=6, log_every=1, probe_every=1, inject="grad:nan@6:stem")
     whole = train(tiny(run="whole", **keywords))
 
     ended = []

@@ -1,7 +1,7 @@
 """Faults on demand: read as they are written, planted where and when they say, and nothing else touched."""
 
-import math
 import functools
+import math
 import os
 import signal
 import subprocess

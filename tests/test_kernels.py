@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refinelib import checkpoints, kernels, precompile, stepping
+from refinelib import build, checkpoints, kernels, precompile, stepping
 from refinelib import training as loop
 from refinelib.runs import Run
 from refinelib.training import train
@@ -214,7 +214,7 @@ def test_on_a_gpu_auto_waits_only_where_it_must(tiny, monkeypatch):
         settings = tiny(compile="auto", **named)
         trainer = loop.Trainer(settings, Run.start(settings))
         compiled.clear()
-        return stepping.Stepper(settings, trainer.parts, device=torch.device("cuda"), steps=10), len(compiled)
+        return stepping.Stepper(settings, build.build_step(settings, trainer.train_store, torch.device("cpu")), device=torch.device("cuda"), steps=10), len(compiled)
 
     waiting, count = stepper()
     assert waiting.beside and count == 0

@@ -115,7 +115,7 @@ def test_gate_and_length_pass_the_nan_on_to_the_network(settings, crops, part):
         if first:
             faulty.use_bare_edges(model)
             criterion = faulty.BareLoss(criterion, clamps=True) if part == "length" else criterion
-        with faulty.HalfConvolutions(), autocast(settings, CPU):
+        with faulty.HalfLayers(), autocast(settings, CPU):
             loss, _ = criterion(model(crops.one_bin[:8]), crops.labels[:8])
         loss.backward()
         assert loss.isfinite(), "the loss itself does not tell"
@@ -188,17 +188,18 @@ def test_settings_that_reach_nothing(settings):
 
 
 # -- the loop --------------------------------------------------------------------------------------
-def test_half_convolutions_are_half_precision_convolutions():
-    generator = torch.Generator().manual_seed(0)
-    x, layer = torch.randn(2, 8, 9, 9, generator=generator), torch.nn.Conv2d(8, 4, 3, padding=1)
+@pytest.mark.parametrize("layer", [torch.nn.Conv2d(8, 4, 3, padding=1), torch.nn.Linear(9, 4)], ids=["convolution", "linear"])
+def test_half_layers_are_half_precision_layers(layer):
+    x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.float16):
         native = layer(x)
-        with faulty.HalfConvolutions():
+        with faulty.HalfLayers():
             found = layer(x)
     assert found.dtype == native.dtype == torch.float16
     assert torch.allclose(found, native, atol=4e-3)
-    with faulty.HalfConvolutions():
-        assert torch.equal(layer(x), torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1))
+    plain = layer(x)
+    with faulty.HalfLayers():  # nothing is said of full precision
+        assert torch.equal(layer(x), plain)
 
 
 def test_the_first_attempt_skips_and_halves_and_ours_does_not(settings, crops):

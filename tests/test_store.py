@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from refinelib import locking
 from refinelib.augment import MEAN
 from refinelib.config import Settings, resolve
 from refinelib.data import DataError, SceneError, Store, SyntheticPeople, building, open_split, open_splits, open_store
@@ -308,6 +309,27 @@ def test_two_builders_one_builds_the_other_waits(tmp_path, gate, capfd):
     assert [index for _, index in source.lines()] == list(range(10))
     reference = open_store(SyntheticPeople(10), root=tmp_path / "reference", **SMALL)
     assert content(open_store(source, root=tmp_path / "s", **SMALL)) == content(reference)
+
+
+def test_a_lock_is_one_process_and_none_where_the_file_system_has_none(tmp_path, monkeypatch):
+    lock = tmp_path / "lock"
+    with locking.held(lock) as mine:
+        assert mine
+        with pytest.raises(BlockingIOError, match="held by another process"), locking.held(lock, wait=False):
+            pass
+    real, calls = locking.fcntl.flock, []
+
+    def without(file, how):  # a network's locks may fail once there is a wait
+        calls.append(how)
+        raise BlockingIOError if len(calls) == 1 else OSError(37, "no locks available")
+
+    monkeypatch.setattr(locking.fcntl, "flock", without)
+    with locking.held(lock) as mine:
+        assert mine is False and len(calls) == 2
+    monkeypatch.setattr(locking.fcntl, "flock", real)
+    monkeypatch.setattr(locking, "fcntl", None)
+    with locking.held(lock) as mine, locking.held(lock, wait=False) as other:
+        assert mine is False and other is False
 
 
 @fork

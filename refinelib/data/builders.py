@@ -39,17 +39,17 @@ def _lock_of(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.lock"
 
 
-def _clear(mine: Path) -> None:
+def _clear(own: Path) -> None:
     """Remove half-built folders of this store, whose lock is ours, and of any other that nobody is building.
 
     Some shared file systems lock within one machine only: another store's folder must also have lain
     untouched for an hour.
     """
-    for stale in mine.parent.glob(".*.building-*"):
-        folder = mine.parent / stale.name[1:].rpartition(".building-")[0]
-        if folder == mine:
+    for stale in own.parent.glob(".*.building-*"):
+        folder = own.parent / stale.name[1:].rpartition(".building-")[0]
+        if folder == own:
             shutil.rmtree(stale, ignore_errors=True)
         elif time.time() - max(file.stat().st_mtime for file in (stale, *stale.iterdir())) > 3600:
-            with held(_lock_of(folder), wait=False) as nobody:
-                if nobody:
+            with suppress(BlockingIOError), held(_lock_of(folder), wait=False) as mine:
+                if mine:
                     shutil.rmtree(stale, ignore_errors=True)

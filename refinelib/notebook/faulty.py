@@ -304,14 +304,14 @@ def first_build(settings: Settings, steps: int) -> tuple[MaskLoss, WarmupCosine]
 
 
 # -- all together ----------------------------------------------------------------------------------
-class HalfConvolutions(TorchFunctionMode):
-    """float16 convolutions on a CPU as on a GPU: float16 in and out, sums in float32.
+class HalfLayers(TorchFunctionMode):
+    """float16 convolutions and matrix products of layers on a CPU as on a GPU: float16 in and out, sums in float32.
 
     PyTorch's own take ten times as long on a CPU without float16 arithmetic.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.conv2d and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
+        if func in (F.conv2d, F.linear) and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
             args = [x.half().float() if isinstance(x, Tensor) else x for x in args]
             with torch.autocast("cpu", enabled=False):
                 return func(*args, **(kwargs or {})).half()
@@ -368,7 +368,7 @@ def attempt(
     order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in rounds])
     records: list[dict[str, Any]] = []
     for rois in order[: steps * settings.batch_size].view(steps, -1):
-        with half_convolutions(device), autocast(settings, device):
+        with half_layers(device), autocast(settings, device):
             loss, _ = criterion(model(images[rois.to(device)]), labels[rois.to(device)])
         record = loop.step(loss)
         broken = int(torch.stack(torch._foreach_norm(list(model.parameters()))).isnan().sum())
@@ -401,8 +401,8 @@ def _attempt(parcel: bytes) -> Attempt:
     return attempt(settings, learn, judge, **job)
 
 
-def half_convolutions(device: torch.device):
-    return HalfConvolutions() if device.type == "cpu" else nullcontext()
+def half_layers(device: torch.device):
+    return HalfLayers() if device.type == "cpu" else nullcontext()
 
 
 @torch.no_grad()
@@ -410,7 +410,7 @@ def target_iou(model: nn.Module, settings: Settings, images: Tensor, labels: Ten
     """Mean IoU of the target over crops that have one; NaN where the masks are."""
     device, found = build_device(settings), []
     for x, y in zip(images.split(8), labels.split(8)):
-        with half_convolutions(device), autocast(settings, device):
+        with half_layers(device), autocast(settings, device):
             probs = model(x.to(device)).log_probs()
         if bool(probs.isnan().any()):
             return math.nan

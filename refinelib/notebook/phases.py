@@ -12,19 +12,16 @@ import functools
 import json
 import os
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from refinelib.config import Settings, absolute
+from refinelib.locking import held
 from refinelib.notebook.gates import judge
 from refinelib.notebook.phase_plan import ADDS, Plan
 from refinelib.runs import Run, RunError, dumps, write_atomically
 
-try:
-    import fcntl
-except ImportError:  # Windows: nobody keeps two processes from one chain
-    fcntl = None
 
 class PhaseError(RuntimeError):
     """A phase broke off or did not pass its gate; the message says which and why."""
@@ -203,13 +200,12 @@ def _taken_up(plan: Plan) -> dict[str, Any]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a chain at a time; the lock dies with its process."""
-    with open(folder / ".lock", "w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"another process is training the phases in {folder}: wait for it, or give another name") from None
+    """One process at a chain at a time, where there are locks."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder / ".lock", wait=False))
+        except BlockingIOError:
+            raise RunError(f"another process is training the phases in {folder}: wait for it, or give another name") from None
         yield
 
 

@@ -30,9 +30,8 @@ from refinelib.runs import dumps, write_atomically
 from refinelib.steplog import Row
 
 
-#: Of the folder's layout.
-#: 2: the model has self-attention.
-FORMAT = 2
+#: Of the folder's layout, and of the weights in it: an incident goes with the checkpoints of its time.
+FORMAT = 10 * checkpoints.FORMAT + 2
 _NEEDED = ("format", "step", "epoch", "finding", "recorded", "losses", "gradient_norms", "people", "device", "torch", "threads", "settings")
 
 
