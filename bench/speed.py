@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -35,8 +34,8 @@ from refinelib.config import resolve
 from refinelib.data import open_split
 from refinelib.stepping import WARM_UP, Stepper
 
-#: Steps of the schedule that a bench's steps are the first of.
-SCHEDULED = 100_000
+#: Steps an epoch of the schedule: a long run's rate, whatever the batch and however small the store.
+SCHEDULED = 1000
 
 LINES: list[dict] = []
 
@@ -90,9 +89,7 @@ class CrossEntropy(nn.Module):
 
 def stepper(settings, store, device, *, guarded=True, base=False):
     torch.manual_seed(0)
-    epoch = max(1, len(store) // settings.batch_size)  # a long run's rate, whatever the batch and however small the store
-    settings = settings.model_copy(update={"epochs": math.ceil(SCHEDULED / epoch), "warmup_epochs": settings.warmup_epochs * 1000 / epoch})
-    parts = build_step(settings.model_copy(update={"ema_decay": 0.0}) if base else settings, store, device)
+    parts = build_step(settings.model_copy(update={"ema_decay": 0.0}) if base else settings, store, device, steps_per_epoch=SCHEDULED)
     if base:
         parts = parts._replace(loss=CrossEntropy())
     if not guarded:

@@ -31,7 +31,13 @@ class StepParts(NamedTuple):
 
 
 def build_step(
-    settings: Settings, store: Store, device: torch.device, *, prepare: Callable[[nn.Module], None] | None = None, resident: bool = True
+    settings: Settings,
+    store: Store,
+    device: torch.device,
+    *,
+    prepare: Callable[[nn.Module], None] | None = None,
+    resident: bool = True,
+    steps_per_epoch: int | None = None,
 ) -> StepParts:
     """The parts of a run's steps, on the device.
 
@@ -41,6 +47,7 @@ def build_step(
         device: it runs on.
         prepare: gives the fresh model other weights, before the moving average starts from them.
         resident: false: the store streams in any case, see :class:`~refinelib.feed.Feed`.
+        steps_per_epoch: of the schedule; none: as many as the store gives.
     """
     model = build_model(settings).to(device, memory_format=torch.channels_last)
     if prepare is not None:
@@ -49,7 +56,7 @@ def build_step(
     feed = Feed(
         store, device=device, batch_size=settings.batch_size, accumulate=settings.accumulate, mode=settings.augment, seed=settings.seed, resident=resident
     )
-    guard = build_guard(settings, model, average, steps_per_epoch=feed.steps_per_epoch)
+    guard = build_guard(settings, model, average, steps_per_epoch=steps_per_epoch or feed.steps_per_epoch)
     return StepParts(model, average, build_loss(settings).to(device), guard, Injector(settings.inject, model), feed)
 
 

@@ -28,7 +28,7 @@ def held(lock: Path, *, wait: bool = True, waits: Callable[[], None] = lambda: N
         yield False
         return
     with open(lock, "w") as file:
-        mine = _locked(file)
+        mine = _locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if mine is False and not wait:
             raise BlockingIOError(f"{lock} is held by another process")
         if mine is False:
@@ -37,10 +37,10 @@ def held(lock: Path, *, wait: bool = True, waits: Callable[[], None] = lambda: N
         yield bool(mine)
 
 
-def _locked(file: IO, how: int | None = None) -> bool | None:
-    """Whether the lock is ours now; False: another process has it; None: a file system without locks. At once, where not said how."""
+def _locked(file: IO, how: int) -> bool | None:
+    """Whether the lock is ours now; False: another process has it; None: a file system without locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if how is None else how)
+        fcntl.flock(file, how)
     except BlockingIOError:
         return False
     except OSError:

@@ -86,13 +86,15 @@ def source(tmp_path_factory):
     return train(resolve("phase1", **where)).folder
 
 
-# phase1 is rehearsed above, test_notebooks.py runs phase4 by its file, test_phases.py trains all of them; which setting is whose, test_recipes.py sees.
-@pytest.mark.parametrize("recipe", ["phase2", "finetune"])
-def test_a_recipe_by_papermill_and_its_parameter_file(tmp_path, source, recipe):
+# phase1 is rehearsed above, and test_notebooks.py runs phase4 by its file.
+@pytest.mark.parametrize("recipe", ["phase2", "phase3", "finetune", "debug"])
+def test_each_recipe_by_papermill_and_its_parameter_file(tmp_path, source, recipe):
     """``papermill notebooks/train.ipynb outputs/phase2.ipynb -f params/phase2.yaml``, from the weights of the phase before."""
-    line = ("papermill", "notebooks/train.ipynb", tmp_path / f"{recipe}.ipynb", "-f", f"params/{recipe}.yaml", "-p", "init_from", source, "-p", "epochs", 1, *SMALL)
+    before = None if recipe == "debug" else str(source)
+    given = ("-p", "init_from", before) if before else ()
+    line = ("papermill", "notebooks/train.ipynb", tmp_path / f"{recipe}.ipynb", "-f", f"params/{recipe}.yaml", *given, "-p", "epochs", 1, *SMALL)
     done = shell(*line, output_dir=tmp_path)
     assert done.returncode == 0, done.stderr
     run = Run(tmp_path / recipe)
     assert run.status()["state"] == "ok"
-    assert (run.settings().recipe, run.settings().init_from) == (recipe, str(source))
+    assert (run.settings().recipe, run.settings().init_from) == (recipe, before)
