@@ -98,6 +98,8 @@ def draw(count: int, *, mode: str, generator: torch.Generator) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 or float ``[B, 3, H, W]`` in 0..255 to float32 of about -2..2."""
+    if torch.compiler.is_compiling():  # numbers in the kernel: a tensor would be copied from the host, which a graph being captured forbids
+        return torch.stack([(channel.float() - mean) / std for channel, mean, std in zip(images.unbind(1), MEAN, STD)], dim=1)
     mean, std = _statistics(images.device)
     return (images.float() - mean) / std
 

@@ -63,6 +63,7 @@ class Feed:
         self.seed = seed
         self.window = tuple(box / whole for box, whole in zip(store.roi_size, store.canvas))
         self.steps_per_epoch = max(1, len(store) // (batch_size * accumulate))
+        self._augmented = self.augmented
         self.resident: tuple[Tensor, Tensor] | None = None
         if resident and device.type == "cuda":
             size = len(store) * (store.images[0].nbytes + store.coverage[0].nbytes)
@@ -99,8 +100,20 @@ class Feed:
         """Images and labels from :meth:`inputs`, without the host: see :class:`Batch`."""
         *source, table = inputs
         images, coverage = (x.index_select(0, source[0]) for x in self.resident) if self.resident is not None else source
+        return self._augmented(images, coverage, table)
+
+    def augmented(self, images: Tensor, coverage: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels from crops as they lie in the store; also what is compiled."""
         pixels, shares = augment.apply(images, coverage, table, mode=self.mode, window=self.window)
         return pixels, labels_from_coverage(shares.round().permute(0, 2, 3, 1))
+
+    def compile(self) -> None:
+        """Make batches by compiled kernels, a few in place of some sixty; the same batches but for rounding. On a CPU it is nothing worth."""
+        if self.device.type == "cuda":
+            self._augmented = torch.compile(self.augmented, dynamic=False)
+
+    def uncompile(self) -> None:
+        self._augmented = self.augmented
 
     def batch(self, plan: Plan, step: int, micro: int = 0) -> Batch:
         """Micro-batch ``micro`` of step ``step`` of a planned epoch."""

@@ -30,7 +30,7 @@ KERNELS_VARIABLE, KERNELS = "TORCHINDUCTOR_CACHE_DIR", "outputs/compiled"
 #: Settings that change what is computed and no kernel of model and loss, beside those of ``WHERE``. (The schedule's numbers are
 #: part of the guard's own small kernel, which takes seconds.)
 _IMMATERIAL = WHERE | DRAWING | {
-    "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "augment", "max_images", "data", "add_pennfudan",
+    "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "max_images", "data", "add_pennfudan",
     "max_consecutive_skips", "max_rewinds", "max_incidents", "compile", "cuda_graphs", "smoke",
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     host                         device (captured once as a CUDA graph, then replayed)
     which ROIs, which faults ->  crops -> augmentation -> model -> loss -> backward -> guard -> report
-                                 `-------------- compiled --------------'
+                                          `------------------- compiled -----------------'
 
 The whole step, the guard's decision included, lies in the graph: it reads nothing back, so safety costs no launch and no wait.
 Where no kernels are kept from an earlier run another process makes them (kernels.py), and steps are taken without meanwhile.
@@ -125,6 +125,7 @@ class Stepper:
         kernels_folder()  # says where they are kept
         self.compiled = True
         self.forward = torch.compile(self.eager, dynamic=False)
+        self.feed.compile()
         self.guard.compile()
 
     def _beside(self) -> None:
@@ -191,6 +192,7 @@ class Stepper:
         except Exception as error:  # no C compiler, no Triton, an operation it does not know: many kinds
             self.say(f"could not compile ({(str(error) or type(error).__name__).splitlines()[0]}): trains without, more slowly")
             self.compiled, self.forward = False, self.eager
+            self.feed.uncompile()
             self.guard.uncompile()
             return self._fitting(given)
 

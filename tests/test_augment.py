@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from refinelib import augment
+from refinelib.data import open_split
+from refinelib.feed import Feed
 
 
 def disc(size, count=4):
@@ -73,6 +75,34 @@ def test_nothing_comes_from_the_host():
     graph = make_fx(lambda *given: augment.apply(*given, mode="strong", window=(0.5, 0.5)))(image, cover, table("strong"))
     held = [getattr(graph, node.target).flatten().tolist() for node in graph.graph.nodes if node.op == "get_attr"]
     assert held == [pytest.approx(augment.MEAN), pytest.approx(augment.STD)]
+
+
+@pytest.mark.parametrize("mode", ["off", "flip", "full", "strong"])
+def test_compiled_it_holds_no_constant_and_gives_the_same(mode, monkeypatch):
+    image, cover = (torch.randint(0, high, (4, 32, 32, last), dtype=torch.uint8) for high, last in ((256, 3), (128, 2)))
+    plain = augment.apply(image, cover, table(mode), mode=mode, window=(0.5, 0.5))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    graph = make_fx(lambda *given: augment.apply(*given, mode=mode, window=(0.5, 0.5)))(image, cover, table(mode))
+    assert not [node for node in graph.graph.nodes if node.op == "get_attr"]
+    for mine, its in zip(graph(image, cover, table(mode)), plain):
+        torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["off", "flip", "full", "strong"])
+def test_compiled_batches_are_the_plain_ones_but_for_rounding(tiny, mode):
+    settings = tiny(device="cuda", augment=mode)
+    feed = Feed(open_split(settings, "train"), device=torch.device("cuda"), batch_size=16, mode=mode)
+    inputs = feed.inputs(feed.plan(0), 0)
+    images, labels = feed.make(*inputs)
+    feed.compile()
+    for _ in range(2):
+        mine, its = feed.make(*inputs)
+        torch.testing.assert_close(mine, images, rtol=0, atol=2e-3)
+        assert (its != labels).float().mean() < 1e-3
+    feed.uncompile()
+    assert torch.equal(feed.make(*inputs)[0], images)
 
 
 def test_colours_stay_in_range():
