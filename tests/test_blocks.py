@@ -11,24 +11,29 @@ from refinelib.modeling.blocks import Conv, GroupNorm, Head, SelfAttention, resi
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])]
 
 
-def gradients(function, *inputs):
+def gradients(function, *inputs, also=()):
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     y = function(*inputs)
     direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
-    return y, torch.autograd.grad((y * direction).sum(), inputs)
+    (y * direction).sum().backward(inputs=[*inputs, *also])
+    return y, tuple(x.grad for x in inputs)
 
 
 @pytest.mark.parametrize("channels", [2, 12, 40, 64])
 @pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_normalising_by_channels_is_group_normalisation(channels, offset):
+@pytest.mark.parametrize(("size", "parts"), [((7, 5), 1), ((16, 12), 4), ((16, 16), 8), ((8, 10), 2)])
+def test_normalising_by_channels_is_group_normalisation(channels, offset, size, parts):
     norm = GroupNorm(channels).double()
+    assert norm._parts(3, size[0] * size[1]) == parts
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    x = torch.randn(3, channels, 7, 5, dtype=torch.float64) + offset
-    a, (da,) = gradients(norm.by_channels, x)
-    b, (db,) = gradients(norm, x)
-    torch.testing.assert_close(a, b)
-    torch.testing.assert_close(da, db)
+    x = torch.randn(3, channels, *size, dtype=torch.float64) + offset
+    found = []
+    for function in (norm.by_channels, norm):
+        norm.zero_grad()
+        y, (dx,) = gradients(function, x, also=norm.parameters())
+        found.append((y, dx, norm.weight.grad, norm.bias.grad))
+    torch.testing.assert_close(*found)
 
 
 def test_it_is_exact_far_from_zero_and_with_an_outlying_first_pixel():

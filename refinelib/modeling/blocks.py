@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from refinelib.modeling.geometry import widen
 
 
+#: Sums that a large GPU takes at once: 64 on each of 132 multiprocessors. From there on PyTorch's compiler splits none of them by itself.
+SIDE_BY_SIDE = 64 * 132
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu & He, 2018): statistics of one sample only, so a batch never changes a sample's output.
 
@@ -32,24 +36,34 @@ class GroupNorm(nn.GroupNorm):
         PyTorch's own kernel wants all pixels of a channel side by side, and copies the convolutions' output there and back.
         Variances are taken about each channel's first pixel. It is one of the values, so its distance to the mean is at most
         ``sqrt(pixels)`` standard deviations and rounding stays below ``pixels * 2^-24`` of the variance, however far the
-        values are from 0. Groups are put together from their channels as in Chan et al., "Updating Formulae and a
-        Pairwise Algorithm for Computing Sample Variances", 1979, eq. 2.1.
+        values are from 0. Pixels are summed in parts, as many as keep a GPU busy, and a group is put together from all its
+        channels' parts at once, as in Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample
+        Variances", 1979, eq. 2.1. Weight, bias and mean are spread over the parts before they meet the pixels, so that their
+        gradients take the same two passes: over a part's pixels, then over the parts.
         """
-        batch, channels = x.shape[:2]
-        wide = widen(x)
-        first = wide[:, :, :1, :1].detach()
+        batch, channels, height, width = x.shape
+        parts = self._parts(batch, height * width)
+        wide = widen(x.permute(0, 2, 3, 1).reshape(batch, parts, -1, channels))
+        first = widen(x[:, :, 0, 0]).detach().view(batch, 1, 1, channels)
         off = (wide - first).clamp(-1e18, 1e18)  # whose squares are finite
-        mean, square = off.mean(dim=(2, 3)), off.square().mean(dim=(2, 3))
-        variances = (square - mean.square()).clamp(min=0).view(batch, self.num_groups, -1)
-        means = (first.flatten(1) + mean).view(batch, self.num_groups, -1)
-        middle = means.mean(dim=-1, keepdim=True)
-        variance = variances.mean(dim=-1, keepdim=True) + (means - middle).clamp(-1e18, 1e18).square().mean(dim=-1, keepdim=True)
-        gain = (variance + self.eps).rsqrt() * widen(self.weight).view(1, self.num_groups, -1)
-        middle = middle.expand_as(means).reshape(batch, channels, 1, 1)
-        # One bias a sample: its gradient is then a sum over pixels like the others', and all of them take one pass.
-        bias = widen(self.bias).view(1, -1, 1, 1).expand(batch, -1, -1, -1)
-        y = (wide - middle) * gain.reshape(batch, channels, 1, 1) + bias
-        return y.to(x.dtype)
+        mean, square = off.mean(dim=2, keepdim=True), off.square().mean(dim=2, keepdim=True)
+        shape = (batch, parts, self.num_groups, channels // self.num_groups)
+        variances, means = (square - mean.square()).clamp(min=0).view(shape), (first + mean).view(shape)
+        middle = means.mean(dim=(1, 3), keepdim=True)
+        between = (means - middle.detach()).clamp(-1e18, 1e18)  # they sum to 0, so the middle's own share of the gradient does too
+        variance = variances.mean(dim=(1, 3), keepdim=True) + between.square().mean(dim=(1, 3), keepdim=True)
+        across = (1, 1, self.num_groups, -1)
+        gain = (variance + self.eps).rsqrt().expand(shape) * widen(self.weight).view(across).expand(shape)
+        middle, gain, bias = (t.expand(shape).reshape(batch, parts, 1, channels) for t in (middle, gain, widen(self.bias).view(across)))
+        y = (wide - middle) * gain + bias
+        return y.to(x.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def _parts(self, batch: int, pixels: int) -> int:
+        """Equal parts to sum a sample's pixels in: enough sums side by side to keep a GPU busy, of 32 pixels at least."""
+        parts = 1
+        while batch * parts * self.num_channels < SIDE_BY_SIDE and pixels % (2 * parts) == 0 and pixels >= 64 * parts:
+            parts *= 2
+        return parts
 
 
 class Conv(nn.Conv2d):
