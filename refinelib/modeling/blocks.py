@@ -38,25 +38,27 @@ class GroupNorm(nn.GroupNorm):
         ``sqrt(pixels)`` standard deviations and rounding stays below ``pixels * 2^-24`` of the variance, however far the
         values are from 0. Pixels are summed in parts, as many as keep a GPU busy, and a group is put together from all its
         channels' parts at once, as in Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances", 1979, eq. 2.1. Weight, bias and mean are spread over the parts before they meet the pixels, so that their
-        gradients take the same two passes: over a part's pixels, then over the parts.
+        Variances", 1979, eq. 2.1. What a pixel is multiplied by and what is added to it are spread over the parts before they
+        meet the pixels, so their gradients take the same two passes: over a part's pixels (of these two numbers alone),
+        then over the parts, both at once for weight and bias and both at once for mean and variance.
         """
         batch, channels, height, width = x.shape
         parts = self._parts(batch, height * width)
         wide = widen(x.permute(0, 2, 3, 1).reshape(batch, parts, -1, channels))
         first = widen(x[:, :, 0, 0]).detach().view(batch, 1, 1, channels)
-        off = (wide - first).clamp(-1e18, 1e18)  # whose squares are finite
+        apart = wide - first
+        off = apart.clamp(-1e18, 1e18)  # whose squares are finite
         mean, square = off.mean(dim=2, keepdim=True), off.square().mean(dim=2, keepdim=True)
         shape = (batch, parts, self.num_groups, channels // self.num_groups)
         variances, means = (square - mean.square()).clamp(min=0).view(shape), (first + mean).view(shape)
         middle = means.mean(dim=(1, 3), keepdim=True)
         between = (means - middle.detach()).clamp(-1e18, 1e18)  # they sum to 0, so the middle's own share of the gradient does too
         variance = variances.mean(dim=(1, 3), keepdim=True) + between.square().mean(dim=(1, 3), keepdim=True)
-        across = (1, 1, self.num_groups, -1)
-        gain = (variance + self.eps).rsqrt().expand(shape) * widen(self.weight).view(across).expand(shape)
-        middle, gain, bias = (t.expand(shape).reshape(batch, parts, 1, channels) for t in (middle, gain, widen(self.bias).view(across)))
-        y = (wide - middle) * gain + bias
-        return y.to(x.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        weight, bias = (widen(p).view(1, 1, self.num_groups, -1).expand(shape) for p in (self.weight, self.bias))
+        gain = (variance + self.eps).rsqrt().expand(shape) * weight
+        shift = bias - (middle.expand(shape) - first.view(batch, 1, *shape[2:])) * gain
+        gain, shift = (t.reshape(batch, parts, 1, channels) for t in (gain, shift))
+        return (apart * gain + shift).to(x.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _parts(self, batch: int, pixels: int) -> int:
         """Equal parts to sum a sample's pixels in: enough sums side by side to keep a GPU busy, of 32 pixels at least."""
