@@ -517,6 +517,11 @@ def test_nothing_is_read_back(name):
 
 
 # -- compiled --------------------------------------------------------------------------------------
+# On a CPU the kernels alone would take minutes of compiling: there, the graphs they are made from, and the kernels of each kind of layer;
+# on a GPU all of it in every precision.
+BACKEND = {"cpu": "aot_eager", "cuda": "inductor"}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_losses_equal_eager_ones(device):
     labels = all_labels(device)
@@ -524,7 +529,7 @@ def test_compiled_losses_equal_eager_ones(device):
     def everything(logits: Tensor, labels: Tensor) -> Tensor:
         return torch.stack([loss.call(logits, labels) for loss in LOSSES.values()])
 
-    compiled = torch.compile(everything, dynamic=False, fullgraph=True)
+    compiled = torch.compile(everything, dynamic=False, fullgraph=True, backend=BACKEND[device])
     for kind, values in logit_maps(labels.cpu()).items():
         results = []
         for function in (everything, compiled):
@@ -560,13 +565,11 @@ def test_compiled_layers_are_finite_and_equal_eager_ones(device):
         torch.testing.assert_close(found[0][0], found[1][0], rtol=5e-2, atol=5e-2)
 
 
-# On a CPU the kernels alone would take five minutes of compiling: there, the graphs they are made from, and in
-# test_compiled_layers_are_finite_and_equal_eager_ones the kernels of each kind of layer; on a GPU all of it in every precision.
 @pytest.mark.parametrize(("device", "precision"), [("cpu", "autocast bf16"), *(("cuda", p) for p in PRECISIONS if "cuda" in DEVICES)])
 def test_compiled_model_is_finite_and_equals_eager(device, precision):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     network = small_model().to(device, dtype)
-    compiled = torch.compile(network, dynamic=False, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    compiled = torch.compile(network, dynamic=False, fullgraph=True, backend=BACKEND[device])
     criterion = MaskLoss(active_contour_weight=0.1, boundary_aware_weight=0.1, contour_weight=0.1, distance_weight=0.1)
     labels = torch.stack(list(label_maps(24, 32).values())).to(device)
     for kind, picture in images(len(labels), 24, 32).items():

@@ -187,9 +187,3 @@ def test_the_notebook_names_the_planted_module(runs, tmp_path):
     names = {"gradient_heat", "gradient_norms", "update_ratios", "distributions", "term_shares"}
     assert names <= {file.stem for file in (run.folder / "figures").glob("*.png")}
     assert sum("image/png" in data for data in shown.values()) == len(names)
-
-
-def test_the_notebook_makes_a_run_where_there_is_none(tmp_path):
-    shown = execute(tmp_path, "-p", "output_dir", tmp_path / "runs")
-    assert "No module left its usual level" in shown["answer"]["text/markdown"]
-    assert Run(tmp_path / "runs" / "debug").status()["state"] == "ok"

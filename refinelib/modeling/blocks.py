@@ -31,34 +31,9 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x).to(x.dtype)
 
     def by_channels(self, x: Tensor) -> Tensor:
-        """The same from sums over each channel's pixels, which lie in memory as a compiled kernel reads them.
-
-        PyTorch's own kernel wants all pixels of a channel side by side, and copies the convolutions' output there and back.
-        Variances are taken about each channel's first pixel. It is one of the values, so its distance to the mean is at most
-        ``sqrt(pixels)`` standard deviations and rounding stays below ``pixels * 2^-24`` of the variance, however far the
-        values are from 0. Pixels are summed in parts, as many as keep a GPU busy, and a group is put together from all its
-        channels' parts at once, as in Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances", 1979, eq. 2.1. What a pixel is multiplied by and what is added to it are spread over the parts before they
-        meet the pixels, so their gradients take the same two passes: over a part's pixels (of these two numbers alone),
-        then over the parts, both at once for weight and bias and both at once for mean and variance.
-        """
-        batch, channels, height, width = x.shape
-        parts = self._parts(batch, height * width)
-        wide = widen(x.permute(0, 2, 3, 1).reshape(batch, parts, -1, channels))
-        first = widen(x[:, :, 0, 0]).detach().view(batch, 1, 1, channels)
-        apart = wide - first
-        off = apart.clamp(-1e18, 1e18)  # whose squares are finite
-        mean, square = off.mean(dim=2, keepdim=True), off.square().mean(dim=2, keepdim=True)
-        shape = (batch, parts, self.num_groups, channels // self.num_groups)
-        variances, means = (square - mean.square()).clamp(min=0).view(shape), (first + mean).view(shape)
-        middle = means.mean(dim=(1, 3), keepdim=True)
-        between = (means - middle.detach()).clamp(-1e18, 1e18)  # they sum to 0, so the middle's own share of the gradient does too
-        variance = variances.mean(dim=(1, 3), keepdim=True) + between.square().mean(dim=(1, 3), keepdim=True)
-        weight, bias = (widen(p).view(1, 1, self.num_groups, -1).expand(shape) for p in (self.weight, self.bias))
-        gain = (variance + self.eps).rsqrt().expand(shape) * weight
-        shift = bias - (middle.expand(shape) - first.view(batch, 1, *shape[2:])) * gain
-        gain, shift = (t.reshape(batch, parts, 1, channels) for t in (gain, shift))
-        return (apart * gain + shift).to(x.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        """The same from sums over each channel's pixels: see :class:`_ByChannels`."""
+        batch, _, height, width = x.shape
+        return _ByChannels.apply(x, self.weight, self.bias, self.num_groups, self._parts(batch, height * width), self.eps)
 
     def _parts(self, batch: int, pixels: int) -> int:
         """Equal parts to sum a sample's pixels in: enough sums side by side to keep a GPU busy, of 32 pixels at least."""
@@ -66,6 +41,63 @@ class GroupNorm(nn.GroupNorm):
         while batch * parts * self.num_channels < SIDE_BY_SIDE and pixels % (2 * parts) == 0 and pixels >= 64 * parts:
             parts *= 2
         return parts
+
+
+class _ByChannels(torch.autograd.Function):
+    """Group normalisation of ``[B, C, H, W]`` whose channels lie last in memory, as a compiled kernel reads it.
+
+    PyTorch's own kernel wants all pixels of a channel side by side, and copies the convolutions' output there and back. Here both ways are
+    three passes: pixels are summed in ``parts``, as many as keep a GPU busy; a group is put together from all its channels' parts at
+    once; every pixel is looked at once more. What autograd would make of the first two is twice as many, hence a gradient by hand.
+
+    Variances are taken about each channel's first pixel. It is one of the values, so its distance to the mean is at most
+    ``sqrt(pixels)`` standard deviations and rounding stays below ``pixels * 2^-24`` of the variance, however far the
+    values are from 0. Groups are put together as in Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances", 1979, eq. 2.1; the gradient is that of Ioffe & Szegedy, "Batch Normalization", 2015, section 3, over a group.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, parts: int, eps: float) -> Tensor:
+        wide, shape = _in_parts(x, parts), (len(x), parts, groups, -1)
+        first = wide[:, :1, :1]
+        off = (wide - first).clamp(-1e18, 1e18)  # whose squares are finite
+        mean, square = off.mean(dim=2, keepdim=True), off.square().mean(dim=2, keepdim=True)
+        variances, means = (square - mean.square()).clamp(min=0).reshape(shape), (first + mean).reshape(shape)
+        middle = means.mean(dim=(1, 3), keepdim=True)
+        between = (means - middle).clamp(-1e18, 1e18).square()
+        scale = (variances.mean(dim=(1, 3), keepdim=True) + between.mean(dim=(1, 3), keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, middle, scale)
+        ctx.parts = parts
+        across = widen(weight).view(1, 1, groups, -1)
+        y = (wide - _by_channel(middle, across)) * _by_channel(scale * across) + widen(bias)
+        return y.to(x.dtype).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, middle, scale = ctx.saved_tensors
+        groups = middle.shape[2]
+        across, shape = widen(weight).view(1, 1, groups, -1), (len(x), ctx.parts, groups, -1)
+        off, slope = _in_parts(x, ctx.parts) - _by_channel(middle, across), _in_parts(dy, ctx.parts)
+        plain, along = slope.sum(dim=2, keepdim=True), (slope * off).sum(dim=2, keepdim=True)
+        d_weight, d_bias = torch.stack([along * _by_channel(scale, across), plain]).sum(dim=(1, 2, 3))
+        # Both sums over a group hold all that they are multiplied by, so that the last pass reads two numbers a group.
+        share = -scale / (x[0].numel() // groups)
+        constant = (plain.reshape(shape) * across * share).sum(dim=(1, 3), keepdim=True)
+        linear = (along.reshape(shape) * scale * across * scale * share).sum(dim=(1, 3), keepdim=True)
+        dx = slope * _by_channel(scale * across) + off * _by_channel(linear, across) + _by_channel(constant, across)
+        dx = dx.to(x.dtype).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+        return dx, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
+
+
+def _in_parts(x: Tensor, parts: int) -> Tensor:
+    """``[B, C, H, W]`` as float32 (or wider) ``[B, parts, pixels, C]``; no copy where channels lie last in memory."""
+    return widen(x.permute(0, 2, 3, 1).reshape(len(x), parts, -1, x.shape[1]))
+
+
+def _by_channel(x: Tensor, across: Tensor | None = None) -> Tensor:
+    """Numbers of a group ``[B, 1, groups, 1]``, spread over its channels as ``across`` has them, as ``[B, 1, 1, C]``."""
+    x = x if across is None else x.expand(-1, -1, -1, across.shape[3])
+    return x.reshape(len(x), 1, 1, -1)
 
 
 class Conv(nn.Conv2d):
