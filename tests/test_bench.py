@@ -12,6 +12,7 @@ import torch
 from refinelib import build
 from refinelib.config import project_root, resolve
 from refinelib.data import open_split
+from refinelib.modeling.blocks import GroupNorm
 
 
 def bench(name):
@@ -130,3 +131,14 @@ def test_a_bench_steps_at_the_rate_of_a_long_run_whatever_its_store(tiny):
     stepper = speed.stepper(settings, open_split(settings, "train"), torch.device("cpu"))
     rates = [float(stepper.guard.schedule(torch.tensor(step, dtype=torch.float64))) for step in (0, 500, 50_000)]
     assert rates[0] == pytest.approx(1e-3) and rates[1] > 0.999e-3 and rates[2] == pytest.approx(0.5e-3, rel=0.02)
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="bench/kernels.py reaches into the compiler of torch 2.13")
+@pytest.mark.parametrize("batch", [2, 48])
+def test_normalisation_takes_three_passes_each_way(batch):
+    """Sums of a part's pixels, sums of a group, every pixel; backward the weights' sums too, in two steps at most, and what the activation was given once more."""
+    layers = torch.nn.Sequential(GroupNorm(64), torch.nn.SiLU())
+    x = torch.randn(batch, 64, 32, 32).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    forward, backward = bench("kernels").count(layers, x)
+    assert (forward["direction"], forward["reductions"], forward["pointwise"]) == ("forward", 2, 1)
+    assert backward["direction"] == "backward" and 3 <= backward["reductions"] <= 4 and 1 <= backward["pointwise"] <= 2

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from refinelib.modeling.geometry import widen
 
 
+def for_gpu(x: Tensor) -> bool:
+    """Whether a layer with two formulations takes the one for GPUs."""
+    return x.is_cuda
+
+
 #: Sums that a large GPU takes at once: 64 on each of 132 multiprocessors. From there on PyTorch's compiler splits none of them by itself.
 SIDE_BY_SIDE = 64 * 132
 
@@ -26,7 +31,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and torch.compiler.is_compiling():
+        if for_gpu(x) and torch.compiler.is_compiling():
             return self.by_channels(x)
         return super().forward(x).to(x.dtype)
 
@@ -119,14 +124,14 @@ class Conv(nn.Conv2d):
         """
         if extra is None:
             return self._padded(x, self.weight, self.bias)
-        if not x.is_cuda:
+        if not for_gpu(x):
             return super().forward(torch.cat([x, extra], dim=1))
         many = x.shape[1]
         return self._padded(x, self.weight[:, :many], self.bias) + self._padded(extra, self.weight[:, many:], None)
 
     def _padded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         missing = -x.shape[1] % 8
-        if missing and x.is_cuda:
+        if missing and for_gpu(x):
             x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last) for t in (x, weight))
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
@@ -147,7 +152,7 @@ class Head(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            if x.is_cuda and self.kernel_size == (1, 1) and torch.compiler.is_compiling():
+            if for_gpu(x) and self.kernel_size == (1, 1) and torch.compiler.is_compiling():
                 return self.by_products(x)
             return F.conv2d(widen(x), widen(self.weight), widen(self.bias), padding=self.padding)
 
@@ -296,7 +301,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize to ``size`` (height, width), pixel centres aligned by area; nothing at all where it fits already."""
     if x.shape[-2:] == torch.Size(size):
         return x
-    if x.is_cuda:
+    if for_gpu(x):
         return resize_by_products(x, size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
