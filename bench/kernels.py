@@ -50,8 +50,11 @@ DEVICE = SimpleNamespace(
 def pretended():
     """PyTorch believes that there is such a device."""
     answers = dict(is_available=True, device_count=1, current_device=0, get_device_properties=DEVICE, get_device_capability=(9, 0), is_bf16_supported=True)
-    # Convolutions keep channels last there; and one pass that copies tensors as it goes would need the device itself.
-    layout = lambda x, weight, backend: torch.channels_last if any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)) else torch.contiguous_format  # noqa: E731
+
+    def layout(x, weight, backend):  # of a convolution's result there
+        last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        return torch.channels_last if last else torch.contiguous_format
+
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
@@ -60,6 +63,7 @@ def pretended():
             stack.enter_context(mock.patch(f"{place}.get_device_properties", staticmethod(lambda *_, **__: DEVICE)))
         stack.enter_context(mock.patch.object(scheduler, "has_triton", lambda *_: True))
         stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", layout))
+        # This pass copies tensors as it goes, for which the device itself would be needed.
         stack.enter_context(mock.patch.object(post_grad, "reinplace_inplaceable_ops", lambda *_: None))
         yield
 

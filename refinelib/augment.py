@@ -3,7 +3,8 @@
 :func:`draw` makes the random numbers of many ROIs at once, on the CPU, from a seeded generator;
 :func:`apply` is a pure function of them, the same on every device. So an ROI's augmentation
 depends on the seed, the epoch and its place in the epoch alone (and who is pasted into it, on its
-neighbour in the batch): a skipped step, a resumed run and a replayed incident see the very same pixels.
+neighbour in the batch): a skipped step, a resumed run and a replayed incident see the very same pixels
+(compiled kernels and plain ones differ in rounding alone).
 """
 
 from __future__ import annotations

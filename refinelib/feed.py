@@ -96,6 +96,7 @@ class Feed:
             pixels = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in pixels)
         return *pixels, table
 
+    @torch.no_grad()  # always: compiled kernels belong to one mode, and whoever looks at a step's batch once more shall see what it saw
     def make(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels from :meth:`inputs`, without the host: see :class:`Batch`."""
         *source, table = inputs
@@ -108,7 +109,7 @@ class Feed:
         return pixels, labels_from_coverage(shares.round().permute(0, 2, 3, 1))
 
     def compile(self) -> None:
-        """Make batches by compiled kernels, a few in place of some sixty; the same batches but for rounding. On a CPU it is nothing worth."""
+        """Make batches by compiled kernels, a few in place of some sixty; the same batches but for rounding. On a CPU the augmentation takes next to nothing of a step."""
         if self.device.type == "cuda":
             self._augmented = torch.compile(self.augmented, dynamic=False)
 

@@ -102,7 +102,7 @@ def test_nothing_public_is_left_out():
     assert public(model) == {"HierarchicalUNet", "UNet", "MaskOutput"}  # swept whole, below
     assert public(blocks) == {
         "GroupNorm", "Conv", "conv3x3", "Head", "Chain", "ConvNormAct", "ResidualBlock", "ChannelAttention", "SpatialAttention",
-        "SelfAttention", "resize", "resize_by_products",
+        "SelfAttention", "for_gpu", "resize", "resize_by_products",
     }
 
 
