@@ -27,7 +27,7 @@ from refinelib.config import DRAWING, WHERE, Settings, absolute
 #: Where kernels are kept unless this variable says otherwise.
 KERNELS_VARIABLE, KERNELS = "TORCHINDUCTOR_CACHE_DIR", "outputs/compiled"
 
-#: Settings that change what is computed and no kernel of model and loss, beside those of ``WHERE``. (The schedule's numbers are
+#: Settings that change what is computed and no kernel of augmentation, model and loss, beside those of ``WHERE``. (The schedule's numbers are
 #: part of the guard's own small kernel, which takes seconds.)
 _IMMATERIAL = WHERE | DRAWING | {
     "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "max_images", "data", "add_pennfudan",

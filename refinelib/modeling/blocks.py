@@ -73,36 +73,39 @@ class _ByChannels(torch.autograd.Function):
         scale = (variances.mean(dim=(1, 3), keepdim=True) + between.mean(dim=(1, 3), keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(x, weight, middle, scale)
         ctx.parts = parts
-        across = widen(weight).view(1, 1, groups, -1)
-        y = (wide - _by_channel(middle, across)) * _by_channel(scale * across) + widen(bias)
-        return y.to(x.dtype).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+        across, channels = widen(weight).view(1, 1, groups, -1), len(weight)
+        y = (wide - _by_channel(middle, channels)) * _by_channel(scale * across, channels) + widen(bias)
+        return _out_of_parts(y, x)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight, middle, scale = ctx.saved_tensors
-        groups = middle.shape[2]
+        groups, channels = middle.shape[2], len(weight)
         across, shape = widen(weight).view(1, 1, groups, -1), (len(x), ctx.parts, groups, -1)
-        off, slope = _in_parts(x, ctx.parts) - _by_channel(middle, across), _in_parts(dy, ctx.parts)
+        off, slope = _in_parts(x, ctx.parts) - _by_channel(middle, channels), _in_parts(dy, ctx.parts)
         plain, along = slope.sum(dim=2, keepdim=True), (slope * off).sum(dim=2, keepdim=True)
-        d_weight, d_bias = torch.stack([along * _by_channel(scale, across), plain]).sum(dim=(1, 2, 3))
+        d_weight, d_bias = torch.stack([along * _by_channel(scale, channels), plain]).sum(dim=(1, 2, 3))
         # Both sums over a group hold all that they are multiplied by, so that the last pass reads two numbers a group.
         share = -scale / (x[0].numel() // groups)
         constant = (plain.reshape(shape) * across * share).sum(dim=(1, 3), keepdim=True)
         linear = (along.reshape(shape) * scale * across * scale * share).sum(dim=(1, 3), keepdim=True)
-        dx = slope * _by_channel(scale * across) + off * _by_channel(linear, across) + _by_channel(constant, across)
-        dx = dx.to(x.dtype).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-        return dx, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
+        dx = slope * _by_channel(scale * across, channels) + off * _by_channel(linear, channels) + _by_channel(constant, channels)
+        return _out_of_parts(dx, x), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
 
 
 def _in_parts(x: Tensor, parts: int) -> Tensor:
     """``[B, C, H, W]`` as float32 (or wider) ``[B, parts, pixels, C]``; no copy where channels lie last in memory."""
-    return widen(x.permute(0, 2, 3, 1).reshape(len(x), parts, -1, x.shape[1]))
+    return widen(_places(x).unflatten(1, (parts, -1)))
 
 
-def _by_channel(x: Tensor, across: Tensor | None = None) -> Tensor:
-    """Numbers of a group ``[B, 1, groups, 1]``, spread over its channels as ``across`` has them, as ``[B, 1, 1, C]``."""
-    x = x if across is None else x.expand(-1, -1, -1, across.shape[3])
-    return x.reshape(len(x), 1, 1, -1)
+def _out_of_parts(y: Tensor, like: Tensor) -> Tensor:
+    """``[B, parts, pixels, C]`` back, in the shape and the type of ``like``."""
+    return _map(y.to(like.dtype).flatten(1, 2), tuple(like.shape[2:]))
+
+
+def _by_channel(x: Tensor, channels: int) -> Tensor:
+    """Numbers of a group, or of each of its channels, ``[B, 1, groups, 1 or C / groups]``, as ``[B, 1, 1, C]``."""
+    return x.expand(-1, -1, -1, channels // x.shape[2]).reshape(len(x), 1, 1, channels)
 
 
 class Conv(nn.Conv2d):
