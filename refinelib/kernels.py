@@ -56,6 +56,27 @@ def keep_note(settings: Settings) -> None:
         place.touch()
 
 
+@contextlib.contextmanager
+def keeping_graphs():
+    """While something is compiled: what PyTorch's compiler traced is kept beside the kernels, so that the next process need not trace gradients again.
+
+    PyTorch does so by itself, but for graphs with a change of precision or a gradient by hand in them, which are in every layer here. Both are wholly
+    described by the graph that is its key; this package's code is made part of the key too.
+    """
+    from torch._functorch import config as tracing  # seconds to import, and not needed where nothing is compiled
+    from torch._inductor import config as compiler
+
+    changes = {f"torch.amp.autocast_mode.{name}": _code() for name in ("_enter_autocast", "_exit_autocast")}
+    with contextlib.ExitStack() as stack:
+        for config, name, value in (
+            (compiler, "unsafe_marked_cacheable_functions", changes),
+            (tracing, "autograd_cache_allow_custom_autograd_functions", True),
+        ):
+            if hasattr(config, name):  # PyTorch 2.6 has neither: kernels alone are kept
+                stack.enter_context(config.patch({name: value}))
+        yield
+
+
 @functools.cache
 def _code() -> str:
     digest = hashlib.sha256()

@@ -19,7 +19,7 @@ from torch import Tensor
 from refinelib.build import StepParts, autocast, settled
 from refinelib.config import Settings
 from refinelib.feed import Plan
-from refinelib.kernels import Precompile, keep_note, kernels_folder, note
+from refinelib.kernels import Precompile, keep_note, keeping_graphs, kernels_folder, note
 from refinelib.safety.guard import Guard
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.roi import canvas_size
@@ -178,8 +178,13 @@ class Stepper:
 
     def _first(self, given: list[tuple[Tensor, ...]]) -> Tensor:
         """A step before the graph stands. What cannot be compiled here is done without."""
-        if not self.compiled or self.taken:
+        if not self.compiled:
             return self._fitting(given)
+        with keeping_graphs():
+            return self._fitting(given) if self.taken else self._compiling(given)
+
+    def _compiling(self, given: list[tuple[Tensor, ...]]) -> Tensor:
+        """The step that compiles."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice for whoever writes the compiled code
@@ -227,9 +232,7 @@ class Stepper:
             with torch.cuda.graph(graph):
                 report = self.compute(self.inputs)
         except torch.OutOfMemoryError:  # a graph keeps its memory to itself: there was room for the step, not for both
-            self.captures = self._smaller(len(given[0][-1]))
-            if self.captures:
-                self._capture(given)
+            self.captures, self.taken = self._smaller(len(given[0][-1])), 0  # smaller pieces are taken, and compiled, before they are recorded
             return
         except RuntimeError as error:
             torch.cuda.synchronize()

@@ -16,6 +16,8 @@ import torch
 
 from refinelib import build, checkpoints, kernels, precompile, stepping
 from refinelib import training as loop
+from refinelib.modeling import blocks
+from refinelib.runs import Run
 from refinelib.runs import Run
 from refinelib.training import train
 
@@ -223,3 +225,28 @@ def test_on_a_gpu_auto_waits_only_where_it_must(tiny, monkeypatch):
     kernels.keep_note(tiny())
     waiting, count = stepper()
     assert not waiting.beside and count == 2
+
+
+def test_the_next_process_need_not_trace_again(monkeypatch):
+    """Nor with the two things that PyTorch by itself would not keep: normalisation's own gradient, and a change of precision. Other code is traced anew."""
+    from torch._functorch import config
+
+    if not hasattr(config, "autograd_cache_allow_custom_autograd_functions"):
+        pytest.skip("this PyTorch keeps no graph with a gradient by hand in it")
+    monkeypatch.setattr(blocks, "for_gpu", lambda x: True)
+    layers = torch.nn.Sequential(blocks.GroupNorm(4), blocks.Head(4, 1, 3)).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def taken_up() -> dict[str, int]:
+        """What a process finds that starts now."""
+        torch._dynamo.reset()
+        found = torch._dynamo.utils.counters["aot_autograd"]
+        found.clear()
+        with kernels.keeping_graphs(), torch.autocast("cpu", torch.bfloat16):
+            torch.compile(layers, dynamic=False, fullgraph=True)(x).sum().backward()
+        return {name: found[f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")}
+
+    assert taken_up() == {"hit": 0, "miss": 1, "bypass": 0}
+    assert taken_up() == {"hit": 1, "miss": 0, "bypass": 0}
+    monkeypatch.setattr(kernels, "_code", lambda: "other code")
+    assert taken_up() == {"hit": 0, "miss": 1, "bypass": 0}

@@ -1,5 +1,6 @@
 """The loop: what it leaves, that it resumes exactly, that bad steps cost nothing."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,8 +17,9 @@ import refinelib.training as loop
 from refinelib import build, checkpoints
 from refinelib.config import SettingsError, resolve
 from refinelib.figures import plots
+from refinelib.modeling.model import HierarchicalUNet
 from refinelib.runs import Run
-from refinelib.stepping import worth_compiling
+from refinelib.stepping import WARM_UP, worth_compiling
 from refinelib.training import train
 
 
@@ -329,6 +331,49 @@ def test_a_batch_that_does_not_fit_is_taken_in_pieces_with_the_same_result(tiny,
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     told = [event["message"] for event in pieces.events() if event["kind"] == "speed"]
     assert len(told) == 2 and "taken in 4 pieces" in told[-1]
+
+
+def test_memory_that_others_took_meanwhile_is_no_end_of_validation(tiny, monkeypatch):
+    whole = train(tiny(run="whole", epochs=1, ema_decay=0.9, flip_test=True))
+    real, most, taken = HierarchicalUNet.forward, 3, []
+
+    def small_memory(model, images, **given):
+        if not model.training:
+            taken.append(len(images))
+            if len(images) > most:
+                raise torch.OutOfMemoryError("out of memory")
+        return real(model, images, **given)
+
+    monkeypatch.setattr(HierarchicalUNet, "forward", small_memory)
+    pieces = train(tiny(run="pieces", epochs=1, ema_decay=0.9, flip_test=True))
+    assert max(taken) > most and pieces.epochs()[-1]["metrics"] == whole.epochs()[-1]["metrics"]
+    most = 0  # not one crop by itself
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tiny(run="none", epochs=1, ema_decay=0.9))
+
+
+def test_pieces_are_warmed_up_before_they_are_recorded(tiny, monkeypatch):
+    """There was memory for the step, and not for the step and its graph; a graph that is being recorded may not compile anything."""
+    settings = tiny(batch_size=4, epochs=9)
+    trainer = loop.Trainer(settings, Run.start(settings))
+    stepper, recorded = trainer.stepper, []
+
+    @contextlib.contextmanager
+    def recording(graph):
+        recorded.append((stepper.taken, stepper.pieces))
+        if len(recorded) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    stepper.captures = True
+    plan, number = trainer.feed.plan(0), 0
+    while stepper.graph is None:
+        number += 1
+        stepper.step(plan, 0, number)
+    assert recorded == [(WARM_UP, 1), (WARM_UP, 2)] and number == 2 * WARM_UP
 
 
 def test_what_cannot_be_compiled_trains_all_the_same(tiny, monkeypatch):

@@ -24,20 +24,39 @@ def batches(store: Store, device: torch.device, size: int) -> Iterator[tuple[Ten
 def predict_probs(model: nn.Module, images: Tensor, *, flip: bool = False, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Tensor:
     """Class probabilities float32 ``[B, 3, Hm, Wm]`` of normalised crops, on the mask canvas.
 
+    What does not fit into memory at once is taken in ever smaller pieces: others may use the device too.
+
     With ``flip`` the average over each crop and its mirror image, mirrored back.
 
     With ``weights`` (background, target, non-target) each is multiplied by its class's and the three are divided by their sum, so that
     the likeliest class is the one to draw. A pixel raises the IoU one can expect where its probability is above ``J / (1 + J)``,
     with ``J`` the IoU reached (Lipton et al., "Optimal Thresholding of Classifiers to Maximize F1 Measure", 2014: half the
     F1, written in IoU): at odds of ``J`` to 1, not even ones, which is a weight of ``1 / J`` against all else.
+
+    Raises:
+        OutOfMemoryError: one crop alone does not fit.
     """
-    probs = model(images.contiguous(memory_format=torch.channels_last)).log_probs().exp()
+    probs = _probs(model, images)
     if flip:
-        probs = (probs + predict_probs(model, images.flip(-1)).flip(-1)) / 2
+        probs = (probs + _probs(model, images.flip(-1)).flip(-1)) / 2
     if set(weights) == {1.0}:
         return probs
     weighed = torch.stack([share * weight for share, weight in zip(probs.unbind(1), weights)], dim=1)
     return weighed / weighed.sum(dim=1, keepdim=True)
+
+
+def _probs(model: nn.Module, images: Tensor) -> Tensor:
+    pieces = 1
+    while True:
+        try:
+            parts = images.contiguous(memory_format=torch.channels_last).tensor_split(pieces)
+            return torch.cat([model(part).log_probs().exp() for part in parts])
+        except torch.OutOfMemoryError:
+            if pieces >= len(images):
+                raise
+        pieces = min(2 * pieces, len(images))
+        if images.is_cuda:
+            torch.cuda.empty_cache()
 
 
 def score(
