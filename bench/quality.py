@@ -5,7 +5,8 @@
 Runs are shared out over the GPUs there are, ``--parallel`` at a time on each. Kernels of a shape are made once, beside the first runs
 (their times hold the steps taken without). Prints a JSON line at every validation of every run and one a finished run, flushed, then
 two tables: mean over seeds and their spread at the end of training, and each variant against the first, seed by seed. Runs stay in
-``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures); ``--keep FILE`` packs what they reached, without weights.
+``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures); ``--evaluations DIR --images IMAGES --annotations JSON`` saves what it
+needs of them, to be looked at elsewhere; ``--keep FILE`` packs what they reached, without weights.
 
 bench/quality.md holds the outcome.
 """
@@ -105,8 +106,15 @@ def one(name: str, settings_json: str) -> None:
     )  # fmt: skip
 
 
-def run_all(jobs: list[tuple[str, dict]], *, script: str, parallel: int) -> dict[str, dict]:
-    """Every job (name, settings) in a process of its own; the last line of each that finished, by name."""
+def run_all(jobs: list[tuple[str, dict]], *, script: str, parallel: int, judge: list[str] | None = None) -> dict[str, dict]:
+    """Every job (name, settings) in a process of its own; the last line of each that finished, by name.
+
+    Args:
+        jobs: in the order they are started in.
+        script: this file, or what stands in for it.
+        parallel: runs at a time on each GPU.
+        judge: arguments of ``python -m refinelib evaluate`` for the last weights of every run, in which ``{run}`` is its folder's name.
+    """
     gpus = list(range(torch.cuda.device_count())) or [None]
     places = [gpu for _ in range(parallel) for gpu in gpus]
     waiting, finished = collections.deque(jobs), {}
@@ -131,6 +139,12 @@ def run_all(jobs: list[tuple[str, dict]], *, script: str, parallel: int) -> dict
             reader.join()
             if process.wait() and name not in finished:
                 print(json.dumps({"run": name, "failed": problems[0].strip().splitlines()[-1:]}), flush=True)
+            elif judge is not None and name in finished:
+                folder = Path(finished[name]["folder"])
+                line = [sys.executable, "-m", "refinelib", "evaluate", str(folder / "checkpoints" / "last.pt"), *(part.replace("{run}", folder.name) for part in judge)]
+                judged = subprocess.run(line, env=environment, capture_output=True, text=True)
+                if judged.returncode:
+                    print(json.dumps({"run": name, "not judged": judged.stderr.strip().splitlines()[-1:]}), flush=True)
 
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in places]
     for worker in workers:
@@ -189,10 +203,16 @@ def main() -> None:
     parser.add_argument("--variants", default="on,off", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time on each GPU")
+    parser.add_argument("--evaluations", type=Path, help="a folder for evaluations of the runs' last weights in the image, which notebooks/results.ipynb takes in place of runs")
+    parser.add_argument("--images", help="for these, the folder of images")
+    parser.add_argument("--annotations", help="and the COCO JSON of the people in them")
+    parser.add_argument("--jitter", action="store_true", help="and with boxes that are off")
     parser.add_argument("--keep", type=Path, help="a .tar.gz for what the runs reached, without weights")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of all runs")
     options = parser.parse_args()
     variants, seeds = options.variants.split(","), [int(seed) for seed in options.seeds.split(",")]
+    if options.evaluations and not (options.images and options.annotations):
+        parser.error("--evaluations needs --images and --annotations: the people to judge by")
     unknown = [variant for variant in variants if variant not in VARIANTS]
     if unknown:
         parser.error(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
@@ -208,7 +228,10 @@ def main() -> None:
             resolve(**settings)
     except SettingsError as error:  # before anything is trained
         parser.error(str(error))
-    finished = run_all(jobs, script=__file__, parallel=options.parallel)
+    judge = None
+    if options.evaluations:
+        judge = ["--images", options.images, "--annotations", options.annotations, "--save", str(absolute(options.evaluations) / "{run}"), *["--jitter"] * options.jitter]
+    finished = run_all(jobs, script=__file__, parallel=options.parallel, judge=judge)
     print("\n" + table(finished, variants, seeds))
     if options.keep:
         pack(options.keep, finished)

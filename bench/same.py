@@ -1,25 +1,33 @@
-"""Whether the fast path learns the same: the losses of some steps, compiled (and on CUDA captured as a graph) against plain ones.
+"""Whether the fast path learns the same: losses and gradients, compiled (and on CUDA captured as a graph) against plain ones.
 
-    python bench/same.py [--steps 200] [-p amp bf16] [-p batch_size 16]
+    python bench/same.py [--steps 200] [--nudges 3] [-p amp bf16] [-p batch_size 16] [--inductor '{"combo_kernels": true}']
 
-Both take the same steps from the same weights. Rounding differs between them, and training carries a difference on, so beside
-them goes a third run, plain too, whose weights start one rounding step away: how far that one drifts is what no method can be asked to
-beat. Prints one JSON line; exit code 1 where the fast path's mean loss over the last quarter is further off than ``--tolerance``, or
-the two drift apart ten times as fast as the nudged run does.
+Both take the same steps from the same weights. Rounding differs between them, and training carries a difference on, so beside them go
+runs that are plain too, whose weights start about one rounding step away: how far those drift is what no method can be asked to beat. Then the
+gradient of one batch, at the weights where the plain run ended, by both ways and in float32: chaos has no part in that, and a
+kernel that is wrong shows in the parameter it belongs to.
+
+Prints one JSON line. Exit code 1 where the fast path's mean loss over the last quarter is further off than ``--tolerance``, the two drift apart
+ten times as fast as nudged runs do, or the fast gradient lies further from float32's than one and a half times the plain one, or for any
+parameter than three times and a tenth of its length.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
+import math
 import sys
 import tempfile
+from typing import NamedTuple
 
 import torch
 
 from refinelib.config import resolve
 from refinelib.data import open_split
+from refinelib.kernels import keeping_graphs
 from refinelib.safety.guard import REPORT
 
 import speed
@@ -28,42 +36,41 @@ import speed
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--nudges", type=int, default=3, help="plain runs from weights one rounding step away")
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the loss")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--inductor", default={}, type=json.loads, metavar="JSON", help="options of PyTorch's compiler")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
     device = torch.device(options.device)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, speed.compiler_options(options.inductor):
         given = dict(amp="auto", augment="full", ema_decay=0.98, device=device.type, output_dir=folder, max_images=64, lr=1e-3, warmup_epochs=0)
         settings = resolve("original", **{**given, **dict(options.p)})
         with contextlib.redirect_stdout(sys.stderr):
             store = open_split(settings, "train")
         plain = settings.model_copy(update=dict(compile="off", cuda_graphs=False))
         fast = settings.model_copy(update=dict(compile="on"))
-        runs = {"plain": losses(plain, store, device, options.steps), "fast": losses(fast, store, device, options.steps)}
-        runs["nudged"] = losses(plain, store, device, options.steps, nudge=True)
-    last = options.steps - options.steps // 4
-    means = {name: float(found["loss"][last:].mean()) for name, found in runs.items()}
-    apart = {name: float((runs[name]["loss"] - runs["plain"]["loss"]).abs().mean()) for name in ("fast", "nudged")}
-    off = abs(means["fast"] / means["plain"] - 1)
-    same = off <= options.tolerance and apart["fast"] <= max(10 * apart["nudged"], 1e-3)
-    print(json.dumps({
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "torch": torch.__version__, "steps": options.steps, "amp": settings.amp,
-        "first_loss": {name: round(float(found["loss"][0]), 6) for name, found in runs.items()},
-        "last_quarter": {name: round(value, 5) for name, value in means.items()}, "off": round(off, 5),
-        "mean_distance_from_plain": {name: round(value, 6) for name, value in apart.items()},
-        "skipped": {name: int(found["skipped"].sum()) for name, found in runs.items()}, "same": same,
-    }))  # fmt: skip
-    return 0 if same else 1
+        exact = plain.model_copy(update=dict(amp="off"))
+        runs, weights = {}, {}
+        for name, how, nudge in [("plain", plain, 0), ("fast", fast, 0), *((f"nudged {i}", plain, i) for i in range(1, options.nudges + 1))]:
+            runs[name], weights[name] = run(how, store, device, options.steps, nudge=nudge)
+        batch = gradient(exact, store, device, weights["plain"])
+        slopes = {name: gradient(how, store, device, weights["plain"], batch.batch).slopes for name, how in (("plain", plain), ("fast", fast))}
+    line = compare(runs, options) | compare_gradients(batch.slopes, slopes)
+    line["same"] = line["losses_same"] and line["gradients_same"]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(json.dumps({"device": name, "torch": torch.__version__, "steps": options.steps, "amp": settings.amp, **line}))
+    return 0 if line["same"] else 1
 
 
-def losses(settings, store, device, steps: int, *, nudge: bool = False) -> dict[str, torch.Tensor]:
-    """Loss and skips of each step, read back at the end."""
+def run(settings, store, device, steps: int, *, nudge: int = 0) -> tuple[dict[str, torch.Tensor], dict]:
+    """Loss and skips of each step, read back at the end, and the weights it ended with. ``nudge`` is a seed; 0 moves nothing."""
     stepper = speed.stepper(settings, store, device)
     if nudge:
+        random = torch.Generator().manual_seed(nudge)
         with torch.no_grad():
             for p in stepper.guard.parameters:
-                p.mul_(1 + 2.0**-23)
+                p.mul_(1 + 2.0**-23 * torch.randint(-1, 2, p.shape, generator=random).to(device))
     reports = []
     for step in range(steps):
         epoch, at = divmod(step, stepper.feed.steps_per_epoch)
@@ -75,7 +82,57 @@ def losses(settings, store, device, steps: int, *, nudge: bool = False) -> dict[
     if (stepper.compiled, stepper.graph is not None) != (wanted, wanted and device.type == "cuda"):
         sys.exit("the fast path was not taken: see what was noted above")  # it would be compared with itself
     stepper.graph = None
-    return {name: table[:, before + REPORT.index(name)] for name in ("loss", "skipped")}
+    return {name: table[:, before + REPORT.index(name)] for name in ("loss", "skipped")}, copy.deepcopy(stepper.model.state_dict())
+
+
+class Gradient(NamedTuple):
+    """Of one batch: the batch itself, and the slope of each parameter by its name, float32."""
+
+    batch: tuple[torch.Tensor, torch.Tensor]
+    slopes: dict[str, torch.Tensor]
+
+
+def gradient(settings, store, device, weights: dict, batch: tuple | None = None) -> Gradient:
+    """The gradient at ``weights``, of a given batch or the first of the first epoch."""
+    stepper = speed.stepper(settings, store, device)
+    stepper.model.load_state_dict(weights)
+    images, labels = batch or stepper.feed.make(*stepper.feed.inputs(stepper.plan, 0))
+    with keeping_graphs(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        loss, _ = stepper.forward(images.contiguous(memory_format=torch.channels_last), labels)
+        factor = stepper.guard.scale(torch.ones((), device=device))
+        (loss * factor).backward()
+    return Gradient((images, labels), {name: p.grad.float() / factor for name, p in stepper.model.named_parameters() if p.grad is not None})
+
+
+def compare(runs: dict, options) -> dict:
+    """The losses of runs, in words of a JSON line."""
+    last = options.steps - options.steps // 4
+    means = {name: float(found["loss"][last:].mean()) for name, found in runs.items()}
+    apart = {name: float((found["loss"] - runs["plain"]["loss"]).abs().mean()) for name, found in runs.items() if name != "plain"}
+    off = {name: means[name] / means["plain"] - 1 for name in apart}
+    drift = max((value for name, value in apart.items() if name != "fast"), default=0.0)
+    return {
+        "first_loss": {name: round(float(found["loss"][0]), 6) for name, found in runs.items()},
+        "last_quarter": {name: round(value, 5) for name, value in means.items()}, "off": {name: round(value, 5) for name, value in off.items()},
+        "mean_distance_from_plain": {name: round(value, 6) for name, value in apart.items()},
+        "skipped": {name: int(found["skipped"].sum()) for name, found in runs.items()},
+        "losses_same": abs(off["fast"]) <= options.tolerance and apart["fast"] <= max(10 * drift, 1e-3),
+    }  # fmt: skip
+
+
+def compare_gradients(exact: dict[str, torch.Tensor], slopes: dict[str, dict[str, torch.Tensor]]) -> dict:
+    """How far both gradients lie from float32's: all of it, and the parameter where the fast one is worst beside the plain one, each over float32's length."""
+    whole = math.hypot(*(float(x.norm()) for x in exact.values()))
+    distances = {way: {name: float((found[name] - x).norm()) for name, x in exact.items()} for way, found in slopes.items()}
+    total = {way: math.hypot(*found.values()) / whole for way, found in distances.items()}
+    # Those of next to no gradient apart, whose every way is rounding.
+    own = {name: {way: distances[way][name] / float(x.norm()) for way in slopes} for name, x in exact.items() if x.norm() > 1e-5 * whole}
+    worst = max(own, key=lambda name: own[name]["fast"] - 3 * own[name]["plain"])
+    return {
+        "gradient_error": {way: round(value, 6) for way, value in total.items()},
+        "worst_parameter": {"name": worst, **{way: round(value, 6) for way, value in own[worst].items()}},
+        "gradients_same": total["fast"] <= 1.5 * total["plain"] + 1e-5 and own[worst]["fast"] <= 3 * own[worst]["plain"] + 0.1,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a guarded step costs, beside a plain loop on the same model in the same run.
 
     python bench/speed.py [--batches 2,16,64,128] [-p data coco -p store_dir DIR] [--out bench/speed.json]
+                          [--inductor '{"combo_kernels": true}']
 
 For each batch size, interleaved in blocks on the same data:
 
@@ -49,6 +50,13 @@ def synchronize(device) -> None:
     """Wait until the device has done all it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def compiler_options(options: dict):
+    """A context in which PyTorch's compiler has options that the package does not give it, to see what they are worth."""
+    from torch._inductor import config
+
+    return config.patch(options)
 
 
 class NoGuard:
@@ -121,6 +129,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--block", type=float, default=0.25, help="seconds of a block")
+    parser.add_argument("--inductor", default={}, type=json.loads, metavar="JSON", help="options of PyTorch's compiler")
     parser.add_argument("--out", type=Path)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
@@ -128,7 +137,7 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     say(figure="device", name=name, torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
     torch.backends.cudnn.benchmark = True
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, compiler_options(options.inductor):
         given = dict(amp="bf16" if device.type == "cuda" else "off", augment="full", ema_decay=0.98, device=device.type, output_dir=folder, compile="on")
         settings = resolve("original", **{**given, "data": "synthetic", **dict(options.p)})
         with contextlib.redirect_stdout(sys.stderr):

@@ -142,3 +142,16 @@ def test_normalisation_takes_three_passes_each_way(batch):
     forward, backward = bench("kernels").count(layers, x)
     assert (forward["direction"], forward["reductions"], forward["pointwise"]) == ("forward", 2, 1)
     assert backward["direction"] == "backward" and 3 <= backward["reductions"] <= 4 and 1 <= backward["pointwise"] <= 2
+
+
+def test_a_wrong_kernel_shows_in_its_parameters_gradient(monkeypatch):
+    monkeypatch.syspath_prepend(str(project_root() / "bench"))
+    compare = bench("same").compare_gradients
+    torch.manual_seed(0)
+    exact = {"large": torch.randn(1000), "small": 0.01 * torch.randn(10), "none": torch.zeros(3)}
+    rounded = {way: {name: x * (1 + 0.004 * torch.randn_like(x)) for name, x in exact.items()} for way in ("plain", "fast")}
+    assert compare(exact, rounded)["gradients_same"]
+    wrong = {**rounded, "fast": rounded["fast"] | {"small": 0.8 * exact["small"]}}
+    found = compare(exact, wrong)
+    assert not found["gradients_same"] and found["worst_parameter"]["name"] == "small"
+    assert found["gradient_error"]["fast"] < 1.5 * found["gradient_error"]["plain"]  # the whole would not have told
