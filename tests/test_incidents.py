@@ -77,12 +77,12 @@ def test_a_gradient_born_in_the_backward_pass_is_traced_to_module_operation_and_
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images[1, :, 0, :2] = 0.25
     labels = torch.randint(0, 3, (3, 32, 32), generator=torch.Generator().manual_seed(1))
-    people = [dict(image_id=10 + i, annotation_id=100 + i) for i in range(3)]
+    people = [dict(source="mine", image_id=10 + i, annotation_id=100 + i) for i in range(3)]
     step = Step(model, build_loss(settings), [(images, labels)], people, lambda: autocast(settings, build_device(settings)), Injector("", model), 7)
     finding = examine(step)
     assert (finding.phase, finding.module) == ("backward", "root")
     assert "Sqrt" in finding.node or "div" in finding.operation
-    assert finding.places == [1] and "annotation 101 in image 11" in finding.sentence
+    assert finding.places == [1] and "annotation 101 in image 11 of mine" in finding.sentence
     assert finding.parameters[0] == "root.weight" and finding.planted == []
     images[1, :, 0, 1] = 3.0
     healthy = examine(step)

@@ -127,7 +127,7 @@ def _build(source: Source, folder: Path, info: dict[str, Any], workers: int | No
         mean = (done.coverage / (255 * count)).astype(np.float32)
         columns = {name: getattr(people, name)[kept] for name in COLUMNS}
         np.savez(temporary / "index.npz", mean_coverage=mean, **columns)
-        info.update(rois=count, skipped=dict(sorted(reasons.items())), examples=dict(sorted(examples.items())),
+        info.update(rois=count, starts=people.starts, skipped=dict(sorted(reasons.items())), examples=dict(sorted(examples.items())),
                     seconds=round(time.perf_counter() - started, 3))
         (temporary / "store.json").write_text(json.dumps(info, indent=1))
         try:

@@ -15,7 +15,7 @@ class JoinedSources:
     """The people of all ``sources``, in their order; ``max_images`` counts from the first.
 
     The name says which these are, as in ``coco+pennfudan``. Images and persons keep the ids of their own data sets, so one id
-    may be there twice.
+    may be there twice; the store knows whose it is.
     """
 
     def __init__(self, sources: Sequence[Source], split: str) -> None:
@@ -39,7 +39,9 @@ class JoinedSources:
         columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
         columns["image_index"] = np.concatenate([part.image_index + start for part, start in zip(parts, before)]).astype(COLUMNS["image_index"])
         examples = {reason: example for part in reversed(parts) for reason, example in part.examples.items()}
-        return People(**columns, images=int(before[-1]), skipped=dict(sum((Counter(part.skipped) for part in parts), Counter())), examples=examples)
+        skipped = dict(sum((Counter(part.skipped) for part in parts), Counter()))
+        starts = {source.name: int(start) for source, start in zip(self.sources, before[: len(parts)])}
+        return People(**columns, images=int(before[-1]), skipped=skipped, examples=examples, starts=starts)
 
     def scene(self, index: int) -> Scene:
         for source, length in zip(self.sources, self._lengths):

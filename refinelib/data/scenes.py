@@ -47,7 +47,8 @@ class People:
     ``image_index`` int32: argument of ``scene``; ``slots`` int32: the person's place in its
     ``masks``; ``image_ids``, ``annotation_ids`` int64: the data set's own; ``boxes`` float32
     [N, 4] xyxy; ``areas`` float32: pixels of the mask; ``image_sizes`` int32 [N, 2]: (h, w).
-    ``images``: number of images with a ROI. ``skipped``: who was left out, by reason.
+    ``images``: number of images with a ROI. ``skipped``: who was left out, by reason. ``starts``: where several
+    data sets are joined, the first ``image_index`` of each, by its name.
     """
 
     image_index: np.ndarray
@@ -60,6 +61,7 @@ class People:
     images: int
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.image_index)

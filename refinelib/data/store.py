@@ -141,14 +141,19 @@ class Store:
         return Store(self.folder, info, columns, self._mean if rois == len(self) else None)
 
     def person(self, roi: int) -> dict[str, Any]:
-        """Who ROI ``roi`` is, as plain values: the data set's ids and the box."""
+        """Who ROI ``roi`` is, as plain values: its data set, that one's ids, and the box."""
         return {
             "roi": int(roi),
-            "source": self.source,
+            "source": self._source_of(roi),
             "image_id": int(self.image_ids[roi]),
             "annotation_id": int(self.annotation_ids[roi]),
             "box": [round(float(side), 2) for side in self.boxes[roi]],
         }
+
+    def _source_of(self, roi: int) -> str:
+        """The data set that a ROI is from, where several are joined (in a store of before, the name of all)."""
+        mine = [name for name, start in self.info.get("starts", {}).items() if start <= self.image_index[roi]]
+        return mine[-1] if mine else self.source
 
     def summary(self) -> str:
         """One line: what it is, how many ROIs, who was left out and why."""

@@ -235,7 +235,7 @@ def _sentence(finding: Finding, parameters: int, number: int) -> str:
 
 
 def _who(person: dict[str, Any]) -> str:
-    return f"annotation {person['annotation_id']} in image {person['image_id']}"
+    return f"annotation {person['annotation_id']} in image {person['image_id']} of {person['source']}"
 
 
 def _owner(parameter: str) -> str:
