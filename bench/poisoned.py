@@ -47,8 +47,8 @@ def main() -> int:
     for score in SCORES:
         clean, poisoned = ([r[score] for r in runs if r["run"].startswith(name)] for name in ("clean", "poisoned"))
         gaps = [b - a for a, b in zip(clean, poisoned)]
-        summary[score] = dict(clean=_mean(clean), poisoned=_mean(poisoned), difference=_mean(gaps), spread=round(statistics.pstdev(gaps), 4),
-                              seeds_apart=round(statistics.pstdev(clean), 4))  # fmt: skip
+        summary[score] = dict(clean=_mean(clean), poisoned=_mean(poisoned), difference=_mean(gaps), spread=round(statistics.stdev(gaps), 4),
+                              seeds_apart=round(statistics.stdev(clean), 4))  # fmt: skip
     print(json.dumps(summary), flush=True)
     return 0
 

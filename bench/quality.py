@@ -35,7 +35,7 @@ from refinelib.training import Trainer, train
 
 #: The last is of all crops' pixels together, as in mIoU; the one before it is a mean over the crops that have others in them.
 FIGURES = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "nontarget_pooled")
-#: Target IoU that the plain U-Net reaches in its 60 epochs.
+#: Target IoU that a plain ResNet-34 U-Net reaches in 60 epochs of the same data.
 EARLY = 0.66
 
 #: What each variant changes in the recipe.

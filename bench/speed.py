@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from refinelib import kernels
 from refinelib.build import build_step
 from refinelib.config import resolve
 from refinelib.data import open_split
@@ -53,9 +55,11 @@ def synchronize(device) -> None:
 
 
 def compiler_options(options: dict):
-    """A context in which PyTorch's compiler has options that the package does not give it, to see what they are worth."""
+    """A context in which PyTorch's compiler has options that the package does not give it, to see what they are worth: with kernels of its own, that no run takes up."""
     from torch._inductor import config
 
+    if options:
+        os.environ[kernels.KERNELS_VARIABLE] = str(kernels.kernels_folder() / "-".join(["with", *sorted(options)]))
     return config.patch(options)
 
 

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     batch = commands.add_parser("run", help="train recipes one after the other, each through notebooks/train.ipynb")
     batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths to some")
     batch.add_argument("--epochs", type=int, help="passes over the training people, for all of them")
-    batch.add_argument("--batch-size", type=int, help="ROIs a step, for all of them")
+    batch.add_argument("--batch-size", type=int, help="ROIs a micro-batch, for all of them")
     batch.add_argument("--debug", action="store_true", help="a rehearsal: a handful of images, two epochs, a small model")
     batch.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
 

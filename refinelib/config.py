@@ -101,7 +101,7 @@ class Settings(BaseModel):
     augment: Literal["off", "flip", "full", "strong"] = Field("flip", description="full: flip, affine, colour; strong: more of these, people pasted in front and behind, boxes drawn anew around what is then seen; on the device, whole batches at once")
 
     # -- model -----------------------------------------------------------------------------------
-    width: float = Field(1.0, ge=0.0625, le=2.0, description="channels relative to the full model: 1.0 has 23 M parameters, 0.125 trains on a laptop")
+    width: float = Field(1.0, ge=0.0625, le=2.0, description="channels relative to the full model: 1.0 has 24 M parameters, 0.125 trains on a laptop")
     coarse_width: float = Field(1.0, ge=0.25, le=4.0, description="channels of the two coarsest scales relative to those that width gives")
     coarse_depth: int = Field(1, ge=1, le=8, description="residual blocks of each scale below full resolution")
     use_boundary_refinement: bool = Field(True, description="residual on the mask, gated by edge strength")
@@ -129,7 +129,7 @@ class Settings(BaseModel):
     # -- optimisation ----------------------------------------------------------------------------
     epochs: int = Field(100, ge=1, le=100_000, description="passes over the training people")
     batch_size: int = Field(2, ge=1, le=65_536, description="ROIs a micro-batch")
-    accumulate: int = Field(1, ge=1, le=4096, description="micro-batches summed into one optimizer step")
+    accumulate: int = Field(1, ge=1, le=4096, description="micro-batches whose mean makes one optimizer step")
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="adam: weight decay enters as an L2 penalty")
     lr: float = Field(5e-5, gt=0.0, le=1.0, description="peak learning rate")
     min_lr: float = Field(1e-6, ge=0.0, le=1.0, description="learning rate at the end of the cosine; at most lr")

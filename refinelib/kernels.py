@@ -79,9 +79,11 @@ def keeping_graphs():
 
 @functools.cache
 def _code() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """Changes with the package, but for what no step is made of."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] not in ("figures", "notebook", "quality"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

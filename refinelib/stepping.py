@@ -107,6 +107,10 @@ class Stepper:
 
     def compute(self, given: list[tuple[Tensor, ...]]) -> Tensor:
         """Everything of a step that happens on the device."""
+        return self._finish(*self._gradient(given))
+
+    def _gradient(self, given: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+        """Loss components and total of a step, whose gradient is left with the parameters."""
         totals, components = [], []
         self.guard.zero_grad()
         batches = [self.injector.batch(*self.feed.make(*inputs)) for inputs in given]
@@ -119,7 +123,10 @@ class Stepper:
             totals.append(loss.detach())
             components.append(parts)
         self.injector.after_backward()
-        return torch.cat([sum(components[1:], components[0]), self.guard.step(sum(totals[1:], totals[0]))])
+        return sum(components[1:], components[0]), sum(totals[1:], totals[0])
+
+    def _finish(self, components: Tensor, total: Tensor) -> Tensor:
+        return torch.cat([components, self.guard.step(total)])
 
     def _compile(self) -> None:
         kernels_folder()  # says where they are kept
@@ -167,6 +174,7 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # no graph goes while it runs
         self.graph, self.report, self.inputs, self.taken = None, None, [], 0
+        self.pieces = 1  # compiled, it takes less memory
         self._let_go()
         self._compile()
 
@@ -209,10 +217,12 @@ class Stepper:
         """
         while True:
             try:
-                return self.compute(given)
+                found = self._gradient(given)
+                break
             except torch.OutOfMemoryError:
                 if not self._smaller(len(given[0][-1])):
                     raise
+        return self._finish(*found)  # never twice: half an update cannot be taken back
 
     def _smaller(self, batch: int) -> bool:
         """Take micro-batches in twice as many pieces; whether that can still be done."""

@@ -182,6 +182,9 @@ class Trainer:
                 for late in (*rows, *self.log.read(wait=True)):  # steps taken before this one was read
                     if not late.report["frozen"]:
                         self.log.record(late)
+                    if late.report["froze"]:  # those after it were not taken
+                        self.keep_incident(plan, late)
+                        self.step = late.step
                 self.rewind(reason, row)
                 return
 
@@ -194,6 +197,7 @@ class Trainer:
         at = (row.step - 1) % self.feed.steps_per_epoch
         batches = [self.feed.batch(plan, at, micro) for micro in range(self.settings.accumulate)]
         folder = self.run.folder / "incidents" / f"{row.step:06d}"
+        gradients = [p.grad for p in self.guard.parameters]  # a captured step writes to these very tensors, and never says so again
         try:
             finding = capture(
                 folder,
@@ -221,7 +225,15 @@ class Trainer:
                     "incident", f"{finding.sentence}; kept in incidents/{folder.name}", step=row.step, epoch=row.epoch,
                     folder=f"incidents/{folder.name}", **finding.as_dict(),
                 )  # fmt: skip
-        self.guard.thaw(armed=len(self.incidents) < self.settings.max_incidents and self.repeats < self.settings.max_incidents)
+        finally:
+            for p, gradient in zip(self.guard.parameters, gradients):
+                p.grad = gradient
+        self.guard.thaw(armed=self.looks_for_more)
+
+    @property
+    def looks_for_more(self) -> bool:
+        """Whether another incident would be kept."""
+        return len(self.incidents) < self.settings.max_incidents and self.repeats < self.settings.max_incidents
 
     def rewind(self, reason: str, row: Row) -> None:
         """Back to the last good state and past the data that hurt, or the end."""
@@ -374,13 +386,14 @@ class Trainer:
         self.log.load_state_dict(saved["log"])
         self.recovery.load_state_dict(saved["recovery"])
         self.incidents, self.repeats = list(saved["recovery"]["incidents"]), saved["recovery"]["repeats"]
+        self.guard.thaw(armed=self.looks_for_more)  # by the max_incidents of now
         _restore_random(saved["random"], self.device)
         self.step, self.best = saved["position"]["step"], saved["best"]
         self.run.rewind_records(self.step, saved["position"]["epoch"])
         self.run.event("resume", f"resumed from {path.name} at step {self.step}", step=self.step)
 
 
-#: Settings that a resumed run may have changed: none of them changes what a step does.
+#: Settings that a resumed run may have changed: none of them changes what is learnt, or how (``epochs`` stretches what is left of the rate's way down).
 _FREE_TO_CHANGE = WHERE | DRAWING | {
     "add_pennfudan", "device", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents", "compile", "cuda_graphs",
 }  # fmt: skip

@@ -425,3 +425,15 @@ def test_an_ordinary_noisy_run_has_hardly_any_spikes(on_spike):
         rates.append(len(found) / 2000)
     assert max(rates) < 0.005, rates
     print(f"false alarms, {on_spike}: {', '.join(f'{rate:.2%}' for rate in rates)}")
+
+
+def test_how_it_steps_is_the_devices_affair_not_the_checkpoints():
+    """A checkpoint of a CPU says nothing of CUDA graphs; a GPU that takes it up must still be able to record its step."""
+    _, guard = make()
+    saved = copy.deepcopy(guard.state_dict())
+    for group in saved["optimizer"]["param_groups"]:
+        group.update(capturable=True, foreach=True, weight_decay=0.125)
+    before = [(group["capturable"], group["fused"], group["foreach"]) for group in guard.optimizer.param_groups]
+    guard.load_state_dict(saved)
+    assert [(group["capturable"], group["fused"], group["foreach"]) for group in guard.optimizer.param_groups] == before
+    assert guard.optimizer.param_groups[0]["weight_decay"] == 0.125

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import refinelib
+import refinelib.training as loop
 from refinelib.safety.forensics import Step, examine
 from refinelib.safety.incidents import FORMAT, IncidentError, find, load, replay
 from refinelib.safety.inject import Injector
@@ -150,3 +151,27 @@ def test_a_disk_without_room_costs_the_incident_and_not_the_run(tiny, monkeypatc
     assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 1
     assert any(e["kind"] == "incident" and "No space left" in e["message"] for e in Run.open(run.folder).events())
     assert not list((run.folder / "incidents").iterdir())  # and no half one
+
+
+def test_a_look_at_an_incident_leaves_the_gradients_where_they_were(tiny, monkeypatch):
+    """A step that was recorded as a graph writes to these tensors and never hands them to the parameters again."""
+    kept = []
+    real = loop.Trainer.keep_incident
+
+    def watched(trainer, plan, row):
+        before = [p.grad for p in trainer.guard.parameters]
+        real(trainer, plan, row)
+        kept.append(all(p.grad is gradient for p, gradient in zip(trainer.guard.parameters, before)) and before[0] is not None)
+
+    monkeypatch.setattr(loop.Trainer, "keep_incident", watched)
+    train(tiny(inject="grad:nan@2:boundary", epochs=1, batch_size=2))
+    assert kept == [True]
+
+
+@pytest.mark.parametrize(("then", "now", "armed"), [(1, 5, 1), (5, 0, 0)])
+def test_a_resumed_run_keeps_as_many_incidents_as_it_now_may(tiny, then, now, armed):
+    train(tiny(run="again", inject="grad:nan@2:boundary", epochs=1, batch_size=2, max_incidents=then))
+    settings = tiny(run="again", inject="", epochs=2, batch_size=2, max_incidents=now, resume=True)
+    trainer = loop.Trainer(settings, Run.start(settings))
+    trainer.restore()
+    assert int(trainer.guard.state["armed"]) == armed

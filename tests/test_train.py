@@ -109,9 +109,9 @@ def test_killed_and_resumed_from_the_last_whole_checkpoint(tiny, tmp_path):
     code = "import json, sys; from refinelib.config import Settings; from refinelib.training import train; train(Settings(**json.loads(sys.argv[1])))"
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order
     process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.time() + 60
-    while time.time() < deadline and not (metrics.exists() and metrics.read_text().count('"kind": "epoch"') >= 2):
+    metrics, last = tmp_path / "killed" / "metrics.jsonl", tmp_path / "killed" / "checkpoints" / "last.pt"
+    deadline = time.time() + 180
+    while time.time() < deadline and not (last.exists() and metrics.exists() and metrics.read_text().count('"kind": "epoch"') >= 2):
         time.sleep(0.05)
     process.kill()
     process.wait()
@@ -331,6 +331,20 @@ def test_a_batch_that_does_not_fit_is_taken_in_pieces_with_the_same_result(tiny,
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     told = [event["message"] for event in pieces.events() if event["kind"] == "speed"]
     assert len(told) == 2 and "taken in 4 pieces" in told[-1]
+
+
+def test_an_update_is_never_taken_twice(tiny, monkeypatch):
+    """Where memory ends in the middle of the optimizer's step, part of the weights have moved already."""
+    calls = []
+
+    def full(guard, loss):
+        calls.append(loss)
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(build.Guard, "step", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tiny(run="once", batch_size=4))
+    assert len(calls) == 1
 
 
 def test_memory_that_others_took_meanwhile_is_no_end_of_validation(tiny, monkeypatch):

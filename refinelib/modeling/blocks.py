@@ -148,6 +148,7 @@ class Head(nn.Conv2d):
 
     Its weights' gradient is a sum over every pixel of the batch: in float16, times a loss scale of
     65,536, that is the first thing to overflow. It costs next to nothing to keep it out of there.
+    (A GPU multiplies float32 in TF32 where PyTorch lets it, as it does in convolutions: fewer digits, the same range.)
     """
 
     def __init__(self, inputs: int, outputs: int, size: int = 1) -> None:

@@ -169,7 +169,7 @@ def labels_from_coverage(coverage: Tensor) -> Tensor:
     """Labels of cells from what covers them.
 
     Args:
-        coverage: ``[..., 2]`` uint8, in 255ths of the cell: covered by this person; by other
+        coverage: ``[..., 2]`` uint8, or whole numbers of another type, in 255ths of the cell: covered by this person; by other
             people and not by this one.
 
     Returns:

@@ -52,7 +52,7 @@ class Step:
     """Everything that a step is made of, to take it again.
 
     ``batches`` are its micro-batches (images float32 ``[B, 3, H, W]``, labels int64 ``[B, H, W]``); ``people`` says who each sample is;
-    ``autocast`` makes the precision's context; ``scale`` is the loss scale; ``norms`` and ``loss`` are what was recorded.
+    ``autocast`` makes the precision's context; ``scale`` is the loss scale; ``recorded`` is what the run had: its loss and the norm of each parameter's gradient.
     """
 
     model: nn.Module

@@ -292,7 +292,10 @@ class Guard:
         for name, value in saved["state"].items():
             self.state[name].copy_(value)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
+        # How it steps is this device's affair, not that of the one it was saved on.
+        ways = [{name: group[name] for name in ("capturable", "fused", "foreach") if name in group} for group in self.optimizer.param_groups]
+        groups = [{**group, **way} for group, way in zip(saved["optimizer"]["param_groups"], ways)]
+        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         for group, rate in zip(self.optimizer.param_groups, rates):
             if isinstance(rate, Tensor):  # the very tensor that the fused kernel reads
                 group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))

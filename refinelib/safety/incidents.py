@@ -111,6 +111,8 @@ def replay(incident: str | os.PathLike, *, device: str = "auto") -> Finding:
 
     Raises:
         IncidentError: no incident there, or a part of it is missing or damaged.
+
+    The process is left as the run had its own: threads (on a CPU), determinism, random state.
     """
     report, settings, step = load(incident, device=device)
     return examine(step)

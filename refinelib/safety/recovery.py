@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from refinelib.safety.guard import Guard
 from refinelib.steplog import Row
 
-#: Applied steps between snapshots, and clean steps after one before it is good.
+#: Steps between snapshots, and clean steps after one before it is good.
 SNAPSHOT_EVERY, CLEAN_STEPS = 50, 20
 #: The loss is lost when its median over this many steps is this many times the lowest such median before ...
 LOSS_WINDOW, LOSS_FACTOR = 64, 2.0
 #: ... and this many of its own deviations above it.
 LOSS_SIGMA = 6.0
-#: Applied steps with a halved learning rate after a rewind.
+#: Applied steps with a lower learning rate after a rewind: half at the first, a quarter at the second, and so on.
 SLOW_STEPS = 200
 
 
