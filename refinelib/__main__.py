@@ -63,10 +63,10 @@ def _evaluate(options: argparse.Namespace) -> int:
             jitter=options.jitter,
             progress=sys.stderr.isatty(),
         )
+    print(dumps(found.report, indent=2), flush=True)  # first: it is worth more than the files
     if options.save:
         for file in found.save(options.save):
             print(f"wrote {file}", file=sys.stderr)
-    print(dumps(found.report, indent=2))
     return 0
 
 

@@ -173,7 +173,7 @@ class Settings(BaseModel):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError("give one whole number or [height, width]")
         for side in pair:
-            if isinstance(side, bool) or int(side) != side or not 16 <= side <= 512:
+            if isinstance(side, bool) or not isinstance(side, (int, float)) or not 16 <= side <= 512 or int(side) != side:
                 raise ValueError("each side is a whole number from 16 to 512")
         return tuple(int(side) for side in pair)
 
@@ -196,6 +196,10 @@ class Settings(BaseModel):
             refuse("use_subpixel_conv is the alternative to use_progressive_upsampling: switch one of them off")
         if self.data != "synthetic" and not (self.data_dir or self.store_dir or self.train_annotations):
             refuse(f"data = {self.data} needs data_dir, the folder of the data set, or store_dir, a store built before")
+        if self.data == "synthetic":
+            paths = [name for name in ("data_dir", "train_annotations", "train_images", "val_annotations", "val_images") if getattr(self, name)]
+            if paths:
+                refuse(f"{paths[0]} is given, and data = synthetic draws its own people: give data = coco or pennfudan too, or leave {paths[0]} out")
         if self.add_pennfudan and self.data == "pennfudan":
             refuse("data = pennfudan has Penn-Fudan's people already: leave add_pennfudan out")
         if self.ce_weight == 0 and self.dice_weight == 0:
@@ -233,7 +237,7 @@ def resolve(recipe: str | None = None, /, **overrides: Any) -> Settings:
     """
     recipe = recipe or overrides.pop("recipe", None) or Settings.model_fields["recipe"].default
     overrides.pop("recipe", None)
-    recipe = RECIPE_ALIASES.get(recipe, recipe)
+    recipe = RECIPE_ALIASES.get(str(recipe), str(recipe))
     from_file = load_recipe(recipe)
     from_file.pop("recipe", None)
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -284,8 +288,8 @@ def load_recipe(recipe: str) -> dict[str, Any]:
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise SettingsError(f"there is no recipe {recipe!r}{_nearest(recipe, [*known, *RECIPE_ALIASES])}; the recipes are {', '.join(known)}")
     try:
-        content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{file} must hold one `name: value` a line, and holds {type(content).__name__}")
@@ -384,8 +388,9 @@ def _read(name: str, value: Any, annotation: Any) -> Any:
     if options <= {str, type(None)} and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # papermill makes a number of -p run 20261122
     if isinstance(value, bool) and bool not in options:
-        if not value and "off" in _choices(annotation):
-            return "off"
+        word = "on" if value else "off"  # as YAML 1.1 reads them
+        if word in _choices(annotation):
+            return word
         raise SettingsError(f"{name} = {value}: give {_article(_type_name(annotation))}, not a truth value")
     if bool in options and value in (0, 1):
         return bool(value)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from refinelib.config import Settings, absolute, project_root
+from refinelib.locking import held
 
 
 class RunError(RuntimeError):
@@ -58,16 +59,29 @@ def dumps(record: dict[str, Any], *, indent: int | None = None) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file that may still be growing: a last, unfinished line is left out."""
+    """Objects of a JSON-lines file that may still be growing; an unfinished or damaged line is left out."""
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
+
+
+def _is_of(folder: Path, name: str) -> bool:
+    """Whether a run's folder was made for this name: ``coco-2017`` may be the 2017th run of ``coco``, or one of a name of its own."""
+    if folder.name == name:
+        return True
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8", errors="replace"))["settings"]
+        return (settings["run"] or Path(settings["recipe"]).stem) == name
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # it cannot say
 
 
 class Run:
@@ -98,7 +112,6 @@ class Run:
         if settings.resume:
             run = cls(cls._newest(root, settings.run_name))
             run._status = run.status()
-            run._sweep()
             return run
         for number in range(1, 100_000):
             folder = root / (settings.run_name if number == 1 else f"{settings.run_name}-{number}")
@@ -126,7 +139,7 @@ class Run:
         numbered = [
             (int(match[1] or 1), folder)
             for folder in root.iterdir()
-            if (match := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", folder.name)) and (folder / "status.json").is_file()
+            if (match := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", folder.name)) and (folder / "status.json").is_file() and _is_of(folder, name)
         ]
         # A start that failed early has nothing to go on from: it must not hide the run before it.
         numbered = [item for item in numbered if any((item[1] / "checkpoints").glob("*.pt"))] or numbered
@@ -219,6 +232,23 @@ class Run:
             with contextlib.suppress(OSError):
                 writer.close()
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this process trains the run; what a process that is gone left half written goes.
+
+        Raises:
+            RunError: another process is training it.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(held(self.folder / ".lock", wait=False))
+            except BlockingIOError:
+                raise RunError(f"{self.folder} is being trained by another process: wait until it ends, or start a run of another name") from None
+            except OSError:  # no room for a lock file: nobody can be told
+                pass
+            self._sweep()
+            yield
+
     def _sweep(self) -> None:
         """Remove the unfinished files of a process that was killed while it wrote."""
         for name in (".", "checkpoints", "samples", "gradients"):
@@ -285,7 +315,14 @@ class Run:
         return Settings(**self.config()["settings"])
 
     def status(self) -> dict[str, Any]:
-        return json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
+        file = self.folder / "status.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict):
+            raise RunError(f"{file} is damaged: put {{}} into it, and resume=true goes on from the checkpoints beside it")
+        return found
 
     def steps(self) -> list[dict[str, Any]]:
         return [line for line in read_lines(self.folder / "metrics.jsonl") if line["kind"] == "step"]

@@ -47,9 +47,15 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         skipping and going back did not help; the best checkpoint stays.
     """
     run = Run.start(settings)
+    with run.alone():
+        return _train(settings, run, on_epoch)
+
+
+def _train(settings: Settings, run: Run, on_epoch) -> Run:
     before = run.status() if settings.resume else None
     fresh = {} if settings.resume else dict(epoch=0, step=0, skipped_steps=0, rewinds=0, best=None, metrics=None)
     run.update(state="running", last_error=None, **fresh)
+    trainer = None
     try:
         trainer = Trainer(settings, run)
         with Interruption() as interruption:
@@ -70,7 +76,10 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         error.run = run
         raise
     except BaseException as error:
-        run.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+        if trainer is None and before is not None:  # never got as far as to go on: likewise
+            run.update(**before)
+        else:
+            run.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
         error.run = run  # a notebook shows what there is, and fails with the error in its last cell
         raise
     finally:
@@ -366,6 +375,7 @@ class Trainer:
             "best": self.best,
             "settings": self.settings.model_dump(mode="json"),
             "mean_coverage": self.mean_coverage,
+            "people": self.train_store.identity(),
         }
 
     def restore(self) -> None:
@@ -378,6 +388,11 @@ class Trainer:
             raise checkpoints.CheckpointError(
                 f"{path} was made with {saved['position']['steps_per_epoch']} steps an epoch, this run has {self.feed.steps_per_epoch}: "
                 "resume with the data, batch_size and accumulate that it was started with"
+            )
+        if saved.get("people") not in (None, self.train_store.identity()):
+            raise checkpoints.CheckpointError(
+                f"{path} was made with other people than the {len(self.train_store)} that this run has: resume with the data that it was started with, "
+                "or start a new run from these weights with init_from"
             )
         load_weights(self.model, saved, str(path))
         if self.average is not None:

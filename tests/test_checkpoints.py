@@ -317,6 +317,33 @@ def test_resume_takes_the_newest_of_the_name(tmp_path):
         Run.start(settings(tmp_path, run="other", resume=True))
 
 
+def test_resume_takes_no_run_of_a_longer_name(tmp_path):
+    for name in ("coco", "coco-2017"):
+        mine = settings(tmp_path, run=name)
+        run = Run.start(mine)
+        run.record_settings(mine, "cpu")
+        run.update(state="ok")
+    assert Run.start(settings(tmp_path, run="coco", resume=True)).name == "coco"
+    assert Run.start(settings(tmp_path, run="coco-2017", resume=True)).name == "coco-2017"
+    second = Run.start(settings(tmp_path, run="coco"))
+    second.record_settings(settings(tmp_path, run="coco"), "cpu")
+    second.update(state="ok")
+    assert Run.start(settings(tmp_path, run="coco", resume=True)).name == second.name == "coco-2"
+
+
+def test_damaged_records_are_no_end(tmp_path):
+    run = Run.start(settings(tmp_path))
+    run.update(state="ok")
+    (run.folder / "metrics.jsonl").write_bytes(b'{"kind": "epoch", "epoch": 1}\n5\n\xff\xfe\n{"kind": "epoch", "ep')
+    assert [line["epoch"] for line in run.epochs()] == [1]
+    for content in ("", "[]", "{"):
+        (run.folder / "status.json").write_text(content)
+        with pytest.raises(RunError, match="status.json is damaged"):
+            Run.start(settings(tmp_path, resume=True))
+    (run.folder / "status.json").write_text("{}")  # as the sentence says
+    assert Run.start(settings(tmp_path, resume=True)).name == run.name
+
+
 def test_open_by_folder_and_the_sentence_otherwise(tmp_path):
     run = Run.start(settings(tmp_path))
     run.update(state="ok")

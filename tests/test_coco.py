@@ -23,6 +23,7 @@ from refinelib.data.scenes import (
     SceneError,
 )
 from refinelib.modeling.roi import labels_from_coverage
+from refinelib.quality.scoring import blind, score
 
 # pycocotools 2.0 and NumPy 2 do not agree about an argument; only the reference decoder of these tests is concerned.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -528,3 +529,29 @@ def test_a_home_folder_may_be_meant(coco_files, monkeypatch):
     from refinelib.data import CocoPeople
 
     assert len(CocoPeople("~/instances.json", "~/images")) == 1
+
+
+def test_ids_that_say_nothing_are_not_believed(coco_files, tmp_path):
+    """Annotations without an id, or with one that another has: each gets one of its own. Two images of one id: nobody knows whose people are whose."""
+    image = coco_files.image()
+    for fields in ({"id": 2}, {"id": 2}, {"id": None}, {"id": "7"}):
+        coco_files.person(image, BOX, **fields)
+    ids = coco_files.source().people().annotation_ids.tolist()
+    assert ids[0] == 2 and len(set(ids)) == 4
+    again = coco_files.image()
+    coco_files.content["images"][-1]["id"] = image
+    coco_files.person(image, BOX)
+    with pytest.raises(DataError, match="two images of id 1, 001.jpg and 002.jpg"):
+        coco_files.source().people()
+    coco_files.content["images"][-1].update(coco_files.content["images"][0])  # the very same one twice is no harm
+    assert len(coco_files.source().people()) == 5 and again == 2
+
+
+def test_images_may_have_negative_ids(coco_files, tmp_path):
+    for number in (-7, -9):
+        image = coco_files.image()
+        coco_files.content["images"][-1]["id"] = number
+        coco_files.person(number, BOX)
+    store = build(coco_files, tmp_path)
+    found = score(blind(torch.full((*store.mask_size, 2), 0.3)), store, device=torch.device("cpu"), mask_size=store.mask_size)
+    assert found.compute(intervals=True)["rois"] == 2 and sorted(store.image_ids.tolist()) == [-9, -7]

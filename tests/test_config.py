@@ -146,3 +146,31 @@ def test_a_wrong_name_is_refused_before_torch_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "did you mean 'lr'" in done.stdout
+
+
+def test_yaml_reads_on_as_true_and_the_run_reads_it_as_on(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("compile: on\namp: off\n")
+    settings = resolve(str(file))
+    assert (settings.compile, settings.amp) == ("on", "off")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"data": "synthetic", "data_dir": "/somewhere"}, "data = synthetic draws its own people"),
+        ({"roi_size": float("inf")}, "whole number from 16 to 512"),
+        ({"roi_size": "[64, null]"}, "whole number from 16 to 512"),
+        ({"recipe": 5}, "there is no recipe '5'"),
+    ],
+)
+def test_odd_values_are_answered_in_a_sentence(given, words):
+    with pytest.raises(SettingsError, match=words):
+        resolve(**given)
+
+
+def test_a_recipe_in_another_encoding_is_named(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(b"recipe: caf\xe9\n")
+    with pytest.raises(SettingsError, match="mine.yaml is not valid YAML"):
+        resolve(str(file))

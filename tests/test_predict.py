@@ -160,3 +160,13 @@ def test_a_run_and_its_predictor_weigh_and_flip_alike(tiny):
     predictor.weights = (1.0, 1.0, 1.0)
     assert (predictor.roi_probs(images) - validated).abs().max() > 4e-3
     assert predictor.with_flip(False).weights == (1.0, 1.0, 1.0)
+
+
+def test_a_picture_of_16_bits_is_the_same_open_or_by_its_path(tmp_path):
+    file = tmp_path / "grey.png"
+    Image.fromarray((np.arange(64 * 48, dtype=np.uint16) * 20).reshape(64, 48)).save(file)
+    from refinelib.quality import predict
+
+    with Image.open(file) as picture:
+        mine = predict._rgb(picture)
+    assert np.array_equal(mine, predict._rgb(file)) and len(np.unique(mine)) > 200

@@ -131,6 +131,10 @@ def test_saved_files_hold_the_masks(photo, tmp_path):
     assert (picture[masks[0]] != inputs.pixels[masks[0]]).any(1).mean() > 0.95
     with pytest.raises(ValueError, match="is a file"):
         mask_files.save_masks(files[0], inputs, masks, np.zeros(2))
+    mine = files[0].with_name("photo_persons of mine.png")
+    mine.write_bytes(b"")
+    mask_files.save_masks(tmp_path / "a" / "b", inputs, masks[:1], np.array([0.9]))
+    assert not files[1].exists() and files[0].exists() and mine.exists()  # nobody takes the second for today's
 
 
 def test_figure_shows_every_box(photo):
@@ -172,3 +176,17 @@ def test_headless_it_is_a_picture(photo, monkeypatch):
     monkeypatch.setattr("refinelib.notebook.box_widget.interactive", lambda: True)
     picker._ipython_display_()
     assert shown[1] is picker.widget()
+
+
+def test_annotations_that_training_counts_and_leaves_out_are_left_out_here_too(photo, tmp_path):
+    people = [{"bbox": [1, 2, 20, 30], "image_id": 3}, {"bbox": None, "image_id": 3}, {"bbox": [1, 2, 20, 30]}, {"bbox": [1, 2, float("nan"), 30], "image_id": 3}]
+    content = {"images": [{"id": 3, "file_name": photo.name, "height": 40, "width": 60}], "categories": [{"id": 1, "name": "person"}]}
+    content["annotations"] = [{"category_id": 1, **one} for one in people] + [{"image_id": 3, "bbox": [0, 0, 9, 9]}]
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(content))
+    found = read_inputs(photo, None, file)
+    assert found.boxes == [[1.0, 2.0, 21.0, 32.0]] and found.image_id == 3
+    content["images"][0]["id"] = None
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="whole number as its id"):
+        read_inputs(photo, None, file)

@@ -16,9 +16,11 @@ import torch
 import refinelib.training as loop
 from refinelib import build, checkpoints
 from refinelib.config import SettingsError, resolve
+from refinelib.data import DataError, Store
 from refinelib.figures import plots
+from refinelib.locking import held
 from refinelib.modeling.model import HierarchicalUNet
-from refinelib.runs import Run
+from refinelib.runs import Run, RunError
 from refinelib.stepping import WARM_UP, worth_compiling
 from refinelib.training import train
 
@@ -429,3 +431,35 @@ def test_auto_is_what_the_device_has_and_stays_auto_in_the_records(tiny):
 def test_only_a_run_that_gains_by_it_is_compiled(recipe, steps, worth):
     """Two minutes of compiling pay after 17,000 steps of two ROIs, or after 1,300 of the recipe best."""
     assert worth_compiling(resolve(recipe, device="cpu"), steps) is worth
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tiny):
+    run = train(tiny(run="mine", epochs=1))
+    told = run.status()
+    with held(run.folder / ".lock"), pytest.raises(RunError, match="being trained by another process"):
+        train(tiny(run="mine", epochs=2, resume=True))
+    assert run.status() == told
+    assert train(tiny(run="mine", epochs=2, resume=True)).status()["epoch"] == 2
+
+
+def test_a_resume_that_finds_no_data_leaves_a_finished_run_finished(tiny, monkeypatch):
+    run = train(tiny(run="mine", epochs=1))
+    told = run.status()
+
+    def nowhere(settings):
+        raise DataError("there is no data folder")
+
+    monkeypatch.setattr(loop, "open_splits", nowhere)
+    with pytest.raises(DataError):
+        train(tiny(run="mine", epochs=2, resume=True))
+    assert {**run.status(), "updated": None} == {**told, "updated": None}
+    with pytest.raises(DataError):
+        train(tiny(run="fresh", epochs=2))
+    assert Run.open(run.folder.parent / "fresh").status()["state"] == "failed"
+
+
+def test_a_run_goes_on_with_the_people_it_was_started_with(tiny, monkeypatch):
+    train(tiny(run="mine", epochs=1))
+    monkeypatch.setattr(Store, "identity", lambda store: "others")
+    with pytest.raises(checkpoints.CheckpointError, match="other people"):
+        train(tiny(run="mine", epochs=2, resume=True))

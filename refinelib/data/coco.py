@@ -143,10 +143,17 @@ class CocoPeople:
         builder, listed, persons = PeopleBuilder(), {}, {}
         for number, entry in enumerate(content["images"]):
             if _is_image(entry):
-                listed[entry["id"]] = entry
+                other = listed.setdefault(entry["id"], entry)
+                if any(other[name] != entry[name] for name in ("file_name", "height", "width")):
+                    raise DataError(
+                        f"{self.annotations} has two images of id {entry['id']}, {other['file_name']} and {entry['file_name']}: nobody can say whose people are "
+                        "whose; give each image an id of its own (files that were put together need new ones)"
+                    )
             else:
                 needs = "id, height, width as whole numbers and file_name are needed"
                 builder.skip(NO_ENTRY, f"entry {number} of the images: {needs}, and it is {str(entry)[:200]}")
+        taken: set[int] = set()
+        free = 1 + max((a["id"] for a in content["annotations"] if isinstance(a, dict) and _is_whole(a.get("id"))), default=-1)
         for number, annotation in enumerate(content["annotations"]):
             if not isinstance(annotation, dict) or "category_id" not in annotation:
                 builder.skip(NO_FIELD, f"entry {number} of the annotations")
@@ -159,8 +166,9 @@ class CocoPeople:
             elif not _is_whole(annotation["image_id"]) or annotation["image_id"] not in listed:
                 builder.skip(NO_IMAGE, f"annotation {annotation.get('id', number)}, image {annotation['image_id']}")
             else:
-                if not _is_whole(annotation.get("id")):
-                    annotation["id"] = number
+                if not _is_whole(annotation.get("id")) or annotation["id"] in taken:  # figures and masks are kept by it
+                    annotation["id"], free = max(free, number), max(free, number) + 1
+                taken.add(annotation["id"])
                 persons.setdefault(annotation["image_id"], []).append(annotation)
         return persons, listed, builder
 

@@ -150,6 +150,16 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
+def as_rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image of any mode as uint8 [H, W, 3]."""
+    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+        grey = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
 def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """An image file as uint8 [H, W, 3], in the frame its annotations are in.
 
@@ -171,12 +181,7 @@ def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
                     found, wanted = f"{image.width}x{image.height}", f"{size[1]}x{size[0]}"
                     raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}")
                 image = upright
-            if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
-                grey = np.asarray(image).astype(np.float64) / 257
-                image = Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8))
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            return np.array(image.convert("RGB"))
+            return as_rgb(image)
     except FileNotFoundError:
         raise SceneError(MISSING, f"there is no image file {file}") from None
     except SceneError:

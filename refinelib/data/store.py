@@ -11,6 +11,7 @@ A store is a folder that travels as it is::
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from functools import cached_property
@@ -149,6 +150,11 @@ class Store:
             "annotation_id": int(self.annotation_ids[roi]),
             "box": [round(float(side), 2) for side in self.boxes[roi]],
         }
+
+    def identity(self) -> str:
+        """Of its people, in their order: the same wherever data and store lie."""
+        columns = (self.annotation_ids, self.image_ids, self.boxes)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(column).tobytes() for column in columns)).hexdigest()[:16]
 
     def _source_of(self, roi: int) -> str:
         """The data set that a ROI is from, where several are joined (in a store of before, the name of all)."""

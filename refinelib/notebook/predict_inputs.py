@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,18 +130,27 @@ def _boxes_of(annotations: Path, name: str, size: tuple[int, int]) -> tuple[int,
         content = json.loads(annotations.read_bytes())
         entries = {Path(entry["file_name"]).name: entry for entry in content["images"]}
         people = [one["id"] for one in content["categories"] if str(one["name"]).lower() == "person"]
-        found = [one for one in content["annotations"] if one["category_id"] in people and not one.get("iscrowd")]
+        found = [one for one in content["annotations"] if one.get("category_id") in people and not one.get("iscrowd")]
     except OSError as error:
         raise DataError(f"the annotation file {annotations} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise DataError(f"{annotations} is no COCO instances file with images, annotations and categories ({what})") from None
     if name not in entries:
         raise DataError(f"{annotations} lists no image {name}: give one of its {len(entries)} images, or boxes by hand")
     entry = entries[name]
+    if not isinstance(entry.get("id"), int):
+        raise DataError(f"{annotations} lists {name} without a whole number as its id: give it one, or boxes by hand")
     if (entry.get("height"), entry.get("width")) != size:
         wanted, has = f"{entry.get('width')} x {entry.get('height')}", f"{size[1]} x {size[0]}"
         raise DataError(f"{annotations} says that {name} has {wanted} pixels, and it has {has}: it is another image")
-    mine = [one["bbox"] for one in found if one["image_id"] == entry["id"]]
-    boxes = [[x, y, x + w, y + h] for x, y, w, h in mine if w > 0 and h > 0]
-    return int(entry["id"]), int(people[0]) if people else 1, [[float(side) for side in box] for box in boxes]
+    mine = [_numbers(one.get("bbox")) for one in found if one.get("image_id") == entry["id"]]
+    boxes = [[x, y, x + w, y + h] for x, y, w, h in filter(None, mine) if w > 0 and h > 0]
+    return entry["id"], int(people[0]) if people else 1, boxes
+
+
+def _numbers(box: Any) -> list[float] | None:
+    """Four finite numbers, or nothing: who has none is left out, as in training."""
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) and math.isfinite(side) for side in box):
+        return None
+    return [float(side) for side in box]

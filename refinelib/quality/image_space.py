@@ -23,7 +23,8 @@ from refinelib.modeling.roi import crop_rois, labels_from_coverage
 class AnnotatedImage(NamedTuple):
     """One image and the persons in it whose masks are asked for, ``N`` of the ``P`` that are annotated."""
 
-    image_id: int
+    index: int  # in its source
+    image_id: int  # its data set's
     pixels: np.ndarray  # uint8 [H, W, 3]
     masks: np.ndarray  # bool [P, H, W]: everybody's
     slots: np.ndarray  # int [N]: place in masks
@@ -57,7 +58,7 @@ def annotated_images(
     for index, start in zip(*np.unique(people.image_index, return_index=True)):
         try:
             scene = source.scene(int(index))
-        except SceneError:  # counted when the store was built
+        except (SceneError, OSError):  # counted when the store was built
             continue
         rows = range(start, start + int((people.image_index == index).sum()))
         rois = {int(people.slots[row]): row for row in rows if only is None or people.annotation_ids[row] in only}
@@ -73,6 +74,7 @@ def annotated_images(
             continue
         ids, categories, boxes, areas = zip(*known.values())
         yield AnnotatedImage(
+            index=int(index),
             image_id=int(people.image_ids[start]),
             pixels=scene.image,
             masks=scene.masks,
@@ -113,7 +115,7 @@ class ImageMetrics:
         x0, y0, x1, y1 = image.boxes[person].tolist()
         row = compare(found, truth, box_of(image.masks[image.slots[person]]), band_width((y1 - y0, x1 - x0)), full=self.full)
         row["area"] = torch.tensor(image.areas[person], dtype=torch.float64, device=truth.device)
-        row["image_id"] = torch.tensor(image.image_id, device=truth.device)
+        row["image_id"] = torch.tensor(image.index, device=truth.device)
         self._rows.append(row)
         self.annotation_ids.append(image.annotation_ids[person])
         self.masks[image.annotation_ids[person]] = self.coco.entries[-1]["segmentation"]

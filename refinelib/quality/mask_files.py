@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def save_masks(folder: str | os.PathLike, inputs: Inputs, masks: np.ndarray, sco
         files.append(folder / f"{inputs.name}_person{number}.png")
         Image.fromarray(mask.astype(np.uint8) * 255).save(files[-1])
         coco.add(inputs.image_id, inputs.category_id, mask, float(score))
+    for stale in folder.glob(f"{glob.escape(inputs.name)}_person*.png"):  # of a time with more boxes
+        if stale not in files and stale.stem.removeprefix(f"{inputs.name}_person").isdigit():
+            stale.unlink()
     files.append(folder / f"{inputs.name}_overlay.png")
     Image.fromarray(overlay(inputs.pixels, masks)).save(files[-1])
     files.append(folder / f"{inputs.name}_coco.json")

@@ -17,6 +17,7 @@ from refinelib.augment import MEAN, normalise
 from refinelib.build import autocast, build_device, build_model
 from refinelib.config import Settings
 from refinelib.data import decode_image
+from refinelib.data.scenes import as_rgb
 from refinelib.modeling.losses import TARGET
 from refinelib.quality.paste import paste_labels
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes
@@ -97,7 +98,8 @@ class Predictor:
         class is the one to draw.
 
         Args:
-            image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file).
+            image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file). The pixels as stored, as COCO annotates them: a file's or a PIL
+                image's EXIF orientation is not applied, and boxes made on the upright image need that (``PIL.ImageOps.exif_transpose``).
             boxes: ``[N, 4]`` xyxy in pixels; may reach outside the image.
             batch_size: ROIs at once.
 
@@ -158,7 +160,7 @@ def _rgb(image: Any) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return decode_image(Path(image))
     if isinstance(image, Image.Image):
-        image = image.convert("RGB")
+        image = as_rgb(image)
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(f"the image must be uint8 [H, W, 3] in RGB, and is {array.dtype} {list(array.shape)}")

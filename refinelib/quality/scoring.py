@@ -72,8 +72,9 @@ def score(
     metrics = SegmentationMetrics(full=full)
     for images, labels, rois in batches(store, device, batch_size):
         predicted = predict(images).argmax(dim=1)
-        areas, image_ids = (torch.as_tensor(column[rois.numpy()], device=device) for column in (store.areas, store.image_ids))
-        metrics.update(centre_window(predicted, mask_size), centre_window(labels, mask_size), areas, image_ids)
+        # Which image it is in the store: a data set's own ids may be negative, and those of two may be the same.
+        areas, images_of = (torch.as_tensor(column[rois.numpy()], device=device) for column in (store.areas, store.image_index))
+        metrics.update(centre_window(predicted, mask_size), centre_window(labels, mask_size), areas, images_of)
     return metrics
 
 
