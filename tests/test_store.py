@@ -17,7 +17,7 @@ import torch
 from refinelib import locking
 from refinelib.augment import MEAN
 from refinelib.config import Settings, resolve
-from refinelib.data import DataError, SceneError, Store, SyntheticPeople, building, open_split, open_splits, open_store
+from refinelib.data import CocoPeople, DataError, SceneError, Store, SyntheticPeople, building, open_split, open_splits, open_store
 from refinelib.data.builders import only_builder
 from refinelib.data.scenes import COLUMNS, MISSING, UNREADABLE
 from refinelib.data.store import FORMAT
@@ -196,6 +196,29 @@ def test_images_that_fail_leave_the_other_rows_right(coco_files, tmp_path, worke
         assert np.array_equal(getattr(some, name), getattr(whole, name)[kept]), name
     assert np.allclose(some.mean_coverage(), np.asarray(some.coverage, np.float64).mean(0) / 255, atol=1e-6)
     assert not hidden(tmp_path / "some")
+
+
+def test_an_image_that_was_fetched_again_is_used(coco_files, tmp_path):
+    """Its folder's time does not change with it."""
+    for _ in range(3):
+        coco_files.person(coco_files.image((60, 70)), (4, 4, 40, 50))
+    whole = (coco_files.images / "002.jpg").read_bytes()
+    coco_files.truncate(2)
+    coco_files.source()
+
+    def opened():
+        return open_store(CocoPeople(coco_files.annotations, coco_files.images, "val"), root=tmp_path / "s", **SMALL)
+
+    broken = opened()
+    assert len(broken) == 2 and len(opened()) == 2
+    before = (broken.folder / "store.json").stat().st_mtime_ns
+    (coco_files.images / "002.jpg").write_bytes(whole)
+    repaired = opened()
+    assert len(repaired) == 3 and not repaired.skipped and repaired.folder == broken.folder
+    assert (repaired.folder / "store.json").stat().st_mtime_ns != before
+    (broken.folder / "store.json").write_text("{")
+    with pytest.raises(DataError, match="damaged|not readable|store.json"):
+        opened()
 
 
 def test_closing_gaps_of_many_rows(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,11 +25,15 @@ import torch
 
 from refinelib.data.builders import building_folder, only_builder
 from refinelib.data.errors import DataError
-from refinelib.data.rows import RowWriter, Written
+from refinelib.data.rows import RowWriter, Written, stamp
 from refinelib.data.scenes import COLUMNS, MAX_PEOPLE, MIN_SIDE, Source, counted
-from refinelib.data.store import FORMAT, Store
+from refinelib.data.store import FORMAT, Store, read_info
 from refinelib.progress import Progress
 from refinelib.modeling.roi import canvas_size, mask_canvas_size
+
+
+#: Files that could not be used, of which a store notes what they were.
+MOST_UNREAD = 1000
 
 
 def sampling(roi_size: tuple[int, int], mask_size: tuple[int, int], context: float) -> dict[str, list[int]]:
@@ -78,6 +84,8 @@ def open_store(
         return root / f"{source.name}-{source.split}-{key}"
 
     whole, folder = place(None), place(max_images)
+    for store in {whole, folder}:
+        _make_room_if_repaired(store, progress)
     if not folder.exists() and whole.exists():
         return Store.open(whole).first_images(max_images)
     if folder.exists():
@@ -96,6 +104,22 @@ def open_store(
     if progress:
         print(store.summary(), flush=True)
     return store
+
+
+def _make_room_if_repaired(folder: Path, progress: bool) -> None:
+    """Remove a store that left out files which are others by now: who fetched one again, as the message said, wants its people."""
+
+    def repaired() -> bool:
+        try:
+            return folder.exists() and any(stamp(file) != was for file, was in read_info(folder).get("unread", {}).items())
+        except DataError:  # whoever opens it says what is wrong
+            return False
+
+    with contextlib.suppress(OSError):  # it may not be changed: then it is used as it is
+        if repaired():
+            with only_builder(folder, progress):
+                if repaired():
+                    shutil.rmtree(folder)
 
 
 # -- the whole store -------------------------------------------------------------------------------
@@ -127,7 +151,8 @@ def _build(source: Source, folder: Path, info: dict[str, Any], workers: int | No
         mean = (done.coverage / (255 * count)).astype(np.float32)
         columns = {name: getattr(people, name)[kept] for name in COLUMNS}
         np.savez(temporary / "index.npz", mean_coverage=mean, **columns)
-        info.update(rois=count, starts=people.starts, skipped=dict(sorted(reasons.items())), examples=dict(sorted(examples.items())),
+        unread = dict(itertools.islice(done.unread.items(), MOST_UNREAD))
+        info.update(rois=count, starts=people.starts, unread=unread, skipped=dict(sorted(reasons.items())), examples=dict(sorted(examples.items())),
                     seconds=round(time.perf_counter() - started, 3))
         (temporary / "store.json").write_text(json.dumps(info, indent=1))
         try:

@@ -129,9 +129,9 @@ def _read_mask(file: Path) -> tuple[np.ndarray, np.ndarray]:
             image.load()
             owner = np.array(image)
     except FileNotFoundError:
-        raise SceneError(MISSING, f"there is no mask file {file}") from None
+        raise SceneError(MISSING, f"there is no mask file {file}", file) from None
     except Exception as error:
-        raise SceneError(UNREADABLE, f"{file} cannot be decoded ({error}): fetch it again or take it out") from None
+        raise SceneError(UNREADABLE, f"{file} cannot be decoded ({error}): fetch it again or take it out", file) from None
     if owner.ndim != 2:
         many = owner.shape[2]
         raise SceneError(UNREADABLE, f"{file} must have one value a pixel, the person's number, and has {many}")

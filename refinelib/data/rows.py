@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes
 class Written:
     """What became of some images.
 
-    ``empty``: rows that hold no ROI; ``reasons``: why, counted; ``examples``: the first of each reason;
+    ``empty``: rows that hold no ROI; ``reasons``: why, counted; ``examples``: the first of each reason; ``unread``: files
+    that could not be used, as :func:`stamp` saw them;
     ``coverage``: int64 [Hm, Wm, 2], sum of the coverage of all other rows.
     """
 
@@ -28,6 +30,7 @@ class Written:
     empty: list[int] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, list[int] | None] = field(default_factory=dict)
 
     def skip(self, rows: range | list[int], reason: str, example: str) -> None:
         self.empty.extend(rows)
@@ -40,7 +43,17 @@ class Written:
         self.empty.extend(other.empty)
         self.reasons.update(other.reasons)
         self.examples = {**other.examples, **self.examples}
+        self.unread.update(other.unread)
         return self
+
+
+def stamp(file: str | Path) -> list[int] | None:
+    """Size and time of a file; None: there is none. Another one means another file."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 class RowWriter:
@@ -72,6 +85,8 @@ class RowWriter:
                 images, coverage, has_mask = self._crops(index, rows)
             except SceneError as error:
                 done.skip(rows, error.reason, str(error))
+                if error.file is not None:
+                    done.unread[str(error.file)] = stamp(error.file)
                 continue
             for row in np.asarray(rows)[~has_mask].tolist():
                 done.skip([row], NO_MASK, f"annotation {self.people.annotation_ids[row]} has no mask inside its box")

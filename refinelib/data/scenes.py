@@ -179,12 +179,12 @@ def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
                 upright = ImageOps.exif_transpose(image)
                 if (upright.height, upright.width) != tuple(size):
                     found, wanted = f"{image.width}x{image.height}", f"{size[1]}x{size[0]}"
-                    raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}")
+                    raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}", file)
                 image = upright
             return as_rgb(image)
     except FileNotFoundError:
-        raise SceneError(MISSING, f"there is no image file {file}") from None
+        raise SceneError(MISSING, f"there is no image file {file}", file) from None
     except SceneError:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, its own...
-        raise SceneError(UNREADABLE, f"{file} cannot be decoded ({error}): fetch it again or take it out") from None
+        raise SceneError(UNREADABLE, f"{file} cannot be decoded ({error}): fetch it again or take it out", file) from None
