@@ -384,7 +384,8 @@ def _git_commit() -> str | None:
 def latest(output_dir: str = "outputs") -> Run:
     """The run whose status changed last."""
     root = absolute(output_dir)
-    found = sorted(root.glob("*/status.json"), key=lambda file: file.stat().st_mtime)
+    runs = (file for file in root.glob("*/status.json") if not (file.parent / "progressive.json").is_file())  # a chain of runs is none
+    found = sorted(runs, key=lambda file: file.stat().st_mtime)
     if not found:
         raise RunError(f"there is no run under {root} yet: `make train` makes one")
     return Run(found[-1].parent)

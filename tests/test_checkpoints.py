@@ -16,7 +16,7 @@ from test_train import assert_same, final_weights
 from refinelib import checkpoints
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
-from refinelib.runs import Run, RunError, dumps, read_lines
+from refinelib.runs import Run, RunError, dumps, latest, read_lines
 from refinelib.training import train
 
 
@@ -329,6 +329,16 @@ def test_resume_takes_no_run_of_a_longer_name(tmp_path):
     second.record_settings(settings(tmp_path, run="coco"), "cpu")
     second.update(state="ok")
     assert Run.start(settings(tmp_path, run="coco", resume=True)).name == second.name == "coco-2"
+
+
+def test_the_latest_run_is_a_run(tmp_path):
+    run = Run.start(settings(tmp_path))
+    run.update(state="ok")
+    chain = tmp_path / "progressive"
+    chain.mkdir()
+    for name in ("progressive.json", "status.json"):
+        (chain / name).write_text('{"state": "ok"}')
+    assert latest(str(tmp_path)).folder == run.folder
 
 
 def test_damaged_records_are_no_end(tmp_path):
