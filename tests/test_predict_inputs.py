@@ -86,7 +86,7 @@ def test_wrong_files_get_a_sentence(photo, tmp_path, coco_files):
         read_inputs(photo, None, coco_files.annotations)
     coco_files.image((10, 10), name="photo.png")
     coco_files.source()
-    with pytest.raises(DataError, match="10 x 10 pixels, and it has 60 x 40"):
+    with pytest.raises(DataError, match="has 60x40 pixels, its annotation says 10x10"):
         read_inputs(photo, None, coco_files.annotations)
 
 
@@ -190,3 +190,16 @@ def test_annotations_that_training_counts_and_leaves_out_are_left_out_here_too(p
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match="whole number as its id"):
         read_inputs(photo, None, file)
+
+
+def test_a_picture_on_its_side_is_turned_as_its_annotations_are(tmp_path):
+    stored = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(stored).save(tmp_path / "photo.png", exif=orientation)
+    content = {"images": [{"id": 3, "file_name": "photo.png", "height": 60, "width": 40}], "categories": [{"id": 1, "name": "person"}]}
+    content["annotations"] = [{"category_id": 1, "image_id": 3, "bbox": [1, 41, 20, 18]}]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    found = read_inputs(tmp_path / "photo.png", None, tmp_path / "instances.json")
+    np.testing.assert_array_equal(found.pixels, np.rot90(stored, -1))
+    assert found.boxes == [[1.0, 41.0, 21.0, 59.0]]

@@ -94,10 +94,11 @@ def read_inputs(
         return Inputs(source.scene(0).image, given or people.boxes.astype(float).tolist(), "synthetic", 0, 1)
     path = Path(image).expanduser()
     path = path if path.is_file() else absolute(path)
-    pixels, image_id, category_id = decode_image(path), 0, 1
+    size, image_id, category_id = None, 0, 1
     if annotations is not None:
-        image_id, category_id, listed = _boxes_of(Path(annotations).expanduser(), path.name, pixels.shape[:2])
+        size, image_id, category_id, listed = _boxes_of(Path(annotations).expanduser(), path.name)
         given = given or listed
+    pixels = decode_image(path, size)
     for number, (x0, y0, x1, y1) in enumerate(given):
         if min(x1, pixels.shape[1]) <= max(x0, 0) or min(y1, pixels.shape[0]) <= max(y0, 0):
             size = f"{pixels.shape[1]} x {pixels.shape[0]}"
@@ -122,8 +123,8 @@ def _read_boxes(boxes: str | list | None) -> list[list[float]]:
     return table.tolist()
 
 
-def _boxes_of(annotations: Path, name: str, size: tuple[int, int]) -> tuple[int, int, list[list[float]]]:
-    """Image id, category id and boxes of the persons of one image in a COCO JSON."""
+def _boxes_of(annotations: Path, name: str) -> tuple[tuple[int, int], int, int, list[list[float]]]:
+    """Size ``(h, w)``, image id, category id and boxes of the persons of one image in a COCO JSON."""
     if not annotations.is_file():
         annotations = absolute(annotations)
     try:
@@ -139,14 +140,11 @@ def _boxes_of(annotations: Path, name: str, size: tuple[int, int]) -> tuple[int,
     if name not in entries:
         raise DataError(f"{annotations} lists no image {name}: give one of its {len(entries)} images, or boxes by hand")
     entry = entries[name]
-    if not isinstance(entry.get("id"), int):
-        raise DataError(f"{annotations} lists {name} without a whole number as its id: give it one, or boxes by hand")
-    if (entry.get("height"), entry.get("width")) != size:
-        wanted, has = f"{entry.get('width')} x {entry.get('height')}", f"{size[1]} x {size[0]}"
-        raise DataError(f"{annotations} says that {name} has {wanted} pixels, and it has {has}: it is another image")
+    if not all(isinstance(entry.get(field), int) for field in ("id", "height", "width")):
+        raise DataError(f"{annotations} lists {name} without a whole number as its id, height or width: give it all three, or boxes by hand")
     mine = [_numbers(one.get("bbox")) for one in found if one.get("image_id") == entry["id"]]
     boxes = [[x, y, x + w, y + h] for x, y, w, h in filter(None, mine) if w > 0 and h > 0]
-    return entry["id"], int(people[0]) if people else 1, boxes
+    return (entry["height"], entry["width"]), entry["id"], int(people[0]) if people else 1, boxes
 
 
 def _numbers(box: Any) -> list[float] | None:
