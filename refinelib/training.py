@@ -68,18 +68,12 @@ def _train(settings: Settings, run: Run, on_epoch) -> Run:
         run.update(state="diverged", last_error=str(error))
         error.run = run
         raise
-    except checkpoints.CheckpointError as error:
-        if before is not None:  # refused before its first step: the run is still what it was
-            run.update(**before)
-        else:
-            run.update(state="failed", last_error=str(error))
-        error.run = run
-        raise
     except BaseException as error:
-        if trainer is None and before is not None:  # never got as far as to go on: likewise
+        refused = isinstance(error, checkpoints.CheckpointError)
+        if before is not None and (refused or trainer is None):  # before its first step: the run is still what it was
             run.update(**before)
         else:
-            run.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+            run.update(state="failed", last_error=str(error) if refused else f"{type(error).__name__}: {error}".splitlines()[0])
         error.run = run  # a notebook shows what there is, and fails with the error in its last cell
         raise
     finally:
@@ -375,7 +369,7 @@ class Trainer:
             "best": self.best,
             "settings": self.settings.model_dump(mode="json"),
             "mean_coverage": self.mean_coverage,
-            "people": self.train_store.identity(),
+            "people": self.train_store.identity,
         }
 
     def restore(self) -> None:
@@ -389,7 +383,7 @@ class Trainer:
                 f"{path} was made with {saved['position']['steps_per_epoch']} steps an epoch, this run has {self.feed.steps_per_epoch}: "
                 "resume with the data, batch_size and accumulate that it was started with"
             )
-        if saved.get("people") not in (None, self.train_store.identity()):
+        if saved.get("people") not in (None, self.train_store.identity):
             raise checkpoints.CheckpointError(
                 f"{path} was made with other people than the {len(self.train_store)} that this run has: resume with the data that it was started with, "
                 "or start a new run from these weights with init_from"

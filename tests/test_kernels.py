@@ -18,7 +18,6 @@ from refinelib import build, checkpoints, kernels, precompile, stepping
 from refinelib import training as loop
 from refinelib.modeling import blocks
 from refinelib.runs import Run
-from refinelib.runs import Run
 from refinelib.training import train
 
 

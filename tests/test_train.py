@@ -460,6 +460,6 @@ def test_a_resume_that_finds_no_data_leaves_a_finished_run_finished(tiny, monkey
 
 def test_a_run_goes_on_with_the_people_it_was_started_with(tiny, monkeypatch):
     train(tiny(run="mine", epochs=1))
-    monkeypatch.setattr(Store, "identity", lambda store: "others")
+    monkeypatch.setattr(Store, "identity", "others")
     with pytest.raises(checkpoints.CheckpointError, match="other people"):
         train(tiny(run="mine", epochs=2, resume=True))

@@ -115,7 +115,7 @@ class CocoPeople:
                 else:
                     where = f"image {image_id} in {self.annotations.name}"
                     builder.skip(NO_MASK, f"annotation {annotation['id']} of {where}")
-            boxes = np.array([_xyxy(a["bbox"]) for a in usable], np.float64).reshape(-1, 4)
+            boxes = np.array([xyxy(a["bbox"]) for a in usable], np.float64).reshape(-1, 4)
             areas = np.array([_area(a.get("area"), box) for a, box in zip(usable, boxes)])
             ids, slots = [a["id"] for a in usable], list(range(len(usable)))
             if builder.add(image_id, (height, width), ids, slots, boxes, areas, f"image {image_id}"):
@@ -142,7 +142,7 @@ class CocoPeople:
             raise DataError(f"{self.annotations} has no category 'person'; its categories are {names}")
         builder, listed, persons = PeopleBuilder(), {}, {}
         for number, entry in enumerate(content["images"]):
-            if _is_image(entry):
+            if is_image(entry):
                 other = listed.setdefault(entry["id"], entry)
                 if any(other[name] != entry[name] for name in ("file_name", "height", "width")):
                     raise DataError(
@@ -167,7 +167,8 @@ class CocoPeople:
                 builder.skip(NO_IMAGE, f"annotation {annotation.get('id', number)}, image {annotation['image_id']}")
             else:
                 if not _is_whole(annotation.get("id")) or annotation["id"] in taken:  # figures and masks are kept by it
-                    annotation["id"], free = max(free, number), max(free, number) + 1
+                    annotation["id"] = max(free, number)  # its place in the file, where no other has that
+                    free = annotation["id"] + 1
                 taken.add(annotation["id"])
                 persons.setdefault(annotation["image_id"], []).append(annotation)
         return persons, listed, builder
@@ -232,7 +233,8 @@ def _load(file: Path) -> dict[str, list]:
     return content
 
 
-def _xyxy(bbox: Any) -> tuple[float, float, float, float]:
+def xyxy(bbox: Any) -> tuple[float, float, float, float]:
+    """Corners of a COCO box, pixels; all 0 where it is none."""
     try:
         x, y, w, h = (float(value) for value in bbox)
     except (TypeError, ValueError, OverflowError):
@@ -251,7 +253,8 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _is_image(entry: Any) -> bool:
+def is_image(entry: Any) -> bool:
+    """Whether an entry of a COCO file's images says all that is needed."""
     if not (isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and _is_whole(entry.get("id"))):
         return False
     return all(_is_whole(entry.get(side)) and 0 < entry[side] < 2**31 for side in ("height", "width"))

@@ -151,6 +151,7 @@ class Store:
             "box": [round(float(side), 2) for side in self.boxes[roi]],
         }
 
+    @cached_property
     def identity(self) -> str:
         """Of its people, in their order: the same wherever data and store lie."""
         columns = (self.annotation_ids, self.image_ids, self.boxes)

@@ -14,6 +14,7 @@ import numpy as np
 from refinelib import checkpoints
 from refinelib.config import absolute, resolve
 from refinelib.data import DataError, SyntheticPeople, decode_image
+from refinelib.data.coco import is_image, xyxy
 from refinelib.runs import Run
 
 
@@ -140,15 +141,8 @@ def _boxes_of(annotations: Path, name: str) -> tuple[tuple[int, int], int, int, 
     if name not in entries:
         raise DataError(f"{annotations} lists no image {name}: give one of its {len(entries)} images, or boxes by hand")
     entry = entries[name]
-    if not all(isinstance(entry.get(field), int) for field in ("id", "height", "width")):
+    if not is_image(entry):
         raise DataError(f"{annotations} lists {name} without a whole number as its id, height or width: give it all three, or boxes by hand")
-    mine = [_numbers(one.get("bbox")) for one in found if one.get("image_id") == entry["id"]]
-    boxes = [[x, y, x + w, y + h] for x, y, w, h in filter(None, mine) if w > 0 and h > 0]
+    mine = [list(xyxy(one.get("bbox"))) for one in found if one.get("image_id") == entry["id"]]
+    boxes = [box for box in mine if math.isfinite(sum(box)) and box[2] > box[0] and box[3] > box[1]]
     return (entry["height"], entry["width"]), entry["id"], int(people[0]) if people else 1, boxes
-
-
-def _numbers(box: Any) -> list[float] | None:
-    """Four finite numbers, or nothing: who has none is left out, as in training."""
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) and math.isfinite(side) for side in box):
-        return None
-    return [float(side) for side in box]
