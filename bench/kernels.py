@@ -37,6 +37,7 @@ from torch._inductor.virtualized import V
 from refinelib.build import autocast, build_loss, build_model
 from refinelib.config import resolve
 from refinelib.modeling import blocks
+from refinelib.stepping import compiler_options
 
 #: What the compiler asks of a device, as an H100 answers.
 DEVICE = SimpleNamespace(
@@ -126,7 +127,7 @@ def count(step, *inputs: torch.Tensor, options: dict | None = None) -> list[dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="original")
-    parser.add_argument("--inductor", default="{}", type=json.loads, help="options of the compiler, as JSON")
+    parser.add_argument("--inductor", type=json.loads, metavar="JSON", help="options of PyTorch's compiler in place of the package's; {}: none")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
     settings = resolve(options.recipe, **{"amp": "bf16", "device": "cpu", **dict(options.p)})
@@ -139,7 +140,8 @@ def main() -> int:
             output = model(images)
         return loss(output, labels)[0]
 
-    found = count(step, images, labels, options=options.inductor)
+    chosen = compiler_options(settings, torch.device("cuda")) if options.inductor is None else options.inductor
+    found = count(step, images, labels, options=chosen)
     print(json.dumps({"own": sum(f["own"] for f in found), "calls": sum(f.get("calls", 0) for f in found), "MB": round(sum(f["MB"] for f in found), 1)}))
     return 0
 

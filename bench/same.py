@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--nudges", type=int, default=3, help="plain runs from weights one rounding step away")
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the loss")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--inductor", default={}, type=json.loads, metavar="JSON", help="options of PyTorch's compiler")
+    parser.add_argument("--inductor", type=json.loads, metavar="JSON", help="options of PyTorch's compiler in place of the package's; {}: none")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
     device = torch.device(options.device)

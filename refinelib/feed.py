@@ -108,10 +108,14 @@ class Feed:
         pixels, shares = augment.apply(images, coverage, table, mode=self.mode, window=self.window)
         return pixels, labels_from_coverage(shares.round().permute(0, 2, 3, 1))
 
-    def compile(self) -> None:
-        """Make batches by compiled kernels, a few in place of some sixty; the same batches but for rounding. On a CPU the augmentation takes next to nothing of a step."""
+    def compile(self, options: dict[str, object] | None = None) -> None:
+        """Make batches by compiled kernels, a few in place of some sixty; the same batches but for rounding. On a CPU the augmentation takes next to nothing of a step.
+
+        Args:
+            options: of PyTorch's compiler.
+        """
         if self.device.type == "cuda":
-            self._augmented = torch.compile(self.augmented, dynamic=False)
+            self._augmented = torch.compile(self.augmented, dynamic=False, options=options)
 
     def uncompile(self) -> None:
         self._augmented = self.augmented

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,9 @@ _IMMATERIAL = WHERE | DRAWING | {
     "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "max_images", "data", "add_pennfudan",
     "max_consecutive_skips", "max_rewinds", "max_incidents", "compile", "cuda_graphs", "smoke",
 }  # fmt: skip
+
+#: The line of a traceback that says what was raised.
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
 
 
 def kernels_folder() -> Path:
@@ -120,7 +124,8 @@ class Precompile:
             return f"ended by signal {-code}"
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"ended with code {code}"
+        named = [line for line in lines if _EXCEPTION.match(line)]  # what follows it can be advice of many lines, as CUDA's is
+        return (named or lines or [f"ended with code {code}"])[-1]
 
     def close(self) -> None:
         """End it, if it still works."""

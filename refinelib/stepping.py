@@ -31,6 +31,11 @@ SPARE = 2 * 2**30
 #: Seconds that compiling takes, beside the training or before it, where no kernels are kept from an earlier run, and seconds that compiled kernels save: in any step, and
 #: for each ROI of 64 x 64 at ``width`` 1. Measured on an H100 and an H200 (bench/speed.md).
 COMPILING, SAVED_A_STEP, SAVED_A_ROI = 120.0, 3.5e-3, 1.8e-3
+#: Options of PyTorch's compiler on CUDA (bench/speed.md). A micro-batch worth less than ``FEW`` of those ROIs waits for launches: kernels that do not depend on each
+#: other become one (from the release on in which that was measured). From there on it waits for memory: fewer results in between are written down, more are computed where they are needed.
+FEW = 8.0
+FEWER_KERNELS, FEWER_KERNELS_SINCE = {"combo_kernels": True}, (2, 11)
+LESS_TRAFFIC = {"realize_opcount_threshold": 100, "realize_reads_threshold": 8, "realize_acc_reads_threshold": 16}
 
 
 class Stepper:
@@ -131,8 +136,9 @@ class Stepper:
     def _compile(self) -> None:
         kernels_folder()  # says where they are kept
         self.compiled = True
-        self.forward = torch.compile(self.eager, dynamic=False)
-        self.feed.compile()
+        options = compiler_options(self.settings, self.device)
+        self.forward = torch.compile(self.eager, dynamic=False, options=options)
+        self.feed.compile(options)
         self.guard.compile()
 
     def _beside(self) -> None:
@@ -257,9 +263,23 @@ def worth_compiling(settings: Settings, steps: int) -> bool:
 
     Kernels that an earlier run left count for nothing: whether a run is compiled must not depend on what ran before it, only when.
     """
+    return steps * (SAVED_A_STEP + SAVED_A_ROI * settings.accumulate * _worth(settings)) > COMPILING
+
+
+def compiler_options(settings: Settings, device: torch.device) -> dict[str, object] | None:
+    """What PyTorch's compiler is told beyond its own choice, for augmentation, model and losses; the guard's decision is compiled as ever."""
+    if device.type != "cuda":
+        return None
+    if _worth(settings) >= FEW:
+        return LESS_TRAFFIC
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return FEWER_KERNELS if release >= FEWER_KERNELS_SINCE else None
+
+
+def _worth(settings: Settings) -> float:
+    """A micro-batch in ROIs of 64 x 64 at ``width`` 1, by its arithmetic's share."""
     height, width = canvas_size(settings.roi_size, settings.context)
-    rois = settings.batch_size * settings.accumulate * settings.width * height * width / 64**2
-    return steps * (SAVED_A_STEP + SAVED_A_ROI * rois) > COMPILING
+    return settings.batch_size * settings.width * height * width / 64**2
 
 
 def _in_pieces(batches: list[tuple[Tensor, Tensor]], pieces: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,6 +24,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from refinelib import stepping
 from refinelib.modeling import blocks, geometry, losses, model, refine
 from refinelib.modeling.losses import MaskLoss, hierarchical_log_probs, truth_of
 from refinelib.modeling.model import HierarchicalUNet, MaskOutput
@@ -520,16 +521,19 @@ def test_nothing_is_read_back(name):
 # On a CPU the kernels alone would take minutes of compiling: there, the graphs they are made from, and the kernels of each kind of layer;
 # on a GPU all of it in every precision.
 BACKEND = {"cpu": "aot_eager", "cuda": "inductor"}
+#: What the compiler is told for small batches and for large ones.
+OPTIONS = {"cpu": [None], "cuda": [stepping.FEWER_KERNELS, stepping.LESS_TRAFFIC]}
+WAYS = [(device, options) for device in DEVICES for options in OPTIONS[device]]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiled_losses_equal_eager_ones(device):
+@pytest.mark.parametrize(("device", "options"), WAYS)
+def test_compiled_losses_equal_eager_ones(device, options):
     labels = all_labels(device)
 
     def everything(logits: Tensor, labels: Tensor) -> Tensor:
         return torch.stack([loss.call(logits, labels) for loss in LOSSES.values()])
 
-    compiled = torch.compile(everything, dynamic=False, fullgraph=True, backend=BACKEND[device])
+    compiled = torch.compile(everything, dynamic=False, fullgraph=True, backend=BACKEND[device], options=options)
     for kind, values in logit_maps(labels.cpu()).items():
         results = []
         for function in (everything, compiled):
@@ -542,8 +546,8 @@ def test_compiled_losses_equal_eager_ones(device):
         torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiled_layers_are_finite_and_equal_eager_ones(device):
+@pytest.mark.parametrize(("device", "options"), WAYS)
+def test_compiled_layers_are_finite_and_equal_eager_ones(device, options):
     """Each kind of layer once, in half precision, on pictures that are flat and pictures that are not."""
     torch.manual_seed(0)
     attention = blocks.SelfAttention(16)
@@ -552,7 +556,7 @@ def test_compiled_layers_are_finite_and_equal_eager_ones(device):
     layers = nn.Sequential(
         blocks.ConvNormAct(3, 16, stride=2), blocks.ResidualBlock(16), attention, blocks.ChannelAttention(16), blocks.SpatialAttention(), blocks.Head(16, 2)
     ).to(device)  # fmt: skip
-    compiled = torch.compile(layers, dynamic=False, fullgraph=True)
+    compiled = torch.compile(layers, dynamic=False, fullgraph=True, options=options)
     for kind, picture in images(3, 24, 32).items():
         found = []
         for function in (layers, compiled):
@@ -565,11 +569,12 @@ def test_compiled_layers_are_finite_and_equal_eager_ones(device):
         torch.testing.assert_close(found[0][0], found[1][0], rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize(("device", "precision"), [("cpu", "autocast bf16"), *(("cuda", p) for p in PRECISIONS if "cuda" in DEVICES)])
-def test_compiled_model_is_finite_and_equals_eager(device, precision):
+@pytest.mark.parametrize(("device", "options", "precision"), [(*way, precision) for way in WAYS for precision in (PRECISIONS if way[0] == "cuda" else ("autocast bf16",))])
+def test_compiled_model_is_finite_and_equals_eager(device, options, precision):
+
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     network = small_model().to(device, dtype)
-    compiled = torch.compile(network, dynamic=False, fullgraph=True, backend=BACKEND[device])
+    compiled = torch.compile(network, dynamic=False, fullgraph=True, backend=BACKEND[device], options=options)
     criterion = MaskLoss(active_contour_weight=0.1, boundary_aware_weight=0.1, contour_weight=0.1, distance_weight=0.1)
     labels = torch.stack(list(label_maps(24, 32).values())).to(device)
     for kind, picture in images(len(labels), 24, 32).items():

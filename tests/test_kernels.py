@@ -127,6 +127,19 @@ def test_a_process_that_works_can_be_ended(tiny, tmp_path):
     ended.close()
 
 
+def test_what_was_raised_is_told_and_not_the_advice_below_it(tiny, monkeypatch, tmp_path):
+    package = tmp_path / "refinelib"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "precompile.py").write_text('raise RuntimeError("CUDA error: out of memory\\nCompile with something to enable device-side assertions.")')
+    monkeypatch.setattr(kernels, "__file__", str(package / "kernels.py"))
+    monkeypatch.chdir(tmp_path)  # where `python -m` looks first
+    made = kernels.Precompile(tiny(), store=tmp_path)
+    with contextlib.closing(made):
+        made._process.wait()
+        assert made.poll() == "RuntimeError: CUDA error: out of memory"
+
+
 RUN = """
 import os, signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())], stdout=subprocess.PIPE, start_new_session=True)

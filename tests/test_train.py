@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import refinelib.training as loop
-from refinelib import build, checkpoints
+from refinelib import build, checkpoints, stepping
 from refinelib.config import SettingsError, resolve
 from refinelib.data import DataError, Store
 from refinelib.figures import plots
@@ -431,6 +431,30 @@ def test_auto_is_what_the_device_has_and_stays_auto_in_the_records(tiny):
 def test_only_a_run_that_gains_by_it_is_compiled(recipe, steps, worth):
     """Two minutes of compiling pay after 17,000 steps of two ROIs, or after 1,300 of the recipe best."""
     assert worth_compiling(resolve(recipe, device="cpu"), steps) is worth
+
+
+@pytest.mark.parametrize(
+    "release, recipe, changes, options",
+    [
+        ("2.11.0+cu130", "original", dict(batch_size=2), stepping.FEWER_KERNELS),
+        ("2.11.0+cu130", "original", dict(batch_size=16), stepping.LESS_TRAFFIC),
+        ("2.11.0+cu130", "best", {}, stepping.LESS_TRAFFIC),
+        ("2.6.0", "original", dict(batch_size=2), None),
+        ("2.6.0", "original", dict(batch_size=64), stepping.LESS_TRAFFIC),
+    ],
+)
+def test_small_batches_have_fewer_kernels_and_large_ones_less_traffic(release, recipe, changes, options, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", release)
+    settings = resolve(recipe, device="cpu", **changes)
+    assert stepping.compiler_options(settings, torch.device("cuda")) == options
+    assert stepping.compiler_options(settings, torch.device("cpu")) is None  # all of it was measured on GPUs
+
+
+def test_the_compiler_knows_these_options():
+    from torch._inductor import config
+
+    for name, value in {**stepping.FEWER_KERNELS, **stepping.LESS_TRAFFIC}.items():
+        assert type(getattr(config, name)) is type(value)
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tiny):
