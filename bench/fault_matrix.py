@@ -28,6 +28,7 @@ import torch
 
 from refinelib.config import resolve
 from refinelib.safety.faults import parse
+from refinelib.safety.forensics import ROUNDING
 from refinelib.runs import Run
 from refinelib.training import Trainer
 
@@ -136,12 +137,13 @@ def judge(trainer: Trainer, kind: str, skips: bool | None, before: dict, events:
     exact = not moved if skipped else bool(moved)  # a step that was not skipped was taken
     if skips is not None:
         exact = exact and skipped == skips
-    return dict(kind=kind, survived=finite, exact=exact, attribution=attributed(kind, skipped, events, first=list(range(0, batch_size * trainer.settings.accumulate, batch_size))), skipped=skipped, moved=moved[:3],
+    return dict(kind=kind, survived=finite, exact=exact, attribution=attributed(kind, skipped, events, first=list(range(0, batch_size * trainer.settings.accumulate, batch_size)), compiled=trainer.stepper.compiled), skipped=skipped, moved=moved[:3],
                 events=[event["message"] for event in events])  # fmt: skip
 
 
-def attributed(kind: str, skipped: bool, events: list[dict], first: Sequence[int] = (0,)) -> bool:
-    """Whether the events name what was planted (``first``: the first sample of each micro-batch is the one). A finite fault that was taken as an ordinary step needs no name."""
+def attributed(kind: str, skipped: bool, events: list[dict], first: Sequence[int] = (0,), compiled: bool = False) -> bool:
+    """Whether the events name what was planted (``first``: the first sample of each micro-batch is the one), of a step taken again bit for bit, or but for rounding where
+    it was ``compiled``. A finite fault that was taken as an ordinary step needs no name."""
     if not skipped:
         return True
     what, value, *place = kind.split(":")
@@ -150,7 +152,7 @@ def attributed(kind: str, skipped: bool, events: list[dict], first: Sequence[int
         if event["kind"] == "spike":
             return what in ("loss", "label", "input", "activation") or event.get("parameter", "").startswith(fault.where) or not fault.where
         if event["kind"] == "incident":
-            if not event["same_step"]:
+            if not (event["same_step"] or compiled and event["apart"] is not None and event["apart"] <= ROUNDING):
                 return False
             if what == "loss":
                 return event["phase"] == "loss"

@@ -31,6 +31,29 @@ def test_replay_is_the_same_step_and_names_the_module(tiny, amp):
         assert torch.load(folder / file, weights_only=True)
 
 
+@pytest.mark.parametrize(("factor", "alike", "words"), [(1.0, True, ""), (1.001, True, "the same step but for rounding, 0.001 apart (compiled kernels"), (1.1, False, "it was not the same step (compiled kernels")])
+def test_a_step_taken_by_other_kernels_is_the_same_but_for_rounding(tiny, factor, alike, words):
+    run = train(tiny(inject="grad:nan@5:stem", epochs=2))
+    (folder,) = (run.folder / "incidents").iterdir()
+    report = json.loads((folder / "report.json").read_text())
+    report["recorded"]["loss"] *= factor
+    report["gradient_norms"] = {name: None if norm is None else norm * factor for name, norm in report["gradient_norms"].items()}
+    (folder / "report.json").write_text(dumps(report))
+    finding = replay(folder)
+    assert (finding.same_step, finding.alike) == (factor == 1, alike) and words in finding.sentence
+    assert finding.apart == pytest.approx(1 - 1 / factor, abs=1e-6) and finding.phase == "gradient"
+
+
+def test_other_finite_norms_are_another_step(tiny):
+    run = train(tiny(inject="grad:nan@5:stem", epochs=2))
+    (folder,) = (run.folder / "incidents").iterdir()
+    report = json.loads((folder / "report.json").read_text())
+    report["gradient_norms"] = dict.fromkeys(report["gradient_norms"], 1.0)
+    (folder / "report.json").write_text(dumps(report))
+    finding = replay(folder)
+    assert not finding.alike and finding.apart is None and "it was not the same step" in finding.sentence
+
+
 def test_each_kind_is_kept_once_and_the_trajectory_is_that_of_a_run_that_keeps_none(tiny):
     faults = "grad:nan@3:stem;grad:nan@4:stem;input:inf@6;loss:nan@8"
     kept = train(tiny(run="kept", inject=faults, epochs=4, batch_size=2))

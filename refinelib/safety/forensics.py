@@ -1,7 +1,7 @@
 """What went wrong in a step: the first operation, module, parameter, loss term and person that was not finite.
 
-The step is taken again on the same weights and batch, once plainly (to see that it is the same step, bit for bit) and once with every
-operation watched. No training step ever pays for that.
+The step is taken again on the same weights and batch, once plainly (to see that it is the same step: bit for bit, or but for rounding where the
+run's kernels were compiled) and once with every operation watched. No training step ever pays for that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from refinelib.modeling.losses import MaskLoss
 #: Operations that hand out memory as it lies: what they return means nothing yet.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize")
 
+#: Relative distance of loss and gradient norms from the recorded ones that rounding explains: half precision, summed in another order.
+ROUNDING = 0.02
+
 
 @dataclass
 class Finding:
@@ -37,6 +40,12 @@ class Finding:
     planted: list[str] = field(default_factory=list)  # by the setting inject
     loss: float = 0.0
     same_step: bool | None = None  # bit for bit the recorded loss and gradient norms
+    apart: float | None = None  # how far from those, over their length; None: nothing was recorded, or others were finite
+
+    @property
+    def alike(self) -> bool:
+        """The recorded step, bit for bit or but for rounding."""
+        return bool(self.same_step) or self.apart is not None and self.apart <= ROUNDING
 
     @property
     def kind(self) -> str:
@@ -76,7 +85,8 @@ def examine(step: Step) -> Finding:
     finding = Finding(planted=step.injector.planted(step.number))
     try:
         finding.loss, norms = take(step)
-        finding.same_step = None if step.recorded is None else _same(step.recorded, (finding.loss, norms))
+        if step.recorded is not None:
+            finding.same_step, finding.apart = _compared(step.recorded, (finding.loss, norms))
         names = [name for name, p in step.model.named_parameters() if p.requires_grad]
         finding.parameters = [name for name, norm in zip(names, norms) if not _finite(norm)][::-1]
         broken = [name for name, p in step.model.named_parameters() if not bool(p.isfinite().all())]
@@ -230,7 +240,8 @@ def _sentence(finding: Finding, parameters: int, number: int) -> str:
     if finding.planted:
         parts.append(f"planted by inject: {', '.join(finding.planted)}")
     if finding.same_step is False:
-        parts.append("it was not the same step bit for bit (another device, version or thread count, or kernels that are not deterministic)")
+        causes = "compiled kernels, another device, version or thread count, or kernels that are not deterministic"
+        parts.append(f"it was the same step but for rounding, {finding.apart:.1g} apart ({causes})" if finding.alike else f"it was not the same step ({causes})")
     return "; ".join(parts)
 
 
@@ -242,11 +253,16 @@ def _owner(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _same(recorded: tuple[float, Sequence[float]], now: tuple[float, Sequence[float]]) -> bool:
-    """Equal bit for bit, NaN equal to NaN."""
-    (loss, norms), (again, again_norms) = recorded, now
-    pairs = torch.tensor([[loss, *norms], [again, *again_norms]], dtype=torch.float32)
-    return bool(torch.equal(pairs[0].nan_to_num(nan=-1.0), pairs[1].nan_to_num(nan=-1.0)))
+def _compared(recorded: tuple[float, Sequence[float]], now: tuple[float, Sequence[float]]) -> tuple[bool, float | None]:
+    """Whether both are equal bit for bit, NaN equal to NaN; and their relative distance, None where one is finite and the other is not."""
+    ours, theirs = (torch.tensor([loss, *norms], dtype=torch.float32) for loss, norms in (now, recorded))
+    same = torch.equal(ours.nan_to_num(nan=-1.0), theirs.nan_to_num(nan=-1.0))
+    finite = theirs.isfinite()
+    if not torch.equal(finite, ours.isfinite()):
+        return same, None
+    ours, theirs = ours[finite].double(), theirs[finite].double()
+    distance, length = float((ours - theirs).norm()), float(theirs.norm())
+    return same, distance / length if length else float(distance > 0)
 
 
 def _finite(value: float) -> bool:
