@@ -77,8 +77,12 @@ def small_png(data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence
 def _palette(picture: Image.Image, colours: int) -> Image.Image:
     """Up to half of the colours are the picture's own flat ones (classes, lines, paper); median cut finds the others."""
     pixels = picture.width * picture.height
-    counted = sorted(picture.getcolors(pixels), reverse=True)
-    flat = [colour for count, colour in counted[: colours // 2] if count > pixels / 3000]
+    flat: list[tuple[int, int, int]] = []
+    for count, colour in sorted(picture.getcolors(pixels), reverse=True):
+        if count <= pixels / 3000 or len(flat) == colours // 2:
+            break
+        if all(max(abs(a - b) for a, b in zip(colour, other)) > 12 for other in flat):  # a photograph's many greys are not a drawing's colours
+            flat.append(colour)
     others = np.asarray(picture).reshape(-1, 3)
     others = others[~np.isin(others @ (1 << np.array([16, 8, 0])), [(r << 16) + (g << 8) + b for r, g, b in flat])]
     table = [value for colour in flat for value in colour]

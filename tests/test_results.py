@@ -192,6 +192,7 @@ def made_up(name: str, values: list[float], seed: int = 0, **settings) -> result
         "image_id": np.arange(count) // 2,
         "area": np.linspace(100, 20000, count),
         "target_iou": np.array(values),
+        "boundary_iou": np.array(values) - 0.3,
     }
     hits = np.random.default_rng(seed).integers(1, 50, (count, 3, 3))
     return results.Result(name, resolve("debug", seed=seed, **settings), Evaluation({}, people, [], {}, hits))
@@ -231,6 +232,17 @@ def test_a_gain_is_bold_only_where_it_is_sure():
         (row,) = [line for line in text.splitlines() if line.startswith("| all")]
         assert ("**" in row) is bold
     assert "| large (COCO) |" in text and "| larger third | 13 |" in text
+
+
+def test_an_ablation_compares_each_kind_with_the_first_and_begins_with_what_costs_most():
+    base = np.random.default_rng(1).uniform(0.3, 0.7, 40)
+    luck = 0.01 * np.random.default_rng(2).normal(0, 0.2, 40)
+    little, off = {"use_contour_detection": False}, results.REFINEMENT_OFF
+    runs = [made_up("on", base), made_up("on-2", base, 1), made_up("a", base - 0.01 + luck, **little), made_up("b", base - 0.03 + luck, 1, **little), made_up("off", base - 0.06 + luck, **off)]
+    head, _, first, second = results_tables.ablation_table(runs, ["target_iou"]).splitlines()
+    assert head == "| on less the same with | runs | target IoU |"
+    assert first.startswith("| refinement = off | 1 | **+0.06") and second.startswith("| use_contour_detection = False | 2 | **+0.020 ± ")
+    assert len(results_tables.ablation_table(runs[:2]).splitlines()) == 2
 
 
 def test_runs_of_different_people_are_refused():

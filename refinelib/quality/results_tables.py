@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
-from refinelib.quality.results import FIGURES, Result, difference, figure, shown, size_groups
+from refinelib.quality.results import FIGURES, Figure, Result, by_settings, difference, figure, shown, size_groups
 
 
 def runs_table(
@@ -52,13 +52,34 @@ def paired_table(
     keys = list(keys)
     rows = []
     for name, inside in size_groups([*on, *off]).items():
-        cells = []
-        for key in keys:
-            gain = difference(on, off, key, inside)
-            sure = gain is not None and gain.interval is not None and gain.interval[0] * gain.interval[1] > 0
-            cells.append("none" if gain is None else f"**{gain.text('+')}**" if sure else gain.text("+"))
+        cells = [_gain(difference(on, off, key, inside)) for key in keys]
         rows.append([name, int(inside.sum()), *cells])
     return table(["people", "number", *(FIGURES[key] for key in keys)], rows)
+
+
+def ablation_table(
+    results: Iterable[Result],
+    keys: Iterable[str] = ("target_iou", "boundary_iou", "boundary_f1_1px", "miou"),
+) -> str:
+    """What runs of the first one's kind gain over every other kind, the most Boundary IoU first; cells as in :func:`paired_table`.
+
+    Args:
+        results: runs scored on the same people; those that differ in their seed only are one kind.
+    """
+    keys = list(keys)
+    (_, whole), *others = by_settings(results).items()
+    lost = {name: difference(whole, runs, "boundary_iou") for name, runs in others}
+    order = sorted(others, key=lambda kind: -1.0 if lost[kind[0]] is None else lost[kind[0]].mean, reverse=True)
+    rows = [[name, len(runs), *(_gain(difference(whole, runs, key)) for key in keys)] for name, runs in order]
+    return table([f"{whole[0].name} less the same with", "runs", *(FIGURES[key] for key in keys)], rows)
+
+
+def _gain(gain: Figure | None) -> str:
+    """A difference; bold where its interval leaves out 0."""
+    if gain is None:
+        return "none"
+    sure = gain.interval is not None and gain.interval[0] * gain.interval[1] > 0
+    return f"**{gain.text('+')}**" if sure else gain.text("+")
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
