@@ -107,7 +107,7 @@ def replay(incident: str | os.PathLike, *, device: str = "auto") -> Finding:
     Args:
         incident: an incident's folder, ``outputs/<run>/incidents/<step>``.
         device: ``auto``, ``cpu`` or ``cuda``; any will do, and bit for bit it is the same step on the one it happened on
-            (on CUDA with ``deterministic``).
+            (on CUDA with ``deterministic``), unless the run was compiled: replaying takes plain kernels (``Finding.apart``).
 
     Raises:
         IncidentError: no incident there, or a part of it is missing or damaged.
