@@ -270,10 +270,11 @@ def compiler_options(settings: Settings, device: torch.device) -> dict[str, obje
     """What PyTorch's compiler is told beyond its own choice, for augmentation, model and losses; the guard's decision is compiled as ever."""
     if device.type != "cuda":
         return None
-    if _worth(settings) >= FEW:
-        return LESS_TRAFFIC
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return FEWER_KERNELS if release >= FEWER_KERNELS_SINCE else None
+    wanted = LESS_TRAFFIC if _worth(settings) >= FEW else FEWER_KERNELS if release >= FEWER_KERNELS_SINCE else {}
+    from torch._inductor import config  # seconds to import, and not needed where nothing is compiled
+
+    return {name: value for name, value in wanted.items() if hasattr(config, name)} or None  # another release may know others
 
 
 def _worth(settings: Settings) -> float:

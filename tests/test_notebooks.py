@@ -169,7 +169,7 @@ def test_incident_makes_its_own_where_there_is_none_and_finds_it_again(tmp_path:
     outputs = [(cell.id, item) for cell in read(tmp_path / "out.ipynb").cells for item in cell.get("outputs", [])]
     assert sorted(cell for cell, item in outputs if "image/png" in item.get("data", {})) == ["activations", "gradients", "parameter-gradients", "pictures"]
     text = "".join(item["text"] for cell, item in outputs if cell in ("words", "replay"))
-    assert "planted by inject: activation:nan@5:contour" in text and "same step bit for bit: yes" in text
+    assert "planted by inject: activation:nan@5:contour" in text and "same step: bit for bit" in text
     assert "the first output that is not finite is that of contour: 1 of its" in text
     # by its folder, which may have come from another machine: no run around it
     travelled = (tmp_path / "elsewhere").with_suffix(".incident")

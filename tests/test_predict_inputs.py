@@ -12,12 +12,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from refinelib import checkpoints, load
-from refinelib.quality import mask_files
 from refinelib.notebook.box_widget import BoxPicker
 from refinelib.config import SettingsError
 from refinelib.data import DataError
 from refinelib.notebook.parameters import checked
-from refinelib.notebook.predict_inputs import read_inputs, tiny_run, usable_run
+from refinelib.notebook import mask_files
+from refinelib.notebook.examples import tiny_with_masks, usable_run
+from refinelib.notebook.predict_inputs import read_inputs
 from refinelib.runs import Run
 
 
@@ -96,7 +97,7 @@ def test_the_newest_usable_run_or_a_tiny_one(tmp_path, monkeypatch):
     assert usable_run("mine", output_dir=str(tmp_path)) == "mine"
     made = usable_run(None, output_dir=str(tmp_path))
     assert made.name == "tiny" and Run(made).status()["state"] == "ok"
-    second = tiny_run("second", output_dir=str(tmp_path), max_images=4, epochs=1)
+    second = tiny_with_masks("second", output_dir=str(tmp_path), max_images=4, epochs=1)
     assert usable_run(None, output_dir=str(tmp_path)) == second.folder
     for file in second.folder.glob("checkpoints/*.pt"):  # as another version wrote it
         torch.save({**torch.load(file, weights_only=True), "format": checkpoints.FORMAT - 1}, file)

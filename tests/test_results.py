@@ -21,7 +21,7 @@ from refinelib.data import SyntheticPeople
 from refinelib.data.scenes import box_of
 from refinelib.quality.evaluation import Evaluation, evaluate, measure
 from refinelib.quality.metrics import iou_from_confusion
-from refinelib.notebook.predict_inputs import tiny_run
+from refinelib.notebook import examples
 from refinelib.runs import Run
 from refinelib.quality.scoring import predict_probs
 
@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
     """Two short runs, with refinement and without, whose masks are no good but not empty."""
     folder = tmp_path_factory.mktemp("outputs")
     common = dict(output_dir=str(folder), max_images=12, epochs=5, lr=5e-3, device="cpu")
-    tiny_run("refined", **common)
-    tiny_run("plain", **common, **results.REFINEMENT_OFF)
+    examples.tiny_with_masks("refined", **common)
+    examples.tiny_with_masks("plain", **common, **results.REFINEMENT_OFF)
     return folder
 
 
@@ -317,12 +317,12 @@ def test_the_tiny_pair_is_trained_once(folder, monkeypatch):
         trained.append(name)
         return Run.open("plain", output_dir=str(folder))
 
-    monkeypatch.setattr(results, "tiny_run", note)
-    results.tiny_pair(str(folder))
+    monkeypatch.setattr(examples, "tiny_with_masks", note)
+    examples.tiny_pair(str(folder))
     assert trained == ["tiny-refined", "tiny-plain"]
     for name, like in (("tiny-refined", "refined"), ("tiny-plain", "plain")):
         (folder / name).symlink_to(folder / like)
-    assert results.tiny_pair(str(folder)) == ([str(folder / "tiny-refined")], [str(folder / "tiny-plain")])
+    assert examples.tiny_pair(str(folder)) == ([str(folder / "tiny-refined")], [str(folder / "tiny-plain")])
     assert len(trained) == 2
 
 

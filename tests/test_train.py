@@ -450,11 +450,16 @@ def test_small_batches_have_fewer_kernels_and_large_ones_less_traffic(release, r
     assert stepping.compiler_options(settings, torch.device("cpu")) is None  # all of it was measured on GPUs
 
 
-def test_the_compiler_knows_these_options():
-    from torch._inductor import config
+@pytest.mark.parametrize("options", [stepping.FEWER_KERNELS, stepping.LESS_TRAFFIC], ids=["fewer kernels", "less traffic"])
+def test_the_compiler_knows_these_options(options):
+    x = torch.arange(6.0)
+    torch.testing.assert_close(torch.compile(lambda x: x.sin().sum() + x.square(), options=options)(x), x.sin().sum() + x.square())
 
-    for name, value in {**stepping.FEWER_KERNELS, **stepping.LESS_TRAFFIC}.items():
-        assert type(getattr(config, name)) is type(value)
+
+def test_an_option_that_the_compiler_does_not_know_is_not_given(monkeypatch):
+    monkeypatch.setattr(stepping, "LESS_TRAFFIC", {**stepping.LESS_TRAFFIC, "no_such_option": 3})
+    given = stepping.compiler_options(resolve("best", device="cpu"), torch.device("cuda"))
+    assert given and "no_such_option" not in given
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tiny):

@@ -1,4 +1,4 @@
-"""What a prediction needs, from what a person gives: a run, an image, boxes."""
+"""What a prediction needs, from what a person gives: an image, boxes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from refinelib import checkpoints
-from refinelib.config import absolute, resolve
+from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.data.coco import is_image, xyxy
-from refinelib.runs import Run
 
 
 class Inputs(NamedTuple):
@@ -26,49 +24,6 @@ class Inputs(NamedTuple):
     name: str  # of the image, for file names
     image_id: int  # COCO's where an annotation file gave it, else 0
     category_id: int  # the person's
-
-
-def output_root(output_dir: str = "outputs") -> Path:
-    """The folder that ``output_dir`` stands for; smoke runs keep to a folder of their own."""
-    return absolute(resolve("debug", output_dir=output_dir).output_dir)
-
-
-def usable_run(run: str | None, *, output_dir: str = "outputs") -> str | Path:
-    """The run that is meant: the one named, else the newest with a checkpoint that this version reads, else a tiny one trained now.
-
-    Args:
-        run: a run's name or folder or a checkpoint file; none: see above.
-        output_dir: folder of all runs.
-    """
-    if run:
-        return run
-    for root in (output_root(output_dir), absolute(output_dir)):
-        found = newest_readable(root, "*")
-        if found is not None:
-            return found
-    return tiny_run("tiny", output_dir=output_dir).folder
-
-
-def newest_readable(root: Path, name: str) -> Path | None:
-    """The folder under ``root`` of the run of that name (a pattern) with the newest checkpoint that can be used; none: there is none."""
-    files = [file for file in root.glob(f"{name}/checkpoints/*.pt") if (file.parents[1] / "status.json").is_file()]
-    newest = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
-    folders = dict.fromkeys(file.parents[1] for file in newest)  # each once: reading a checkpoint takes a while
-    return next((folder for folder in folders if checkpoints.readable(checkpoints.find(folder))), None)
-
-
-def tiny_run(name: str, *, output_dir: str = "outputs", **overrides: Any) -> Run:
-    """Train the recipe ``debug``, smaller and a little longer than it says: some 15 seconds, a mask but no good one.
-
-    Args:
-        name: of the run.
-        output_dir: folder of all runs.
-        **overrides: settings.
-    """
-    from refinelib.training import train
-
-    longer = dict(epochs=8, max_images=24, width=0.0625, batch_size=4, lr=3e-3, roi_size=32, mask_size=32, context=0.5)
-    return train(resolve("debug", run=name, output_dir=output_dir, **{**longer, **overrides}))
 
 
 def read_inputs(

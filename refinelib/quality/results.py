@@ -16,7 +16,6 @@ from refinelib.quality.evaluation import Evaluation, measure
 from refinelib.quality.intervals import ImageBootstrap
 from refinelib.quality.metrics import coco_groups, iou_from_confusion, third_groups
 from refinelib.quality.predict import load
-from refinelib.notebook.predict_inputs import newest_readable, output_root, tiny_run
 
 #: Figures of the comparison by key in an evaluation's rows.
 FIGURES = {
@@ -139,15 +138,6 @@ def _refuse_other_people(saved: Sequence[Evaluation], source: Source, max_images
         mine = set(one.people["annotation_id"].tolist())
         if not mine <= known:
             raise ValueError(f"{one.name} was scored on other images ({len(mine - known)} of its {len(mine)} people are not among these): give the images it was scored on")
-
-
-def tiny_pair(output_dir: str = "outputs") -> tuple[list[str], list[str]]:
-    """Two runs of the recipe ``debug``, refinement on and off, trained where they are not there yet; their folders."""
-    folders = []
-    for name, changes in (("tiny-refined", {}), ("tiny-plain", REFINEMENT_OFF)):
-        folder = newest_readable(output_root(output_dir), f"{name}*") or tiny_run(name, output_dir=output_dir, **changes).folder
-        folders.append([str(folder)])
-    return folders[0], folders[1]
 
 
 def by_settings(results: Iterable[Result]) -> dict[str, list[Result]]:
