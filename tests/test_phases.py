@@ -296,6 +296,16 @@ def test_a_finished_chain_is_shown_and_another_gets_the_next_number(tiny, tmp_pa
     assert longer == other and state_of(other) == {"phase1": "passed", "phase2": "passed"}
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "ok"}'])
+def test_a_damaged_record_of_a_chain_is_said_in_a_sentence(tiny, content):
+    folder = tiny(phases=1).folder
+    folder.mkdir(parents=True)
+    (folder / "progressive.json").write_text(content)
+    for ask in (lambda: phases.read(folder), lambda: tiny(phases=1)):
+        with pytest.raises(RunError, match="progressive.json is damaged.*give the chain another name"):
+            ask()
+
+
 def test_two_processes_do_not_train_one_chain(tiny):
     made = tiny(phases="1")
     made.folder.mkdir()

@@ -1,6 +1,8 @@
 """What was trained, used: masks in image coordinates, figures for a folder of images."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -97,6 +99,19 @@ def test_bad_input_gets_a_sentence(run):
         predictor.predict(image.astype(np.float32), [[0, 0, 10, 10]])
     with pytest.raises(CheckpointError, match="no run"):
         refinelib.load("never-trained")
+
+
+def test_where_the_best_checkpoint_is_damaged_the_whole_one_is_named(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.folder, folder)
+    best, last = folder / "checkpoints" / "best.pt", folder / "checkpoints" / "last.pt"
+    best.write_bytes(b"half of it")
+    with pytest.raises(CheckpointError, match=f"best.pt is not a whole checkpoint .*; {re.escape(str(last))} is whole: give that file"):
+        refinelib.load(folder)
+    last.write_bytes(b"")
+    with pytest.raises(CheckpointError) as told:
+        refinelib.load(folder)
+    assert "give that file" not in str(told.value)
 
 
 def test_evaluate_gives_the_model_beside_two_yardsticks(run, coco):

@@ -10,6 +10,7 @@ from typing import Any, Mapping, NamedTuple
 import yaml
 
 from refinelib.config import WHERE, Settings, SettingsError, absolute, resolve
+from refinelib.runs import RunError
 
 #: What each phase adds to the one before.
 ADDS = {
@@ -110,6 +111,24 @@ def describe(made: Plan) -> str:
     return "\n".join(lines)
 
 
+def read_state(file: Path) -> dict[str, Any]:
+    """What a chain's ``progressive.json`` says.
+
+    Raises:
+        RunError: it is damaged, or something else.
+    """
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        state = None
+    if not (isinstance(state, dict) and isinstance(state.get("state"), str) and isinstance(state.get("phases"), list)):
+        raise RunError(
+            f"{file} is damaged: what the chain has decided cannot be read from it. Its runs are whole beside it: give the chain another name, "
+            "or go on from one of them with phase and init_from"
+        )
+    return state
+
+
 def _finished_otherwise(made: Plan) -> bool:
     """Whether a finished chain with other settings lies in the plan's folder.
 
@@ -119,7 +138,7 @@ def _finished_otherwise(made: Plan) -> bool:
     file = made.folder / "progressive.json"
     if not file.is_file():
         return False
-    state = json.loads(file.read_text(encoding="utf-8"))
+    state = read_state(file)
     differs = _differences(made, state)
     if differs and state["state"] != "ok":
         raise SettingsError(f"the chain in {made.folder} was begun differently: {differs}; go on as it was begun, or give another name")

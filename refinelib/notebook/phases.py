@@ -9,7 +9,6 @@ resumes from its checkpoint.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import time
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from typing import Any, Callable, Iterator
 from refinelib.config import Settings, absolute
 from refinelib.locking import held
 from refinelib.notebook.gates import judge
-from refinelib.notebook.phase_plan import ADDS, Plan
+from refinelib.notebook.phase_plan import ADDS, Plan, read_state
 from refinelib.runs import Run, RunError, dumps, write_atomically
 
 
@@ -63,11 +62,11 @@ def read(folder: str | os.PathLike) -> dict[str, Any]:
     """The state of a chain on disk.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or it is damaged.
     """
     for place in (Path(folder).expanduser(), absolute("outputs") / folder, absolute(folder)):
         if (place / "progressive.json").is_file():
-            return json.loads((place / "progressive.json").read_text(encoding="utf-8")) | {"folder": str(place)}
+            return read_state(place / "progressive.json") | {"folder": str(place)}
     raise RunError(f"there is no chain of phases in {folder}: give a folder that holds progressive.json")
 
 

@@ -39,7 +39,12 @@ def load(
         CheckpointError: no such run, or its checkpoint is not whole.
     """
     path = checkpoints.find(source, output_dir=output_dir)
-    saved = checkpoints.load(path)
+    try:
+        saved = checkpoints.load(path)
+    except checkpoints.CheckpointError as error:
+        other = path.with_name("last.pt" if path.name == "best.pt" else "best.pt")
+        hint = f"; {other} is whole: give that file" if other != path and checkpoints.readable(other) else ""
+        raise checkpoints.CheckpointError(f"{error}{hint}") from None
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
     model.load_state_dict(saved["average"] or saved["model"])
