@@ -15,7 +15,7 @@ import refinelib
 from refinelib.augment import normalise
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
-from refinelib.data import SyntheticPeople
+from refinelib.data import DataError, SyntheticPeople
 from refinelib.quality.evaluation import evaluate, grid_ceiling
 from refinelib.modeling.roi import centre_window, labels_from_coverage
 from refinelib.training import train
@@ -185,3 +185,16 @@ def test_a_picture_of_16_bits_is_the_same_open_or_by_its_path(tmp_path):
     with Image.open(file) as picture:
         mine = predict._rgb(picture)
     assert np.array_equal(mine, predict._rgb(file)) and len(np.unique(mine)) > 200
+
+
+def test_a_picture_of_floats_is_refused_rather_than_black(tmp_path):
+    file = tmp_path / "grey.tiff"
+    picture = Image.fromarray(np.random.default_rng(0).uniform(0, 1, (8, 8)).astype(np.float32))
+    picture.save(file)
+    from refinelib.data.scenes import decode_image
+    from refinelib.quality import predict
+
+    with pytest.raises(ValueError, match="floats, which have no agreed range: save it with 8 or 16 bits"):
+        predict._rgb(picture)
+    with pytest.raises(DataError, match="grey.tiff cannot be decoded .*no agreed range"):
+        decode_image(file)

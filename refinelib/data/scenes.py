@@ -151,7 +151,13 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def as_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode as uint8 [H, W, 3]."""
+    """A PIL image of any mode but float as uint8 [H, W, 3].
+
+    Raises:
+        ValueError: its pixels are floats: from black to white may be 0 to 1, 0 to 255 or anything.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, which have no agreed range: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
         grey = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8))
