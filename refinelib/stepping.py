@@ -20,6 +20,7 @@ from refinelib.build import StepParts, autocast, settled
 from refinelib.config import Settings
 from refinelib.feed import Plan
 from refinelib.kernels import Precompile, keep_note, keeping_graphs, kernels_folder, note
+from refinelib.memory import ran_out
 from refinelib.safety.guard import Guard
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.roi import canvas_size
@@ -206,9 +207,9 @@ class Stepper:
             if self.pieces == 1 and type(self.guard) is Guard and type(self.loss) is MaskLoss:  # another run's kernels exactly
                 keep_note(self.settings)
             return report
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # no C compiler, no Triton, an operation it does not know: many kinds
+            if ran_out(error):
+                raise
             self.say(f"could not compile ({(str(error) or type(error).__name__).splitlines()[0]}): trains without, more slowly")
             self.compiled, self.forward = False, self.eager
             self.feed.uncompile()
@@ -219,14 +220,14 @@ class Stepper:
         """:meth:`compute`, in ever smaller pieces until they fit into memory; the step is the same but for rounding.
 
         Raises:
-            OutOfMemoryError: one ROI alone does not fit.
+            RuntimeError: one ROI alone does not fit (:func:`refinelib.memory.ran_out`).
         """
         while True:
             try:
                 found = self._gradient(given)
                 break
-            except torch.OutOfMemoryError:
-                if not self._smaller(len(given[0][-1])):
+            except RuntimeError as error:
+                if not (ran_out(error) and self._smaller(len(given[0][-1]))):
                     raise
         return self._finish(*found)  # never twice: half an update cannot be taken back
 
@@ -247,10 +248,10 @@ class Stepper:
         try:
             with torch.cuda.graph(graph):
                 report = self.compute(self.inputs)
-        except torch.OutOfMemoryError:  # a graph keeps its memory to itself: there was room for the step, not for both
-            self.captures, self.taken = self._smaller(len(given[0][-1])), 0  # smaller pieces are taken, and compiled, before they are recorded
-            return
         except RuntimeError as error:
+            if ran_out(error):  # a graph keeps its memory to itself: there was room for the step, not for both
+                self.captures, self.taken = self._smaller(len(given[0][-1])), 0  # smaller pieces are taken, and compiled, before they are recorded
+                return
             torch.cuda.synchronize()
             self.say(f"could not capture a CUDA graph ({str(error).splitlines()[0]}): trains without, more slowly")
             self.captures = False

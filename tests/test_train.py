@@ -318,13 +318,18 @@ def test_a_training_step_on_cuda_reads_nothing_back(tiny, amp, monkeypatch):
     assert run.status()["state"] == "ok" and len(calls) > 4
 
 
-def test_a_batch_that_does_not_fit_is_taken_in_pieces_with_the_same_result(tiny, monkeypatch):
+#: As PyTorch's memory says it, and as CUDA's libraries do.
+FULL = [torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["PyTorch", "cuBLAS"])
+def test_a_batch_that_does_not_fit_is_taken_in_pieces_with_the_same_result(tiny, error, monkeypatch):
     whole = train(tiny(run="whole", batch_size=6, epochs=1, grad_clip=1e6, ema_decay=0))
     real = loop.Stepper.eager
 
     def small_memory(self, images, labels):
         if len(labels) > 2:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return real(self, images, labels)
 
     monkeypatch.setattr(loop.Stepper, "eager", small_memory)
@@ -349,7 +354,21 @@ def test_an_update_is_never_taken_twice(tiny, monkeypatch):
     assert len(calls) == 1
 
 
-def test_memory_that_others_took_meanwhile_is_no_end_of_validation(tiny, monkeypatch):
+def test_another_error_is_no_lack_of_memory(tiny, monkeypatch):
+    calls = []
+
+    def broken(self, images, labels):
+        calls.append(len(labels))
+        raise RuntimeError("expected 3 channels")
+
+    monkeypatch.setattr(loop.Stepper, "eager", broken)
+    with pytest.raises(RuntimeError, match="expected 3 channels"):
+        train(tiny(batch_size=4))
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["PyTorch", "cuBLAS"])
+def test_memory_that_others_took_meanwhile_is_no_end_of_validation(tiny, error, monkeypatch):
     whole = train(tiny(run="whole", epochs=1, ema_decay=0.9, flip_test=True))
     real, most, taken = HierarchicalUNet.forward, 3, []
 
@@ -357,18 +376,19 @@ def test_memory_that_others_took_meanwhile_is_no_end_of_validation(tiny, monkeyp
         if not model.training:
             taken.append(len(images))
             if len(images) > most:
-                raise torch.OutOfMemoryError("out of memory")
+                raise error
         return real(model, images, **given)
 
     monkeypatch.setattr(HierarchicalUNet, "forward", small_memory)
     pieces = train(tiny(run="pieces", epochs=1, ema_decay=0.9, flip_test=True))
     assert max(taken) > most and pieces.epochs()[-1]["metrics"] == whole.epochs()[-1]["metrics"]
     most = 0  # not one crop by itself
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         train(tiny(run="none", epochs=1, ema_decay=0.9))
 
 
-def test_pieces_are_warmed_up_before_they_are_recorded(tiny, monkeypatch):
+@pytest.mark.parametrize("error", FULL, ids=["PyTorch", "cuBLAS"])
+def test_pieces_are_warmed_up_before_they_are_recorded(tiny, error, monkeypatch):
     """There was memory for the step, and not for the step and its graph; a graph that is being recorded may not compile anything."""
     settings = tiny(batch_size=4, epochs=9)
     trainer = loop.Trainer(settings, Run.start(settings))
@@ -378,7 +398,7 @@ def test_pieces_are_warmed_up_before_they_are_recorded(tiny, monkeypatch):
     def recording(graph):
         recorded.append((stepper.taken, stepper.pieces))
         if len(recorded) == 1:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         yield
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from refinelib.augment import normalise
 from refinelib.data import Store
+from refinelib.memory import ran_out
 from refinelib.quality.metrics import SegmentationMetrics
 from refinelib.modeling.roi import centre_window, labels_from_coverage
 
@@ -34,7 +35,7 @@ def predict_probs(model: nn.Module, images: Tensor, *, flip: bool = False, weigh
     F1, written in IoU): at odds of ``J`` to 1, not even ones, which is a weight of ``1 / J`` against all else.
 
     Raises:
-        OutOfMemoryError: one crop alone does not fit.
+        RuntimeError: one crop alone does not fit (:func:`refinelib.memory.ran_out`).
     """
     probs = _probs(model, images)
     if flip:
@@ -51,8 +52,8 @@ def _probs(model: nn.Module, images: Tensor) -> Tensor:
         try:
             parts = images.contiguous(memory_format=torch.channels_last).tensor_split(pieces)
             return torch.cat([model(part).log_probs().exp() for part in parts])
-        except torch.OutOfMemoryError:
-            if pieces >= len(images):
+        except RuntimeError as error:
+            if not ran_out(error) or pieces >= len(images):
                 raise
         pieces = min(2 * pieces, len(images))
         if images.is_cuda:
