@@ -28,7 +28,7 @@ import torch
 
 from refinelib.config import resolve
 from refinelib.safety.faults import parse
-from refinelib.safety.forensics import ROUNDING
+from refinelib.safety.forensics import Finding
 from refinelib.runs import Run
 from refinelib.training import Trainer
 
@@ -152,7 +152,8 @@ def attributed(kind: str, skipped: bool, events: list[dict], first: Sequence[int
         if event["kind"] == "spike":
             return what in ("loss", "label", "input", "activation") or event.get("parameter", "").startswith(fault.where) or not fault.where
         if event["kind"] == "incident":
-            if not (event["same_step"] or compiled and event["apart"] is not None and event["apart"] <= ROUNDING):
+            finding = Finding(same_step=event["same_step"], apart=event["apart"])
+            if not (finding.alike if compiled else finding.same_step):
                 return False
             if what == "loss":
                 return event["phase"] == "loss"

@@ -29,6 +29,7 @@ import torch
 from refinelib.config import Settings, resolve
 from refinelib.data import Store, open_split
 from refinelib.feed import Feed
+from refinelib.memory import ran_out
 
 import speed
 import store as stores
@@ -139,7 +140,9 @@ def step_cost(settings: Settings, rois: Store, device: torch.device) -> dict[str
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         parameters = sum(p.numel() for p in stepper.model.parameters())
         return dict(ms=round(1e3 * statistics.median(times), 3), peak_gib=peak and round(peak, 3), parameters=parameters)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         return None
     finally:
         if stepper is not None:

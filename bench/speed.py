@@ -36,6 +36,7 @@ from refinelib import kernels, stepping
 from refinelib.build import build_step
 from refinelib.config import resolve
 from refinelib.data import open_split
+from refinelib.memory import ran_out
 from refinelib.stepping import WARM_UP, Stepper
 
 #: Steps an epoch of the schedule: a long run's rate, whatever the batch and however small the store.
@@ -175,7 +176,9 @@ def measure(settings, store, device, options, rate: float) -> None:
             steppers[name] = made = makers[name]()
             take(made, WARM_UP + 1)
             synchronize(device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             steppers.pop(name, None)
             say(figure="step", batch=settings.batch_size, kind=name, note="out of memory")
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Callable, Iterator
 
@@ -35,6 +35,19 @@ def held(lock: Path, *, wait: bool = True, waits: Callable[[], None] = lambda: N
             waits()
             mine = _locked(file, fcntl.LOCK_EX)
         yield bool(mine)
+
+
+@contextmanager
+def alone(folder: Path, refusal: Exception) -> Iterator[None]:
+    """Have a folder to oneself meanwhile, by ``.lock`` in it; ``refusal`` is raised where another process has it. Where no lock file can be written nobody can be told."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder / ".lock", wait=False))
+        except BlockingIOError:
+            raise refusal from None
+        except OSError:
+            pass
+        yield
 
 
 def _locked(file: IO, how: int) -> bool | None:

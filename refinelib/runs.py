@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from refinelib.config import Settings, absolute, project_root
-from refinelib.locking import held
+from refinelib.locking import alone
 
 
 class RunError(RuntimeError):
@@ -131,7 +131,7 @@ class Run:
             if (folder / "status.json").is_file():
                 return cls(folder)
         root = absolute(output_dir)
-        known = sorted(p.parent.name for p in root.glob("*/status.json"))
+        known = sorted(file.parent.name for file in status_files(root))
         raise RunError(f"there is no run {str(run)!r}: give a folder that holds status.json, or one of {', '.join(known) or 'none yet: train first'}")
 
     @classmethod
@@ -239,13 +239,7 @@ class Run:
         Raises:
             RunError: another process is training it.
         """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(held(self.folder / ".lock", wait=False))
-            except BlockingIOError:
-                raise RunError(f"{self.folder} is being trained by another process: wait until it ends, or start a run of another name") from None
-            except OSError:  # no room for a lock file: nobody can be told
-                pass
+        with alone(self.folder, RunError(f"{self.folder} is being trained by another process: wait until it ends, or start a run of another name")):
             self._sweep()
             yield
 
@@ -381,11 +375,16 @@ def _git_commit() -> str | None:
         return None
 
 
+def status_files(root: Path) -> list[Path]:
+    """``status.json`` of every run under a folder, the one that changed last at the end. A chain of runs, which has one too, is none."""
+    runs = (file for file in root.glob("*/status.json") if not (file.parent / "progressive.json").is_file())
+    return sorted(runs, key=lambda file: file.stat().st_mtime)
+
+
 def latest(output_dir: str = "outputs") -> Run:
     """The run whose status changed last."""
     root = absolute(output_dir)
-    runs = (file for file in root.glob("*/status.json") if not (file.parent / "progressive.json").is_file())  # a chain of runs is none
-    found = sorted(runs, key=lambda file: file.stat().st_mtime)
+    found = status_files(root)
     if not found:
         raise RunError(f"there is no run under {root} yet: `make train` makes one")
     return Run(found[-1].parent)

@@ -12,9 +12,9 @@ from PIL import Image
 from test_notebooks import papermill, read
 from test_plots import make_run
 
-from refinelib.notebook import compare
+from refinelib.notebook import compare, examples
 from refinelib.config import project_root
-from refinelib.runs import Run, RunError, dumps
+from refinelib.runs import Run, RunError, dumps, latest
 
 
 def shift(run: Run, by: float) -> Run:
@@ -124,6 +124,17 @@ def test_runs_are_found_by_name_and_the_newest_without_one(runs, tmp_path):
     assert len(compare.find(output_dir=where, most=2)) == 2
     with pytest.raises(RunError, match="there is no run 'fats'.*a, a-2, fast"):
         compare.find("fats", output_dir=where)
+
+
+def test_a_chain_of_runs_is_no_run(tmp_path):
+    """It has a status beside its runs', and neither settings nor curves."""
+    run = make_run(tmp_path / "mine")
+    chain = tmp_path / "progressive"
+    chain.mkdir()
+    for name in ("progressive.json", "status.json"):  # later than the run's
+        (chain / name).write_text(dumps({"state": "ok", "phases": []}))
+    assert [found.folder for found in compare.find(output_dir=str(tmp_path))] == [run.folder]
+    assert examples.newest(output_dir=str(tmp_path)).folder == latest(str(tmp_path)).folder == run.folder
 
 
 def test_without_any_run_two_tiny_ones_are_made(tmp_path):

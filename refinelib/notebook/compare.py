@@ -18,7 +18,7 @@ from refinelib.notebook import examples
 from refinelib.figures.drawing import BLACK, BLUE, CLASSES, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, Figure, color_key, dress, draw_line
 from refinelib.figures.pictures import class_picture, tile, window_of
 from refinelib.config import WHERE
-from refinelib.runs import Run
+from refinelib.runs import Run, status_files
 
 #: Colours of groups in their order; beyond these the line's style changes.
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, GREY)
@@ -50,7 +50,7 @@ def find(runs: Sequence[str] | str | None = None, *, output_dir: str = "outputs"
     root = examples.root(output_dir)
     if names:
         return [run if isinstance(run, Run) else Run.open(run, output_dir=str(root)) for run in names]
-    files = sorted(root.glob("*/status.json"), key=lambda file: file.stat().st_mtime)
+    files = status_files(root)
     if not files:
         return [examples.tiny(output_dir, seed=seed) for seed in (0, 1)]
     return [Run(file.parent) for file in files[-most:]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from refinelib.config import Settings, absolute, resolve
-from refinelib.runs import Run
+from refinelib.runs import Run, status_files
 
 
 def root(output_dir: str = "outputs") -> Path:
@@ -37,8 +37,7 @@ def newest(run: str | None = None, *, output_dir: str = "outputs", fit: Callable
     if run:
         return Run.open(run, output_dir=str(root(output_dir)))
     for folder in (root(output_dir), root(output_dir) / "smoke"):
-        files = sorted(folder.glob("*/status.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-        for candidate in (Run(file.parent) for file in files):
+        for candidate in (Run(file.parent) for file in reversed(status_files(folder))):
             if fit(candidate):
                 return candidate
     return tiny(output_dir)
@@ -53,7 +52,7 @@ def usable_run(run: str | None, *, output_dir: str = "outputs") -> str | Path:
     """
     if run:
         return run
-    for folder in (root(output_dir), absolute(output_dir)):
+    for folder in dict.fromkeys((root(output_dir), absolute(output_dir))):  # one and the same, but in smoke size
         found = newest_readable(folder, "*")
         if found is not None:
             return found

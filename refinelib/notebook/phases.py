@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import os
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from refinelib.config import Settings, absolute
-from refinelib.locking import held
+from refinelib.locking import alone
 from refinelib.notebook.gates import judge
 from refinelib.notebook.phase_plan import ADDS, Plan, read_state
 from refinelib.runs import Run, RunError, dumps, write_atomically
@@ -200,11 +200,7 @@ def _taken_up(plan: Plan) -> dict[str, Any]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a chain at a time, where there are locks."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(held(folder / ".lock", wait=False))
-        except BlockingIOError:
-            raise RunError(f"another process is training the phases in {folder}: wait for it, or give another name") from None
+    with alone(folder, RunError(f"another process is training the phases in {folder}: wait for it, or give another name")):
         yield
 
 

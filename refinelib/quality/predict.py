@@ -43,7 +43,7 @@ def load(
         saved = checkpoints.load(path)
     except checkpoints.CheckpointError as error:
         other = path.with_name("last.pt" if path.name == "best.pt" else "best.pt")
-        hint = f"; {other} is whole: give that file" if other != path and checkpoints.readable(other) else ""
+        hint = f"; {other} is whole: give that file" if checkpoints.readable(other) else ""
         raise checkpoints.CheckpointError(f"{error}{hint}") from None
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)

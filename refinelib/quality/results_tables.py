@@ -68,9 +68,9 @@ def ablation_table(
     """
     keys = list(keys)
     (_, whole), *others = by_settings(results).items()
-    lost = {name: difference(whole, runs, "boundary_iou") for name, runs in others}
-    order = sorted(others, key=lambda kind: -1.0 if lost[kind[0]] is None else lost[kind[0]].mean, reverse=True)
-    rows = [[name, len(runs), *(_gain(difference(whole, runs, key)) for key in keys)] for name, runs in order]
+    gains = {name: {key: difference(whole, runs, key) for key in dict.fromkeys([*keys, "boundary_iou"])} for name, runs in others}
+    order = sorted(others, key=lambda kind: -1.0 if (lost := gains[kind[0]]["boundary_iou"]) is None else lost.mean, reverse=True)
+    rows = [[name, len(runs), *(_gain(gains[name][key]) for key in keys)] for name, runs in order]
     return table([f"{whole[0].name} less the same with", "runs", *(FIGURES[key] for key in keys)], rows)
 
 

@@ -45,7 +45,7 @@ class Finding:
     @property
     def alike(self) -> bool:
         """The recorded step, bit for bit or but for rounding."""
-        return bool(self.same_step) or self.apart is not None and self.apart <= ROUNDING
+        return self.apart is not None and self.apart <= ROUNDING  # 0 where it is the same bit for bit
 
     @property
     def kind(self) -> str:
