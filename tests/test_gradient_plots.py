@@ -10,8 +10,7 @@ from PIL import Image
 from test_notebooks import papermill, read
 
 from refinelib.figures import gradient_plots
-from refinelib.notebook import gradients
-from refinelib.safety import instability
+from refinelib.safety import gradients, instability
 from refinelib import resolve
 from refinelib.config import project_root
 from refinelib.runs import Run, RunError

@@ -14,7 +14,7 @@ import refinelib
 from refinelib.figures import gradient_plots, pictures, plots
 from refinelib.notebook import widgets
 from refinelib.notebook.examples import newest, tiny
-from refinelib.notebook.gradients import read
+from refinelib.safety.gradients import read
 from refinelib.runs import Run
 
 

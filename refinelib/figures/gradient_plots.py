@@ -13,9 +13,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from refinelib.figures.drawing import BLACK, BLUE, GREEN, GREY, LOSS_NAMES, LOSSES, ORANGE, PURPLE, VERMILLION, Figure
 from refinelib.figures.drawing import dress, empty, legend, opened, titled
-from refinelib.notebook.gradients import Gradients, read
-from refinelib.safety.instability import Episode, episodes, levels, rounded
 from refinelib.runs import Run, RunError
+from refinelib.safety.gradients import Gradients, read
+from refinelib.safety.instability import Episode, episodes, levels, rounded
 
 #: Columns of a heat map, at most: more cannot be told apart at a notebook's width.
 COLUMNS = 360
@@ -31,7 +31,7 @@ def heat(run: Run | str | os.PathLike, layers: Layers = None) -> Figure:
     """Gradient norm by layer and step, and below it how many times its usual level each was.
 
     Args:
-        layers: see :meth:`refinelib.notebook.gradients.Gradients.select`.
+        layers: see :meth:`refinelib.safety.gradients.Gradients.select`.
     """
     run = opened(run)
     if (found := _read(run)) is None:

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from refinelib.figures import plots
 from refinelib.figures.gradient_plots import module_norms
-from refinelib.notebook.gradients import read
 from refinelib.figures.pictures import sample_epochs, sample_grid, thresholded
 from refinelib.progress import interactive
 from refinelib.runs import Run, RunError
+from refinelib.safety.gradients import read
 
 
 def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:

@@ -1,1 +1,1 @@
-"""What keeps a run alive and says what went wrong: guard, recovery, incidents, faults on demand."""
+"""What keeps a run alive and says what went wrong: guard, recovery, incidents, gradients read back, faults on demand."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refinelib.notebook.gradients import Gradients
+from refinelib.safety.gradients import Gradients
 
 #: Steps whose median is a module's usual level; at least so many are needed to have one.
 WINDOW, LEAST = 50, 5
