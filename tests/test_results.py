@@ -245,6 +245,8 @@ def test_an_ablation_compares_each_kind_with_the_first_and_begins_with_what_cost
     assert first.startswith("| refinement = off | 0 | **+0.06") and second.startswith("| use_contour_detection = False | 0, 1 | **+0.020 ± ")
     other = made_up("c", base, 5, use_distance_transform=False)  # a seed that the first kind lacks: against all there are
     assert "| use_distance_transform = False | 5 | **+0.050 " in results_tables.ablation_table([*runs[:2], other], ["target_iou"])
+    shared = made_up("d", base, 0, use_distance_transform=False)  # and one that it has: that one alone
+    assert "| use_distance_transform = False | 0 | +0.000 " in results_tables.ablation_table([*runs[:2], other, shared], ["target_iou"])
     assert len(results_tables.ablation_table(runs[:2]).splitlines()) == 2
 
 

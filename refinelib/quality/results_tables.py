@@ -63,16 +63,17 @@ def ablation_table(
 ) -> str:
     """What runs of the first one's kind gain over every other kind, the most Boundary IoU first; cells as in :func:`paired_table`.
 
-    A kind of fewer seeds is compared with those seeds of the first kind alone, if it has them: seeds differ by more than most parts are worth.
+    Only seeds that both kinds have are compared, if there are any: seeds differ by more than most parts are worth.
 
     Args:
         results: runs scored on the same people; those that differ in their seed only are one kind.
     """
     keys = list(keys)
     (_, whole), *others = by_settings(results).items()
-    gains = {name: {key: difference(_of_seeds(whole, runs), runs, key) for key in dict.fromkeys([*keys, "boundary_iou"])} for name, runs in others}
-    order = sorted(others, key=lambda kind: -1.0 if (lost := gains[kind[0]]["boundary_iou"]) is None else lost.mean, reverse=True)
-    rows = [[name, ", ".join(map(str, sorted(_seeds(runs)))), *(_gain(gains[name][key]) for key in keys)] for name, runs in order]
+    pairs = {name: _of_shared_seeds(whole, runs) for name, runs in others}
+    gains = {name: {key: difference(*pair, key) for key in dict.fromkeys([*keys, "boundary_iou"])} for name, pair in pairs.items()}
+    order = sorted(gains, key=lambda name: -1.0 if (lost := gains[name]["boundary_iou"]) is None else lost.mean, reverse=True)
+    rows = [[name, ", ".join(map(str, sorted(_seeds(pairs[name][1])))), *(_gain(gains[name][key]) for key in keys)] for name in order]
     return table([f"{whole[0].name} less the same with", "seeds", *(FIGURES[key] for key in keys)], rows)
 
 
@@ -80,9 +81,10 @@ def _seeds(runs: Sequence[Result]) -> set[int]:
     return {run.settings.seed for run in runs}
 
 
-def _of_seeds(whole: Sequence[Result], runs: Sequence[Result]) -> Sequence[Result]:
-    """Those of ``whole`` with a seed of ``runs``; all of them where one is missing."""
-    return [run for run in whole if run.settings.seed in _seeds(runs)] if _seeds(runs) <= _seeds(whole) else whole
+def _of_shared_seeds(*kinds: Sequence[Result]) -> list[Sequence[Result]]:
+    """Of each kind the runs whose seed all of them have; all runs where they share none."""
+    shared = set.intersection(*map(_seeds, kinds))
+    return [[run for run in runs if run.settings.seed in shared] if shared else runs for runs in kinds]
 
 
 def _gain(gain: Figure | None) -> str:
