@@ -14,8 +14,8 @@ import refinelib
 from refinelib.figures import gradient_plots, pictures, plots
 from refinelib.notebook import widgets
 from refinelib.notebook.examples import newest, tiny
-from refinelib.safety.gradients import read
 from refinelib.runs import Run
+from refinelib.safety.gradients import read
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any, Callable
 
 from refinelib.config import Settings, absolute, resolve
 from refinelib.runs import Run, status_files
+from refinelib.safety import gradients
 
 
 def root(output_dir: str = "outputs") -> Path:
@@ -96,4 +97,4 @@ def tiny_pair(output_dir: str = "outputs") -> tuple[list[str], list[str]]:
 
 def has_gradients(run: Run) -> bool:
     """Whether the probe has written at least one file."""
-    return any((run.folder / "gradients").glob("epoch_*.npz"))
+    return bool(gradients.files(run))

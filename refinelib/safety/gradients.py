@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Sequence
 
 import numpy as np
@@ -67,6 +68,11 @@ class Gradients:
             return by_module / by_module.sum(axis=0)
 
 
+def files(run: Run) -> list[Path]:
+    """What a run's probe has written so far, a file an epoch, the oldest first."""
+    return sorted((run.folder / "gradients").glob("epoch_*.npz"))
+
+
 def read(run: Run | str | os.PathLike) -> Gradients:
     """All that a run's probe has written so far.
 
@@ -74,16 +80,16 @@ def read(run: Run | str | os.PathLike) -> Gradients:
         RunError: it has written nothing.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    files = sorted((run.folder / "gradients").glob("epoch_*.npz"))
-    if not files:
+    written = files(run)
+    if not written:
         why = "no epoch is over yet, or it was trained with probe_every = 0; train with probe_every = 1"
         raise RunError(f"{run.folder} holds no gradients: {why}")
     pieces, looks = [], {}
-    for file in files:
+    for file in written:
         with np.load(file, allow_pickle=False) as opened:
             piece = {name: opened[name] for name in opened.files}
         if pieces and piece["names"].tolist() != pieces[0]["names"].tolist():
-            raise RunError(f"{file} is of another model than {files[0].name}: its parameters have other names")
+            raise RunError(f"{file} is of another model than {written[0].name}: its parameters have other names")
         epoch = int(file.stem.rpartition("_")[2])
         piece["epochs"] = np.full(len(piece["steps"]), epoch)
         pieces.append(piece)
