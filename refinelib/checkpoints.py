@@ -7,17 +7,21 @@ that was cut short or changed is told from a whole one.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
+import pickletools
 import threading
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Callable, Collection
 
 import torch
 from torch import Tensor
 
 from refinelib.config import absolute
+from refinelib.files import opened_zip, reason, replacing, shown
 
 #: 3: the model has self-attention; 4: that and channel attention are made of matrix products, and weights of before are not read.
 FORMAT = 4
@@ -39,15 +43,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     content = {"format": FORMAT, "checksum": checksum(content), **content}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, "wb") as file:
+        torch.save(content, file)
 
 
 class Writer:
@@ -66,9 +63,13 @@ class Writer:
         #: What is wrong with each file whose newest content is not on disk, in a sentence.
         self.failing: dict[Path, str] = {}
 
-    def save(self, path: Path, content: dict[str, Any]) -> None:
-        """Have ``content`` written to ``path``; where an older one still waits, the newer takes its place."""
-        content = to_cpu(content)
+    def save(self, path: Path, content: dict[str, Any], *, copy: bool = True) -> None:
+        """Have ``content`` written to ``path``; where an older one still waits, the newer takes its place.
+
+        Args:
+            copy: false: it is a copy on the CPU already, which nobody changes.
+        """
+        content = to_cpu(content) if copy else content
         with self._wake:
             self._waiting = {**self._failed, **self._waiting, path: content}
             self._failed = {}
@@ -129,28 +130,153 @@ class Writer:
                         self._problems.append(f"the checkpoint {path.name} could be written after all")
 
 
-def load(path: str | os.PathLike) -> dict[str, Any]:
+def load(path: str | os.PathLike, *, needs: Collection[str] = ()) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, verified.
 
+    Whatever the file holds, this takes no more memory than twice its size and 300 MiB.
+
+    Args:
+        needs: parts that must be in it.
+
     Raises:
-        CheckpointError: missing, cut short, changed, or of another format.
+        CheckpointError: missing, cut short, changed, of another format, or not what :func:`save` writes.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with opened_zip(path) as (file, archive):
+            _refuse_claims(file, archive)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            _refuse_types(content, [os.fstat(file.fileno()).st_size])
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise CheckpointError(f"{path} is not a whole checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        raise CheckpointError(f"{path} is not a whole checkpoint ({reason(error)})") from None
     if not isinstance(content, dict) or "checksum" not in content:
         raise CheckpointError(f"{path} was not written by refinelib: it has no checksum")
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {content['format']}, this version reads format {FORMAT}: use the version that wrote it")
-    expected = content.pop("checksum")
-    content.pop("format")
-    if checksum(content) != expected:
+    form, expected = content.pop("format", None), content.pop("checksum")
+    if type(form) is not int or form != FORMAT:
+        why = f"this version reads format {FORMAT}: use the version that wrote it"
+        raise CheckpointError(f"{path} has format {shown(form)}, {why}")
+    if checksum(content) != str(expected):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+    lacking = sorted(set(needs) - content.keys())
+    if lacking:
+        raise CheckpointError(f"{path} is not the checkpoint that is needed: it lacks {', '.join(lacking)}")
+    for name, fits in _PARTS.items():
+        if name in content and not fits(content[name]):
+            raise CheckpointError(f"{path} is no checkpoint of this version: {name}: {shown(content[name])}")
     return content
+
+
+# -- what a file may hold ----------------------------------------------------------------------------
+#: Bytes a value of each type of storage that a file may name, and what else it may name.
+_STORAGES = {
+    **dict.fromkeys(("torch ByteStorage", "torch CharStorage", "torch BoolStorage"), 1),
+    **dict.fromkeys(("torch HalfStorage", "torch BFloat16Storage", "torch ShortStorage"), 2),
+    **dict.fromkeys(("torch FloatStorage", "torch IntStorage"), 4),
+    **dict.fromkeys(("torch DoubleStorage", "torch LongStorage"), 8),
+}
+_OTHERS = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")
+#: How ``torch.save`` names a storage: ("storage", type, member, device, values).
+_NAMING = ("MARK", "BINUNICODE", "GLOBAL", "BINUNICODE", "BINUNICODE", "INT", "TUPLE")
+#: Largest pickle of names and plain values, and deepest nesting; the largest model has a tenth and a fifth.
+_PICKLE, _DEPTH = 2 << 20, 32
+
+
+def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile) -> None:
+    """Refuse a file that holds other types, or would take more memory than its size, before torch opens it.
+
+    ``torch.save`` writes a zip whose members are not packed: a pickle, and the bytes of each tensor. So all
+    sizes are known before: the members' add up to the file's, and what the pickle claims are the members'.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    file.seek(0)
+    if file.read(4) != b"PK\x03\x04":  # torch would read it as a file of before 2020
+        raise ValueError("it is no zip file")
+    members = archive.infolist()
+    root = members[0].filename.partition("/")[0] + "/"  # torch looks there, and takes no notice of capitals
+    sizes = {member.filename.removeprefix(root): member.file_size for member in members}
+    plain = all(
+        member.filename == member.orig_filename and member.filename.startswith(root)
+        and member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+        for member in members
+    )  # fmt: skip
+    if not plain or len({name.lower() for name in sizes}) < len(members):
+        raise ValueError("its members are not those that torch.save writes")
+    if sum(sizes.values()) > os.fstat(file.fileno()).st_size:
+        raise ValueError("its members claim more bytes than it has")
+    if sizes["data.pkl"] > _PICKLE:
+        raise ValueError(f"its names and plain values take {sizes['data.pkl']} bytes, more than {_PICKLE}")
+    memo: dict[int, tuple[str, Any]] = {}
+    last: collections.deque[tuple[str, Any]] = collections.deque(maxlen=len(_NAMING))
+    open_types = 0
+    for code, value, _ in pickletools.genops(archive.read(root + "data.pkl")):
+        if code.name in ("BINPUT", "LONG_BINPUT"):
+            memo[value] = last[-1]
+        elif code.name == "BINPERSID":
+            operations, (_, _, kind, member, _, count, _) = zip(*last)
+            if operations != _NAMING or sizes.get(f"data/{member}") != count * _STORAGES.get(kind, -1):
+                raise ValueError(f"it claims {shown(count)} values of {shown(kind)} that it does not hold")
+            open_types -= 1
+        else:
+            name = "INT" if code.name in ("BININT", "BININT1", "BININT2", "LONG1") else code.name
+            last.append(memo[value] if code.name in ("BINGET", "LONG_BINGET") else (name, value))
+            name, value = last[-1]
+            if name == "GLOBAL" and value not in _STORAGES and value not in _OTHERS:
+                raise ValueError(f"it holds {shown(value)}, which refinelib does not write")
+            open_types += name == "GLOBAL" and value in _STORAGES
+    if open_types:  # a type that names no storage could be called with a size
+        raise ValueError("it makes tensors in another way than torch.save")
+
+
+def _refuse_types(value: Any, room: list[int], depth: int = 0) -> None:
+    """Refuse what :func:`save` does not write.
+
+    Args:
+        room: bytes that are left of the file's; a value takes one, a tensor those of its elements. So a part
+            that stands in many places, or in itself, is not gone through for ever.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    room[0] -= 1
+    if isinstance(value, Tensor):
+        size = value.numel() * value.element_size()
+        room[0] -= size
+        if size > value.untyped_storage().nbytes():
+            raise ValueError(f"a tensor {list(value.shape)} has more elements than are stored")
+    elif type(value) in (dict, list, tuple):
+        if depth > _DEPTH:
+            raise ValueError(f"it is nested more than {_DEPTH} deep")
+        odd = [key for key in value if type(key) not in (str, int)] if isinstance(value, dict) else []
+        if odd:
+            raise ValueError(f"it has the key {shown(odd[0])}")
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_types(item, room, depth + 1)
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise ValueError(f"it holds {shown(type(value).__name__)}, which refinelib does not write")
+    if room[0] < 0:
+        raise ValueError("its parts stand in more places than it has room for")
+
+
+def _named(value: Any, kind: type) -> bool:
+    """Whether this is values of one type by name."""
+    return isinstance(value, dict) and all(type(k) is str and isinstance(v, kind) for k, v in value.items())
+
+
+#: Whether a part is what callers take it for; of a run's checkpoint, and of an incident's two files.
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("model", "random"), lambda part: _named(part, Tensor)),
+    "average": lambda part: part is None or _named(part, Tensor),
+    "position": lambda part: _named(part, int) and min(part.values(), default=0) >= 0,
+    **dict.fromkeys(("guard", "log", "recovery", "settings"), lambda part: isinstance(part, dict)),
+    "best": lambda part: part is None or isinstance(part, dict),
+    "mean_coverage": lambda part: isinstance(part, Tensor),
+    **dict.fromkeys(("images", "labels"), lambda part: type(part) is list and {*map(type, part)} <= {Tensor}),
+}
 
 
 def readable(path: str | os.PathLike) -> bool:
@@ -162,32 +288,45 @@ def readable(path: str | os.PathLike) -> bool:
     return True
 
 
-def newest_whole(folder: Path, names: tuple[str, ...] = ("last.pt", "best.pt")) -> tuple[Path, dict[str, Any], list[str]]:
+def newest_whole(
+    folder: Path, names: tuple[str, ...] = ("last.pt", "best.pt"), *, check: Callable[[Path, dict[str, Any]], None] = lambda path, content: None
+) -> tuple[Path, dict[str, Any], list[str]]:
     """The checkpoint of the latest step that is whole, and what was wrong with the others.
 
     Args:
         folder: a run's ``checkpoints/``.
         names: files to consider.
+        check: called with path and content; raises CheckpointError for one that this run cannot go on from.
 
     Returns:
         path, content, and one sentence for each file that could not be used.
 
     Raises:
-        CheckpointError: none of them is whole.
+        CheckpointError: none of them can be used.
     """
-    whole, problems = [], []
-    for name in names:
-        if not (folder / name).exists():
-            continue
+    usable, problems = [], []
+    for file in (folder / name for name in names if (folder / name).exists()):
         try:
-            content = load(folder / name)
-            whole.append((content["position"]["step"], folder / name, content))
+            content = load(file)
+            step = content["position"]["step"]
+            check(file, content)
+            usable.append((step, file, content))
         except CheckpointError as error:
             problems.append(str(error))
-    if not whole:
-        raise CheckpointError(f"no whole checkpoint in {folder}" + (": " + "; ".join(problems) if problems else " (none was written yet)"))
-    _, path, content = max(whole, key=lambda item: item[0])
+        except (KeyError, TypeError, AttributeError, IndexError) as error:  # whole, and yet no checkpoint of a run
+            problems.append(f"{file} is not a run's checkpoint ({type(error).__name__}: {error})")
+    if not usable:
+        raise CheckpointError(f"no usable checkpoint in {folder}: {'; '.join(problems) or 'none was written yet'}")
+    _, path, content = max(usable, key=lambda item: item[0])
     return path, content, problems
+
+
+def nonfinite(content: Any, name: str = "") -> list[str]:
+    """Names of the tensors in nested dictionaries that hold a value that is not finite."""
+    if isinstance(content, Tensor):
+        return [] if bool(content.isfinite().all()) else [name]
+    items = content.items() if isinstance(content, dict) else ()
+    return [found for key, value in items for found in nonfinite(value, f"{name}.{key}" if name else str(key))]
 
 
 def find(source: str | os.PathLike, *, output_dir: str = "outputs") -> Path:

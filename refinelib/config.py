@@ -19,10 +19,10 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, Mapping
 
-import yaml
 from pydantic_core import PydanticCustomError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from refinelib.files import parse_yaml, read_yaml, reason, shown
 from refinelib.safety import faults
 
 SMOKE_VARIABLE = "REFINELIB_SMOKE"
@@ -36,7 +36,7 @@ RECIPE_ALIASES = {
 
 #: Settings that say where a run lies and what it leaves, not what it does.
 WHERE = frozenset({
-    "run", "resume", "output_dir", "store_dir", "data_dir", "train_annotations", "train_images", "val_annotations", "val_images", "workers",
+    "run", "resume", "output_dir", "store_dir", "data_dir", "allow_images_outside", "train_annotations", "train_images", "val_annotations", "val_images", "workers",
     "log_every", "save_every", "probe_every", "validate_every",
 })  # fmt: skip
 
@@ -91,6 +91,7 @@ class Settings(BaseModel):
     train_images: str | None = Field(None, description="folder of its images, where it is not data_dir/images/train2017 or data_dir/train2017")
     val_annotations: str | None = Field(None, description="COCO JSON to validate on, where it is not data_dir/annotations/instances_val2017*.json")
     val_images: str | None = Field(None, description="folder of its images, where it is not data_dir/images/val2017 or data_dir/val2017")
+    allow_images_outside: bool = Field(False, description="read images that a COCO file names outside its image folder (an absolute file_name, or one that climbs out with ..), too")
     add_pennfudan: str | None = Field(None, description="folder of Penn-Fudan (PNGImages, PedMasks), whose own training people join those of data; max_images counts them last")
     store_dir: str | None = Field(None, description="folder of the decoded crops (a store built elsewhere serves with no images at hand); none: output_dir/stores")
     max_images: int | None = Field(None, ge=1, description="use only the first so many images of each split")
@@ -280,17 +281,18 @@ def load_recipe(recipe: str) -> dict[str, Any]:
     """The raw mapping in ``params/<recipe>.yaml`` (or in the YAML file at that path)."""
     folder = project_root() / "params"
     if recipe.endswith((".yaml", ".yml")):
-        file = Path(recipe).expanduser()
-        file = file if file.is_absolute() or file.exists() else project_root() / file
+        file = Path(os.path.expanduser(recipe))
+        file = file if file.is_absolute() or os.path.exists(file) else project_root() / file
     else:
         file = folder / f"{recipe}.yaml"
-    if not file.is_file():
+    if not os.path.isfile(file):  # a name that is too long is none either
         known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise SettingsError(f"there is no recipe {recipe!r}{_nearest(recipe, [*known, *RECIPE_ALIASES])}; the recipes are {', '.join(known)}")
+        nearest = _nearest(recipe, [*known, *RECIPE_ALIASES])
+        raise SettingsError(f"there is no recipe {shown(recipe)}{nearest}; there are {', '.join(known)}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file} is not valid YAML: {error}") from None
+        content = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise SettingsError(str(error)) from None
     if not isinstance(content, dict):
         raise SettingsError(f"{file} must hold one `name: value` a line, and holds {type(content).__name__}")
     return {str(name): value for name, value in content.items()}
@@ -344,9 +346,10 @@ def _smoke(settings: Settings) -> dict[str, Any]:
 
 def _validated(values: Mapping[str, Any]) -> Settings:
     fields = Settings.model_fields
-    wrong = [f"there is no setting {name!r}{_nearest(name, fields)}" for name in values if name not in fields]
-    if wrong:
-        raise SettingsError("; ".join(wrong))
+    unknown = [name for name in values if name not in fields]
+    if unknown:
+        wrong = [f"there is no setting {shown(name)}{_nearest(name, fields)}" for name in unknown[:10]]
+        raise SettingsError("; ".join([*wrong, *[f"and {len(unknown) - 10} more"] * (len(unknown) > 10)]))
     plain = {name: _read(name, value, fields[name].annotation) for name, value in values.items() if value is not None}
     # An explicit "none" is a value of its own; a Python None means the default.
     plain = {name: None if value is _NONE else value for name, value in plain.items()}
@@ -377,8 +380,8 @@ def _read(name: str, value: Any, annotation: Any) -> Any:
             return _flag(word, name)
         if word.startswith("["):
             try:
-                return yaml.safe_load(word)
-            except yaml.YAMLError:
+                return parse_yaml(word)
+            except ValueError:
                 return word
         try:
             number = float(word)
@@ -402,7 +405,7 @@ def _least(values: Mapping[str, Any]) -> Any:
     least = values.get("min_lr", Settings.model_fields["min_lr"].default)
     try:
         return min(float(least), float(values["lr"])) if float(values["lr"]) > 0 else least
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return least
 
 
@@ -412,7 +415,7 @@ def _flag(word: str, name: str = SMOKE_VARIABLE) -> bool:
         return True
     if lowered in ("0", "false", "no", "off", ""):
         return False
-    raise SettingsError(f"{name} = {word!r}: give true or false")
+    raise SettingsError(f"{name} = {shown(word)}: give true or false")
 
 
 def _options(annotation: Any) -> set:
@@ -460,13 +463,13 @@ def _sentence(problem: Mapping[str, Any]) -> str:
         (key, bound), = ((k, v) for k, v in context.items() if k in words)
         rule = f"it must be {words[key]} {bound:g}"
     elif kind == "value_error":
-        rule = str(context.get("error", problem["msg"]))
+        rule = reason(context.get("error", problem["msg"]), 600)
     elif kind == "string_pattern_mismatch":
         rule = "use letters, digits, dot, dash and underscore only"
     else:
         rule = f"give {_article(_type_name(field.annotation))}" if field else problem["msg"]
     meaning = f" ({field.description})" if field else ""
-    return f"{name} = {value!r}: {rule}{meaning}"
+    return f"{name} = {shown(value)}: {rule}{meaning}"
 
 
 def _article(kind: str) -> str:
@@ -495,8 +498,9 @@ _SYNONYMS = {
 
 
 def _nearest(word: str, names: Any) -> str:
-    known = _SYNONYMS.get(word.lower())
-    match = [known] if known in names else difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.6)
+    word = word[:100].lower()
+    known = _SYNONYMS.get(word)
+    match = [known] if known in names else difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 

@@ -8,7 +8,7 @@ state is touched, and a run is bit for bit the same with the probe on or off.
 
 from __future__ import annotations
 
-import os
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from refinelib.feed import Feed
+from refinelib.files import by_epoch, replacing
+from refinelib.safety.gradients import read_file
 from refinelib.safety.guard import REPORT, Guard
 from refinelib.modeling.losses import MaskLoss
 
@@ -48,12 +50,15 @@ class Probe:
         feed: of the training people; the first micro-batch of its first epoch is looked at, every time.
         model: crops (float ``[B, 3, H, W]``) to the model's output, in the run's precision.
         every: epochs between files; 0: the probe is off and does nothing.
+        say: told, in a sentence, of a file of before that is passed over.
     """
 
     def __init__(
-        self, folder: Path, *, guard: Guard, loss: MaskLoss, feed: Feed, model: Callable[[Tensor], Any], every: int
-    ) -> None:
-        self.folder, self.guard, self.loss, self.feed, self.model, self.every = folder, guard, loss, feed, model, every
+        self, folder: Path, *, guard: Guard, loss: MaskLoss, feed: Feed, model: Callable[[Tensor], Any],
+        every: int, say: Callable[[str], None] = warnings.warn,
+    ) -> None:  # fmt: skip
+        self.folder, self.guard, self.loss, self.feed, self.model = folder, guard, loss, feed, model
+        self.every, self.say = every, say
         self.modules = list(dict.fromkeys(name.split(".")[0] for name in guard.names))
         self.module_of = np.array([self.modules.index(name.split(".")[0]) for name in guard.names])
         self.steps: list[int] = []
@@ -96,14 +101,9 @@ class Probe:
             content |= self._look(reports[-1])
         self.folder.mkdir(exist_ok=True)
         self._forget_after(epoch)
-        content = _thinned(_joined(file, content))
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as half:
-                np.savez_compressed(half, **{**content, "norms": three_digits(content["norms"])})
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        content = _thinned(self._joined(file, content))
+        with replacing(file, "wb") as half:
+            np.savez_compressed(half, **{**content, "norms": three_digits(content["norms"])})
         self.steps, self.reports = [], []
         return file
 
@@ -163,11 +163,32 @@ class Probe:
                 rows.append(torch.stack(torch._foreach_norm(grads, 2)).float() / self.guard.state["scale"])
         return torch.stack(rows)
 
+    def go_back(self, step: int) -> None:
+        """Drop what was collected of the steps after this one: they are taken again."""
+        kept = sum(each <= step for each in self.steps)
+        self.steps = self.steps[:kept]
+        self.reports = [np.concatenate(self.reports)[:kept]] if kept else []
+
     def _forget_after(self, epoch: int) -> None:
         """Files of later epochs are from before a resume that took the run back."""
-        for file in self.folder.glob("epoch_*.npz"):
-            if int(file.stem.rpartition("_")[2]) > epoch:
-                file.unlink()
+        for number, file in by_epoch(self.folder)[0].items():
+            if number > epoch:
+                file.unlink(missing_ok=True)
+
+    def _joined(self, file: Path, content: dict[str, Any]) -> dict[str, Any]:
+        """``content`` behind the earlier steps that a run interrupted in this epoch left in ``file``."""
+        if not file.is_file():
+            return content
+        try:
+            old = read_file(file)
+            if any(old[name].tolist() != content[name].tolist() for name in ("names", "terms")):
+                raise ValueError(f"{file} is of another model")
+        except (OSError, ValueError) as error:
+            self.say(f"the gradients before step {content['steps'].min()} are lost: {error}")
+            return content
+        kept = old["steps"] < content["steps"].min()
+        earlier = {name: old[name][kept].astype(content[name].dtype) for name in BY_STEP}
+        return content | {name: np.concatenate([earlier[name], content[name]]) for name in BY_STEP}
 
 
 def update_sizes(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Tensor:
@@ -197,17 +218,6 @@ def three_digits(values: np.ndarray) -> np.ndarray:
     bits = values.astype(np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
     return np.where(np.isfinite(values) & np.isfinite(rounded), rounded, values).astype(np.float32)
-
-
-def _joined(file: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` behind the earlier steps that a run interrupted in this epoch left in ``file``."""
-    if not file.is_file():
-        return content
-    with np.load(file, allow_pickle=False) as old:
-        if old["names"].tolist() != content["names"].tolist():
-            return content
-        kept = old["steps"] < content["steps"].min()
-        return content | {name: np.concatenate([old[name][kept], content[name]]) for name in BY_STEP}
 
 
 def _thinned(content: dict[str, Any], rows: int = ROWS) -> dict[str, Any]:

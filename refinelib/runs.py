@@ -9,31 +9,22 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Iterator
 
+from refinelib import files
 from refinelib.config import Settings, absolute, project_root
+from refinelib.files import read_json, reason, write_atomically
 from refinelib.locking import alone
 
 
 class RunError(RuntimeError):
     """A run folder is missing or not what it should be; the message says which and what to do."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step: a reader sees the old text or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def strict(value: Any, found: dict[str, str] | None = None, at: str = "") -> Any:
@@ -59,18 +50,52 @@ def dumps(record: dict[str, Any], *, indent: int | None = None) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file that may still be growing; an unfinished or damaged line is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
+    """Records of a JSON-lines file that may be growing; lines without one are passed over, with a warning."""
+    records, damaged = files.read_lines(path, _is_record)
+    if damaged:
+        warnings.warn(_passed_over(path, damaged), stacklevel=2)
     return records
+
+
+def _passed_over(path: Path, damaged: list[int]) -> str:
+    return f"{path}: lines without a record were passed over ({len(damaged)}, the first is line {damaged[0]})"
+
+
+#: Numbers of a line of ``metrics.jsonl``, and those of its metrics that are tables of numbers.
+_NUMBERS = ("loss", "train_loss", "grad_norm", "grad_norm_max", "lr", "loss_scale", "skipped", "seconds")
+_TABLES = ("by_size", "by_third", "intervals")
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether a line is of the types that its readers count on."""
+    kind, counts = record.get("kind"), [record.get(name, 0) for name in ("step", "epoch", "count")]
+    if not isinstance(kind, str) or not all(type(count) is int and count >= 0 for count in counts):
+        return False
+    if kind not in ("step", "epoch"):
+        return True
+    scores = all(_are_scores(record.get(name)) for name in ("losses", "metrics"))
+    return kind in record and scores and all(_is_number(record.get(name)) for name in _NUMBERS)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether this is a number that a figure's axis holds, or none."""
+    return value is None or isinstance(value, (int, float)) and abs(value) < 1e100
+
+
+def _are_scores(scores: Any) -> bool:
+    """Whether this is numbers by name, and under ``iou`` three of them; or none."""
+    if not isinstance(scores, dict):
+        return scores is None
+    three = scores.get("iou") or [None] * 3
+    plain = [value for name, value in scores.items() if name not in (*_TABLES, "iou")]
+    return isinstance(three, list) and len(three) == 3 and all(map(_is_number, three + plain))
+
+
+def _last_record(folder: Path) -> tuple[float, int]:
+    """When a run last wrote a record, and its number to tell those of one moment apart."""
+    records = [folder / name for name in ("status.json", "metrics.jsonl", "events.jsonl")]
+    number = re.search(r"-(\d+)$", folder.name)
+    return max(file.stat().st_mtime for file in records if file.is_file()), int(number[1]) if number else 1
 
 
 def _is_of(folder: Path, name: str) -> bool:
@@ -78,7 +103,7 @@ def _is_of(folder: Path, name: str) -> bool:
     if folder.name == name:
         return True
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8", errors="replace"))["settings"]
+        settings = read_json(folder / "config.json")["settings"]
         return (settings["run"] or Path(settings["recipe"]).stem) == name
     except (OSError, ValueError, KeyError, TypeError):
         return True  # it cannot say
@@ -136,16 +161,17 @@ class Run:
 
     @classmethod
     def _newest(cls, root: Path, name: str) -> Path:
-        numbered = [
-            (int(match[1] or 1), folder)
+        """The run of this name whose last record is the latest."""
+        found = [
+            folder
             for folder in root.iterdir()
-            if (match := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", folder.name)) and (folder / "status.json").is_file() and _is_of(folder, name)
+            if re.fullmatch(re.escape(name) + r"(?:-\d+)?", folder.name) and (folder / "status.json").is_file() and _is_of(folder, name)
         ]
         # A start that failed early has nothing to go on from: it must not hide the run before it.
-        numbered = [item for item in numbered if any((item[1] / "checkpoints").glob("*.pt"))] or numbered
-        if not numbered:
+        found = [folder for folder in found if any((folder / "checkpoints").glob("*.pt"))] or found
+        if not found:
             raise RunError(f"resume: there is no run named {name!r} under {root}; start it without resume first")
-        return max(numbered)[1]
+        return max(found, key=_last_record)
 
     # -- writing -----------------------------------------------------------------------------------
     def record_settings(self, settings: Settings, device: str) -> None:
@@ -205,15 +231,24 @@ class Run:
         """Append a line to ``events.jsonl``."""
         self._append("events.jsonl", {"kind": kind, "message": message, "time": _now(), **fields})
 
-    def rewind_records(self, step: int, epoch: int) -> None:
+    def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
         """Drop what is on record of later steps and epochs, which a resumed run is about to take again."""
         self._purge_step = step + 1
-        for file in (self.folder / "samples").glob("epoch_*.npz"):
-            if int(file.stem.rpartition("_")[2]) > epoch:
-                file.unlink()
-        for name in ("metrics.jsonl", "events.jsonl"):
-            kept = [line for line in read_lines(self.folder / name) if line.get("step", 0) <= step]
+        for number, file in files.by_epoch(self.folder / "samples")[0].items():
+            if number > epoch:
+                file.unlink(missing_ok=True)
+        notes = []
+        for place in ("samples", "gradients"):
+            if others := files.by_epoch(self.folder / place)[1]:
+                notes.append(f"{place}/: files of no epoch were passed over ({len(others)}, as {others[0]})")
+        for name in ("metrics.jsonl", "events.jsonl")[: 1 + events]:
+            records, damaged = files.read_lines(self.folder / name, _is_record)
+            kept = [line for line in records if line.get("step", 0) <= step]
             write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
+            if damaged:
+                notes.append(_passed_over(self.folder / name, damaged))
+        for note in notes:
+            self.event("damaged", note, step=step)
 
     def close(self) -> None:
         """Write what still waits, and say so where that is not possible."""
@@ -244,10 +279,18 @@ class Run:
             yield
 
     def _sweep(self) -> None:
-        """Remove the unfinished files of a process that was killed while it wrote."""
-        for name in (".", "checkpoints", "samples", "gradients"):
-            for file in (self.folder / name).glob(".*.tmp"):
-                file.unlink(missing_ok=True)
+        """Remove what a process that was killed left unfinished: files, and incidents without a report."""
+        for place in ("", "checkpoints/", "checkpoints/*/", "samples/", "gradients/", "incidents/*/"):
+            for file in self.folder.glob(f"{place}.*.tmp"):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+        incidents = (folder for folder in self.folder.glob("incidents/*/") if folder.name.isdigit())
+        half = sorted(folder for folder in incidents if not (folder / "report.json").is_file())
+        for folder in half:
+            shutil.rmtree(folder, ignore_errors=True)
+        if half:
+            names = ", ".join(folder.name for folder in half)
+            self.event("damaged", f"incidents that a killed process had not finished were removed: {names}")
 
     @property
     def tensorboard(self):
@@ -302,27 +345,62 @@ class Run:
         return self.folder.name
 
     def config(self) -> dict[str, Any]:
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        """What ``config.json`` holds.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        file = self.folder / "config.json"
+        try:
+            found = read_json(file)
+        except (OSError, ValueError) as error:
+            raise RunError(f"the run's settings cannot be read: {reason(error)}") from None
+        settings = found.get("settings") if isinstance(found, dict) else None
+        known = [k for k in Settings.model_fields if k in settings] if isinstance(settings, dict) else []
+        numbers = [settings[k] for k in known if isinstance(Settings.model_fields[k].default, (int, float))]
+        if not known or None in numbers or not all(map(_is_number, numbers)):
+            raise RunError(f"the run's settings cannot be read: {file} is damaged: it holds no settings")
+        return found
 
     def settings(self) -> Settings:
-        """The settings the run was made with."""
-        return Settings(**self.config()["settings"])
+        """The settings the run was made with.
+
+        Raises:
+            RunError: they are damaged, or another version's.
+        """
+        try:
+            return Settings(**self.config()["settings"])
+        except ValueError as error:
+            file = self.folder / "config.json"
+            raise RunError(f"{file} holds settings that this version lacks: {reason(error)}") from None
 
     def status(self) -> dict[str, Any]:
         file = self.folder / "status.json"
         try:
-            found = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-        except json.JSONDecodeError:
+            found = read_json(file)
+        except (OSError, ValueError):
             found = None
-        if not isinstance(found, dict):
-            raise RunError(f"{file} is damaged: put {{}} into it, and resume=true goes on from the checkpoints beside it")
+        numbers = ("step", "steps", "epoch", "epochs", "skipped_steps", "rewinds")
+        if not (
+            isinstance(found, dict)
+            and isinstance(found.get("state", ""), str)
+            and all(_is_number(found.get(name)) for name in numbers)
+            and all(_are_scores(found.get(name)) for name in ("best", "metrics"))
+        ):
+            fix = "put {} into it, and resume=true goes on from the checkpoints beside it"
+            raise RunError(f"{file} is damaged or missing: {fix}")
         return found
 
     def steps(self) -> list[dict[str, Any]]:
-        return [line for line in read_lines(self.folder / "metrics.jsonl") if line["kind"] == "step"]
+        return self._lines("step", loss=None, losses={}, grad_norm=None, lr=None)
 
     def epochs(self) -> list[dict[str, Any]]:
-        return [line for line in read_lines(self.folder / "metrics.jsonl") if line["kind"] == "epoch"]
+        return self._lines("epoch", step=0, train_loss=None, losses={}, seconds=0.0)
+
+    def _lines(self, kind: str, **blank: Any) -> list[dict[str, Any]]:
+        """Lines of ``metrics.jsonl``; what one lacks is blank."""
+        lines = read_lines(self.folder / "metrics.jsonl")
+        return [{**blank, **line} for line in lines if line["kind"] == kind]
 
     def validations(self) -> list[dict[str, Any]]:
         """The epochs that were validated: every ``validate_every``-th and the last."""
@@ -336,7 +414,7 @@ class Run:
         status = self.status()
         metrics = status.get("metrics") or {}
         error = f" ({status['last_error']})" if status.get("last_error") else ""
-        lines = [f"{'run':20} {self.name}: {status['state']}{error}"]
+        lines = [f"{'run':20} {self.name}: {status.get('state', 'unknown')}{error}"]
         lines += [f"{name:20} {value:.3f}" for name, value in metrics.items() if isinstance(value, float)]
         if "iou" in metrics:
             shown = ("none" if value is None else f"{value:.3f}" for value in metrics["iou"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Callable
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from refinelib.augment import normalise
 from refinelib.data import Store
+from refinelib.files import replacing
 from refinelib.modeling.roi import labels_from_coverage
 
 #: Fixed ROIs kept every epoch, and as many again: a third each of the worst, the middle and the best.
@@ -69,11 +69,5 @@ def write_samples(
         kind=np.array([kind for kind, chosen in groups.items() for _ in chosen]),
         mask_size=np.array(mask_size),
     )
-    # In one step: a reader, or a process that is killed here, never leaves or sees half of it.
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as half:
-            np.savez_compressed(half, **content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file, "wb") as half:
+        np.savez_compressed(half, **content)

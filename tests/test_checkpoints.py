@@ -1,5 +1,6 @@
 """Checkpoints and the run folder: whole or refused, never half."""
 
+import io
 import json
 import math
 import os
@@ -8,9 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from test_train import assert_same, final_weights
 
 from refinelib import checkpoints
@@ -87,7 +92,7 @@ def test_newest_whole_skips_the_damaged_and_says_so(tmp_path):
     path, found, problems = checkpoints.newest_whole(tmp_path)
     assert path.name == "best.pt" and len(problems) == 1 and "last.pt" in problems[0]
     (tmp_path / "best.pt").unlink()
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
         checkpoints.newest_whole(tmp_path)
 
 
@@ -104,6 +109,240 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert checkpoints.load(file)["position"]["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+# -- files from elsewhere ------------------------------------------------------------------------------
+MANY = examples(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+#: A number of float32 that takes 160 GB, as a pickle writes it.
+HUGE = b"\x8a\x08" + (40 * 10**9).to_bytes(8, "little")
+
+
+def forged(**parts):
+    """Writes a file that only its checksum tells from one of ours."""
+    return lambda file: torch.save({"format": checkpoints.FORMAT, "checksum": "0" * 64, **parts}, file)
+
+
+def rezipped(change, how=zipfile.ZIP_STORED, content=None, more=None):
+    """Writes a checkpoint whose zip has other members."""
+
+    def write(file):
+        checkpoints.save(file, content or {"model": {"w": torch.zeros(70_000)}})
+        with zipfile.ZipFile(io.BytesIO(file.read_bytes())) as old, zipfile.ZipFile(file, "w", how) as new:
+            for member in old.infolist():
+                new.writestr(member.filename, change(member.filename, old.read(member)))
+            if more is not None:
+                new.writestr(old.namelist()[0].partition("/")[0] + more, b"\x80\x02}.")
+
+    return write
+
+
+def pickled(data: bytes):
+    """Writes a checkpoint that holds under the name a what a pickle says."""
+    return rezipped(
+        lambda name, old: b"\x80\x02}X\x01\x00\x00\x00a" + data + b"s." if name.endswith("data.pkl") else old
+    )
+
+
+def in_itself():
+    value = []
+    value.append(value)
+    return value
+
+
+def laughs(depth=12):
+    value = [0] * 10
+    for _ in range(depth):
+        value = [value] * 10
+    return value
+
+
+def claimed(file):
+    """The zip's own list says that a member takes 4 GB."""
+    checkpoints.save(file, content())
+    data = bytearray(file.read_bytes())
+    at = data.rfind(b"PK\1\2", 0, data.rfind(b"/data/0"))
+    data[at + 20 : at + 28] = b"\xf0\xff\xff\xff" * 2
+    file.write_bytes(data)
+
+
+def legacy(file):
+    torch.save(
+        {"format": checkpoints.FORMAT, "checksum": "0", "model": {}},
+        file,
+        _use_new_zipfile_serialization=False,
+    )
+
+
+def two_in_one(file):
+    """torch reads the old format in front, a zip reader the zip behind."""
+    legacy(file)
+    front = file.read_bytes()
+    checkpoints.save(file, content())
+    file.write_bytes(front + file.read_bytes())
+
+
+def same(data):
+    return lambda name, old: data(old) if name.endswith("data.pkl") else old
+
+
+HOSTILE = {
+    "no format": lambda file: torch.save({"checksum": "0", "model": {}}, file),
+    "a tensor as format": lambda file: torch.save({"checksum": "0", "format": torch.zeros(3)}, file),
+    "a tensor as checksum": lambda file: torch.save(
+        {"checksum": torch.zeros(3), "format": checkpoints.FORMAT}, file
+    ),
+    "a list": lambda file: torch.save([1, 2], file),
+    "set": forged(model={"w": {1, 2}}),
+    "in itself": forged(a=in_itself()),
+    "laughs": forged(a=laughs()),
+    "deep lists": pickled(b"]" * 10_000 + b"a" * 9_999),
+    "deep dictionaries": pickled(b"}X\x01\x00\x00\x00a" * 10_000 + b"N" + b"s" * 10_000),
+    "tuple as key": forged(model={(1, 2): torch.zeros(2)}),
+    "none as key": forged(model={None: torch.zeros(2)}),
+    "tensor as key": forged(model={torch.zeros(2): 1}),
+    "expanded": forged(model={"w": torch.zeros(1).expand(200_000, 200_000)}),
+    "overlapping": forged(model={"w": torch.zeros(1000).as_strided((10**6, 1000), (0, 1))}),
+    "one in many places": forged(model=dict.fromkeys(map(str, range(10_000)), torch.zeros(250_000))),
+    "sparse": lambda file: forged(
+        model={"w": torch.sparse_coo_tensor(torch.zeros(2, 1).long(), torch.ones(1), (200_000, 200_000))}
+    )(file),
+    "quantized": lambda file: forged(
+        model={"w": torch.quantize_per_tensor(torch.zeros(4), 1.0, 0, torch.qint8)}
+    )(file),
+    "meta": forged(model={"w": torch.empty(200_000, 200_000, device="meta")}),
+    "parameter": forged(model={"w": torch.nn.Parameter(torch.zeros(4))}),
+    "conjugate": forged(model={"w": torch.zeros(3, dtype=torch.complex64).conj()}),
+    "packed": rezipped(lambda name, old: old, zipfile.ZIP_DEFLATED),
+    "short storage": rezipped(lambda name, old: old[:100] if "/data/" in name else old),
+    "long claim": rezipped(same(lambda old: old.replace(b"J" + (70_000).to_bytes(4, "little"), HUGE))),
+    "wide shape": rezipped(
+        same(lambda old: old.replace(b"K\x00\x85", HUGE + b"\x85")), content={"model": {"w": torch.zeros(0)}}
+    ),
+    "storage called": pickled(b"ctorch\nFloatStorage\n" + HUGE + b"\x85R"),
+    "storage made": pickled(b"ctorch\nFloatStorage\n" + HUGE + b"\x85\x81"),
+    "bytearray": pickled(b"cbuiltins\nbytearray\n" + HUGE + b"\x85R"),
+    "long text": pickled(b"X\xff\xff\xff\xffabc"),
+    "long pickle": pickled(b"]" * (5 << 20)),
+    "second pickle": rezipped(lambda name, old: old, more="/DATA.PKL"),
+    "claimed": claimed,
+    "members": lambda file: [
+        archive := zipfile.ZipFile(file, "w"),
+        *(archive.writestr(f"a/{i}", b"") for i in range(100_000)),
+        archive.close(),
+    ],
+    "legacy": legacy,
+    "two in one": two_in_one,
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """What loading each hostile file gave, in a process that has room for 500 MB more."""
+    folder = tmp_path_factory.mktemp("hostile")
+    for name, write in HOSTILE.items():
+        write(folder / f"{name}.pt")
+    code = """
+import json, pathlib, resource, sys
+import torch
+from refinelib import checkpoints
+torch.set_num_threads(1)
+folder = pathlib.Path(sys.argv[1])
+checkpoints.save(folder / "warm", {"model": {"w": torch.zeros(10)}})
+checkpoints.load(folder / "warm")
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (500 << 20),) * 2)
+for file in folder.glob("*.pt"):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        checkpoints.load(file)
+        found = "loaded", ""
+    except BaseException as error:
+        found = type(error).__name__, str(error)
+    print(json.dumps([file.stem, [*found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]]))
+"""
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(folder)], capture_output=True, text=True, env=threads
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_told_in_a_sentence_and_takes_no_memory(hostile, name):
+    kind, sentence, grown = hostile[name]
+    assert kind == "CheckpointError" and f"{name}.pt " in sentence and len(sentence) < 500
+    assert grown < 50 << 10, "kilobytes"
+    assert not any(
+        word in sentence for word in ("allocate", "MemoryError", "recursion")
+    )  # it was never tried
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"model": [torch.zeros(2)]}, {"model": {"w": 1}}, {"model": {1: torch.zeros(2)}}, {"average": 3},
+        {"average": {"w": None}},
+        {"position": 3}, {"position": {"step": "a"}}, {"position": {"step": -1}},
+        {"position": {"step": None}}, {"position": {"step": 1.5}},
+        {"guard": [1]}, {"log": None}, {"recovery": "x" * 10**6}, {"random": {"torch": [1]}},
+        {"settings": None}, {"best": 1}, {"mean_coverage": 1},
+        {"images": torch.zeros(2)}, {"labels": [1]},
+    ],
+)  # fmt: skip
+def test_a_part_of_another_type_is_refused(tmp_path, part):
+    checkpoints.save(tmp_path / "a.pt", content() | part)
+    with pytest.raises(
+        CheckpointError, match=f"a.pt is no checkpoint of this version: {next(iter(part))}: "
+    ) as caught:
+        checkpoints.load(tmp_path / "a.pt")
+    assert len(str(caught.value)) < 400
+
+
+def test_parts_that_are_needed_are_named(tmp_path):
+    checkpoints.save(tmp_path / "a.pt", content())
+    assert checkpoints.load(tmp_path / "a.pt", needs=("model", "position"))
+    with pytest.raises(CheckpointError, match="it lacks average, settings"):
+        checkpoints.load(tmp_path / "a.pt", needs=("settings", "model", "average"))
+
+
+@MANY
+@given(
+    cut=st.none() | st.floats(0, 1, exclude_max=True),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
+    inside=st.booleans(),
+)
+def test_a_checkpoint_cut_or_changed_anywhere_is_as_it_was_or_refused(tmp_path, cut, flips, inside):
+    """``inside``: the pickle is changed, and the zip around it is whole."""
+    saved = {
+        "model": {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor([1, 2])},
+        "position": {"step": 3},
+        "list": [1, None, "text", 2.5, True],
+    }
+    file = tmp_path / "a.pt"
+
+    def spoil(data):
+        data = bytearray(data)
+        for place, value in flips:
+            data[int(place * len(data))] = value
+        return bytes(data if cut is None else data[: int(cut * len(data))])
+
+    if inside:
+        rezipped(same(spoil), content=saved)(file)
+    else:
+        checkpoints.save(file, saved)
+        file.write_bytes(spoil(file.read_bytes()))
+    try:
+        found = checkpoints.load(file)
+    except CheckpointError as error:
+        assert "a.pt " in str(error) and len(str(error)) < 500
+    else:
+        assert checkpoints.checksum(found) == checkpoints.checksum(saved)
 
 
 # -- written in the background ------------------------------------------------------------------------
@@ -354,6 +593,36 @@ def test_damaged_records_are_no_end(tmp_path):
     assert Run.start(settings(tmp_path, resume=True)).name == run.name
 
 
+HOSTILE_JSON = [
+    b"", b"[]", b"{", b"5", b"\xff{}", b"[" * 100_000, b'{"step": ' + b"7" * 5000 + b"}",
+    b'{"step": "a"}', b'{"state": 5}', b'{"epoch": [1]}',
+    b'{"best": 3}', b'{"metrics": {"target_iou": "high"}}', b'{"metrics": {"iou": 0.5}}',
+    b'{"metrics": {"iou": [1]}}', b" " * (5 << 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE_JSON, ids=range(len(HOSTILE_JSON)))
+def test_a_hostile_status_or_config_is_told_in_a_sentence(tmp_path, content):
+    run = Run.start(settings(tmp_path))
+    run.update(state="ok")
+    for name in ("status.json", "config.json"):
+        (run.folder / name).write_bytes(content)
+    for read in (run.status, run.summary, run.config, run.settings):
+        with pytest.raises(RunError, match="(status|config).json") as caught:
+            read()
+        assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values", [None, 5, {"lr": "x"}, {"boundary_aware_weight": [1]}, {"no_setting": 1}, {"run": "../x"}]
+)
+def test_hostile_settings_are_told_in_a_sentence(tmp_path, values):
+    run = Run.start(settings(tmp_path))
+    (run.folder / "config.json").write_text(json.dumps({"settings": values}))
+    with pytest.raises(RunError, match="config.json"):
+        run.settings()
+
+
 def test_open_by_folder_and_the_sentence_otherwise(tmp_path):
     run = Run.start(settings(tmp_path))
     run.update(state="ok")
@@ -391,6 +660,135 @@ def test_rewinding_the_records_drops_later_steps(tmp_path):
     assert not list((run.folder / "samples").iterdir())
     assert [line["step"] for line in run.steps()] == [1, 2, 3] and run.events() == []
     run.close()
+
+
+HOSTILE_LINES = [
+    b'{"step": null}', b'{"kind": "step", "step": null}', b'{"kind": "step", "step": "a"}',
+    b'{"kind": "step"}', b'{"kind": "epoch", "step": 1}', b'{"step": 1}',
+    b'{"kind": ["step"], "step": 1}', b'{"kind": "step", "step": -1}', b'{"kind": "step", "step": 1.5}',
+    b'{"kind": "step", "step": true}',
+    b'{"kind": "step", "step": ' + b"9" * 4000 + b"}", b'{"kind": "step", "step": 1, "loss": "a"}',
+    b'{"kind": "step", "step": 1, "losses": [1]}',
+    b'{"kind": "step", "step": 1, "losses": {"ce": "a"}}',
+    b'{"kind": "epoch", "epoch": 1, "metrics": {"iou": 3}}', b"[1]", b"x", b"\xff", b"[" * 100_000,
+]  # fmt: skip
+
+
+def test_hostile_lines_are_passed_over_counted_and_gone_after_a_rewind(tmp_path):
+    run = Run.start(settings(tmp_path))
+    run.update(state="running")
+    good = {
+        "kind": "step",
+        "step": 1,
+        "epoch": 1,
+        "loss": 1.0,
+        "losses": {"ce": 1.0},
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+    }
+    whole = [
+        dumps(good).encode(),
+        *HOSTILE_LINES,
+        dumps(
+            {"kind": "epoch", "epoch": 1, "step": 2, "metrics": {"miou": 0.5, "iou": [0.1, None, 1]}}
+        ).encode(),
+    ]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (run.folder / name).write_bytes(b"\n".join(whole) + b"\n")
+    with pytest.warns(
+        UserWarning,
+        match=r"metrics.jsonl: lines without a record were passed over \(19, the first is line 2\)",
+    ):
+        assert run.steps() == [good]
+    with pytest.warns(UserWarning):
+        assert [line["epoch"] for line in run.validations()] == [1]
+    (run.folder / "gradients").mkdir()
+    for name in ("samples/epoch_x.npz", "samples/epoch_0003.npz", "gradients/epoch_.npz"):
+        (run.folder / name).touch()
+    run.rewind_records(2, epoch=1)
+    events = [event["message"] for event in run.events() if event["kind"] == "damaged"]
+    assert len(events) == 4 and all("files of no epoch were passed over (1, as epoch_" in event for event in events[:2])
+    assert (
+        "metrics.jsonl" in events[2]
+        and "(19, the first is line 2)" in events[2]
+        and "events.jsonl" in events[3]
+    )
+    assert [file.name for file in (run.folder / "samples").iterdir()] == ["epoch_x.npz"]
+    assert run.steps() == [good] and len(run.epochs()) == 1  # and no warning any more
+
+
+@MANY
+@given(
+    place=st.floats(0, 1, exclude_max=True),
+    piece=st.binary(max_size=12)
+    | st.sampled_from([b"null", b'"a"', b"9" * 400, b"}\n{", b"\n", b"[]", b"{}", b"1e999"]),
+    length=st.integers(0, 40),
+)
+@pytest.mark.filterwarnings("ignore:.*lines without a record")
+def test_records_changed_anywhere_are_still_read_drawn_from_and_rewound(tmp_path, place, piece, length):
+    run = Run(tmp_path)
+    (tmp_path / "samples").mkdir(exist_ok=True)
+    lines = [
+        {
+            "kind": "step",
+            "step": i,
+            "epoch": 1,
+            "loss": 1.0,
+            "losses": {"ce": 1.0},
+            "grad_norm": 2.0,
+            "grad_norm_max": 3.0,
+            "lr": 1e-3,
+        }
+        for i in (1, 2)
+    ]
+    lines.append(
+        {
+            "kind": "epoch",
+            "epoch": 1,
+            "step": 2,
+            "train_loss": 1.0,
+            "seconds": 2.0,
+            "metrics": {"target_iou": 0.5, "iou": [0.1, None, 1.0]},
+        }
+    )
+    data = "".join(dumps(line) + "\n" for line in lines).encode()
+    at = int(place * len(data))
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).write_bytes(data[:at] + piece + data[at + length :])
+    shown = [
+        f"{value:.3f}"
+        for line in run.steps()
+        for value in (line["step"], line["loss"], line["lr"], *line["losses"].values())
+        if value is not None
+    ]
+    shown += [
+        f"{value:.3f}"
+        for line in run.validations()
+        for value in (line["metrics"].get("target_iou"), *(line["metrics"].get("iou") or ()))
+        if value is not None
+    ]
+    run.rewind_records(1, epoch=1)
+    assert all(line["step"] <= 1 for line in run.steps())
+
+
+def test_a_killed_process_leaves_no_half_incident(tmp_path):
+    run = Run.start(settings(tmp_path))
+    whole, half, other = (run.folder / "incidents" / name for name in ("000003", "000007", "notes"))
+    for folder in (whole, half, other):
+        folder.mkdir()
+        (folder / ".state.pt.1.tmp").write_bytes(b"half")
+        (folder / "batch.pt").write_bytes(b"whole")
+    (whole / "report.json").write_text("{}")
+    snapshots = run.folder / "checkpoints" / "snapshots"
+    snapshots.mkdir()
+    (snapshots / ".00000003.pt.1.tmp").touch()
+    (run.folder / "checkpoints" / ".folder.tmp").mkdir()  # cannot be unlinked, and stops nothing
+    with run.alone():
+        pass
+    assert sorted(folder.name for folder in (run.folder / "incidents").iterdir()) == ["000003", "notes"]
+    assert not [file for file in run.folder.glob("**/.*.tmp") if file.is_file()]
+    (event,) = run.events()
+    assert event["kind"] == "damaged" and event["message"].endswith("removed: 000007")
 
 
 def test_config_says_what_ran(tmp_path):

@@ -169,6 +169,49 @@ def test_odd_values_are_answered_in_a_sentence(given, words):
         resolve(**given)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: " + "[" * 20_000, "nested too deep"),
+        ("lr: " + "7" * 5000, "a number of 5000"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+            "aliases",
+        ),
+        ("# " + "x" * 2_000_000, "more than"),
+        ("lr: [1, 2", "in line"),
+    ],
+)
+def test_a_hostile_recipe_is_refused_in_a_sentence(tmp_path, text, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match="mine.yaml is not valid YAML") as caught:
+        resolve(str(file))
+    assert words in str(caught.value) and len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+LONG = "x" * 10_000_000
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lr": LONG}, {"amp": LONG}, {"run": "/" * 10**7}, {"use_contour_detection": LONG},
+        {"roi_size": "[" + LONG}, {"roi_size": [LONG]}, {"inject": LONG},
+        {LONG: 1}, {"recipe": LONG}, {"recipe": LONG + ".yaml"}, {"recipe": "\0.yaml"},
+        {"recipe": "~" + "x" * 50 + "/a.yaml"}, {"lr": 10**5000}, {"epochs": 10**5000},
+        {"epochs": "7" * 5000}, {f"no_{i}": i for i in range(10_000)}, {"roi_size": "[" * 50_000},
+        {"max_images": [10**5000]},
+    ],
+    ids=range(18),
+)  # fmt: skip
+def test_a_long_value_is_cut_in_the_sentence(given):
+    with pytest.raises(SettingsError) as caught:
+        resolve(**given)
+    assert len(str(caught.value)) < 1500 and "\n" not in str(caught.value)
+
+
 def test_a_recipe_in_another_encoding_is_named(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_bytes(b"recipe: caf\xe9\n")

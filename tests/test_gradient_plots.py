@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -167,6 +168,32 @@ def test_a_run_without_gradients_says_so(tmp_path):
         assert "is on disk yet" in getattr(gradient_plots, name)(folder).axes[0].texts[0].get_text()
     with pytest.raises(RunError, match="there is no run"):
         gradients.read(tmp_path / "nowhere")
+
+
+def test_damaged_files_are_passed_over_and_named_where_nothing_is_left(runs, tmp_path):
+    folder = shutil.copytree(runs().folder, tmp_path / "copy")
+    first, second = sorted((folder / "gradients").iterdir())
+    (folder / "gradients" / "epoch_x.npz").write_text("hello")
+    everything, data = gradients.read(folder), second.read_bytes()
+    for content in (data[: len(data) // 2], b"", b"hello"):
+        second.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"gradients were passed over \(1\): .*epoch_0002.npz is damaged"):
+            found = gradients.read(folder)
+        assert len(found.steps) == len(everything.steps) // 2 and list(found.looks) == [1]
+    with np.load(first) as opened:
+        content = {name: opened[name] for name in opened.files}
+    for wrong in (
+        {"norms": content["norms"][:, 1:]}, {"steps": content["steps"].astype(str)},
+        {"module_of": content["module_of"] + 1}, {"edges": content["edges"][1:]},
+        {"module_of": content["module_of"] - 1}, {"loss": np.array(1.0)},
+    ):  # fmt: skip
+        np.savez(first, **content | wrong)
+        with pytest.raises(
+            RunError, match="holds no gradients: .*epoch_0001.npz is damaged.*epoch_0002.npz is damaged"
+        ):
+            gradients.read(folder)
+    for name in FIGURES:
+        assert "is on disk yet" in getattr(gradient_plots, name)(folder).axes[0].texts[0].get_text()
 
 
 def execute(tmp_path, *arguments) -> dict:

@@ -165,6 +165,50 @@ def test_an_interrupted_run_keeps_its_rows_and_a_resumed_one_adds_to_them(tiny, 
     assert read(run, 1)["steps"].tolist() == list(range(1, per_epoch + 1)) and "weight_norms" in read(run, 1)
 
 
+SPOILT = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "text": lambda data: b"hello",
+    "another": None,
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_damaged_file_is_told_of_and_written_anew(tiny, what):
+    """What a run interrupted in an epoch left there; a resumed run ends that epoch."""
+    trainer, _ = trained(tiny(probe_every=1))
+    told = []
+    trainer.probe.say = told.append
+    file = trainer.probe.end_epoch(1, whole=False)
+    if what == "another":
+        with np.load(file) as old:
+            content = {name: old[name] for name in old.files}
+        np.savez_compressed(file, **content | {"norms": content["norms"][:, 1:]})
+    else:
+        file.write_bytes(SPOILT[what](file.read_bytes()))
+    (file.parent / "epoch_x.npz").touch()
+    report = torch.zeros(1, len(trainer.loss.names) + len(REPORT) + len(trainer.guard.names)).numpy()
+    trainer.probe.add([9], report)
+    assert trainer.probe.end_epoch(1, whole=False) == file
+    (sentence,) = told
+    assert "the gradients before step 9 are lost: " in sentence and "epoch_0001.npz is damaged: " in sentence
+    with np.load(file) as found:
+        assert found["steps"].tolist() == [9]
+    (file.parent / "epoch_x.npz").unlink()
+
+
+def test_what_is_written_is_on_disk_before_it_takes_the_old_ones_place(tiny, monkeypatch):
+    from refinelib import files
+
+    trainer, _ = trained(tiny(probe_every=1))
+    order, real = [], files.os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda number: order.append("fsync"))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (order.append(b.name), real(a, b)))
+    trainer.probe.end_epoch(1)
+    trainer.look_at_people(0, final=True)
+    assert [name for name in order if name != "status.json"] == ["fsync", "epoch_0001.npz"] * 2
+
+
 def test_thousands_of_steps_stay_small_and_keep_what_stands_out(tmp_path):
     random = np.random.default_rng(0)
     norms = np.exp(random.normal(size=(9000, 179))).astype(np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -15,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from refinelib.runs import Run
+from refinelib.files import replacing
+from refinelib.runs import Run, RunError
 
 # Okabe & Ito, "Color Universal Design", 2008.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -68,9 +70,8 @@ def save(run: Run | str | os.PathLike, figure: _Figure, name: str) -> _Figure:
 def save_in(folder: Path, figure: _Figure, name: str) -> _Figure:
     """Write ``<name>.png`` in a folder in one step, and return the figure, to be shown."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}.png"
-    figure.savefig(temporary, dpi=DPI)
-    os.replace(temporary, folder / f"{name}.png")
+    with replacing(folder / f"{name}.png", "wb") as file:
+        figure.savefig(file, format="png", dpi=DPI)
     return figure
 
 
@@ -119,8 +120,8 @@ def mark_skips(axes: Axes, run: Run) -> None:
     steps = [event["step"] for event in events if "step" in event and (event["kind"] == "skip" or (event["kind"] == "spike" and event.get("skipped")))]
     # Repeats within an epoch are told in one line, at the last of them.
     again = [event for event in events if event["kind"] == "again" and event.get("of") == "skip"]
-    count = len(steps) + sum(event["count"] - 1 for event in again)
-    steps += [event["step"] for event in again]
+    count = len(steps) + sum(event.get("count", 1) - 1 for event in again)
+    steps += [event["step"] for event in again if "step" in event]
     if steps:
         place = dict(transform=axes.get_xaxis_transform(), label=f"skipped, {count}", gid="skips")
         axes.plot(steps, [0.025] * len(steps), "^", color=VERMILLION, markersize=5, **place)
@@ -177,8 +178,11 @@ def opened(run: Run | str | os.PathLike) -> Run:
 
 
 def recorded_settings(run: Run) -> dict[str, Any]:
-    """The settings as recorded, as plain values; empty in the first moments of a run."""
+    """The settings as recorded; none in a run's first moments, or, with a warning, where they are damaged."""
+    if not (run.folder / "config.json").is_file():
+        return {}
     try:
         return run.config()["settings"]
-    except (OSError, ValueError, KeyError):
+    except RunError as error:
+        warnings.warn(str(error), stacklevel=2)
         return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -13,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, PercentFormatter
 
+from refinelib import checkpoints
 from refinelib.augment import MEAN, STD
 from refinelib.safety.layers import Layer, Layers
-from refinelib.figures.plots import BLACK, BLUE, CLASSES, DPI, GREEN, LOSS_NAMES, ORANGE, VERMILLION, WIDTH, Figure
+from refinelib.figures.drawing import save_in
+from refinelib.figures.plots import BLACK, BLUE, CLASSES, GREEN, LOSS_NAMES, ORANGE, VERMILLION, WIDTH, Figure
 
 #: Pixels and values that are not finite.
 BAD = VERMILLION
@@ -25,11 +26,7 @@ PICTURES = 6
 
 def save(figure: Figure, folder: Path, name: str) -> Figure:
     """Write ``figures/<name>.png`` in the incident's folder and return the figure, to be shown."""
-    (folder / "figures").mkdir(exist_ok=True)
-    temporary = folder / "figures" / f".{name}.{os.getpid()}.png"
-    figure.savefig(temporary, dpi=DPI)
-    os.replace(temporary, folder / "figures" / f"{name}.png")
-    return figure
+    return save_in(folder / "figures", figure, name)
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -56,7 +53,7 @@ def people_table(report: Mapping[str, Any]) -> str:
 # -- figures ---------------------------------------------------------------------------------------
 def pictures(folder: Path, report: Mapping[str, Any]) -> Figure:
     """ROIs of the batch, image above and labels below, as the model got them; those that were not finite come first."""
-    batch = torch.load(folder / "batch.pt", map_location="cpu", weights_only=True)
+    batch = checkpoints.load(folder / "batch.pt", needs=("images", "labels"))
     images, labels = torch.cat(list(batch["images"])).numpy(), torch.cat(list(batch["labels"])).numpy()
     blamed = report["finding"]["places"]
     shown = [*blamed, *(place for place in range(len(images)) if place not in blamed)][:PICTURES]

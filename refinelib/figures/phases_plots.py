@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _Figure
 
-from refinelib.figures.drawing import BLACK, CLASSES, DPI, LOSSES, METRIC_NAMES, METRICS, NORM_LINES, PURPLE, VERMILLION, WIDTH, Figure
-from refinelib.figures.drawing import color_key, dress, draw_line, legend
+from refinelib.figures.drawing import BLACK, CLASSES, LOSSES, METRIC_NAMES, METRICS, NORM_LINES, PURPLE
+from refinelib.figures.drawing import VERMILLION, WIDTH, Figure, color_key, draw_line, dress, legend, save_in
 from refinelib.notebook.phases import read
-from refinelib.figures.pictures import class_picture, tile, window_of
+from refinelib.figures.pictures import class_picture, read_samples, tile, window_of
 from refinelib.runs import Run
 
 
@@ -50,7 +50,7 @@ def all_phases(folder: str | os.PathLike) -> Figure:
 def masks(folder: str | os.PathLike, count: int = 4) -> Figure:
     """The same validation ROIs after each phase: image, truth, then the mask at the end of each phase with its target IoU."""
     state = read(folder)
-    found = [(entry["phase"], np.load(file)) for entry, run in _runs(state) if (file := _last_samples(run))]
+    found = [(entry["phase"], last[1]) for entry, run in _runs(state) if (last := read_samples(run))]
     if not found:
         figure = _figure(state, "masks", 1.6)
         axes = figure.subplots()
@@ -81,11 +81,7 @@ def masks(folder: str | os.PathLike, count: int = 4) -> Figure:
 def save(folder: str | os.PathLike, figure: _Figure, name: str) -> _Figure:
     """Write ``figures/<name>.png`` in the chain's folder and return the figure, to be shown."""
     place = Path(read(folder)["folder"]) / "figures"
-    place.mkdir(exist_ok=True)
-    temporary = place / f".{name}.{os.getpid()}.png"
-    figure.savefig(temporary, dpi=DPI)
-    os.replace(temporary, place / f"{name}.png")
-    return figure
+    return save_in(place, figure, name)
 
 
 # -- panels ----------------------------------------------------------------------------------------
@@ -129,10 +125,6 @@ def _runs(state: dict[str, Any]) -> list[tuple[dict[str, Any], Run]]:
     """Phases that have begun, with their runs."""
     runs = [(entry, Run(Path(state["folder"]) / entry["run"])) for entry in state["phases"] if entry["run"]]
     return [(entry, run) for entry, run in runs if (run.folder / "status.json").is_file()]
-
-
-def _last_samples(run: Run) -> Path | None:
-    return max((run.folder / "samples").glob("epoch_*.npz"), default=None)
 
 
 def _figure(state: dict[str, Any], what: str, height: float) -> Figure:

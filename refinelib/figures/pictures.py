@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Any, Iterable, Sequence
 
 import numpy as np
@@ -12,7 +13,15 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
 from refinelib.figures.drawing import CLASSES, ERRORS, WIDTH, Figure, color_key, empty, opened, titled
+from refinelib.files import by_epoch, read_npz
 from refinelib.runs import Run
+
+#: What a file of samples holds (see samples.py), and the bytes that the largest takes.
+_SHAPES = {
+    "image": "u KHW3", "labels": "u Khw", "probs": "f K3hw", "target_iou": "f K", "kind": "U K",
+    "image_id": "iu K", "annotation_id": "iu K", "mask_size": "iu 2",
+}  # fmt: skip
+_BUDGET = 1 << 30
 
 
 def sample_grid(
@@ -33,7 +42,7 @@ def sample_grid(
         ValueError: there are no samples of that epoch.
     """
     run = opened(run)
-    if (found := _samples(run, epoch)) is None:
+    if (found := read_samples(run, epoch)) is None:
         return empty(run, "samples", "no epoch has been validated yet")
     epoch, samples = found
     groups = {kind: np.flatnonzero(samples["kind"] == kind)[:per_kind] for kind in kinds}
@@ -77,7 +86,7 @@ def thresholded(run: Run | str | os.PathLike, threshold: float = 0.5, epoch: int
         count: ROIs, at most.
     """
     run = opened(run)
-    if (found := _samples(run, epoch)) is None:
+    if (found := read_samples(run, epoch)) is None:
         return empty(run, "threshold", "no epoch has been validated yet")
     epoch, samples = found
     chosen = np.flatnonzero(samples["kind"] == "fixed")[:count]
@@ -124,18 +133,27 @@ def rois(store: Any, count: int = 8) -> Figure:
 
 def sample_epochs(run: Run | str | os.PathLike) -> list[int]:
     """Epochs whose masks are on disk, counted from 1."""
-    return sorted(int(file.stem.rpartition("_")[2]) for file in (opened(run).folder / "samples").glob("epoch_*.npz"))
+    return list(by_epoch(opened(run).folder / "samples")[0])
 
 
-def _samples(run: Run, epoch: int | None) -> tuple[int, dict[str, np.ndarray]] | None:
-    epochs = sample_epochs(run)
-    if epoch is not None and epoch not in epochs:
-        raise ValueError(f"{run.folder / 'samples'} holds no masks of epoch {epoch}; there are {', '.join(map(str, epochs)) or 'none yet'}")
-    if not epochs:
-        return None
-    epoch = epoch or epochs[-1]
-    with np.load(run.folder / "samples" / f"epoch_{epoch:04d}.npz", allow_pickle=False) as file:
-        return epoch, {name: file[name] for name in file.files}
+def read_samples(run: Run, epoch: int | None = None) -> tuple[int, dict[str, np.ndarray]] | None:
+    """The masks of an epoch, and which it is; by default the last that can be read (none: there is none).
+
+    Raises:
+        ValueError: those of the epoch given are not there, or damaged.
+    """
+    files = by_epoch(run.folder / "samples")[0]
+    if epoch is not None and epoch not in files:
+        there = ", ".join(map(str, files)) or "none yet"
+        raise ValueError(f"{run.folder / 'samples'} holds no masks of epoch {epoch}; there are {there}")
+    for number in [epoch] if epoch is not None else reversed(files):
+        try:
+            return number, read_npz(files[number], _SHAPES, budget=_BUDGET)
+        except (OSError, ValueError) as error:
+            if epoch is not None:
+                raise
+            warnings.warn(f"the masks of epoch {number} were passed over: {error}", stacklevel=2)
+    return None
 
 
 # -- tiles -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from matplotlib.patheffects import Normal, Stroke
 from refinelib.quality.coco_results import decode
 from refinelib.data import Source
 from refinelib.quality.image_space import AnnotatedImage, annotated_images
-from refinelib.figures.drawing import BLACK, DPI, ERRORS, METRICS, METRIC_NAMES, PURPLE, WIDTH, Figure
+from refinelib.figures.drawing import BLACK, ERRORS, METRICS, METRIC_NAMES, PURPLE, WIDTH, Figure, save_in
 from refinelib.quality.results import FIGURES, Result, difference, figure, size_groups
 
 #: Refinement on and off.
@@ -26,10 +26,7 @@ MARGIN = 0.12
 
 def save(figure: Figure, folder: str | os.PathLike, name: str) -> Figure:
     """Write ``<name>.png`` into a folder and return the figure, to be shown."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=DPI)
-    return figure
+    return save_in(Path(folder), figure, name)
 
 
 # -- numbers ---------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
-from refinelib.figures.drawing import BLACK, BLUE, CLASSES, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, Figure
+from refinelib.figures.drawing import BLACK, BLUE, CLASSES, GREEN, GREY, ORANGE, PURPLE, SKY, WIDTH
+from refinelib.figures.drawing import VERMILLION, Figure, save_in
 
 Record = Mapping[str, Any]
 #: Colours of the two sides, and of the runs with a remedy.
@@ -24,9 +25,7 @@ SMALLEST = 2.0**-128
 
 def save(figure: Figure, folder: Path, name: str) -> Figure:
     """Write ``<folder>/<name>.png`` and return the figure, to be shown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=DPI)
-    return figure
+    return save_in(folder, figure, name)
 
 
 # -- figures ---------------------------------------------------------------------------------------

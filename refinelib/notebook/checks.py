@@ -20,6 +20,7 @@ from refinelib.build import autocast, build_device, build_guard, build_loss, bui
 from refinelib.config import Settings
 from refinelib.data import open_splits
 from refinelib.feed import Batch, Feed
+from refinelib.figures.pictures import read_samples
 from refinelib.modeling.losses import NON_TARGET, TARGET
 from refinelib.training import train
 from refinelib.notebook.verdicts import Check, told
@@ -204,7 +205,7 @@ def whole_run(settings: Settings) -> Check:
     """
     run = train(settings)
     status, epochs = run.status(), run.epochs()
-    saved = np.load(run.folder / "samples" / f"epoch_{settings.epochs:04d}.npz")
+    _, saved = read_samples(run, settings.epochs)
     predictor = predict.load(run.folder / "checkpoints" / "last.pt", device=settings.device)
     images = torch.from_numpy(saved["image"]).permute(0, 3, 1, 2).to(predictor.device)
     again = predictor.roi_probs(normalise(images)).cpu()

@@ -7,7 +7,6 @@ failed is never left out: it is marked wherever it is shown.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, Sequence
 
 import numpy as np
@@ -15,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from refinelib.notebook import examples
-from refinelib.figures.drawing import BLACK, BLUE, CLASSES, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, Figure, color_key, dress, draw_line
-from refinelib.figures.pictures import class_picture, tile, window_of
+from refinelib.figures.drawing import BLACK, BLUE, CLASSES, GREEN, GREY, ORANGE, PURPLE, SKY, WIDTH
+from refinelib.figures.drawing import VERMILLION, Figure, color_key, draw_line, dress, recorded_settings
+from refinelib.figures.pictures import class_picture, read_samples, tile, window_of
 from refinelib.config import WHERE
 from refinelib.runs import Run, status_files
 
@@ -63,7 +63,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {name: value for name, value in settings_of(run).items() if name not in _OUTSIDE | {"seed"}}
+        settings = {k: value for k, value in recorded_settings(run).items() if k not in _OUTSIDE | {"seed"}}
         alike.setdefault(repr(sorted(settings.items())) if settings else str(run.folder), []).append(run)
     called = names_of(runs)
     first = [called[[*runs].index(members[0])] for members in alike.values()]
@@ -74,14 +74,6 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     """What each run is called here: its name, with its folder's where two have the same."""
     names = [run.name for run in runs]
     return [run.name if names.count(run.name) == 1 else f"{run.folder.parent.name}/{run.name}" for run in runs]
-
-
-def settings_of(run: Run) -> dict[str, Any]:
-    """A run's settings as recorded; empty in its first moments."""
-    try:
-        return run.config()["settings"]
-    except (OSError, ValueError, KeyError):
-        return {}
 
 
 def state_of(run: Run) -> str:
@@ -108,7 +100,7 @@ def states_table(runs: Sequence[Run]) -> str:
 
 def settings_table(runs: Sequence[Run]) -> str:
     """The settings in which the runs differ, one a line, as a Markdown table."""
-    found = dict(zip(names_of(runs), map(settings_of, runs)))
+    found = dict(zip(names_of(runs), map(recorded_settings, runs)))
     names = list(dict.fromkeys(name for settings in found.values() for name in settings))
     outside = _OUTSIDE - {"recipe", "smoke"}
     names = [name for name in names if name not in outside and len({repr(settings.get(name)) for settings in found.values()}) > 1]
@@ -253,11 +245,9 @@ def _shown(value: Any) -> str:
 
 def _fixed(run: Run) -> dict[tuple[int, int], dict[str, np.ndarray]] | None:
     """The fixed ROIs of a run's last masks, by image and annotation."""
-    files = sorted((run.folder / "samples").glob("epoch_*.npz"))
-    if not files:
+    if (found := read_samples(run)) is None:
         return None
-    with np.load(files[-1], allow_pickle=False) as file:
-        content = {name: file[name] for name in file.files}
+    content = found[1]
     rows = np.flatnonzero(content["kind"] == "fixed")
     keys = ("image", "labels", "probs", "target_iou")
     return {

@@ -79,12 +79,13 @@ def crop_people(settings: Settings, split: str) -> Crops:
     """The people of a split's first ``max_images`` images, cut by both samplers."""
     source = make_source(settings, split)
     people = source.people(settings.max_images)
-    crops, scene, shown = [], None, None
+    crops, scene, anyone, shown = [], None, None, None
     for index, slot, box in zip(people.image_index, people.slots, torch.from_numpy(people.boxes)):
         if index != shown:
             scene, shown = source.scene(int(index)), index
+            anyone = scene.masks.any(0)
         image, mine = torch.from_numpy(scene.image).permute(2, 0, 1), scene.masks[slot]
-        layers = torch.from_numpy(np.stack([mine, scene.masks.any(0) & ~mine]))
+        layers = torch.from_numpy(np.stack([mine, anyone & ~mine]))
         covered = crop_rois(layers, box[None], settings.mask_size)[0].mul(255).round().to(torch.uint8)
         whole = crop_rois(image, box[None], settings.roi_size)[0]
         labels = labels_from_coverage(covered.permute(1, 2, 0))

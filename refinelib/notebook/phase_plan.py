@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
-import yaml
-
 from refinelib.config import WHERE, Settings, SettingsError, absolute, resolve
+from refinelib.files import parse_yaml, read_json, shown
 from refinelib.runs import RunError
 
 #: What each phase adds to the one before.
@@ -118,10 +116,17 @@ def read_state(file: Path) -> dict[str, Any]:
         RunError: it is damaged, or something else.
     """
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        state = read_json(file)
+    except (OSError, ValueError):
         state = None
-    if not (isinstance(state, dict) and isinstance(state.get("state"), str) and isinstance(state.get("phases"), list)):
+    needed = {"phase", "state", "run", "gate", "after", "settings"}
+    if not (
+        isinstance(state, dict)
+        and isinstance(state.get("state"), str)
+        and "init_from" in state
+        and isinstance(state.get("phases"), list)
+        and all(isinstance(entry, dict) and needed <= entry.keys() for entry in state["phases"])
+    ):
         raise RunError(
             f"{file} is damaged: what the chain has decided cannot be read from it. Its runs are whole beside it: give the chain another name, "
             "or go on from one of them with phase and init_from"
@@ -181,11 +186,14 @@ def _before(name: str) -> int:
 
 def _by_phase(per_phase: Any, names: list[str]) -> dict[str, dict[str, Any]]:
     if isinstance(per_phase, str):
-        per_phase = yaml.safe_load(per_phase)
+        try:
+            per_phase = parse_yaml(per_phase)
+        except ValueError as error:
+            raise SettingsError(f"per_phase = {shown(per_phase)} is not valid YAML: {error}") from None
     if not per_phase:
         return {}
     if not isinstance(per_phase, Mapping) or not all(isinstance(value, Mapping) for value in per_phase.values()):
-        raise SettingsError(f"per_phase = {per_phase!r}: write {{phase3: {{epochs: 40}}}}")
+        raise SettingsError(f"per_phase = {shown(per_phase)}: write {{phase3: {{epochs: 40}}}}")
     found = {_phase(key): dict(value) for key, value in per_phase.items()}
     missing = [name for name in found if name not in names]
     if missing:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 import os
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
-from refinelib.data.coco import is_image, xyxy
+from refinelib.data.coco import image_file, is_image, person_ids, read_annotations, xyxy
 
 
 class Inputs(NamedTuple):
@@ -30,6 +30,8 @@ def read_inputs(
     image: str | os.PathLike | None = None,
     boxes: str | list | None = None,
     annotations: str | os.PathLike | None = None,
+    *,
+    allow_images_outside: bool = False,
 ) -> Inputs:
     """The image and its boxes, checked.
 
@@ -37,6 +39,7 @@ def read_inputs(
         image: file; none: a drawn picture with people in it and their boxes.
         boxes: rows of x0, y0, x1, y1 in pixels, as a list or as its text.
         annotations: COCO JSON that lists the image by its file name; its persons' boxes, where none are given.
+        allow_images_outside: by whatever name, see :func:`refinelib.data.coco.image_file`.
 
     Raises:
         DataError: a file is missing or does not list the image, or a box is not what it should be.
@@ -48,11 +51,12 @@ def read_inputs(
         source = SyntheticPeople(1, split="val")
         people = source.people()
         return Inputs(source.scene(0).image, given or people.boxes.astype(float).tolist(), "synthetic", 0, 1)
-    path = Path(image).expanduser()
-    path = path if path.is_file() else absolute(path)
+    path = Path(os.path.expanduser(image))
+    path = path if os.path.exists(path) else absolute(path)
     size, image_id, category_id = None, 0, 1
     if annotations is not None:
-        size, image_id, category_id, listed = _boxes_of(Path(annotations).expanduser(), path.name)
+        file = Path(os.path.expanduser(annotations))
+        size, image_id, category_id, listed = _boxes_of(file, path, allow_images_outside)
         given = given or listed
     pixels = decode_image(path, size)
     for number, (x0, y0, x1, y1) in enumerate(given):
@@ -71,33 +75,34 @@ def _read_boxes(boxes: str | list | None) -> list[list[float]]:
         rows = [rows] if len(rows) == 4 and not isinstance(rows[0], (list, tuple)) else rows
         table = np.array([[float(side) for side in row] for row in rows], dtype=np.float64).reshape(-1, 4)
         assert len(table) == len(rows)
-    except (ValueError, SyntaxError, TypeError, AssertionError):
-        raise DataError(f"boxes = {boxes!r}: {rule}") from None
+    except Exception:  # literal_eval alone raises seven kinds
+        raise DataError(f"boxes = {reprlib.repr(boxes)}: {rule}") from None
     for number, (x0, y0, x1, y1) in enumerate(table.tolist()):
         if not (np.isfinite([x0, y0, x1, y1]).all() and x1 > x0 and y1 > y0):
             raise DataError(f"box {number} is {[x0, y0, x1, y1]}: {rule}")
     return table.tolist()
 
 
-def _boxes_of(annotations: Path, name: str) -> tuple[tuple[int, int], int, int, list[list[float]]]:
+def _boxes_of(
+    annotations: Path, image: Path, allow_outside: bool
+) -> tuple[tuple[int, int], int, int, list[list[float]]]:
     """Size ``(h, w)``, image id, category id and boxes of the persons of one image in a COCO JSON."""
-    if not annotations.is_file():
+    if not os.path.exists(annotations):
         annotations = absolute(annotations)
-    try:
-        content = json.loads(annotations.read_bytes())
-        entries = {Path(entry["file_name"]).name: entry for entry in content["images"]}
-        people = [one["id"] for one in content["categories"] if str(one["name"]).lower() == "person"]
-        found = [one for one in content["annotations"] if one.get("category_id") in people and not one.get("iscrowd")]
-    except OSError as error:
-        raise DataError(f"the annotation file {annotations} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise DataError(f"{annotations} is no COCO instances file with images, annotations and categories ({what})") from None
-    if name not in entries:
-        raise DataError(f"{annotations} lists no image {name}: give one of its {len(entries)} images, or boxes by hand")
-    entry = entries[name]
+    content = read_annotations(annotations)
+    parts = ("images", "annotations")
+    images, annotated = ([one for one in content[part] if isinstance(one, dict)] for part in parts)
+    entries = {Path(one["file_name"]).name: one for one in images if isinstance(one.get("file_name"), str)}
+    if image.name not in entries:
+        rule = f"give one of its {len(entries)} images, or boxes by hand"
+        raise DataError(f"{annotations} lists no image {image.name}: {rule}")
+    entry = entries[image.name]
     if not is_image(entry):
-        raise DataError(f"{annotations} lists {name} without a whole number as its id, height or width: give it all three, or boxes by hand")
+        rule = "without a whole number as its id, height or width: give it all three, or boxes by hand"
+        raise DataError(f"{annotations} lists {image.name} {rule}")
+    image_file(image.parent, entry["file_name"], allow_outside)
+    people = person_ids(content)
+    found = [one for one in annotated if one.get("category_id") in people and not one.get("iscrowd")]
     mine = [list(xyxy(one.get("bbox"))) for one in found if one.get("image_id") == entry["id"]]
     boxes = [box for box in mine if math.isfinite(sum(box)) and box[2] > box[0] and box[3] > box[1]]
-    return (entry["height"], entry["width"]), entry["id"], int(people[0]) if people else 1, boxes
+    return (entry["height"], entry["width"]), entry["id"], people[0] if people else 1, boxes

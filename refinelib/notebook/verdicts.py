@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
 from refinelib.config import Settings
-from refinelib.runs import Run, RunError, dumps, write_atomically
+from refinelib.files import read_json, reason, write_atomically
+from refinelib.runs import Run, RunError, dumps
 
 
 class CheckError(RuntimeError):
@@ -76,11 +76,18 @@ def record(results: list[Check], settings: Settings) -> Path:
 
 
 def read(folder: str | os.PathLike) -> list[Check]:
-    """The checks on record in a run's folder."""
+    """The checks on record in a run's folder.
+
+    Raises:
+        RunError: there are none, or they are damaged.
+    """
     file = Path(folder) / "checks.json"
     if not file.is_file():
         raise RunError(f"there is no {file}: run notebooks/debug.ipynb first")
-    return [Check(**found) for found in json.loads(file.read_text(encoding="utf-8"))["checks"]]
+    try:
+        return [Check(**found) for found in read_json(file)["checks"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is damaged ({reason(error)}): run notebooks/debug.ipynb again") from None
 
 
 def conclude(folder: str | os.PathLike) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
+import math
 import os
 import tempfile
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable
@@ -17,6 +16,7 @@ import torch
 from refinelib.config import Settings
 from refinelib.quality.coco_results import CocoResults, average_precision
 from refinelib.data import CocoPeople, PennFudanPeople, Source, Store, open_store
+from refinelib.files import read_json, read_npz
 from refinelib.quality.image_space import AnnotatedImage, ImageMetrics, Predict, pasted_grid, pasted_model, score_in_images
 from refinelib.quality.jitter import SIGMAS, jitter_curve
 from refinelib.quality.metrics import SegmentationMetrics
@@ -26,6 +26,8 @@ from refinelib.modeling.roi import centre_window
 from refinelib.runs import dumps, write_atomically
 from refinelib.quality.scoring import blind, score
 
+#: Bytes of the largest JSON file of an evaluation that is read; COCO's 5000 val images make some 15 MB.
+MOST_JSON = 256 << 20
 #: What is said of the score in COCO results.
 SCORE = "mean probability of the person over the pixels of the mask"
 
@@ -65,12 +67,18 @@ class Evaluation:
         """
         folder = Path(folder).expanduser()
         try:
-            with np.load(folder / cls.ARRAYS, allow_pickle=False) as arrays:
-                confusion, people = arrays["confusion"], {key.removeprefix("people."): arrays[key] for key in arrays.files if key != "confusion"}
-            rest, report, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (cls.REST, "report.json", "coco_results.json"))
+            arrays = read_npz(folder / cls.ARRAYS, {"confusion": "iu n33"})
+            confusion = arrays.pop("confusion")
+            people = {key.removeprefix("people."): column for key, column in arrays.items()}
+            names = (cls.REST, "report.json", "coco_results.json")
+            rest, report, results = (read_json(folder / name, limit=MOST_JSON) for name in names)
             masks = {int(key): mask for key, mask in rest["masks"].items()}
+            if any(column.shape != confusion.shape[:1] for column in people.values()):
+                raise ValueError("its columns have different lengths")
+            if max((math.prod(mask["size"]) for mask in masks.values()), default=0) >= 2**28:
+                raise ValueError("a mask in it is larger than any image")
             return cls(report, people, results, masks, confusion, rest["name"], Settings(**rest["settings"]))
-        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{folder} holds no whole evaluation ({error}): make it again with `python -m refinelib evaluate RUN --save {folder}`") from None
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
@@ -142,6 +150,7 @@ def measure(
     max_images: int | None = None,
     store_dir: str | os.PathLike | None = None,
     jitter: bool | Iterable[float] = False,
+    allow_images_outside: bool | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Score a model on annotated images: figures, one row a person, masks as COCO results.
@@ -156,6 +165,7 @@ def measure(
         max_images: score only the first so many images.
         store_dir: keep the decoded crops there for the next time; none: a temporary folder.
         jitter: also measure boxes that are off, at :data:`refinelib.quality.jitter.SIGMAS` or the shares given.
+        allow_images_outside: see :func:`refinelib.data.coco.image_file`; none: as the run's settings say.
         progress: show a bar while crops are decoded.
 
     Raises:
@@ -170,9 +180,12 @@ def measure(
     predictor = run if isinstance(run, Predictor) else load(run, device=device)
     if flip is not None and flip != predictor.flip:
         predictor = predictor.with_flip(flip)
-    if source is None:
-        source = PennFudanPeople(pennfudan, split="val") if pennfudan else CocoPeople(annotations, images, split="val")
     settings = predictor.settings
+    if source is None and pennfudan:
+        source = PennFudanPeople(pennfudan, split="val")
+    elif source is None:
+        outside = settings.allow_images_outside if allow_images_outside is None else allow_images_outside
+        source = CocoPeople(annotations, images, split="val", allow_outside=outside)
     with tempfile.TemporaryDirectory() as temporary:
         store = open_store(
             source,

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
 import numpy as np
 
+from refinelib.files import by_epoch, read_npz
 from refinelib.runs import Run, RunError
 
 _LOOK = ("weight_norms", "update_ratios", "weight_counts", "gradient_counts", "term_norms", "edges")
+#: What a file holds, as :func:`refinelib.files.check_arrays` takes it; P, M, T, n as below, E edges, C counts.
+_SHAPES = {
+    "names": "U P", "modules": "U M", "module_of": "iu P", "terms": "U T", "term_weights": "f T",
+    "steps": "iu n", "skipped": "b n", "loss": "f n", "components": "f nT", "norms": "f nP",
+    "weight_norms?": "f P", "update_ratios?": "f P", "weight_counts?": "iu MC", "gradient_counts?": "iu MC",
+    "term_norms?": "f TP", "edges?": "f E",
+}  # fmt: skip
 _BY_STEP = ("steps", "epochs", "skipped", "loss", "components", "norms")
 
 
@@ -68,33 +77,50 @@ class Gradients:
             return by_module / by_module.sum(axis=0)
 
 
-def files(run: Run) -> list[Path]:
-    """What a run's probe has written so far, a file an epoch, the oldest first."""
-    return sorted((run.folder / "gradients").glob("epoch_*.npz"))
+def files(run: Run) -> dict[int, Path]:
+    """What a run's probe has written so far, by epoch, the first first."""
+    return by_epoch(run.folder / "gradients")[0]
+
+
+def read_file(file: Path) -> dict[str, np.ndarray]:
+    """What the probe wrote at the end of one epoch.
+
+    Raises:
+        ValueError: it is damaged, or something else.
+    """
+    found = read_npz(file, _SHAPES)
+    look = [name for name in _LOOK if name in found]
+    whole = not look or len(look) == len(_LOOK) and len(found["edges"]) + 1 == found["weight_counts"].shape[1]
+    if not whole or not set(found["module_of"].tolist()) <= set(range(len(found["modules"]))):
+        raise ValueError(f"{file} is damaged: its arrays do not go together")
+    return found
 
 
 def read(run: Run | str | os.PathLike) -> Gradients:
-    """All that a run's probe has written so far.
+    """All that a run's probe has written so far; a damaged file is passed over, with a warning.
 
     Raises:
-        RunError: it has written nothing.
+        RunError: it has written nothing that can be read.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    written = files(run)
-    if not written:
-        why = "no epoch is over yet, or it was trained with probe_every = 0; train with probe_every = 1"
-        raise RunError(f"{run.folder} holds no gradients: {why}")
-    pieces, looks = [], {}
-    for file in written:
-        with np.load(file, allow_pickle=False) as opened:
-            piece = {name: opened[name] for name in opened.files}
+    pieces, looks, damaged = [], {}, []
+    for epoch, file in files(run).items():
+        try:
+            piece = read_file(file)
+        except (OSError, ValueError) as error:
+            damaged.append(str(error))
+            continue
         if pieces and piece["names"].tolist() != pieces[0]["names"].tolist():
-            raise RunError(f"{file} is of another model than {written[0].name}: its parameters have other names")
-        epoch = int(file.stem.rpartition("_")[2])
+            raise RunError(f"{file} is of another model than the first file: its parameters have other names")
         piece["epochs"] = np.full(len(piece["steps"]), epoch)
         pieces.append(piece)
-        if "term_norms" in piece:
+        if _LOOK[0] in piece:
             looks[epoch] = {name: piece[name] for name in _LOOK}
+    if not pieces:
+        why = "no epoch is over yet, or it was trained with probe_every = 0; train with probe_every = 1"
+        raise RunError(f"{run.folder} holds no gradients: {'; '.join(damaged) or why}")
+    if damaged:
+        warnings.warn(f"gradients were passed over ({len(damaged)}): {'; '.join(damaged)}", stacklevel=2)
     order = np.argsort(np.concatenate([piece["steps"] for piece in pieces]), kind="stable")
     rows = {name: np.concatenate([piece[name] for piece in pieces])[order] for name in _BY_STEP}
     first = pieces[0]
