@@ -2,15 +2,39 @@
 
 import json
 import math
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from refinelib.data import CocoPeople, DataError, coco_paths, decode_segmentation, open_store
-from refinelib.data.coco import CROWD, NO_ENTRY, NO_FIELD, NO_IMAGE
+from conftest import CocoFiles
+from limits import in_memory, in_time
+from refinelib.config import resolve
+from refinelib.data import (
+    CocoPeople,
+    DataError,
+    coco,
+    coco_paths,
+    decode_image,
+    decode_segmentation,
+    open_split,
+    open_store,
+    scenes,
+)
+from refinelib.data.coco import CROWD, ELSEWHERE, NO_ENTRY, NO_FIELD, NO_IMAGE, image_file
 from refinelib.data.scenes import (
     CROWDED,
     MISSING,
@@ -20,6 +44,7 @@ from refinelib.data.scenes import (
     OUTSIDE,
     SMALL,
     UNREADABLE,
+    Masks,
     SceneError,
 )
 from refinelib.modeling.roi import labels_from_coverage
@@ -318,8 +343,9 @@ def test_missing_files_are_told(tmp_path, coco_files):
     with pytest.raises(DataError, match="there is no annotation file .*nowhere.json"):
         CocoPeople(tmp_path / "nowhere.json", tmp_path)
     coco_files.source()
-    with pytest.raises(DataError, match="there is no image folder .*nowhere"):
-        CocoPeople(coco_files.annotations, tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", "~nobody-of-this-name/nowhere", "x" * 300 + "nowhere", "\0nowhere"):
+        with pytest.raises(DataError, match="there is no image folder .*nowhere"):
+            CocoPeople(coco_files.annotations, nowhere)
 
 
 @pytest.mark.parametrize(
@@ -555,3 +581,457 @@ def test_images_may_have_negative_ids(coco_files, tmp_path):
     store = build(coco_files, tmp_path)
     found = score(blind(torch.full((*store.mask_size, 2), 0.3)), store, device=torch.device("cpu"), mask_size=store.mask_size)
     assert found.compute(intervals=True)["rois"] == 2 and sorted(store.image_ids.tolist()) == [-9, -7]
+
+
+# -- files that are no files, names that are no names ------------------------------------------------------
+def something_else(file, kind):
+    """A FIFO, a folder, a socket or a device under this name."""
+    file.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        here = os.getcwd()
+        os.chdir(file.parent)  # the name of a socket must be short
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(file.name)
+        os.chdir(here)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "socket"])
+def test_what_is_no_regular_file_is_a_bad_image(coco_files, tmp_path, kind):
+    for _ in range(3):
+        coco_files.person(coco_files.image(), BOX)
+    something_else(coco_files.images / "002.jpg", kind)
+    (coco_files.images / "003.jpg").rename(tmp_path / "elsewhere.jpg")
+    (coco_files.images / "003.jpg").symlink_to(tmp_path / "elsewhere.jpg")  # a link to one is one
+    with in_time():
+        store = build(coco_files, tmp_path)
+    assert store.image_ids.tolist() == [1, 3] and store.skipped == {UNREADABLE: 1}
+    assert "002.jpg is no regular file" in store.examples[UNREADABLE]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "socket"])
+def test_annotations_must_be_a_regular_file(coco_files, kind):
+    source = coco_files.source()
+    something_else(coco_files.annotations, kind)
+    with in_time(), pytest.raises(DataError, match="instances.json: it is no regular file"):
+        CocoPeople(coco_files.annotations, coco_files.images)
+    with in_time(), pytest.raises(DataError, match="instances.json is no regular file"):
+        source.people()  # it was one when the source was made
+
+
+ODD_NAMES = {
+    "NUL": "a\0b.jpg",
+    "surrogate": "a\ud800.jpg",
+    "too long": "x" * 300,
+    "endless": "y" * 10**6,
+    "a folder's": "",
+    "ESC": "\x1b[2J.jpg",
+    "file in a file": "001.jpg/x",
+}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=list(ODD_NAMES))
+def test_a_name_that_no_file_can_have_is_a_bad_image(coco_files, tmp_path, name):
+    for _ in range(2):
+        coco_files.person(coco_files.image(), BOX)
+    coco_files.content["images"][1]["file_name"] = name
+    source = coco_files.source()
+    for _ in range(2):  # built, then opened: the second looks whether the bad file is another by now
+        store = open_store(source, root=tmp_path / "stores", **OWN)
+        assert store.image_ids.tolist() == [1] and sum(store.skipped.values()) == 1
+        assert set(store.skipped) <= {MISSING, UNREADABLE}
+        (told,) = store.examples.values()
+        assert told.isprintable() and len(told) < 1100
+    assert (store.folder / "store.json").stat().st_size < 10_000
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=st.one_of(st.text(st.characters(), max_size=30), st.text("./\\a\0:~\ud800\n", max_size=12)))
+def test_whatever_a_name_is_the_others_are_used(name):
+    with tempfile.TemporaryDirectory() as folder:
+        files = CocoFiles(Path(folder) / "coco")
+        for _ in range(2):
+            files.person(files.image((40, 40)), (5, 5, 30, 30))
+        files.content["images"][1]["file_name"] = name
+        store = open_store(files.source(), root=Path(folder) / "stores", **OWN)
+        assert store.image_ids[0] == 1 and (sum(store.skipped.values()) == 1 or len(store) == 2)
+        assert all(told.isprintable() for told in store.examples.values())
+        del store
+
+
+# -- where images may lie ----------------------------------------------------------------------------------
+LEADING_OUT = [
+    "{there}/x.jpg",
+    "../there/x.jpg",
+    "a/../../there/x.jpg",
+    "..\\there\\x.jpg",
+    "a\\../..\\there/x.jpg",
+    "C:\\x.jpg",
+    "C:x.jpg",
+    "\\\\server\\x.jpg",
+    "../images/001.jpg",
+    "..",
+]
+
+
+@pytest.mark.parametrize("name", LEADING_OUT)
+def test_an_image_outside_its_folder_is_refused(coco_files, tmp_path, name):
+    for _ in range(2):
+        coco_files.person(coco_files.image(), BOX)
+    there = coco_files.images.parent / "there"
+    there.mkdir()
+    (coco_files.images / "002.jpg").rename(there / "x.jpg")
+    coco_files.content["images"][1]["file_name"] = name.format(there=there)
+    store = build(coco_files, tmp_path)
+    assert (
+        store.image_ids.tolist() == [1]
+        and store.skipped == {ELSEWHERE: 1}
+        and "allow_images_outside" in ELSEWHERE
+    )
+    assert (
+        "leads out of the image folder" in store.examples[ELSEWHERE]
+        and "set allow_images_outside to true" in store.examples[ELSEWHERE]
+    )
+    assert not store.info["unread"]  # no other file would help
+    with pytest.raises(SceneError, match="leads out of the image folder"):
+        coco_files.source().scene(1)
+
+
+@pytest.mark.parametrize("name", ["{there}/x.jpg", "../there/x.jpg", "a/../../there/x.jpg"])
+def test_an_image_outside_is_read_where_that_is_allowed(coco_files, tmp_path, name):
+    for _ in range(2):
+        coco_files.person(coco_files.image(), BOX)
+    (coco_files.images / "a").mkdir()
+    there = coco_files.images.parent / "there"
+    there.mkdir()
+    (coco_files.images / "002.jpg").rename(there / "x.jpg")
+    coco_files.content["images"][1]["file_name"] = name.format(there=there)
+    coco_files.source()
+    places = dict(
+        train_annotations=str(coco_files.annotations),
+        train_images=str(coco_files.images),
+        output_dir=str(tmp_path),
+    )
+    how = dict(data="coco", roi_size=16, mask_size=16, workers=1, **places)
+    stores = [
+        open_split(resolve("demo", **how, **more), "train", progress=False)
+        for more in ({}, {"allow_images_outside": "true"}, {})
+    ]
+    assert [len(store) for store in stores] == [1, 2, 1] and stores[0].folder == stores[2].folder != stores[
+        1
+    ].folder
+
+
+@given(
+    parts=st.lists(st.sampled_from(["..", ".", "a", "b.jpg", "", "..."]), max_size=6),
+    separators=st.lists(st.sampled_from("/\\"), min_size=6, max_size=6),
+)
+def test_a_name_leads_out_where_a_part_of_it_does(parts, separators):
+    name = "".join(part + separator for part, separator in zip(parts, separators))
+    plain = name.replace("\\", "/")
+    starts = [
+        os.path.normpath("/images/" + plain[:end])
+        for end in range(len(plain) + 1)
+        if plain[end : end + 1] in ("/", "")
+    ]
+    inside = not plain.startswith("/") and all(
+        start == "/images" or start.startswith("/images/") for start in starts
+    )
+    try:
+        image_file(Path("/images"), name)
+        assert inside, name
+    except SceneError as error:
+        assert not inside and error.reason == ELSEWHERE, name
+    image_file(Path("/images"), name, allow_outside=True)
+
+
+def test_links_lead_where_they_lead(coco_files, tmp_path):
+    coco_files.person(coco_files.image(), BOX)
+    coco_files.content["images"][0]["file_name"] = "here/../001.jpg"  # climbs, but not out
+    (coco_files.images / "here").mkdir()
+    coco_files.images.rename(tmp_path / "disk")
+    coco_files.images.symlink_to(tmp_path / "disk")
+    assert len(build(coco_files, tmp_path)) == 1
+
+
+# -- more people and pixels than memory ----------------------------------------------------------------------
+def crowded(files, people, side):
+    """One image with so many people."""
+    image = files.image(Image.new("RGB", (side, side), (90, 40, 10)))
+    random = np.random.default_rng(0)
+    for _ in range(people):
+        x, y = random.integers(0, side - 60, 2).tolist()
+        files.person(image, (x, y, x + 20 + int(random.integers(0, 20)), y + 40))
+    return files.source()
+
+
+@pytest.mark.parametrize("people, side", [(2000, 300), (60, 1700)])
+def test_masks_are_decoded_under_a_budget(coco_files, monkeypatch, people, side):
+    """All at once they take 180 MB: 20,000 people, or 60 in a picture of 13,000 pixels, take gigabytes."""
+    monkeypatch.setattr(scenes, "MASK_BYTES", 4 << 20)
+    source = crowded(coco_files, people, side)
+    source.people()
+    with in_memory(60):
+        masks = source.scene(0).masks
+        anyone = masks.any(0)
+        some = [masks[slot] for slot in (0, people - 1)]
+    assert len(masks) == people and anyone.shape == (side, side) and 0 < Masks._held <= 4 << 20
+    assert all(mask.dtype == bool and mask.any() and not (mask & ~anyone).any() for mask in some)
+    for wrong in (-1, people):
+        with pytest.raises(IndexError):
+            masks[wrong]
+    with pytest.raises(ValueError, match="axis 0"):
+        masks.any(1)
+    del masks
+    assert Masks._held == 0
+
+
+@pytest.mark.parametrize("budget", [0, 50_000, 1 << 20])
+def test_a_store_is_the_same_whatever_the_budget(coco_files, tmp_path, monkeypatch, budget):
+    source = crowded(coco_files, 40, 200)
+    want = open_store(source, root=tmp_path / "want", **OWN)
+    monkeypatch.setattr(scenes, "MASK_BYTES", budget)
+    got = open_store(source, root=tmp_path / "got", **OWN)
+    assert np.array_equal(got.images, want.images) and np.array_equal(got.coverage, want.coverage)
+
+
+def test_an_ordinary_image_decodes_each_mask_once(coco_files, monkeypatch):
+    asked = []
+    monkeypatch.setattr(coco, "decode_segmentation", lambda *of: asked.append(of) or decode_segmentation(*of))
+    masks = crowded(coco_files, 12, 100).scene(0).masks
+    anyone = masks.any(0)
+    assert np.array_equal(np.stack([*masks]), np.stack([decode_segmentation(*of) for of in asked[:12]]))
+    assert np.array_equal(anyone, np.stack([*masks]).any(0)) and masks.any(0) is anyone and len(asked) == 12
+
+
+MODES = {
+    "RGB": {},
+    "L": {},
+    "RGBA": {},
+    "LA": {},
+    "CMYK": {},
+    "1": {},
+    "YCbCr": {},
+    "P": {},
+    "P transparent": {"transparency": 3},
+    "I;16": {},
+    "I": {},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_large_image_is_converted_in_bands(monkeypatch, mode):
+    picture = Image.fromarray(RGB)
+    if mode.startswith("I"):
+        picture = Image.fromarray(
+            (RGB[..., 0].astype(np.uint16) * 200 + 77).astype(np.uint16 if mode == "I;16" else np.int32)
+        )
+    elif mode != "RGB":
+        picture = picture.quantize(16) if mode.startswith("P") else picture.convert(mode)
+    picture.info.update(MODES[mode])
+    whole = scenes.as_rgb(picture)
+    monkeypatch.setattr(scenes, "_BAND", 700)  # 7 of 80 rows
+    assert np.array_equal(scenes.as_rgb(picture), whole) and whole.std() > 10
+
+
+# -- annotations that claim or hold too much -----------------------------------------------------------------
+def png_of(width, height):
+    """A PNG of a few bytes that claims so many pixels."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_pictures_and_entries_that_claim_gigantic_sizes(coco_files, tmp_path):
+    for _ in range(4):
+        coco_files.person(coco_files.image(), BOX)
+    entries = coco_files.content["images"]
+    (coco_files.images / "002.jpg").write_bytes(png_of(30_000, 30_000))  # beyond PIL's limit
+    entries[1].update(height=30_000, width=30_000)
+    (coco_files.images / "003.jpg").write_bytes(png_of(12_000, 12_000))  # within it, and not the entry's size
+    entries[3].update(height=2**31 - 1, width=2**31 - 1)
+    with in_memory(30):
+        store = build(coco_files, tmp_path)
+    assert store.image_ids.tolist() == [1] and store.skipped == {UNREADABLE: 1, OTHER_SIZE: 2}
+    assert (
+        "002.jpg cannot be decoded (Image size (900000000 pixels) exceeds limit" in store.examples[UNREADABLE]
+    )
+    entries[3]["file_name"] = "nowhere.jpg"
+    assert build(coco_files, tmp_path).skipped[MISSING] == 1
+
+
+def test_a_picture_of_another_size_is_not_decoded(coco_files, tmp_path, monkeypatch):
+    image = coco_files.images / "a.png"
+    image.write_bytes(png_of(9000, 9000))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(SceneError, match="has 9000x9000 pixels, its annotation says 60x50"):
+        decode_image(image, (50, 60))
+
+
+GIGANTIC = {
+    "runs": {"size": [480, 640], "counts": [10**12, 10**13]},
+    "runs of the wrong size": {"size": [10**9, 10**9], "counts": [10**18 // 2, 10**18 // 2]},
+    "text": {"size": [480, 640], "counts": "o" * 11 + "0" + "o" * 11 + "0"},
+    "negative": {"size": [480, 640], "counts": [10**15, 480 * 640 - 10**15]},
+}
+
+
+@pytest.mark.parametrize("form", GIGANTIC.values(), ids=list(GIGANTIC))
+def test_run_lengths_that_claim_gigabytes(coco_files, tmp_path, form):
+    image = coco_files.image((480, 640))
+    coco_files.person(image, BOX, form)
+    coco_files.person(image, BOX)
+    with in_memory(20):
+        store = build(coco_files, tmp_path)
+    assert store.skipped == {NO_MASK: 1} and store.annotation_ids.tolist() == [101]
+
+
+def test_outlines_of_millions_of_pixels_are_no_mask():
+    """pycocotools takes memory for each of them and does not look if it got any: it ended the process."""
+    code = """
+import resource
+from refinelib.data import decode_segmentation
+limit = 3 << 30  # of the addresses, most of which are the libraries'
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+across = [0, 0, 1900, 470] * 100_000
+for polygons in ([across], [across[:4000]] * 100, [[5.0, 5.0] * 3_000_000], [[1, 1, 1, 1, 1, 1]] * 500_000):
+    assert decode_segmentation(polygons, 480, 640) is None
+zigzag = [value for x in range(500) for value in (x, 0 if x % 2 else 470)]
+assert decode_segmentation([zigzag], 480, 640).any()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "[]",
+        "{}",
+        '{"a":0}',
+        '"ab"',
+        "0.5",
+        "999",
+        '"é"',
+        '"\\ud83d\\ude00"',
+        '{"a":[],"b":[],"c":[],"d":[],"e":[],"f":[]}',
+    ],
+)
+def test_an_annotation_file_that_takes_more_memory_than_it_may_is_refused(coco_files, monkeypatch, item):
+    source = coco_files.source()
+    text = ('{"images": [%s]}' % ",".join([item] * 20_000)).encode()
+    coco_files.annotations.write_bytes(text)
+    tracemalloc.start()
+    try:
+        json.loads(text)
+        taken = len(text) + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(coco, "MOST_PARSED", taken - 1)
+    with pytest.raises(DataError, match="would take 0 GB of memory, .* leave only persons"):
+        source.people()
+    monkeypatch.setattr(coco, "MOST_PARSED", 12 * taken)
+    with pytest.raises(DataError, match="lacks the list annotations, categories"):
+        source.people()
+
+
+def test_an_annotation_file_without_end(coco_files):
+    source = coco_files.source()
+    os.truncate(coco_files.annotations, 160 << 30)
+    with in_time(), in_memory(10), pytest.raises(DataError, match="would take 1031 GB of memory"):
+        source.people()
+
+
+#: Values in JSON's own text, as no writer makes them.
+HOSTILE = st.one_of(
+    st.integers(1, 3000).map(lambda deep: "[" * deep + "]" * deep),
+    st.integers(1, 3000).map(lambda deep: '{"a":' * deep + "1" + "}" * deep),
+    st.integers(1, 4299).map(lambda digits: "9" * digits),
+    st.integers(4301, 9000).map(lambda digits: "9" * digits),
+    st.sampled_from(["null", "true", "NaN", "-Infinity", '""', '"\\u0000"', '"\\ud800"', "[]", "{}", "-1", "0"]),
+    st.sampled_from(["1.5", "1e400", "9223372036854775807", "4611686018427387904", "[null]", '["a"]']),
+    st.sampled_from(['{"size": [80, 100], "counts": [[8000]]}', '{"size": [[80], 100], "counts": [8000]}']),
+    st.text(max_size=20).map(json.dumps),
+)  # fmt: skip
+PLACES = [("images", 0, field) for field in ("id", "file_name", "height", "width")]
+PLACES += [
+    ("annotations", 0, f)
+    for f in ("id", "image_id", "category_id", "bbox", "area", "segmentation", "iscrowd")
+]
+PLACES += [
+    ("categories", 1, "id"),
+    ("categories", 1, "name"),
+    ("images", 0, None),
+    ("annotations", 0, None),
+    ("categories", 0, None),
+]
+PLACES += [
+    ("annotations", 0, ("bbox", 2)),
+    ("annotations", 0, ("segmentation", 0)),
+    ("annotations", 0, ("segmentation", 1)),
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(changes=st.lists(st.tuples(st.sampled_from(PLACES), HOSTILE), min_size=1, max_size=2))
+def test_whatever_the_json_holds_is_a_sentence_or_counted(hostile_files, changes):
+    content = json.loads(json.dumps(hostile_files.content))
+    for number, ((part, entry, field), _) in enumerate(changes):
+        if field is None or not isinstance(content[part][entry], dict):
+            content[part][entry] = f"@{number}@"
+        elif isinstance(field, tuple):
+            inner = content[part][entry][field[0]]
+            if isinstance(inner, list):
+                inner[field[1] :] = [f"@{number}@"]
+        else:
+            content[part][entry][field] = f"@{number}@"
+    text = json.dumps(content)
+    for number, (_, hostile) in enumerate(changes):
+        text = text.replace(f'"@{number}@"', hostile)
+    hostile_files.annotations.write_text(text)
+    source = CocoPeople(hostile_files.annotations, hostile_files.images)
+    with tempfile.TemporaryDirectory() as folder, in_time():
+        try:
+            store = open_store(source, root=folder, **OWN)
+        except DataError as error:
+            assert len(str(error)) < 3000
+            return
+        listed = len(store) + sum(store.skipped.values())
+        assert listed >= 1 and all(told.isprintable() for told in store.examples.values())
+        for index in range(len(source)):
+            json.dumps(source.everyone(index))
+        del store
+
+
+@pytest.fixture(scope="module")
+def hostile_files(tmp_path_factory):
+    files = CocoFiles(tmp_path_factory.mktemp("hostile") / "coco")
+    for _ in range(2):
+        image = files.image()
+        files.person(image, BOX)
+        files.person(image, (5, 5, 45, 45))
+    return files
+
+
+def test_ids_at_the_end_of_the_numbers(coco_files):
+    """One without an id gets the next free one: there is none after the largest."""
+    image = coco_files.image()
+    for given in (2**63 - 1, None, 2**63 - 1, 3, "4"):
+        coco_files.person(image, BOX, id=given)
+    ids = coco_files.source().people().annotation_ids.tolist()
+    assert len(set(ids)) == 5 and ids[0] == 2**63 - 1 and ids[3] == 3

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +15,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
-from refinelib.quality import boundary
+from limits import in_memory, in_time
+from refinelib.quality import boundary, evaluation, image_space
 from refinelib.quality.coco_results import CocoResults, average_precision, encode
-from refinelib.data import SyntheticPeople
+from refinelib.data import SyntheticPeople, scenes
+from refinelib.data.scenes import Masks
+from refinelib.quality.evaluation import Evaluation, measure
+from refinelib.quality.predict import Predictor
 from refinelib.quality.image_space import annotated_images, compare, pasted_grid, score_in_images
 from refinelib.quality.jitter import box_iou, jitter_boxes, jitter_curve, noise
 from refinelib.quality.paste import Pasted, paste_labels
@@ -188,6 +195,145 @@ def test_the_truth_itself_is_perfect(people):
     small = sum(area < 1024 for area in found["grid"].table()["area"].tolist())
     assert [group["rois"] for group in report["by_size"].values()] == [small, 6 - small, 0] and 0 < small < 6
     assert [group["rois"] for group in report["by_third"].values()] == [2, 2, 2]
+
+
+# -- many people, large pictures ---------------------------------------------------------------------
+def figures_of(source, **how):
+    truth = CocoResults()
+    found = score_in_images(
+        {"shifted": seeing(3), "grid": pasted_grid((24, 24))},
+        source,
+        device=CPU,
+        full=["grid"],
+        truth=truth,
+        **how,
+    )
+    tables = {
+        name: {key: value.tolist() for key, value in one.table().items()} for name, one in found.items()
+    }
+    curve = jitter_curve(
+        lambda pixels, boxes: torch.ones(len(boxes), 3, 8, 8) / 3, source, device=CPU, sigmas=(0, 0.1)
+    )
+    return repr(
+        (
+            tables,
+            curve,
+            truth.entries,
+            [one.coco.entries for one in found.values()],
+            [one.masks for one in found.values()],
+        )
+    )
+
+
+@pytest.mark.parametrize("budget, together", [(0, 256), (20_000, 2), (1 << 20, 1)])
+def test_figures_are_the_same_whatever_fits_into_memory(people, monkeypatch, budget, together):
+    want = figures_of(people.source())
+    monkeypatch.setattr(scenes, "MASK_BYTES", budget)
+    monkeypatch.setattr(image_space, "MOST_TOGETHER", together)
+    assert figures_of(people.source()) == want
+    parts = list(annotated_images(people.source()))
+    assert [len(part.slots) for part in parts][: 3 // together + 1] == (
+        [3] if together == 256 else [2, 1] if together == 2 else [1, 1, 1, 1]
+    )
+    assert (
+        all(part.masks[slot].any() for part in parts for slot in part.slots) and Masks._held <= budget
+    )  # as figures keep them
+
+
+def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
+    """60 people in a picture of 13,000 pixels have masks of 10 GB, and labels of 80 GB."""
+    monkeypatch.setattr(scenes, "MASK_BYTES", 4 << 20)
+    image = coco_files.image(np.zeros((1200, 1200, 3), np.uint8))
+    for number in range(60):
+        coco_files.person(image, (10 + 15 * number, 20, 40 + 15 * number, 90))
+    source = coco_files.source()
+    source.people()
+    made, real = [], image_space._labels
+
+    def labels(*of):  # what PyTorch allocates is not traced
+        assert sum(one() is not None for one in made) <= 1
+        found = real(*of)
+        made.append(weakref.ref(found))
+        assert found.dtype == torch.uint8
+        return found
+
+    monkeypatch.setattr(image_space, "_labels", labels)
+    with in_memory(30):  # all masks: 86 MB
+        found = score_in_images({"grid": pasted_grid((24, 24))}, source, device=CPU)["grid"]
+    assert len(found.coco.entries) == len(made) == 60 and found.compute()["target_iou"] > 0.9
+
+
+# -- data and folders of others ------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "of_the_run, given, allowed",
+    [(False, None, False), (True, None, True), (True, False, False), (False, True, True)],
+)
+def test_evaluation_takes_images_outside_their_folder_as_training_does(
+    people, monkeypatch, of_the_run, given, allowed
+):
+    people.source()
+    seen = []
+
+    def stop(source, **_):
+        seen.append(source)
+        raise KeyError("far enough")
+
+    monkeypatch.setattr(evaluation, "open_store", stop)
+    predictor = object.__new__(Predictor)
+    predictor.settings = SimpleNamespace(
+        allow_images_outside=of_the_run, roi_size=(16, 16), mask_size=(16, 16), context=0.0
+    )
+    with pytest.raises(KeyError, match="far enough"):
+        measure(predictor, images=people.images, annotations=people.annotations, allow_images_outside=given)
+    assert seen[0].allow_outside is allowed
+
+
+@pytest.fixture
+def saved(tmp_path):
+    masks = {100 + i: encode(np.eye(20, dtype=bool)) for i in range(3)}
+    columns = {"annotation_id": np.arange(3), "target_iou": np.linspace(0, 1, 3)}
+    Evaluation({"rois": 3}, columns, [], masks, np.ones((3, 3, 3), np.int64)).save(tmp_path / "e")
+    rest = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    (tmp_path / "e" / "evaluation.json").write_text(json.dumps({**rest, "settings": {}}))
+    return tmp_path / "e"
+
+
+DAMAGE = {
+    "nested": ("report.json", "[" * 100_000),
+    "endless number": ("coco_results.json", "9" * 5000),
+    "a list": ("evaluation.json", "[]"),
+    "masks of 10^18 pixels": (
+        "evaluation.json",
+        '{"name": "a", "settings": {}, "masks": {"100": {"size": [1000000000, 1000000000], "counts": "0"}}}',
+    ),
+    "masks are words": ("evaluation.json", '{"name": "a", "settings": {}, "masks": {"100": "mask"}}'),
+    "a FIFO": ("report.json", None),
+    "no zip": ("evaluation.npz", "PK"),
+}
+
+
+@pytest.mark.parametrize("name, text", DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_evaluation_is_told(saved, name, text):
+    assert Evaluation.read(saved).report == {"rois": 3}
+    (saved / name).unlink()
+    os.mkfifo(saved / name) if text is None else (saved / name).write_text(text)
+    with (
+        in_time(),
+        in_memory(30),
+        pytest.raises(ValueError, match="holds no whole evaluation .*: make it again with"),
+    ):
+        Evaluation.read(saved)
+
+
+def test_an_evaluation_of_foreign_arrays_is_told(saved):
+    for arrays in (
+        {"confusion": np.ones(3)},
+        {"confusion": np.ones((3, 3, 3), int), "people.area": np.ones(99)},
+        {"confusion": np.array([{}])},
+    ):
+        np.savez(saved / "evaluation.npz", **arrays)
+        with pytest.raises(ValueError, match="holds no whole evaluation"):
+            Evaluation.read(saved)
 
 
 # -- boxes that are off ----------------------------------------------------------------------------

@@ -1,12 +1,17 @@
 """Penn-Fudan's people beside those of another data set."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from limits import in_time
 from refinelib.config import SettingsError, resolve
 from refinelib.data import PennFudanPeople, Store, SyntheticPeople, open_split, open_store
+from refinelib.data.coco import ELSEWHERE
 from refinelib.data.joined import JoinedSources
+from refinelib.data.scenes import UNREADABLE
 from refinelib.data.splits import SYNTHETIC
 
 
@@ -59,6 +64,28 @@ def test_only_the_training_people_are_joined_and_a_store_travels(pennfudan, tmp_
     pennfudan.rename(tmp_path / "elsewhere")
     again = open_split(joined, "train", progress=False)
     assert again.folder == train.folder
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_bad_images_of_each_part_are_counted(pennfudan, coco_files, tmp_path):
+    for number in range(3):
+        coco_files.person(coco_files.image((60, 70)), (4, 4, 40, 50))
+    coco_files.content["images"][1]["file_name"] = "a\0b.jpg"
+    coco_files.content["images"][2]["file_name"] = "/etc/passwd"
+    (pennfudan / "PNGImages" / "F3.png").unlink()
+    os.mkfifo(pennfudan / "PNGImages" / "F3.png")
+    both = JoinedSources([coco_files.source(), PennFudanPeople(pennfudan, "all")], "train")
+    with in_time():
+        store = open_store(
+            both,
+            root=tmp_path / "both",
+            roi_size=(16, 16),
+            mask_size=(16, 16),
+            context=0.0,
+            workers=1,
+            progress=False,
+        )
+    assert store.skipped == {UNREADABLE: 2, ELSEWHERE: 1} and len(store) == 1 + 8
 
 
 def test_it_is_not_added_to_itself(pennfudan):

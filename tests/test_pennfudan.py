@@ -7,10 +7,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from limits import in_memory, in_time
 from refinelib.config import Settings
-from refinelib.data import DataError, PennFudanPeople, open_split, open_store
+from refinelib.data import DataError, PennFudanPeople, open_split, open_store, scenes
 from refinelib.data.scenes import MISSING, NO_MASK, OTHER_SIZE, SMALL, UNREADABLE
 from refinelib.modeling.roi import labels_from_coverage
 
@@ -178,6 +181,95 @@ def test_a_mask_of_colours_is_told(files):
     people = files.source().people()
     assert people.skipped == {UNREADABLE: 1}
     assert "must have one value a pixel, the person's number, and has 3" in people.examples[UNREADABLE]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_images_and_masks_that_are_no_regular_files(files, tmp_path):
+    for name in "abcd":
+        files.add(name)
+    for file in (files.folder / "PNGImages" / "a.png", files.mask("b")):
+        file.unlink()
+        os.mkfifo(file)
+    files.mask("c").unlink(), files.mask("c").mkdir()
+    with in_time():
+        store = build(files, tmp_path)
+    assert store.image_ids.tolist() == [4] and store.skipped == {UNREADABLE: 3}
+    assert "is no regular file: put the mask there or take it out" in store.examples[UNREADABLE]
+
+
+def test_names_that_are_not_unicode(files, tmp_path):
+    files.add("a")
+    bad = os.fsdecode(b"Fudan\xff")
+    for source, place in (
+        (files.folder / "PNGImages" / "a.png", files.folder / "PNGImages" / f"{bad}.png"),
+        (files.mask("a"), files.mask(bad)),
+    ):
+        try:
+            place.write_bytes(source.read_bytes())
+        except OSError:
+            pytest.skip("this file system has Unicode names only")
+    assert sum(len(files.source(split)._files) for split in ("train", "val")) == 2
+    files.mask(bad).write_bytes(b"")
+    for _ in range(2):
+        store = build(files, tmp_path)
+        assert (
+            len(store) == 1 and store.skipped == {UNREADABLE: 1} and store.examples[UNREADABLE].isprintable()
+        )
+
+
+def test_a_mask_of_noise_is_thousands_of_people(files, monkeypatch):
+    """Decoded together they would take 13 GB; looked for one after the other, half a minute."""
+    monkeypatch.setattr(scenes, "MASK_BYTES", 1 << 20)
+    owner = (
+        np.random.default_rng(0).permutation(450 * 450).reshape(450, 450).clip(max=65_535).astype(np.uint16)
+    )
+    files.add("a", owner, size=(450, 450))
+    with in_time(), in_memory(120):
+        source = files.source()
+        people = source.people()
+        masks = source.scene(0).masks
+        assert (
+            people.annotation_ids.tolist() == [1000 + 65_535]
+            and len(masks) == 65_535
+            and masks[65_534].sum() == 450 * 450 - 65_535
+        )
+
+
+@pytest.mark.parametrize(
+    "values", [np.float32([0, 0.5]), np.float32([0, np.nan]), np.int32([-1, 3]), np.int32([0, 70_000])]
+)
+def test_numbers_that_no_person_has(files, values):
+    files.add("a"), files.add("b")
+    owner = np.resize(values, (70, 90))
+    Image.fromarray(owner).save(files.mask("a"), "TIFF")
+    people = files.source().people()
+    assert (
+        people.skipped == {UNREADABLE: 1}
+        and "the person's number in each pixel, from 1 to 65535" in people.examples[UNREADABLE]
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), top=st.sampled_from([3, 255, 65_535]))
+def test_people_of_any_mask(tmp_path_factory, seed, top):
+    files = Files(tmp_path_factory.mktemp("any"))
+    random = np.random.default_rng(seed)
+    ids = random.integers(1, top + 1, 4)
+    owner = np.zeros((60, 80), np.uint8 if top < 256 else np.uint16)
+    for one in ids:
+        y, x, h, w = random.integers([0, 0, 16, 16], [30, 40, 40, 50])
+        owner[y : y + h, x : x + w] = one
+    files.add("a", owner, size=(60, 80))
+    people, found = files.source().people(), [i for i in np.unique(owner) if i]
+    scene = files.source().scene(0)
+    assert np.array_equal(np.stack([*scene.masks]), [owner == i for i in found]) and np.array_equal(
+        scene.masks.any(0), owner > 0
+    )
+    for row, slot in enumerate(people.slots):
+        mine = owner == found[slot]
+        rows, columns = np.flatnonzero(mine.any(1)), np.flatnonzero(mine.any(0))
+        assert people.boxes[row].tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        assert people.areas[row] == mine.sum() and people.annotation_ids[row] == 1000 + int(found[slot])
 
 
 # -- the real thing --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from limits import in_memory, in_time
 from refinelib import checkpoints, load
 from refinelib.notebook.box_widget import BoxPicker
 from refinelib.config import SettingsError
@@ -79,7 +81,7 @@ def test_wrong_files_get_a_sentence(photo, tmp_path, coco_files):
     with pytest.raises(DataError, match="cannot be read"):
         read_inputs(photo, None, tmp_path / "none.json")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(DataError, match="no COCO instances file"):
+    with pytest.raises(DataError, match="lacks the list images"):
         read_inputs(photo, None, tmp_path / "list.json")
     coco_files.person(coco_files.image((10, 10)), (1, 1, 9, 9))
     coco_files.source()
@@ -204,3 +206,81 @@ def test_a_picture_on_its_side_is_turned_as_its_annotations_are(tmp_path):
     found = read_inputs(tmp_path / "photo.png", None, tmp_path / "instances.json")
     np.testing.assert_array_equal(found.pixels, np.rot90(stored, -1))
     assert found.boxes == [[1.0, 41.0, 21.0, 59.0]]
+
+
+# -- inputs of others ----------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_what_is_no_regular_file_is_told(photo, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with in_time(), pytest.raises(DataError, match="pipe is no regular file"):
+        read_inputs(tmp_path / "pipe")
+    for annotations in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with (
+            in_time(),
+            in_memory(20),
+            pytest.raises(DataError, match="is no regular file: give an annotation file"),
+        ):
+            read_inputs(photo, None, annotations)
+    for name in ("a\0b.jpg", "\ud800.jpg", "x" * 300 + ".jpg"):
+        with pytest.raises(DataError, match="cannot be decoded") as error:
+            read_inputs(name)
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": [' + "9" * 5000 + "]}", '{"images": 5}', ""])
+def test_annotations_that_are_no_coco_file(photo, tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match="a.json (is not valid JSON|lacks the list)"):
+        read_inputs(photo, None, tmp_path / "a.json")
+
+
+def test_wrong_types_beside_the_image_do_not_matter(photo, tmp_path):
+    """Training counts such entries, and uses the others."""
+    images = [
+        None,
+        {"file_name": 5},
+        {"id": 1},
+        {"id": 3, "file_name": photo.name, "height": 40, "width": 60},
+    ]
+    people = [
+        7,
+        {"category_id": [1]},
+        {"category_id": 1, "image_id": {}, "bbox": 3},
+        {"category_id": 1, "image_id": 3, "bbox": [1, 2, 20, 30]},
+    ]
+    categories = [
+        "person",
+        {"id": [], "name": "person"},
+        {"name": ["person"], "id": 4},
+        {"id": 1, "name": "person"},
+    ]
+    (tmp_path / "a.json").write_text(
+        json.dumps({"images": images, "annotations": people, "categories": categories})
+    )
+    found = read_inputs(photo, None, tmp_path / "a.json")
+    assert found.boxes == [[1.0, 2.0, 21.0, 32.0]] and found.category_id == 1
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/photo.png", "../photo.png", "a/../../photo.png"])
+def test_an_image_outside_the_folder_is_refused_as_in_training(photo, tmp_path, name):
+    content = {
+        "images": [{"id": 3, "file_name": name, "height": 40, "width": 60}],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    content["annotations"] = [{"category_id": 1, "image_id": 3, "bbox": [1, 2, 20, 30]}]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(
+        DataError, match="leads out of the image folder .* or set allow_images_outside to true"
+    ):
+        read_inputs(photo, None, tmp_path / "a.json")
+    assert read_inputs(photo, None, tmp_path / "a.json", allow_images_outside=True).boxes == [[1, 2, 21, 32]]
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [[[10**400, 0, 5, 5]], "[" * 10_000, {1: 2, 3: 4, 5: 6, 7: 8}, "9" * 100_000, "\0", [[1, 2, 3, {}]]],
+)
+def test_boxes_of_any_kind_get_a_sentence(photo, boxes):
+    with pytest.raises(DataError, match="give rows of x0, y0, x1, y1") as error:
+        read_inputs(photo, boxes)
+    assert len(str(error.value)) < 1000

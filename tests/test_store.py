@@ -8,18 +8,23 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from limits import in_memory, in_time
 from refinelib import locking
 from refinelib.augment import MEAN
 from refinelib.config import Settings, resolve
 from refinelib.data import CocoPeople, DataError, SceneError, Store, SyntheticPeople, building, open_split, open_splits, open_store
 from refinelib.data.builders import only_builder
 from refinelib.data.scenes import COLUMNS, MISSING, UNREADABLE
+from refinelib.data.splits import find_store
 from refinelib.data.store import FORMAT
 from refinelib.progress import Progress
 from refinelib.modeling.roi import crop_rois, expand_boxes
@@ -474,6 +479,124 @@ def test_other_formats_and_contents_are_told(copy):
     (copy / "store.json").write_text("[]")
     with pytest.raises(DataError, match="store.json cannot be read"):
         Store.open(copy)
+
+
+def test_what_was_left_out_is_looked_at_again_whatever_its_name(coco_files, tmp_path):
+    """A name that no file can have, in a store of before, or in one from elsewhere."""
+    coco_files.person(coco_files.image((60, 70)), (4, 4, 40, 50))
+    source = coco_files.source()
+    built = open_store(source, root=tmp_path, **SMALL)
+    unread = {"a\0b": None, "\ud800.jpg": None, "x" * 5000: None, str(tmp_path / "none"): None}
+    edit(built.folder, unread=unread)
+    assert open_store(source, root=tmp_path, **SMALL).info["unread"] == unread
+    edit(built.folder, unread={"a\0b": [1, 1]})  # it is another by now
+    assert not open_store(source, root=tmp_path, **SMALL).info["unread"]
+
+
+HOSTILE_INFO = {
+    "nested": "[" * 100_000,
+    "nested inside": '{"format": ' + "[" * 900 + "]" * 900 + "}",
+    "endless number": '{"format": ' + "9" * 5000 + "}",
+    "a number": "1",
+    "binary": "\0\1\2",
+    "NaN": '{"format": NaN}',
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE_INFO.values(), ids=list(HOSTILE_INFO))
+def test_a_hostile_store_json_is_told(copy, text):
+    (copy / "store.json").write_text(text)
+    with in_memory(20), pytest.raises(DataError, match="store.json cannot be read|has format"):
+        Store.open(copy)
+
+
+@pytest.mark.parametrize("name", FILES + ("index.npz", "store.json"))
+@pytest.mark.parametrize("what", ["FIFO", "folder", "160 GB"])
+def test_files_of_a_store_that_are_no_such_files(copy, name, what):
+    if what == "160 GB":
+        os.truncate(copy / name, 160 << 30)  # takes no room on the disk
+    else:
+        (copy / name).unlink()
+        (copy / name).mkdir() if what == "folder" else os.mkfifo(copy / name)
+    with in_time(), in_memory(20), pytest.raises(DataError, match="is damaged|there is no store"):
+        Store.open(copy)
+
+
+def other_index(folder: Path, **changes) -> None:
+    with np.load(folder / "index.npz") as index:
+        columns = {name: index[name] for name in index.files}
+    columns = {name: value for name, value in {**columns, **changes}.items() if value is not None}
+    np.savez(folder / "index.npz", **columns)
+
+
+FOREIGN = {
+    "a shape": dict(boxes=np.zeros((3, 5), np.float32)),
+    "a length": dict(areas=np.zeros(7, np.float32)),
+    "words": dict(image_ids=np.array(["a", "b"])),
+    "objects": dict(image_ids=np.array([{}, None], object)),
+    "floats for numbers": dict(image_index=np.zeros(5)),
+    "a missing column": dict(image_sizes=None),
+    "a mean of another size": dict(mean_coverage=np.zeros((5, 5, 2), np.float32)),
+    "no array": dict(boxes=np.float32(3)),
+}
+
+
+@pytest.mark.parametrize("changes", FOREIGN.values(), ids=list(FOREIGN))
+def test_foreign_arrays_are_told(copy, changes):
+    other_index(copy, **changes)
+    with pytest.raises(DataError, match="is damaged: index.npz"):
+        Store.open(copy)
+
+
+@pytest.mark.parametrize("how", ["claimed", "packed"])
+def test_an_index_of_gigabytes_is_told(copy, how):
+    with (
+        zipfile.ZipFile(copy / "index.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("boxes.npy", "w") as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=(10**10, 4)))
+        for _ in range(0 if how == "claimed" else 300):
+            file.write(bytes(1 << 20))
+    assert (copy / "index.npz").stat().st_size < 1e6
+    with in_memory(20), pytest.raises(DataError, match="index.npz cannot be read"):
+        Store.open(copy)
+
+
+def test_a_store_of_columns_in_other_widths_is_read(store, copy):
+    """As another system may write them."""
+    other_index(copy, image_ids=store.image_ids.astype(">i8"), image_index=store.image_index.astype(np.int64))
+    assert content(Store.open(copy)) == content(store)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_store_json_holds_is_a_store_or_a_sentence(store, copy, data):
+    whole = (store.folder / "store.json").read_text()
+    changes = data.draw(
+        st.dictionaries(
+            st.sampled_from([*json.loads(whole), "starts", "unread"]), JSON, min_size=1, max_size=2
+        )
+    )
+    edit(copy, **{**json.loads(whole), **changes})
+    own = Settings(data="synthetic", store_dir=str(copy), roi_size=(16, 32), mask_size=(16, 32), context=0.5)
+    for opens in (Store.open, lambda folder: find_store(folder, own, "train")):
+        try:
+            found = opens(copy)
+        except DataError as error:
+            assert len(str(error)) < 2000
+            continue
+        if found is not None:
+            assert found.summary() and found.person(0) and found.gather([0])[0].shape == (1, 24, 48, 3)
+    building._make_room_if_repaired(copy, False)
+    if not copy.exists():  # what it says it left out is another by now
+        shutil.copytree(store.folder, copy)
 
 
 # -- it travels ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -209,6 +210,7 @@ _rows: RowWriter  # of a worker process
 def _start_worker(parent: int, *arguments: Any) -> None:
     global _rows
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is of the training loop
 
     def follow() -> None:  # a killed parent leaves its pool waiting for ever
         while os.getppid() == parent:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import reprlib
+import stat
 from functools import cached_property
-from pathlib import Path
+from itertools import accumulate
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from refinelib.data.errors import DataError
-from refinelib.data.scenes import NO_MASK, People, PeopleBuilder, Scene, counted, decode_image
-from refinelib.data.segmentation import decode_segmentation, has_mask
+from refinelib.data.errors import DataError, SceneError, printable
+from refinelib.data.scenes import NO_MASK, Masks, People, PeopleBuilder, Scene, counted, decode_image
+from refinelib.data.segmentation import decode_segmentation, usable
 
 CROWD = "crowd annotation"
 NO_FIELD = "annotation that lacks a field"
 NO_IMAGE = "annotation of an image that is not listed"
 NO_ENTRY = "image entry that lacks a field"
+ELSEWHERE = "image outside the image folder, refused without allow_images_outside"
+#: Bytes of memory that reading an annotation file may take; COCO's largest, of half a GB, takes some 3 GB.
+MOST_PARSED = 16 << 30
 
 
 class CocoPeople:
@@ -31,6 +38,7 @@ class CocoPeople:
         annotations: COCO instances JSON.
         images: folder that holds its images.
         split: name for reports and for the store's folder.
+        allow_outside: see :func:`image_file`.
 
     Raises:
         DataError: the file or the folder is missing.
@@ -38,11 +46,15 @@ class CocoPeople:
 
     name = "coco"
 
-    def __init__(self, annotations: str | Path, images: str | Path, split: str = "val") -> None:
-        self.annotations, self.images, self.split = Path(annotations).expanduser(), Path(images).expanduser(), split
-        if not self.annotations.is_file():
-            raise DataError(f"there is no annotation file {self.annotations}")
-        if not self.images.is_dir():
+    def __init__(
+        self, annotations: str | Path, images: str | Path, split: str = "val", *, allow_outside: bool = False
+    ) -> None:
+        self.annotations, self.images = (Path(os.path.expanduser(path)) for path in (annotations, images))
+        self.split, self.allow_outside = split, allow_outside
+        if not os.path.isfile(self.annotations):
+            what = "is no regular file" if os.path.exists(self.annotations) else "does not exist"
+            raise DataError(f"there is no annotation file {self.annotations}: it {what}")
+        if not os.path.isdir(self.images):
             raise DataError(f"there is no image folder {self.images}")
 
     def __len__(self) -> int:
@@ -63,17 +75,13 @@ class CocoPeople:
         if index >= len(self._files or ()):
             self.people()
         file_name, height, width = self._files[index]
+        image = decode_image(image_file(self.images, file_name, self.allow_outside), (height, width))
         segmentations = json.loads(self._blobs[index])
-        file = self.images / file_name
-        if not file.is_file() and (self.images / Path(file_name).name).is_file():
-            file = self.images / Path(file_name).name  # file_name may repeat the folder: train2017/x.jpg
-        image = decode_image(file, (height, width))
-        masks = np.zeros((len(segmentations), height, width), bool)
-        for mask, segmentation in zip(masks, segmentations):
-            decoded = decode_segmentation(segmentation, height, width)
-            if decoded is not None:
-                mask[:] = decoded
-        return Scene(image, masks)
+
+        def decode(slot: int) -> np.ndarray | None:
+            return decode_segmentation(segmentations[slot], height, width)
+
+        return Scene(image, Masks(len(segmentations), (height, width), decode))
 
     def everyone(self, index: int) -> list[dict[str, Any]]:
         """All persons of image ``index`` of ``people()``, small ones too, in the order of the scene's masks.
@@ -89,6 +97,7 @@ class CocoPeople:
         """Of the annotation file's name, size and time and the image folder's place and time."""
         file, folder = self.annotations.stat(), self.images.stat()
         parts = [self.annotations.name, file.st_size, file.st_mtime_ns, str(self.images.resolve()), folder.st_mtime_ns]
+        parts += ["outside"] * self.allow_outside
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     # -- parsing ---------------------------------------------------------------------------------
@@ -108,20 +117,22 @@ class CocoPeople:
                 break
             entry, mine = listed[image_id], persons[image_id]
             height, width = entry["height"], entry["width"]
-            usable = []
+            masked, segmentations = [], []
             for annotation in mine:
-                if has_mask(annotation["segmentation"]):
-                    usable.append(annotation)
+                if segmentation := usable(annotation["segmentation"], height, width):
+                    masked.append(annotation)
+                    segmentations.append(segmentation)
                 else:
                     where = f"image {image_id} in {self.annotations.name}"
                     builder.skip(NO_MASK, f"annotation {annotation['id']} of {where}")
-            boxes = np.array([xyxy(a["bbox"]) for a in usable], np.float64).reshape(-1, 4)
-            areas = np.array([_area(a.get("area"), box) for a, box in zip(usable, boxes)])
-            ids, slots = [a["id"] for a in usable], list(range(len(usable)))
+            boxes = np.array([xyxy(a["bbox"]) for a in masked], np.float64).reshape(-1, 4)
+            areas = np.array([_area(a.get("area"), box) for a, box in zip(masked, boxes)])
+            ids, slots = [a["id"] for a in masked], list(range(len(masked)))
             if builder.add(image_id, (height, width), ids, slots, boxes, areas, f"image {image_id}"):
-                files.append((str(entry["file_name"]), height, width))
-                blobs.append(json.dumps([a["segmentation"] for a in usable]).encode())
-                rows = [(a["id"], a["category_id"], box, area) for a, box, area in zip(usable, boxes.tolist(), areas.tolist())]
+                files.append((entry["file_name"], height, width))
+                blobs.append(json.dumps(segmentations).encode())
+                each = zip(masked, boxes.tolist(), areas.tolist())
+                rows = [(a["id"], a["category_id"], box, area) for a, box, area in each]
                 everyone.append(json.dumps(rows).encode())
         people = builder.people()
         if not len(people):
@@ -134,41 +145,50 @@ class CocoPeople:
 
     def _parse(self) -> tuple[dict[int, list], dict[int, dict], PeopleBuilder]:
         """Person annotations by image id, image entries by id, and a builder that counted the rest."""
-        content = _load(self.annotations)
-        categories = [c for c in content["categories"] if isinstance(c, dict)]
-        person = [c.get("id") for c in categories if str(c.get("name", "")).lower() == "person"]
+        content = read_annotations(self.annotations)
+        person = person_ids(content)
         if not person:
-            names = ", ".join(sorted(str(c.get("name")) for c in categories)[:10]) or "none"
+            categories = [c for c in content["categories"] if isinstance(c, dict) and _is_whole(c.get("id"))]
+            names = ", ".join(sorted(_shown(c.get("name")).strip("'") for c in categories)[:10])
+            names = names or "none with a whole number as its id"
             raise DataError(f"{self.annotations} has no category 'person'; its categories are {names}")
         builder, listed, persons = PeopleBuilder(), {}, {}
         for number, entry in enumerate(content["images"]):
             if is_image(entry):
                 other = listed.setdefault(entry["id"], entry)
                 if any(other[name] != entry[name] for name in ("file_name", "height", "width")):
+                    names = " and ".join(printable(one["file_name"]) for one in (other, entry))
                     raise DataError(
-                        f"{self.annotations} has two images of id {entry['id']}, {other['file_name']} and {entry['file_name']}: nobody can say whose people are "
-                        "whose; give each image an id of its own (files that were put together need new ones)"
+                        f"{self.annotations} has two images of id {entry['id']}, {names}: nobody can say "
+                        "whose people are whose; give each image an id of its own (files put together need "
+                        "new ones)"
                     )
             else:
                 needs = "id, height, width as whole numbers and file_name are needed"
-                builder.skip(NO_ENTRY, f"entry {number} of the images: {needs}, and it is {str(entry)[:200]}")
+                builder.skip(NO_ENTRY, f"entry {number} of the images: {needs}, and it is {_shown(entry)}")
         taken: set[int] = set()
-        free = 1 + max((a["id"] for a in content["annotations"] if isinstance(a, dict) and _is_whole(a.get("id"))), default=-1)
+        known = {a["id"] for a in content["annotations"] if isinstance(a, dict) and _is_whole(a.get("id"))}
+        free = 1 + max(known, default=-1)
+        free = free if free < 2**62 else 0
         for number, annotation in enumerate(content["annotations"]):
             if not isinstance(annotation, dict) or "category_id" not in annotation:
                 builder.skip(NO_FIELD, f"entry {number} of the annotations")
             elif annotation["category_id"] not in person:
                 continue
             elif annotation.get("iscrowd"):
-                builder.skip(CROWD, f"annotation {annotation.get('id', number)}")
+                builder.skip(CROWD, _named(annotation, number))
             elif missing := {"image_id", "bbox", "segmentation"} - set(annotation):
-                builder.skip(NO_FIELD, f"annotation {annotation.get('id', number)} lacks {', '.join(sorted(missing))}")
+                builder.skip(NO_FIELD, f"{_named(annotation, number)} lacks {', '.join(sorted(missing))}")
             elif not _is_whole(annotation["image_id"]) or annotation["image_id"] not in listed:
-                builder.skip(NO_IMAGE, f"annotation {annotation.get('id', number)}, image {annotation['image_id']}")
+                image = _shown(annotation["image_id"])
+                builder.skip(NO_IMAGE, f"{_named(annotation, number)}, image {image}")
             else:
                 if not _is_whole(annotation.get("id")) or annotation["id"] in taken:  # figures and masks are kept by it
-                    annotation["id"] = max(free, number)  # its place in the file, where no other has that
-                    free = annotation["id"] + 1
+                    free = max(free, number)  # its place in the file, where no other has that
+                    while free in known:
+                        free += 1
+                    annotation["id"] = free
+                    free += 1
                 taken.add(annotation["id"])
                 persons.setdefault(annotation["image_id"], []).append(annotation)
         return persons, listed, builder
@@ -193,7 +213,7 @@ def coco_paths(
     for given, what in ((annotations, "annotations"), (images, "images")):
         if given is None and data_dir is None:
             raise DataError(f"the {split} {what} of COCO are nowhere: give data_dir or {split}_{what}")
-    if data_dir is not None and not data_dir.is_dir() and (annotations is None or images is None):
+    if data_dir is not None and not os.path.isdir(data_dir) and (annotations is None or images is None):
         raise DataError(
             f"there is no data folder {data_dir}: data_dir must hold annotations/ and images/ in COCO's layout"
         )
@@ -217,20 +237,82 @@ def coco_paths(
     return annotations, images
 
 
-# -- helpers ---------------------------------------------------------------------------------------
-def _load(file: Path) -> dict[str, list]:
+def image_file(images: Path, file_name: str, allow_outside: bool = False) -> Path:
+    """Where an entry's image lies: in the folder ``images``, under its ``file_name`` or the last part of it.
+
+    The name alone is looked at: links lead where they lead.
+
+    Args:
+        allow_outside: take a name that is absolute or climbs out of the folder with ``..``, too. Whoever
+            wrote the annotations can then have any picture of this machine read.
+
+    Raises:
+        SceneError: it leads out of the folder.
+    """
+    name = PureWindowsPath(file_name)  # takes / and \\ for separators, whatever the system
+    depths = accumulate(-1 if part == ".." else 1 for part in name.parts)
+    if not allow_outside and (name.anchor or min(depths, default=0) < 0):
+        rule = "name the file in that folder, or set allow_images_outside to true"
+        told = f"the file_name {file_name!r} leads out of the image folder {images}: {rule}"
+        raise SceneError(ELSEWHERE, told)
+    file = images / file_name
+    if not os.path.isfile(file) and os.path.isfile(images / Path(file_name).name):
+        file = images / Path(file_name).name  # file_name may repeat the folder: train2017/x.jpg
+    return file
+
+
+def read_annotations(file: Path) -> dict[str, list]:
+    """The content of a COCO instances file, with its three lists.
+
+    Raises:
+        DataError: it cannot be read, is no JSON, or lacks a list.
+    """
     try:
-        content = json.loads(file.read_bytes())
+        found = os.stat(file)
+        if not stat.S_ISREG(found.st_mode):  # reading a FIFO waits for its writer, for ever
+            raise DataError(f"{file} is no regular file: give an annotation file in JSON")
+        needed = 6 * found.st_size  # the text twice, and its strings: 4 bytes a character where one is rare
+        text = file.read_bytes() if needed <= MOST_PARSED else b""
+        if 15 * needed > MOST_PARSED:  # else no need to count: a byte of text takes at most 90 of memory
+            needed += 0 if text.isascii() else 3 * len(text)
+            costs = ((b"[", 64), (b"{", 200), (b",", 40), (b'"', 25))
+            needed += sum(text.count(sign) * size for sign, size in costs)
+        if needed > MOST_PARSED:
+            wants, most = (f"{size / 1e9:.0f} GB" for size in (needed, MOST_PARSED))
+            raise DataError(f"{file} would take {wants} of memory, {most} at most: leave only persons in it")
+        content = json.loads(text)
+    except DataError:
+        raise
+    except (OSError, MemoryError) as error:
+        raise DataError(f"{file} cannot be read: {str(error) or 'it does not fit into the memory'}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON ({error}): fetch it again, it may be cut short") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
     parts = ("images", "annotations", "categories")
     missing = [part for part in parts if not (isinstance(content, dict) and isinstance(content.get(part), list))]
     if missing:
         lists = ", ".join(missing)
         raise DataError(f"{file} lacks the list {lists}: a COCO instances file has {', '.join(parts)}")
     return content
+
+
+def person_ids(content: dict[str, list]) -> list[int]:
+    """The ids of the categories named person."""
+    categories = [c for c in content["categories"] if isinstance(c, dict) and _is_whole(c.get("id"))]
+    return [c["id"] for c in categories if isinstance(c.get("name"), str) and c["name"].lower() == "person"]
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+_short = reprlib.Repr()
+_short.maxdict = _short.maxstring = 100
+
+
+def _shown(value: Any) -> str:
+    """Any value of a JSON file in few words, however large or deep."""
+    return _short.repr(value)
+
+
+def _named(annotation: dict, number: int) -> str:
+    return f"annotation {_shown(annotation.get('id', number))}"
 
 
 def xyxy(bbox: Any) -> tuple[float, float, float, float]:

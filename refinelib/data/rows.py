@@ -51,7 +51,7 @@ def stamp(file: str | Path) -> list[int] | None:
     """Size and time of a file; None: there is none. Another one means another file."""
     try:
         found = os.stat(file)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have that name
         return None
     return [found.st_size, found.st_mtime_ns]
 
@@ -85,7 +85,7 @@ class RowWriter:
                 images, coverage, has_mask = self._crops(index, rows)
             except SceneError as error:
                 done.skip(rows, error.reason, str(error))
-                if error.file is not None:
+                if error.file is not None and len(str(error.file)) < 1000:  # what is noted must stay small
                     done.unread[str(error.file)] = stamp(error.file)
                 continue
             for row in np.asarray(rows)[~has_mask].tolist():

@@ -7,20 +7,27 @@ everybody's mask at a time (``scene``). ``SyntheticPeople``, ``CocoPeople`` and
 
 from __future__ import annotations
 
+import os
+import stat
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Callable, Iterator, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from refinelib.data.errors import SceneError
+from refinelib.data.errors import SceneError, printable
 
 #: A person whose box has a side under this many pixels is no ROI (but still other people).
 MIN_SIDE = 16
 #: The largest so many people of an image are ROIs.
 MAX_PEOPLE = 10
+#: Bytes of decoded masks that a process keeps at a time; those beyond are decoded again when they are used.
+MASK_BYTES = 256 << 20
+#: Pixels of an image that are converted to RGB at a time.
+_BAND = 1 << 24
 
 NO_AREA = "box of no area"
 OUTSIDE = "box outside the image"
@@ -32,12 +39,66 @@ UNREADABLE = "unreadable image"
 OTHER_SIZE = "image of another size than its annotation"
 
 
+class Masks:
+    """Masks of an image's persons, decoded when used: ``masks[slot]`` and ``masks.any(0)``, bool [H, W].
+
+    All objects of a process together keep at most ``MASK_BYTES``.
+
+    Args:
+        count: number of persons.
+        size: (h, w) of the image.
+        decode: from a person's slot to its mask; None: an empty one.
+    """
+
+    _held = 0
+
+    def __init__(self, count: int, size: tuple[int, int], decode: Callable[[int], np.ndarray | None]) -> None:
+        self._kept: dict[int | None, np.ndarray] = {}
+        self._count, self._size, self._decode = count, size, decode
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, slot: int) -> np.ndarray:
+        if not 0 <= slot < self._count:
+            raise IndexError(f"there is no mask {slot}: they are 0 to {self._count - 1}")
+        return self._once(slot, self._mask)
+
+    def any(self, axis: int) -> np.ndarray:
+        """Where anybody is; ``axis`` is 0, as for an array [P, H, W]."""
+        if axis != 0:
+            raise ValueError(f"masks are united over persons, axis 0, not {axis}")
+        return self._once(None, self._union)
+
+    def _mask(self, slot: int) -> np.ndarray:
+        mask = self._decode(slot)
+        return np.zeros(self._size, bool) if mask is None else np.ascontiguousarray(mask)
+
+    def _union(self, _: None) -> np.ndarray:
+        anyone = np.zeros(self._size, bool)
+        for mask in self:
+            anyone |= mask
+        return anyone
+
+    def _once(self, key: int | None, make: Callable) -> np.ndarray:
+        made = self._kept.get(key)
+        if made is None:
+            made = make(key)
+            if Masks._held + made.nbytes <= MASK_BYTES:
+                self._kept[key] = made
+                Masks._held += made.nbytes
+        return made
+
+    def __del__(self) -> None:
+        type(self)._held -= sum(mask.nbytes for mask in self._kept.values())
+
+
 @dataclass(frozen=True)
 class Scene:
     """One image: ``image`` uint8 [H, W, 3]; ``masks`` bool [P, H, W], one a person, small ones too."""
 
     image: np.ndarray
-    masks: np.ndarray
+    masks: np.ndarray | Masks
 
 
 @dataclass(frozen=True)
@@ -102,7 +163,8 @@ class PeopleBuilder:
 
     def skip(self, reason: str, example: str) -> None:
         self.skipped[reason] += 1
-        self.examples.setdefault(reason, example)
+        if reason not in self.examples:
+            self.examples[reason] = printable(example)
 
     def add(self, image_id: int, size: tuple[int, int], annotation_ids: list[int], slots: list[int],
             boxes: np.ndarray, areas: np.ndarray, where: str) -> bool:
@@ -158,12 +220,40 @@ def as_rgb(image: Image.Image) -> np.ndarray:
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats, which have no agreed range: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
-        grey = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _BAND // max(1, image.width))  # all at once, a large image would be in memory five times
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if band.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+            grey = np.asarray(band).astype(np.float64) / 257
+            band = Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8))
+        elif band.mode == "P" and "transparency" in band.info:
+            band = band.convert("RGBA")
+        pixels[top : top + rows] = band if band.mode == "RGB" else band.convert("RGB")
+    return pixels
+
+
+@contextmanager
+def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
+    """An image file, for reading its pixels.
+
+    Raises:
+        SceneError: it is missing or no regular file, or it cannot be decoded; also where the caller finds so.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO waits for its writer, for ever
+            told = f"{file} is no regular file: put the {what} there or take it out"
+            raise SceneError(UNREADABLE, told, file)
+        with Image.open(file) as image:
+            yield image
+    except FileNotFoundError:
+        raise SceneError(MISSING, f"there is no {what} file {file}", file) from None
+    except SceneError:
+        raise
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, its own...
+        why = str(error) or type(error).__name__
+        told = f"{file} cannot be decoded ({why}): fetch it again or take it out"
+        raise SceneError(UNREADABLE, told, file) from None
 
 
 def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -179,18 +269,12 @@ def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     Raises:
         SceneError: missing, unreadable or truncated file, or another size.
     """
-    try:
-        with Image.open(file) as image:
-            if size is not None and (image.height, image.width) != tuple(size):
-                upright = ImageOps.exif_transpose(image)
-                if (upright.height, upright.width) != tuple(size):
-                    found, wanted = f"{image.width}x{image.height}", f"{size[1]}x{size[0]}"
-                    raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}", file)
-                image = upright
-            return as_rgb(image)
-    except FileNotFoundError:
-        raise SceneError(MISSING, f"there is no image file {file}", file) from None
-    except SceneError:
-        raise
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, its own...
-        raise SceneError(UNREADABLE, f"{file} cannot be decoded ({error}): fetch it again or take it out", file) from None
+    with opened(file) as image:
+        if size is not None and (image.height, image.width) != tuple(size):
+            # Only a picture that lies on its side is decoded to turn it.
+            upright = ImageOps.exif_transpose(image) if (image.width, image.height) == tuple(size) else image
+            if (upright.height, upright.width) != tuple(size):
+                found, wanted = f"{image.width}x{image.height}", f"{size[1]}x{size[0]}"
+                raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}", file)
+            image = upright
+        return as_rgb(image)

@@ -91,7 +91,8 @@ def _own_source(settings: Settings, split: str) -> Source:
         "val": (settings.val_annotations, settings.val_images),
     }
     annotations, images = (settings.path(path) if path else None for path in given[split])
-    return CocoPeople(*coco_paths(split, data_dir, annotations, images), split)
+    paths = coco_paths(split, data_dir, annotations, images)
+    return CocoPeople(*paths, split, allow_outside=settings.allow_images_outside)
 
 
 def find_store(root: Path, settings: Settings, split: str) -> Store | None:

@@ -12,21 +12,28 @@ A store is a folder that travels as it is::
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Annotated, Any, Sequence
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from refinelib import files
 from refinelib.data.errors import DataError
 from refinelib.data.scenes import COLUMNS, counted
 
 #: Of the folder's layout and of what is in it: a store of another version is not read.
 FORMAT = 1
+#: Bytes of the largest ``store.json`` that is read; ``index.npz`` has ``files.ARRAYS``, for 5 million ROIs.
+MOST_INFO = 8 << 20
+#: Kind and axes of each column in ``index.npz``, see :func:`refinelib.files.check_arrays`.
+_SHAPES = {"image_index": "i n", "image_ids": "i n", "annotation_ids": "i n", "boxes": "f n4", "areas": "f n",
+           "image_sizes": "i n2", "mean_coverage": "f hw2"}
 
 
 class Store:
@@ -72,20 +79,20 @@ class Store:
         folder = Path(folder)
         info = read_info(folder)
         try:
-            with np.load(folder / "index.npz", allow_pickle=False) as index:
-                columns = {name: index[name] for name in COLUMNS if name != "slots"}
-                mean = index["mean_coverage"]
-        except Exception as error:  # zipfile, numpy and OS errors all mean the same here
+            index = files.read_npz(folder / "index.npz", _SHAPES)
+        except (OSError, ValueError) as error:
             raise _broken(folder, f"index.npz cannot be read ({error})") from None
-        count = info["rois"]
+        count, mean = info["rois"], index["mean_coverage"]
         rows = {"images.u8": (*info["canvas"], 3), "coverage.u8": (*info["mask_canvas"], 2)}
         for name, shape in rows.items():
-            file, wanted = folder / name, count * int(np.prod(shape))
+            file, wanted = folder / name, count * math.prod(shape)
             found = file.stat().st_size if file.is_file() else 0
             if found != wanted:
                 raise _broken(folder, f"{name} has {found} of {wanted} bytes")
-        if any(len(column) != count for column in columns.values()):
-            raise _broken(folder, f"index.npz does not have {count} rows")
+        if len(index["boxes"]) != count or list(mean.shape[:2]) != info["mask_canvas"]:
+            raise _broken(folder, f"index.npz does not have {count} rows, or a mean of another size")
+        kept = {name: dtype for name, dtype in COLUMNS.items() if name != "slots"}
+        columns = {name: index[name].astype(dtype, copy=False) for name, dtype in kept.items()}
         return cls(folder, info, columns, mean)
 
     def __len__(self) -> int:
@@ -177,8 +184,28 @@ class Store:
         return np.asarray(self.images), np.asarray(self.coverage)
 
 
-_NEEDED = {"source", "split", "rois", "roi_size", "mask_size", "canvas", "mask_canvas", "max_images", "skipped",
-           "examples"}
+_Count = Annotated[int, Field(ge=1)]
+_Size = Annotated[list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=2, max_length=2)]
+
+
+class _Info(BaseModel):
+    """What is read of a ``store.json``, and its types."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: str
+    split: str
+    rois: _Count
+    roi_size: _Size
+    mask_size: _Size
+    canvas: _Size
+    mask_canvas: _Size
+    max_images: _Count | None
+    skipped: dict[str, int]
+    examples: dict[str, str]
+    unread: dict[Any, list[int] | None] = {}  # names of files, which need not be Unicode
+    starts: dict[str, int] = {}
+    fingerprint: str = ""
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -192,18 +219,22 @@ def read_info(folder: Path) -> dict[str, Any]:
         parts = "store.json, index.npz, images.u8 and coverage.u8"
         raise DataError(f"there is no store in {folder}: a store is a folder with {parts}")
     try:
-        info = json.loads(file.read_bytes())
+        info = files.read_json(file, limit=MOST_INFO)
         version = info["format"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise _broken(folder, "store.json cannot be read") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _broken(folder, f"store.json cannot be read ({error})") from None
     if version != FORMAT:
         raise DataError(
-            f"the store {folder} has format {version}, this version reads format {FORMAT}: "
+            f"the store {folder} has format {files.shown(version)}, this version reads format {FORMAT}: "
             f"delete the folder, and it is built again from the images"
         )
-    lacking = _NEEDED - set(info)
+    lacking = {name for name, field in _Info.model_fields.items() if field.is_required()} - set(info)
     if lacking:
         raise _broken(folder, f"store.json lacks {', '.join(sorted(lacking))}")
+    try:
+        _Info.model_validate(info)
+    except ValidationError as error:
+        raise _broken(folder, f"store.json has no usable {error.errors()[0]['loc'][0]}") from None
     return info
 
 

@@ -13,11 +13,15 @@ from torch import Tensor
 from refinelib.quality.boundary import band_width, boundary_iou, image_band_width, mask_iou, outline_distances
 from refinelib.quality.coco_results import CocoResults
 from refinelib.data import CocoPeople, SceneError, Source
-from refinelib.data.scenes import box_of
+from refinelib.data.scenes import Masks, box_of
 from refinelib.modeling.losses import NON_TARGET, TARGET
 from refinelib.quality.metrics import confusion_per_roi, iou_from_confusion, summarise
 from refinelib.quality.paste import Pasted, paste_labels
 from refinelib.modeling.roi import crop_rois, labels_from_coverage
+
+
+#: Persons of an image that are worked on at a time; what a predictor returns is in memory for all of them.
+MOST_TOGETHER = 256
 
 
 class AnnotatedImage(NamedTuple):
@@ -26,7 +30,7 @@ class AnnotatedImage(NamedTuple):
     index: int  # in its source
     image_id: int  # its data set's
     pixels: np.ndarray  # uint8 [H, W, 3]
-    masks: np.ndarray  # bool [P, H, W]: everybody's
+    masks: np.ndarray | Masks  # bool [P, H, W]: everybody's
     slots: np.ndarray  # int [N]: place in masks
     boxes: Tensor  # float64 [N, 4] xyxy
     areas: np.ndarray  # float64 [N], pixels
@@ -49,6 +53,8 @@ def annotated_images(
 ) -> Iterator[AnnotatedImage]:
     """The images of a source, one at a time; of COCO with all persons that have a mask and a box.
 
+    One with more than ``MOST_TOGETHER`` persons comes several times, with other persons each time.
+
     Args:
         source: of scenes.
         max_images: only the first so many.
@@ -70,21 +76,21 @@ def annotated_images(
             slot: person for slot, person in sorted(known.items())
             if scene.masks[slot].any() and _has_area(person[2], height, width)
         }  # fmt: skip
-        if not known:
-            continue
-        ids, categories, boxes, areas = zip(*known.values())
-        yield AnnotatedImage(
-            index=int(index),
-            image_id=int(people.image_ids[start]),
-            pixels=scene.image,
-            masks=scene.masks,
-            slots=np.array([*known]),
-            boxes=torch.as_tensor(np.array(boxes), dtype=torch.float64),
-            areas=np.array(areas, dtype=np.float64),
-            annotation_ids=[int(one) for one in ids],
-            category_ids=[int(one) for one in categories],
-            scored=np.array([slot in rois for slot in known]),
-        )
+        for first in range(0, len(known), MOST_TOGETHER):
+            slots = [*known][first : first + MOST_TOGETHER]
+            ids, categories, boxes, areas = zip(*(known[slot] for slot in slots))
+            yield AnnotatedImage(
+                index=int(index),
+                image_id=int(people.image_ids[start]),
+                pixels=scene.image,
+                masks=scene.masks,
+                slots=np.array(slots),
+                boxes=torch.as_tensor(np.array(boxes), dtype=torch.float64),
+                areas=np.array(areas, dtype=np.float64),
+                annotation_ids=[int(one) for one in ids],
+                category_ids=[int(one) for one in categories],
+                scored=np.array([slot in rois for slot in slots]),
+            )
 
 
 class ImageMetrics:
@@ -105,7 +111,7 @@ class ImageMetrics:
         self._rows: list[dict[str, Tensor]] = []
 
     def add(self, image: AnnotatedImage, person: int, found: Pasted, truth: Tensor) -> None:
-        """Compare one mask with the truth, labels int64 ``[H, W]`` on the device, 1 where person ``person`` is."""
+        """Compare one mask with the truth, labels ``[H, W]`` on the device, 1 where person ``person`` is."""
         mask = np.zeros(image.size, dtype=bool)
         rows, columns = found.labels.shape
         mask[found.top : found.top + rows, found.left : found.left + columns] = (found.labels == TARGET).cpu().numpy()
@@ -145,7 +151,7 @@ def compare(
 
     Args:
         found: labels of the box.
-        truth: int64 ``[H, W]``, holds the target.
+        truth: integers ``[H, W]``, holds the target.
         extent: xyxy of the target's own pixels.
         width: of the band, pixels.
         full: surface distances too.
@@ -203,16 +209,17 @@ def score_in_images(
     full = set(full)
     found = {name: ImageMetrics(full=name in full) for name in predictors}
     for image in annotated_images(source, max_images=max_images, only=only):
-        masks = torch.from_numpy(image.masks).to(device)
-        anyone = masks.any(dim=0)
-        truths = [_labels(masks[slot], anyone) for slot in image.slots.tolist()]
-        for name, predict in predictors.items():
-            for person, pasted in enumerate(predict(image)):
-                found[name].add(image, person, pasted, truths[person])
-        if truth is not None:
-            for person, slot in enumerate(image.slots):
+        anyone = torch.from_numpy(image.masks.any(0)).to(device)
+        # Person by person: the truth of one is as large as the image.
+        each = zip(image.slots.tolist(), *(predict(image) for predict in predictors.values()), strict=True)
+        for person, (slot, *pasted) in enumerate(each):
+            mask = image.masks[slot]
+            labels = _labels(torch.from_numpy(mask).to(device), anyone)
+            for one, figures in zip(pasted, found.values()):
+                figures.add(image, person, one, labels)
+            if truth is not None:
                 more = dict(area=float(image.areas[person]), id=image.annotation_ids[person])
-                truth.add(image.image_id, image.category_ids[person], image.masks[slot], 1.0, **more)
+                truth.add(image.image_id, image.category_ids[person], mask, 1.0, **more)
     return found
 
 
@@ -230,10 +237,10 @@ def pasted_grid(mask_size: tuple[int, int]) -> Predict:
     """The truth itself, squeezed through a binary grid over the box and pasted back: what such a grid can reach."""
 
     def predict(image: AnnotatedImage) -> Iterator[Pasted]:
-        masks = torch.from_numpy(image.masks)
-        anyone = masks.any(dim=0)
+        anyone = image.masks.any(0)
         for slot, box in zip(image.slots.tolist(), image.boxes):
-            shares = crop_rois(torch.stack([masks[slot], anyone & ~masks[slot]]), box[None], mask_size) * 255
+            mask = image.masks[slot]
+            shares = crop_rois(torch.from_numpy(np.stack([mask, anyone & ~mask])), box[None], mask_size) * 255
             grid = F.one_hot(labels_from_coverage(shares[0].round().to(torch.uint8).permute(1, 2, 0)), 3)
             yield from paste_labels(grid.permute(2, 0, 1)[None].float(), box[None], image.size)
 
@@ -241,7 +248,7 @@ def pasted_grid(mask_size: tuple[int, int]) -> Predict:
 
 
 def _labels(target: Tensor, anyone: Tensor) -> Tensor:
-    return target.long() * TARGET + (anyone & ~target).long() * NON_TARGET
+    return target.byte() * TARGET + (anyone & ~target).byte() * NON_TARGET
 
 
 def _has_area(box: Any, height: int, width: int) -> bool:

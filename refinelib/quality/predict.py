@@ -40,7 +40,7 @@ def load(
     """
     path = checkpoints.find(source, output_dir=output_dir)
     try:
-        saved = checkpoints.load(path)
+        saved = checkpoints.load(path, needs=("model", "average", "settings"))
     except checkpoints.CheckpointError as error:
         other = path.with_name("last.pt" if path.name == "best.pt" else "best.pt")
         hint = f"; {other} is whole: give that file" if checkpoints.readable(other) else ""
