@@ -161,12 +161,12 @@ class StepLog:
 
     def state_dict(self) -> dict[str, Any]:
         """What the epoch's means so far are made of."""
-        self.write_line()
         rows = np.stack(self.epoch_rows) if self.epoch_rows else np.zeros((0, len(self.names) + len(REPORT)))
         return {"rows": torch.from_numpy(rows), "skipped": self.skipped}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.epoch_rows, self.skipped = list(saved["rows"].numpy()), saved["skipped"]
+        self.line_rows = []
 
 
 def _mean(values: np.ndarray, good: np.ndarray) -> float:

@@ -198,3 +198,42 @@ def test_a_resumed_run_keeps_as_many_incidents_as_it_now_may(tiny, then, now, ar
     trainer = loop.Trainer(settings, Run.start(settings))
     trainer.restore()
     assert int(trainer.guard.state["armed"]) == armed
+
+
+def test_an_infinite_activation_that_leaves_finite_outputs_names_its_person(tiny):
+    """A gate squashes it: no output and no loss term shows it, the gradient does."""
+    run = train(tiny(inject="activation:inf@3:attention.0.squeeze", epochs=1, batch_size=3))
+    (incident,) = [event for event in run.events() if event["kind"] == "incident"]
+    assert incident["module"].startswith("attention.0") and incident["places"] == [0]
+
+
+class WithStatistics(nn.Module):
+    """Batch norm and dropout around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.norm, self.drop, self.model = nn.BatchNorm2d(3), nn.Dropout(0.2), model
+
+    def forward(self, x):
+        return self.model(self.drop(self.norm(x)))
+
+
+def test_a_look_at_an_incident_leaves_running_statistics_and_random_state(tiny):
+    run = train(tiny(inject="grad:nan@3:boundary", epochs=1))
+    _, _, step = load(run.folder / "incidents" / "000003")
+    step.model = WithStatistics(step.model).train()
+    before = [*(b.clone() for b in step.model.buffers()), torch.get_rng_state()]
+    examine(step)
+    after = [*step.model.buffers(), torch.get_rng_state()]
+    assert all(torch.equal(x, y) for x, y in zip(before, after))
+
+
+def test_a_persons_gradient_that_is_not_finite_is_no_overflow_of_the_loss_scale(tiny):
+    """fp16: named at its first step, and the scale stays; the scale alone, where it is too high, is no incident."""
+    run = train(tiny(amp="fp16", epochs=6, batch_size=3, loss_scale_init=1024.0, inject="grad:nan@15:stem"))
+    (incident,) = [event for event in run.events() if event["kind"] == "incident"]
+    assert incident["step"] == 15 and "stem" in incident["message"]
+    assert run.steps()[-1]["loss_scale"] >= 1024.0
+    searching = train(tiny(run="search", amp="fp16", epochs=8, batch_size=3, loss_scale_init=2.0**24, max_consecutive_skips=5))
+    assert searching.status()["state"] == "ok" and searching.status()["rewinds"] == 0
+    assert not [event for event in searching.events() if event["kind"] == "incident"]

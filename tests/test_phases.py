@@ -320,10 +320,10 @@ def test_the_notebook_draws_what_there_is_and_fails_in_its_last_cell(tmp_path):
     environment = {**os.environ, "REFINELIB_SMOKE": "1"}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=project_root(), env=environment, timeout=200)
     assert done.returncode != 0
-    assert re.search(r"PhaseError: phase1 did not pass its gate, finite: (\d+) of \1 steps were skipped", done.stderr), done.stderr
+    assert re.search(r"none of \d+ steps were applied", done.stderr), done.stderr
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     failed = [cell.id for cell in cells if any(item.output_type == "error" for item in cell.get("outputs", []))]
     assert failed == [cells[-1].id] == ["verdict"]
     assert {file.stem for file in (tmp_path / "progressive" / "figures").iterdir()} == {"all_phases", "masks"}
     status = json.loads((tmp_path / "progressive" / "status.json").read_text())
-    assert status["state"] == "failed" and "phase1 did not pass its gate" in status["last_error"]
+    assert status["state"] == "failed" and "phase1 broke off" in status["last_error"]

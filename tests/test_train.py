@@ -20,7 +20,8 @@ from refinelib.data import DataError, Store
 from refinelib.figures import plots
 from refinelib.locking import held
 from refinelib.modeling.model import HierarchicalUNet
-from refinelib.runs import Run, RunError
+from refinelib.runs import Run, RunError, latest
+from refinelib.safety.recovery import DivergedError
 from refinelib.stepping import WARM_UP, worth_compiling
 from refinelib.training import train
 
@@ -171,8 +172,10 @@ def test_a_fault_that_cannot_be_read_is_refused(tiny, text):
 
 
 def test_every_step_bad_never_writes_nan(tiny):
-    run = train(tiny(amp="bf16", inject="loss:inf@1:always"))
-    assert run.status()["skipped_steps"] == run.status()["steps"]
+    with pytest.raises(DivergedError, match="none of 8 steps were applied"):
+        train(tiny(amp="bf16", inject="loss:inf@1:always"))
+    run = latest(tiny().output_dir)
+    assert run.status()["skipped_steps"] == run.status()["steps"] and run.status()["state"] == "diverged"
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
     assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
 

@@ -46,11 +46,17 @@ def test_repeats_are_merged_into_one_line_an_epoch(watch):
 
 
 def test_a_skip_says_loss_or_gradient_which_term_and_which_parameter(watch):
-    watch.step(3, 1, {**GOOD, "skipped": 1, "bad_grad": 1}, [1.0, 1.0], [1.0, math.inf])
+    watch.step(3, 1, {**GOOD, "skipped": 1, "bad_grad": 1, "grad_max": math.inf}, [1.0, 1.0], [1.0, math.inf])
     watch.step(4, 1, {**GOOD, "skipped": 1, "bad_loss": 1, "bad_grad": 1}, [1.0, math.nan], [math.nan, math.nan])
     gradient, loss = watch.run.events()
     assert "the gradient was not finite in 1 of 2 parameters, first contour.weight" in gradient["message"] and gradient["terms"] == []
     assert "the loss was not finite (terms: contour)" in loss["message"] and loss["terms"] == ["contour"]
+
+
+def test_a_gradient_too_large_to_clip_is_told_from_one_that_is_not_finite(watch):
+    watch.step(3, 1, {**GOOD, "skipped": 1, "bad_grad": 1, "grad_max": 3e37}, [1.0, 1.0], [1.0, math.inf])
+    (event,) = watch.run.events()
+    assert "finite but too large to clip in float32 (largest element 3e+37) in 1 of 2 parameters" in event["message"]
 
 
 def test_cap_and_floor_are_events(watch):

@@ -11,7 +11,8 @@ A fault is written ``WHAT:VALUE@WHEN[:WHERE][:always]``, several with ``;`` betw
     kill@20                    SIGKILL at step 20
     file:truncated@3           the third training image is cut short (or ``missing``) when the store is built
 
-``VALUE`` is ``nan``, ``inf``, ``overflow`` (finite, but its square is not) or ``spike`` (a thousand times what it was).
+``VALUE`` is ``nan``, ``inf``, ``overflow`` (finite, but its square is not), ``huge`` (the largest finite number, whose norm is not)
+or ``spike`` (a thousand times what it was).
 Steps count from 1, as in the log. This module reads them (without torch, so that a wrong one is refused at once); ``inject`` and
 ``data/spoilt`` plant them.
 """
@@ -23,7 +24,7 @@ import re
 from typing import NamedTuple
 
 WHATS = ("loss", "grad", "activation", "input", "label", "kill", "file")
-VALUES = ("nan", "inf", "overflow", "spike")
+VALUES = ("nan", "inf", "overflow", "huge", "spike")
 
 
 class Fault(NamedTuple):
@@ -71,7 +72,7 @@ def parse(text: str) -> list[Fault]:
         if not good:
             raise ValueError(
                 f"write WHAT:VALUE@WHEN[:WHERE][:always], such as grad:nan@12:boundary, activation:inf@3:person, loss:nan@5:always, "
-                f"input:nan@5%, label:swap@7, file:truncated@3 or kill@20; WHAT is one of {', '.join(WHATS)}, VALUE nan, inf, overflow or spike"
+                f"input:nan@5%, label:swap@7, file:truncated@3 or kill@20; WHAT is one of {', '.join(WHATS)}, VALUE nan, inf, overflow, huge or spike"
             )
         faults.append(Fault(what, value or "", step, share, where[0] if where else "", always))
     return faults

@@ -6,6 +6,9 @@ run's kernels were compiled) and once with every operation watched. No training 
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, ContextManager, Iterator, Sequence
 
@@ -22,6 +25,8 @@ _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize")
 
 #: Relative distance of loss and gradient norms from the recorded ones that rounding explains: half precision, summed in another order.
 ROUNDING = 0.02
+#: Gradient norms from here on are called too large: their squares overflow float32.
+LARGE = 1e19
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Finding:
     """The outcome, in words (``sentence``) and as data; empty where nothing was found."""
 
     sentence: str = ""
-    phase: str = "none"  # weights, input, forward, loss, backward, gradient, none
+    phase: str = "none"  # weights, input, forward, loss, backward, gradient, large, overflow (by the loss scale alone), none
     module: str = ""  # name of the module, as in model.named_modules(); "loss" outside of it
     operation: str = ""  # such as aten.convolution
     node: str = ""  # in the backward pass, the autograd node, such as SqrtBackward0
@@ -76,13 +81,36 @@ class Step:
 
 
 def examine(step: Step) -> Finding:
-    """Take the step again and say where it first was not finite. Gradients are cleared afterwards, nothing else moves.
+    """Take the step again and say where it first was not finite. Gradients are cleared afterwards; buffers (running
+    statistics) and random state are what they were.
 
     The model has to be in the mode it was in.
     """
     step.injector.replaying = True
     step.injector.start(step.number)
     finding = Finding(planted=step.injector.planted(step.number))
+    with preserved(step.model, step.loss):
+        _examine(step, finding)
+    return finding
+
+
+@contextmanager
+def preserved(*modules: nn.Module) -> Iterator[None]:
+    """Restore the modules' buffers and the random state afterwards."""
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
+    devices = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, old in zip(buffers, kept):
+                    buffer.copy_(old)
+
+
+def _examine(step: Step, finding: Finding) -> None:
+    """:func:`examine` into ``finding``."""
     try:
         finding.loss, norms = take(step)
         if step.recorded is not None:
@@ -92,15 +120,27 @@ def examine(step: Step) -> Finding:
         broken = [name for name, p in step.model.named_parameters() if not bool(p.isfinite().all())]
         if broken:
             finding.phase, finding.module, finding.parameters = "weights", _owner(broken[0]), broken
+        elif _overflows(step, finding):
+            finding.phase = "overflow"
         else:
-            _watched(step, finding)
+            rows = _watched(step, finding)
             _terms_and_places(step, finding)
+            finding.places = finding.places or rows
+            if finding.phase == "none" and math.hypot(*norms) > LARGE:
+                finding.phase, finding.module = "large", _owner(names[max(range(len(norms)), key=norms.__getitem__)])
         finding.samples = [step.people[place] for place in finding.places if place < len(step.people)]
         finding.sentence = _sentence(finding, len(names), step.number)
     finally:
         step.injector.replaying = False
         step.model.zero_grad(set_to_none=True)
-    return finding
+
+
+def _overflows(step: Step, finding: Finding) -> bool:
+    """Whether it is the loss scale that makes the gradients overflow: without it they are finite."""
+    if step.scale == 1 or not _finite(finding.loss) or not finding.parameters:
+        return False
+    _, norms = take(dataclasses.replace(step, scale=1.0))
+    return all(map(_finite, norms))
 
 
 def take(step: Step) -> tuple[float, list[float]]:
@@ -114,7 +154,8 @@ def take(step: Step) -> tuple[float, list[float]]:
     step.injector.after_backward()
     trained = [p for p in step.model.parameters() if p.requires_grad]
     sizes = torch.tensor([p.numel() for p in trained], device=trained[0].device).sqrt()
-    norms, _ = unscaled(*measured(trained), step.scale, sizes)
+    # float64: a gradient that is finite but large is told from one that is not
+    norms, _ = unscaled(*(x.double() for x in measured(trained)), step.scale, sizes)
     return float(total), norms.tolist()
 
 
@@ -126,12 +167,12 @@ def _forward(step: Step, images: Tensor, labels: Tensor) -> Tensor:
 
 
 class _FirstBad(TorchDispatchMode):
-    """Notes the first operation that makes something not finite out of what is."""
+    """Notes the first operation that makes something not finite out of what is, and for which samples of ``batch``."""
 
     def __init__(self, where: Callable[[], str]) -> None:
         super().__init__()
         self.where, self.found = where, None
-        self.backward = False
+        self.backward, self.batch, self.rows = False, 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -139,15 +180,27 @@ class _FirstBad(TorchDispatchMode):
             if not all(_all_finite(x) for x in tensors(out)) and all(_all_finite(x) for x in tensors((args, kwargs or {}))):
                 node = torch._C._current_autograd_node() if self.backward else None
                 self.found = (str(func).rsplit(".", 1)[0], self.where(), node.name() if node is not None else "", self.backward)
+                if not self.backward and not self.found[0].endswith("_to_copy"):  # that may be the weights, cast
+                    self.rows = _bad_rows(tensors(out), self.batch)
         return out
 
 
-def _watched(step: Step, finding: Finding) -> None:
-    """Run the step with every operation watched; phase, module, operation and node into ``finding``."""
+def _bad_rows(outputs: Iterator[Tensor], batch: int) -> list[int]:
+    """Samples of a batch whose part of an output is not finite, where its first dimension is the batch."""
+    found = [x for x in outputs if x.is_floating_point() and x.ndim and len(x) == batch]
+    return (~found[0].detach().flatten(1).isfinite().all(1)).nonzero().flatten().tolist() if found and found[0].ndim > 1 else []
+
+
+def _watched(step: Step, finding: Finding) -> list[int]:
+    """Run the step with every operation watched; phase, module, operation and node into ``finding``.
+
+    Returns:
+        samples for which the first operation that was not finite in the forward pass was not.
+    """
     batches = [step.injector.batch(*batch) for batch in step.batches]
     if not all(bool(images.isfinite().all()) for images, _ in batches):
         finding.phase = "input"
-        return
+        return []
     places, handles = [""], []
 
     def enter(name):
@@ -165,9 +218,10 @@ def _watched(step: Step, finding: Finding) -> None:
     mode = _FirstBad(lambda: places[-1] or "loss")
     step.model.zero_grad(set_to_none=True)
     try:
+        before = 0
         with mode:
             for images, labels in batches:
-                places[:], mode.backward = [""], False
+                places[:], mode.backward, mode.batch = [""], False, len(images)
                 with step.autocast():
                     places.append("model")
                     output = step.model(images.contiguous(memory_format=torch.channels_last))
@@ -177,6 +231,7 @@ def _watched(step: Step, finding: Finding) -> None:
                 (loss * step.scale).backward()
                 if mode.found:
                     break
+                before += len(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -185,6 +240,7 @@ def _watched(step: Step, finding: Finding) -> None:
         finding.phase = "backward" if backward else "loss" if finding.module == "loss" else "forward"
     elif finding.parameters:  # finite everywhere, and yet a gradient is not: it was written there
         finding.phase, finding.module = "gradient", _owner(finding.parameters[0])
+    return [before + row for row in mode.rows]
 
 
 def _terms_and_places(step: Step, finding: Finding) -> None:
@@ -227,6 +283,8 @@ def _sentence(finding: Finding, parameters: int, number: int) -> str:
         "loss": f"{finding.operation} in the loss gives the first value that is not finite",
         "backward": f"the gradient of {finding.node or finding.operation} ({finding.operation}) at {finding.module} is the first that is not finite",
         "gradient": f"every operation was finite, and the gradient of {', '.join(finding.parameters[:1])} is not: it was changed afterwards",
+        "large": f"every value is finite, and the gradient is too large for float32 to measure and clip, most of it in {finding.module}",
+        "overflow": "the gradients overflow by the loss scale alone: without it they are finite",
         "none": "everything was finite when the step was taken again",
     }[finding.phase]
     parts = [f"step {number}: {where}"]

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from refinelib.optim import WarmupCosine, flatten
 
 #: Columns of a step's report, before the per-parameter norms. ``froze``: an incident, the guard stands still from the next
-#: step on; ``frozen``: this step was void because of that.
+#: step on; ``frozen``: this step was void because of that. ``damaged``: a weight, moment, average or buffer was not finite
+#: when :meth:`Guard.check_state` last looked; nothing is updated until the state is restored.
 REPORT = (
-    "loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped", "spike_loss", "spike_grad", "froze", "frozen",
+    "loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped", "spike_loss", "spike_grad", "froze", "frozen", "damaged",
 )  # fmt: skip
 
 FLOAT16_MAX = 65504.0
 #: The loss scale keeps the largest gradient this many times below float16's largest number.
 HEADROOM = 4.0
-#: float16 that overflows by itself is no incident before it has done so this many times in a row.
+#: While the loss scale is searched for, an overflow is no incident before it has come this many times in a row.
 ORDINARY_OVERFLOWS = 3
 #: A spike in the first steps, while there is no spread to go by, is this many times the usual.
 EARLY_SPIKE, EARLY_STEPS = 10.0, 8
@@ -42,7 +43,7 @@ class Judgement(NamedTuple):
     """What is thought of one step; tensors on the device."""
 
     skip: Tensor  # bool: nothing may move
-    clip: Tensor  # factor on the gradients, 1 or less
+    divisor: Tensor  # of the gradients: loss scale and clipping in one
     lr: Tensor
     share: Tensor  # of the new weights in their moving average
     report: Tensor  # float32 [len(REPORT)]
@@ -94,6 +95,7 @@ class Guard:
         spike_sigma: float = 6.0,
         losses: Iterable[nn.Module] = (),
     ) -> None:
+        self.model, self.average = model, average
         self.optimizer = optimizer
         self.schedule = schedule
         self.grad_clip = grad_clip
@@ -110,6 +112,7 @@ class Guard:
         self.buffers = [b for module in (model, *losses) for b in _persistent_buffers(module)]
         self.kept: list[Tensor] = []
         self.think = self.judge
+        self.update_average = _update_average
         #: Whether the optimizer takes ``found_inf`` and skips by itself.
         self.fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         device = self.parameters[0].device
@@ -120,7 +123,7 @@ class Guard:
             "lr_factor": 1.0, "lr_factor_until": 0,  # the latter in applied steps
             "loss_center": 0.0, "norm_center": 0.0,  # means of log loss and log gradient norm
             "loss_spread": 0.0, "norm_spread": 0.0, "seen": 0,  # mean absolute deviations from these, and how many values
-            "armed": 0, "frozen": 0,
+            "armed": 0, "frozen": 0, "damaged": 0,
         }  # fmt: skip
         #: All that the guard remembers, in one tensor, so that one copy renews it; float64 counts exactly.
         self.memory = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
@@ -158,9 +161,10 @@ class Guard:
     def compile(self) -> None:
         """Make one kernel of the many small operations of a judgement."""
         self.think = torch.compile(self.judge, dynamic=False)
+        self.update_average = torch.compile(_update_average, dynamic=False)
 
     def uncompile(self) -> None:
-        self.think = self.judge
+        self.think, self.update_average = self.judge, _update_average
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """L2 norm and largest magnitude of each parameter's gradient as it stands (still scaled), float32 ``[parameters]``."""
@@ -175,31 +179,36 @@ class Guard:
         """
         state = dict(zip(self.state, self.memory.unbind()))
         scale, frozen, armed = state["scale"].float(), state["frozen"] != 0, state["armed"] != 0
-        norms, largest = unscaled(norms, largest, scale, self.root_sizes)
-        bad_loss, bad_grad = ~torch.isfinite(loss), ~torch.isfinite(largest).all()
-        bad = bad_loss | bad_grad
-        peak = norms.amax()
-        total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
+        damaged = state["damaged"] != 0
+        norms, largest = unscaled(norms.double(), largest.double(), scale, self.root_sizes)
+        total = norms.square().sum().sqrt()
 
         loss_spike, loss_statistics = self._spike(state, "loss", loss)
         norm_spike, norm_statistics = self._spike(state, "norm", total)
-        spike = (loss_spike | norm_spike) & ~bad
-        skip = bad | frozen
-        if self.on_spike == "skip":
-            skip = skip | spike
         longest = torch.full_like(total, self.grad_clip)
         if self.on_spike == "clip":
-            longest = torch.where(spike, torch.minimum(longest, state["norm_center"].exp().float()), longest)
-        clip = (longest / total.clamp(min=1e-12)).clamp(max=1.0)
+            usual = torch.minimum(longest, state["norm_center"].exp())
+            longest = torch.where(loss_spike | norm_spike, usual, longest)
+        divisor = (scale / (longest / total.clamp(min=1e-12)).clamp(max=1.0)).float()
+        # A gradient can be finite and yet too large to be measured or clipped in float32: dividing by infinity
+        # would turn it into zeros, and infinity times zero into NaN in every weight.
+        bad_loss = ~torch.isfinite(loss)
+        bad_grad = ~(torch.isfinite(largest).all() & torch.isfinite(total.float()) & torch.isfinite(divisor))
         slow = torch.where(state["applied"] < state["lr_factor_until"], state["lr_factor"], 1.0).float()
         lr = self.schedule(state["applied"]) * slow
+        bad = bad_loss | bad_grad | ~torch.isfinite(lr)
+        spike = (loss_spike | norm_spike) & ~bad
+        skip = bad | frozen | damaged
+        if self.on_spike == "skip":
+            skip = skip | spike
 
-        froze = armed & bad & ~frozen
-        if self.scaled:  # float16 that overflows now and then is how its scale is found
-            ordinary = bad_grad & ~bad_loss & (scale > self.scale_floor) & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
-            froze = froze & ~ordinary
-        flags = (bad_loss, bad_grad, skip & ~frozen, loss_spike & ~bad, norm_spike & ~bad, froze, frozen)
-        report = torch.stack([loss.float(), total, largest.amax(), lr, scale, *(flag.float() for flag in flags)])
+        froze = armed & bad & ~frozen & ~damaged
+        if self.scaled:  # float16 that overflows is how its scale is found; where good steps left room it is no overflow
+            room = (state["good_in_a_row"] > 0) & (state["headroom_peak"] * HEADROOM <= FLOAT16_MAX)
+            searching = ~room & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
+            froze = froze & ~(bad_grad & ~bad_loss & (scale > self.scale_floor) & searching)
+        flags = (bad_loss, bad_grad, skip & ~frozen, loss_spike & ~bad, norm_spike & ~bad, froze, frozen, damaged)
+        report = torch.stack([x.float() for x in (loss, total, largest.amax(), lr, scale, *flags)])
 
         new = {"applied": state["applied"] + 1, "seen": state["seen"] + 1, **loss_statistics, **norm_statistics}
         new = {name: torch.where(skip, state[name], value) for name, value in new.items()}
@@ -213,7 +222,39 @@ class Guard:
         # As many steps as there were so far are averaged, up to what the decay means: the first ones know nothing yet.
         applied = state["applied"]
         share = torch.where(skip, 0.0, 1.0 - ((1.0 + applied) / (10.0 + applied)).clamp(max=self.ema_decay)).float()
-        return Judgement(skip, clip, lr, share, report, norms, memory)
+        return Judgement(skip, divisor, lr, share, report, norms.float(), memory)
+
+    # -- the state as a whole ------------------------------------------------------------------------
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a step may change but the guard's own memory, by name: weights, buffers, average, moments."""
+        found = {f"model.{name}": value for name, value in self.model.state_dict(keep_vars=True).items()}
+        if self.average is not None:
+            found |= {f"average.{name}": value for name, value in self.average.state_dict(keep_vars=True).items()}
+        for name, parameter in zip(self.names, self.parameters):  # the optimizer makes its state in its first step
+            moments = self.optimizer.state.get(parameter, {})
+            found |= {f"optimizer.{name}.{key}": value for key, value in moments.items() if isinstance(value, Tensor)}
+        return {name: value.detach() for name, value in found.items()}
+
+    @torch.no_grad()
+    def _largest(self) -> tuple[list[str], Tensor]:
+        """Names of all that a step may change, and the largest magnitude in each, float64."""
+        tensors = {name: x for name, x in self.tensors().items() if x.is_floating_point() and x.numel()}
+        alike: dict[tuple, list[str]] = {}  # one kernel takes one type on one device: plain optimizers count steps on the CPU
+        for name, x in tensors.items():
+            alike.setdefault((x.dtype, x.device), []).append(name)
+        norms = [torch.stack(torch._foreach_norm([tensors[name] for name in names], math.inf)) for names in alike.values()]
+        names = [name for some in alike.values() for name in some] + [f"guard.{name}" for name in self.state]
+        return names, torch.cat([*(x.to(self.memory) for x in norms), self.memory.abs()])
+
+    def check_state(self) -> None:
+        """Suspend all updates if anything that a step may change is not finite; the next report says so. No host-device
+        synchronisation."""
+        self.state["damaged"].copy_(~torch.isfinite(self._largest()[1]).all())
+
+    def damage(self) -> list[str]:
+        """Names of what is not finite now; waits for the device."""
+        names, largest = self._largest()
+        return [name for name, good in zip(names, torch.isfinite(largest).tolist()) if not good]
 
     def thaw(self, *, armed: bool) -> None:
         """Go on after an incident, ready to freeze at the next one or not."""
@@ -228,29 +269,28 @@ class Guard:
     # -- its parts -----------------------------------------------------------------------------------
     def _apply(self, found: Judgement) -> None:
         """The optimizer's step, where the judgement allows one."""
-        scale = self.state["scale"].float()
         if self.fused:
             for group in self.optimizer.param_groups:
                 group["lr"].copy_(found.lr)
             # The fused step divides by grad_scale, so unscaling and clipping cost no pass of their own.
-            self.optimizer.grad_scale = torch.where(found.skip, 1.0, scale / found.clip)
+            self.optimizer.grad_scale = torch.where(found.skip, 1.0, found.divisor)
             self.optimizer.found_inf = found.skip.to(torch.float32)
             self.optimizer.step()
             return
         if bool(found.skip):  # the one read of the host in a step, where the optimizer cannot skip by itself
             return
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(grads, found.clip / scale)
+        torch._foreach_div_(grads, found.divisor)
         for group in self.optimizer.param_groups:
             group["lr"] = float(found.lr)
         self.optimizer.step()
 
     def _follow(self, found: Judgement) -> None:
-        """Moving average of the weights and buffers; a skipped step weighs exactly nothing."""
+        """Moving average of the weights and buffers; a skipped step changes neither."""
         for buffer, kept in zip(self.buffers, self.kept):
             buffer.copy_(torch.where(found.skip, kept, buffer))
         for weights, averages in self.blocks:
-            averages.lerp_(weights, found.share.to(weights.dtype))  # weights are always finite
+            self.update_average(averages, weights, found.share.to(weights.dtype), found.skip)
 
     def _spike(self, state: dict[str, Tensor], name: str, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Whether loss or gradient norm stands out, and its statistics with it taken in."""
@@ -286,11 +326,16 @@ class Guard:
 
     # -- kept and taken up again -----------------------------------------------------------------------
     def state_dict(self) -> dict:
-        return {"state": dict(self.state), "optimizer": self.optimizer.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        # The rate follows from the schedule; what stands in the groups was made for the last step.
+        groups = [{**group, "lr": float(self.schedule.lr)} for group in optimizer["param_groups"]]
+        return {"state": dict(self.state), "optimizer": {**optimizer, "param_groups": groups}}
 
     def load_state_dict(self, saved: dict) -> None:
         for name, value in saved["state"].items():
-            self.state[name].copy_(value)
+            if name in self.state:
+                self.state[name].copy_(value)
+        self.state["damaged"].fill_(0)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         # How it steps is this device's affair, not that of the one it was saved on.
         ways = [{name: group[name] for name in ("capturable", "fused", "foreach") if name in group} for group in self.optimizer.param_groups]
@@ -299,6 +344,11 @@ class Guard:
         for group, rate in zip(self.optimizer.param_groups, rates):
             if isinstance(rate, Tensor):  # the very tensor that the fused kernel reads
                 group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
+
+
+def _update_average(average: Tensor, weights: Tensor, share: Tensor, skip: Tensor) -> None:
+    """Move ``average`` by ``share`` towards ``weights``; a share of 0 would not do for a skip, 0 times NaN is NaN."""
+    average.copy_(torch.where(skip, average, average.lerp(weights, share)))
 
 
 def _persistent_buffers(module: nn.Module) -> list[Tensor]:
@@ -316,5 +366,5 @@ def measured(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def unscaled(norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The same of the gradients without their loss scale; ``root_sizes`` are the roots of their numbers of elements."""
     norms, largest = norms / scale, largest / scale
-    # Squares of finite gradients above 1e19 overflow: the norm is then bounded by the largest element.
+    # Squares of finite gradients above 1e19 overflow float32: the norm is then bounded by the largest element, in float64.
     return torch.where(torch.isfinite(norms), norms, largest * root_sizes), largest

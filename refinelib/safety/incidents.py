@@ -11,7 +11,6 @@ All three open without this package; the two ``.pt`` with ``torch.load(file, wei
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from refinelib import checkpoints
 from refinelib.build import autocast, build_device, build_loss, build_model
 from refinelib.config import Settings, absolute
+from refinelib.files import read_json
 from refinelib.safety.forensics import Finding, Step, examine
 from refinelib.safety.inject import Injector
 from refinelib.modeling.losses import MaskLoss
@@ -127,7 +127,8 @@ def load(incident: str | os.PathLike, *, device: str = "auto") -> tuple[dict[str
     folder = Path(incident)
     report = read_report(folder)
     try:
-        batch, state = checkpoints.load(folder / "batch.pt"), checkpoints.load(folder / "state.pt")
+        batch = checkpoints.load(folder / "batch.pt", needs=("images", "labels"))
+        state = checkpoints.load(folder / "state.pt", needs=("model", "scale", "random", "training"))
     except checkpoints.CheckpointError as error:
         raise IncidentError(f"the incident {folder} cannot be replayed: {error}") from None
     try:
@@ -197,8 +198,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         such = f"such as {near[0]}" if near else "outputs/<run>/incidents/<step>"
         raise IncidentError(f"{folder} holds no report.json: give an incident's folder, {such}")
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        report = read_json(file)
+    except (OSError, ValueError) as error:
         raise IncidentError(f"{file} cannot be read: {error}") from None
     lacking = [name for name in _NEEDED if not isinstance(report, dict) or name not in report]
     if lacking:

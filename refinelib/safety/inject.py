@@ -13,7 +13,7 @@ from refinelib.config import SettingsError
 from refinelib.safety.faults import Fault, parse
 
 #: What a bad element becomes; the largest float16 where 1e30 does not fit.
-NUMBERS = {"nan": math.nan, "inf": math.inf, "overflow": 1e30}
+NUMBERS = {"nan": math.nan, "inf": math.inf, "overflow": 1e30, "huge": torch.finfo(torch.float32).max}
 SPIKE = 1000.0
 
 
@@ -104,4 +104,4 @@ def _spoil(x: Tensor, value: str, flag: Tensor) -> Tensor:
 
 
 def _number(value: str, dtype: torch.dtype) -> float:
-    return min(NUMBERS[value], torch.finfo(dtype).max) if value == "overflow" else NUMBERS[value]
+    return min(NUMBERS[value], torch.finfo(dtype).max) if value in ("overflow", "huge") else NUMBERS[value]

@@ -106,6 +106,9 @@ class Watch:
         terms = [name for name, value in zip(self.losses, components) if not math.isfinite(value)]
         bad = [name for name, norm in zip(self.parameters, norms) if not math.isfinite(norm)]
         what = "the loss" if report["bad_loss"] else "the gradient"
+        wrong = "not finite"
+        if not report["bad_loss"] and math.isfinite(report["grad_max"]):
+            wrong = f"finite but too large to clip in float32 (largest element {report['grad_max']:.3g})"
         place = "".join(sorted({name.partition(".")[0] for name in bad}, key=[n.partition(".")[0] for n in self.parameters].index)[-1:])
         detail = f" (terms: {', '.join(terms)})" if terms else ""
         if bad:
@@ -113,7 +116,8 @@ class Watch:
         if self.scale_floor is not None and report["loss_scale"] <= self.scale_floor and not report["bad_loss"]:
             detail += f", with the loss scale at its floor {self.scale_floor:g}: float16 overflows in {place} by itself"
         self._once(
-            "skip", f"{what}{' of ' + ', '.join(terms) if terms else ''}", step, epoch, math.nan, f"step {step} skipped: {what} was not finite{detail}",
+            "skip", f"{what}{' of ' + ', '.join(terms) if terms else ''}", step, epoch, math.nan,
+            f"step {step} skipped: {what} was {wrong}{detail}",
             terms=terms, parameters=bad[:8], loss_scale=report["loss_scale"], **self._people(step),
         )  # fmt: skip
 
