@@ -36,8 +36,9 @@ from refinelib.training import Trainer
 KINDS = {
     "loss:nan": True, "loss:inf": True, "loss:spike": True,
     "grad:nan:boundary": True, "grad:inf:stem": True, "grad:nan:target": True, "grad:overflow:contour": True, "grad:spike": True,
+    "loss:huge": True, "grad:huge:stem": True, "grad:huge:shared": True,
     "activation:nan:contour": True, "activation:inf:person": True, "activation:nan:progressive": True, "activation:nan:distance": True,
-    "activation:spike:boundary": None, "activation:overflow:shared": None,
+    "activation:spike:boundary": None, "activation:overflow:shared": None, "activation:huge:target": None, "input:huge": None,
     "input:nan": True, "input:inf": True, "input:overflow": None, "input:spike": None, "label:swap": None,
 }  # fmt: skip
 PRECISIONS = ("off", "bf16", "fp16")
@@ -158,12 +159,15 @@ def attributed(kind: str, skipped: bool, events: list[dict], first: Sequence[int
             if what == "loss":
                 return event["phase"] == "loss"
             if what == "input":
-                return event["phase"] == "input" and event["places"] == list(first) if value != "overflow" and value != "spike" else bool(event["module"])
+                return event["phase"] == "input" and event["places"] == list(first) if value not in ("overflow", "huge", "spike") else bool(event["module"])
             if what == "activation":
                 return event["module"].startswith(fault.where) if value in ("nan", "inf") else bool(event["module"])
+            if value == "huge":
+                return event["phase"] == "large" and event["module"].startswith(fault.where)
             return event["phase"] == "gradient" and len(event["parameters"]) == 1 and event["parameters"][0].startswith(fault.where)
     # fp16 that overflows is no incident the first few times; the skip itself names the parameters.
-    return any(event["kind"] == "skip" and all(name.startswith(fault.where) for name in event["parameters"]) for event in events)
+    large = what == "activation" and value in ("spike", "overflow", "huge")  # the loss scale was too high for it, no more
+    return any(event["kind"] == "skip" and (large or all(name.startswith(fault.where) for name in event["parameters"])) for event in events)
 
 
 def at(kind: str) -> str:
