@@ -649,7 +649,8 @@ class Rig:
         attack = Attack(trainer, fault, [trainer.step + 1 + at for at in due], self.moving)
         take = recovery.maybe_snapshot if fault["snapshot"] else lambda step, after: None
         with contextlib.ExitStack() as stack:
-            stack.enter_context(patch.object(recovery, "maybe_snapshot", lambda step, **_: take(step, after=1)))
+            often = patch.object(recovery, "maybe_snapshot", lambda step, **_: take(step, after=1))
+            stack.enter_context(often)
             if fault["time"] == "begin":
                 recovery.snapshots = []
             else:  # its snapshot is there, and to look whether it is finite takes as long as half a step

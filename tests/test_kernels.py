@@ -69,7 +69,7 @@ def test_a_run_goes_over_once_the_kernels_are_there(tiny, monkeypatch):
     run, compiled = run_beside(tiny, monkeypatch, looks=2, answer="")
     told = [event for event in run.events() if event["kind"] == "speed"]
     assert [event["step"] for event in told] == [stepping.WARM_UP, stepping.WARM_UP + 2] and "goes over" in told[1]["message"]
-    assert len(compiled) == 2  # model and loss; the guard's judgement
+    assert len(compiled) == 3  # model and loss; the guard's judgement; its moving average
     assert Answers.made[-1].closed
     assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(run).values()))
     assert kernels.note(run.settings()).exists()  # the next run of this shape need not train without
@@ -79,7 +79,7 @@ def test_what_another_process_could_not_the_run_does_itself(tiny, monkeypatch):
     run, compiled = run_beside(tiny, monkeypatch, looks=1, answer="OutOfMemoryError: no room for two")
     (_, told) = [event["message"] for event in run.events() if event["kind"] == "speed"]
     assert "no room for two" in told and "waits" in told
-    assert len(compiled) == 2 and run.status()["state"] == "ok" and kernels.note(run.settings()).exists()
+    assert len(compiled) == 3 and run.status()["state"] == "ok" and kernels.note(run.settings()).exists()
 
 
 def test_a_machine_that_starts_no_more_processes_is_no_reason_to_fail(tiny, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_machine_that_starts_no_more_processes_is_no_reason_to_fail(tiny, monk
         kernels.Precompile(tiny(), store=kernels.kernels_folder())
     run, compiled = run_beside(tiny, monkeypatch, looks=0, answer="", precompile=kernels.Precompile)
     (told,) = [event["message"] for event in run.events() if event["kind"] == "speed"]
-    assert "no more processes" in told and len(compiled) == 2 and run.status()["state"] == "ok"
+    assert "no more processes" in told and len(compiled) == 3 and run.status()["state"] == "ok"
 
 
 def test_where_memory_holds_one_run_only_it_waits(tiny, monkeypatch):
@@ -99,7 +99,7 @@ def test_where_memory_holds_one_run_only_it_waits(tiny, monkeypatch):
     before = len(Answers.made)
     run, compiled = run_beside(tiny, monkeypatch, looks=0, answer="")
     (told,) = [event["message"] for event in run.events() if event["kind"] == "speed"]
-    assert "waits" in told and len(compiled) == 2 and len(Answers.made) == before
+    assert "waits" in told and len(compiled) == 3 and len(Answers.made) == before
 
 
 def test_a_run_that_ends_first_ends_the_other_process(tiny, monkeypatch):
@@ -233,10 +233,10 @@ def test_on_a_gpu_auto_waits_only_where_it_must(tiny, monkeypatch):
     waiting, count = stepper()
     assert waiting.beside and count == 0
     waiting, count = stepper(deterministic=True)
-    assert not waiting.beside and count == 2
+    assert not waiting.beside and count == 3
     kernels.keep_note(tiny())
     waiting, count = stepper()
-    assert not waiting.beside and count == 2
+    assert not waiting.beside and count == 3
 
 
 def test_the_next_process_need_not_trace_again(monkeypatch):
