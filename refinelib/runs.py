@@ -233,6 +233,7 @@ class Run:
 
     def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
         """Drop what is on record of later steps and epochs, which a resumed run is about to take again."""
+        self._drop_tensorboard()  # the next one hides what the last one wrote of these steps
         self._purge_step = step + 1
         for number, file in files.by_epoch(self.folder / "samples")[0].items():
             if number > epoch:

@@ -409,7 +409,7 @@ class Trainer:
         scores = "".join(f"{words} {shown(name)}  " for name, words in names.items()) if metrics else ""
         return (
             f"epoch {epoch + 1:>4}/{self.settings.epochs}  loss {summary['train_loss']:.4f}  gradient norm {summary['grad_norm']:.3g}  "
-            f"{scores}skipped {int(self.guard.state['skipped'])}  {seconds:.1f} s"
+            f"{scores}skipped {self.log.skipped}  {seconds:.1f} s"
         )
 
     def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:

@@ -78,10 +78,14 @@ class LossMonitor:
         if self.since or len(before) < WINDOW or self.lowest is None:
             return None
         median, level = statistics.median(after), statistics.median(before)
-        error = 1.2533 * self.lowest.spread * math.sqrt(2 / WINDOW)
-        if median - level <= max(math.log(JUMP_FACTOR), JUMP_SIGMA * error):
+        # The median before is as uncertain as the one after: half the losses for the same standard error.
+        if median - level <= self._limit(WINDOW / 2, JUMP_FACTOR, JUMP_SIGMA):
             return None
         return _too_high(median, level, "what it was before")
+
+    def _limit(self, count: float, factor: float, sigma: float = SIGMA) -> float:
+        """By how much the median of so many losses may lie above the reference, in natural logarithms."""
+        return max(math.log(factor), sigma * 1.2533 * self.lowest.spread / math.sqrt(count))
 
     def add(self, loss: float) -> tuple[bool, str | None]:
         """Take in the loss of an applied step.
@@ -112,8 +116,7 @@ class LossMonitor:
             return whole and statistics.median(window) <= start, None
         healthy = whole
         for losses, factor in ((recent, STRIDE_FACTOR), (window, WINDOW_FACTOR))[: 1 + whole]:
-            median, error = statistics.median(losses), 1.2533 * self.lowest.spread / math.sqrt(len(losses))
-            limit = max(math.log(factor), SIGMA * error)
+            median, limit = statistics.median(losses), self._limit(len(losses), factor)
             if median - self.lowest.center > limit:
                 return False, _too_high(median, self.lowest.center, "its best")
             healthy = healthy and median - self.lowest.center <= limit / 2
@@ -125,8 +128,8 @@ class LossMonitor:
         """Why a run that is over has diverged, if it has: its last losses are judged, however few came since the last judgement."""
         for losses in (self.window[-STRIDE // 4 :], self.window[-STRIDE:]):
             if self.lowest is not None and len(losses) >= STRIDE // 4:
-                median, error = statistics.median(losses), 1.2533 * self.lowest.spread / math.sqrt(len(losses))
-                if median - self.lowest.center > max(math.log(WINDOW_FACTOR), SIGMA * error):
+                median = statistics.median(losses)
+                if median - self.lowest.center > self._limit(len(losses), WINDOW_FACTOR):
                     return _too_high(median, self.lowest.center, "its best")
         return None
 
@@ -383,8 +386,9 @@ class Recovery:
     def state_dict(self) -> dict[str, Any]:
         """All but the snapshots' tensors, which have files of their own."""
         return {
-            "rewinds": self.rewinds, "slowed": self.slowed, "known": self.known, "target": self.target, "skips": self.skips, "seen": self.seen, "reasons": list(self.reasons), "monitor": self.monitor.state_dict(),
-            "steps": list(self.steps), "snapshots": [[s.step, s.stable, s.used] for s in self.snapshots],
+            "rewinds": self.rewinds, "slowed": self.slowed, "known": self.known, "target": self.target,
+            "skips": self.skips, "seen": self.seen, "steps": list(self.steps), "reasons": list(self.reasons),
+            "monitor": self.monitor.state_dict(), "snapshots": [[s.step, s.stable, s.used] for s in self.snapshots],
         }  # fmt: skip
 
     def load_state_dict(self, saved: dict[str, Any], snapshots: Iterable[Snapshot]) -> None:
