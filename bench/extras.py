@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from refinelib import build as building
 from refinelib.build import build_loss, build_model
-from refinelib.modeling.blocks import Head
+from refinelib.modeling.layers import Head
 from refinelib.modeling.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, truth_of
-from refinelib.modeling.model import MaskOutput
-from refinelib.modeling.refine import bounded
+from refinelib.modeling.unet import MaskOutput
+from refinelib.modeling.refinements import bounded
 
 VARIANTS = ("base", "boundary_loss", "active_boundary_loss", "point_refinement")
 

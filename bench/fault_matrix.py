@@ -27,10 +27,10 @@ from typing import Sequence
 import torch
 
 from refinelib.config import resolve
-from refinelib.safety.faults import parse
-from refinelib.safety.forensics import Finding
+from refinelib.guard.faults import parse
+from refinelib.guard.diagnose import Finding
 from refinelib.runs import Run
-from refinelib.training import Trainer
+from refinelib.trainer import Trainer
 
 #: Fault, and whether the step has to be skipped.
 KINDS = {

@@ -28,8 +28,8 @@ import torch
 
 from refinelib.config import Settings, resolve
 from refinelib.data import Store, open_split
-from refinelib.feed import Feed
-from refinelib.memory import ran_out
+from refinelib.data.loader import Feed
+from refinelib.guard.oom import ran_out
 
 import speed
 import store as stores

@@ -36,8 +36,8 @@ from torch._inductor.virtualized import V
 
 from refinelib.build import autocast, build_loss, build_model
 from refinelib.config import resolve
-from refinelib.modeling import blocks
-from refinelib.stepping import compiler_options
+from refinelib.modeling import layers as blocks
+from refinelib.step import compiler_options
 
 #: What the compiler asks of a device, as an H100 answers.
 DEVICE = SimpleNamespace(

@@ -23,7 +23,7 @@ import torch
 from refinelib import checkpoints
 from refinelib.config import Settings, resolve
 from refinelib.runs import Run
-from refinelib.training import train
+from refinelib.trainer import train
 
 
 def main() -> int:

@@ -29,9 +29,9 @@ import torch
 
 from refinelib import resolve
 from refinelib.config import SettingsError, absolute
-from refinelib.quality.results import REFINEMENT_OFF
-from refinelib.quality.results_tables import table as markdown
-from refinelib.training import Trainer, train
+from studies.results import REFINEMENT_OFF
+from studies.results_tables import table as markdown
+from refinelib.trainer import Trainer, train
 
 #: The last is of all crops' pixels together, as in mIoU; the one before it is a mean over the crops that have others in them.
 FIGURES = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "nontarget_pooled")

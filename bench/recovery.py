@@ -30,8 +30,8 @@ import torch
 
 from refinelib.config import recipe_names, resolve
 from refinelib.runs import Run
-from refinelib.safety.recovery import DivergedError
-from refinelib.training import Trainer, train
+from refinelib.guard.rewind import DivergedError
+from refinelib.trainer import Trainer, train
 
 #: A run long enough for a damage in its middle to be forgotten.
 TINY = dict(

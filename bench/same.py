@@ -27,8 +27,8 @@ import torch
 
 from refinelib.config import resolve
 from refinelib.data import open_split
-from refinelib.kernels import keeping_graphs
-from refinelib.safety.guard import REPORT
+from refinelib.step_kernels import keeping_graphs
+from refinelib.guard.guard import REPORT
 
 import speed
 

@@ -32,12 +32,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refinelib import kernels, stepping
+from refinelib import step_kernels as kernels, step as stepping
 from refinelib.build import build_step
 from refinelib.config import resolve
 from refinelib.data import open_split
-from refinelib.memory import ran_out
-from refinelib.stepping import WARM_UP, Stepper
+from refinelib.guard.oom import ran_out
+from refinelib.step import WARM_UP, Stepper
 
 #: Steps an epoch of the schedule: a long run's rate, whatever the batch and however small the store.
 SCHEDULED = 1000

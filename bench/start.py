@@ -28,8 +28,8 @@ def one(given: dict, most: int) -> None:
     import torch
 
     from refinelib import resolve
-    from refinelib.stepping import Stepper
-    from refinelib.training import Trainer, train
+    from refinelib.step import Stepper
+    from refinelib.trainer import Trainer, train
 
     counted = {"steps": 0, "last": most, "block": 0.0}
     plain = Stepper.step

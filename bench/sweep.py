@@ -52,13 +52,13 @@ from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from refinelib import build, checkpoints, training
+from refinelib import build, checkpoints, trainer as training
 from refinelib.config import Settings, resolve
 from refinelib.runs import Run
-from refinelib.safety.guard import REPORT, Guard
-from refinelib.safety.recovery import DivergedError
+from refinelib.guard.guard import REPORT, Guard
+from refinelib.guard.rewind import DivergedError
 from refinelib.steplog import StepLog
-from refinelib.training import Trainer, train
+from refinelib.trainer import Trainer, train
 
 Fault = dict[str, Any]  # plain JSON
 Outcome = dict[str, Any]  # plain JSON: where, state, kind, wrong, events

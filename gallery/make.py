@@ -171,7 +171,7 @@ def execute(names: list[str], device: str, work: Path) -> None:
     """Execute these notebooks here, each into ``gallery/``, with their outputs in ``work``; runs that lie there are used again."""
     import papermill
 
-    from refinelib.training import train
+    from refinelib.trainer import train
 
     work.mkdir(parents=True, exist_ok=True)
     where = str(work.resolve() / "outputs")
@@ -187,7 +187,7 @@ def execute(names: list[str], device: str, work: Path) -> None:
 
 
 def _train_beside(where: str) -> None:
-    from refinelib.training import train
+    from refinelib.trainer import train
 
     for name, settings in BESIDE.items():
         if (Path(where) / name).exists():

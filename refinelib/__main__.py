@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from refinelib.quality.evaluation import checked_folder, measure
-    from refinelib.quality.predict import load
+    from refinelib.metrics.evaluate import checked_folder, measure
+    from refinelib.metrics.predict import load
     from refinelib.runs import dumps
 
     if options.save:
@@ -71,7 +71,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from refinelib.safety.incidents import replay
+    from refinelib.incidents import replay
     from refinelib.runs import dumps
 
     finding = replay(options.incident, device=options.device)
@@ -89,7 +89,7 @@ def _summary(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from refinelib.notebook.batch import run, table
+    from refinelib.workflows.batch import run, table
 
     given = {"epochs": options.epochs, "batch_size": options.batch_size}
     overrides = {name: value for name, value in given.items() if value is not None} | dict(options.p)

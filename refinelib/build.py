@@ -10,12 +10,12 @@ from torch import nn
 
 from refinelib.config import Settings
 from refinelib.data import Store
-from refinelib.feed import Feed
-from refinelib.safety.guard import Guard
-from refinelib.safety.inject import Injector
+from refinelib.data.loader import Feed
+from refinelib.guard.guard import Guard
+from refinelib.guard.inject import Injector
 from refinelib.modeling.losses import MaskLoss
-from refinelib.modeling.model import HierarchicalUNet
-from refinelib.optim import WarmupCosine, build_optimizer
+from refinelib.modeling.unet import HierarchicalUNet
+from refinelib.guard.optim import WarmupCosine, build_optimizer
 from refinelib.modeling.roi import canvas_size, mask_canvas_size
 
 
@@ -46,7 +46,7 @@ def build_step(
         store: it trains on.
         device: it runs on.
         prepare: gives the fresh model other weights, before the moving average starts from them.
-        resident: false: the store streams in any case, see :class:`~refinelib.feed.Feed`.
+        resident: false: the store streams in any case, see :class:`~refinelib.data.loader.Feed`.
         steps_per_epoch: of the schedule; none: as many as the store gives.
     """
     model = build_model(settings).to(device, memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from refinelib.files import parse_yaml, read_yaml, reason, shown
-from refinelib.safety import faults
+from refinelib.guard import faults
 
 SMOKE_VARIABLE = "REFINELIB_SMOKE"
 
@@ -152,7 +152,7 @@ class Settings(BaseModel):
     max_consecutive_skips: int = Field(20, ge=2, le=10_000, description="skips in a row after which the run goes back to its last good state")
     max_rewinds: int = Field(3, ge=0, le=100, description="how often a run may go back before it stops as diverged")
     max_incidents: int = Field(5, ge=0, le=1000, description="incidents kept for replay, each with a copy of the weights")
-    inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/safety/faults.py")
+    inject: str | None = Field(None, description="planted faults, such as grad:nan@12:boundary; see refinelib/guard/faults.py")
 
     # -- validation and prediction ---------------------------------------------------------------
     validate_every: int = Field(1, ge=1, description="epochs between validations (the last epoch always is)")
@@ -211,7 +211,7 @@ class Settings(BaseModel):
 
     @property
     def decision_weights(self) -> tuple[float, float, float]:
-        """Of background, target and non-target: see :func:`refinelib.quality.scoring.predict_probs`."""
+        """Of background, target and non-target: see :func:`refinelib.metrics.scoring.predict_probs`."""
         return (1.0, self.target_decision_weight, self.nontarget_decision_weight)
 
     # -- paths -----------------------------------------------------------------------------------

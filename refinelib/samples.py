@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refinelib.augment import normalise
+from refinelib.data.augment import normalise
 from refinelib.data import Store
 from refinelib.files import replacing
 from refinelib.modeling.roi import labels_from_coverage

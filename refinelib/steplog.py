@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refinelib.safety.guard import REPORT, Guard
+from refinelib.guard.guard import REPORT, Guard
 from refinelib.modeling.losses import MaskLoss
-from refinelib.probe import Probe
+from refinelib.gradients.probe import Probe
 from refinelib.runs import Run
-from refinelib.safety.watch import Watch
+from refinelib.guard.watch import Watch
 
 #: Steps whose reports travel together on CUDA. The host learns of a step after at most twice as many.
 BUNDLE = 16

@@ -1,6 +1,5 @@
 """Benches that must come out whole, in small: hard kills, the matrix of faults, variants side by side, a start."""
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -8,19 +7,12 @@ import sys
 
 import pytest
 import torch
+from helpers import bench
 
 from refinelib import build
 from refinelib.config import project_root, resolve
 from refinelib.data import open_split
-from refinelib.modeling.blocks import GroupNorm
-
-
-def bench(name):
-    """A file of bench/, by its path: bench is no package."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", project_root() / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from refinelib.modeling.layers import GroupNorm
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import refinelib
-import refinelib.training as loop
-from refinelib.safety.forensics import Step, examine
-from refinelib.safety.incidents import FORMAT, IncidentError, find, load, replay
-from refinelib.safety.inject import Injector
+import refinelib.trainer as loop
+from refinelib.guard.diagnose import Step, examine
+from refinelib.guard.inject import Injector
+from refinelib.incidents import FORMAT, IncidentError, find, load, replay
 from refinelib.runs import Run, dumps
-from refinelib.training import train
+from refinelib.trainer import train
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
@@ -167,7 +167,7 @@ def test_what_cannot_be_replayed_is_refused_in_a_sentence(tiny, tmp_path):
 
 
 def test_a_disk_without_room_costs_the_incident_and_not_the_run(tiny, monkeypatch):
-    from refinelib.safety import incidents
+    from refinelib import incidents
 
     monkeypatch.setattr(incidents.checkpoints, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     run = train(tiny(inject="grad:nan@3:stem", epochs=1))

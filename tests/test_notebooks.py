@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import papermill, read
 from papermill import inspect_notebook
 
 from refinelib.config import Settings, parameters_cell, project_root
@@ -21,15 +21,8 @@ TRAIN = project_root() / "notebooks" / "train.ipynb"
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def read(path: Path):
-    return nbformat.read(path, as_version=4)
 
 
-def papermill(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """The literal command line, in smoke size, with one thread: tests run side by side."""
-    environment = {**os.environ, "REFINELIB_SMOKE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "papermill", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 # -- as stored -------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from refinelib import checkpoints, probe, resolve
-from refinelib.safety.guard import REPORT
+from refinelib import checkpoints, resolve
+from refinelib.gradients import probe
+from refinelib.guard.guard import REPORT
 from refinelib.runs import Run
-from refinelib.training import Trainer, train
+from refinelib.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import yaml
 
 from refinelib import build
 from refinelib.config import project_root, recipe_names, resolve
-from refinelib.feed import Feed
-from refinelib.safety.guard import Guard
-from refinelib.runs import Run
+from refinelib.data.loader import Feed
+from refinelib.guard.guard import Guard
 from refinelib.modeling.roi import canvas_size
+from refinelib.runs import Run
 
 TABLE = {
     "lr": (5e-5, 1e-5, 5e-6),

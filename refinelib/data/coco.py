@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from refinelib.data.errors import DataError, SceneError, printable
-from refinelib.data.scenes import NO_MASK, Masks, People, PeopleBuilder, Scene, counted, decode_image
+from refinelib.data.sources import NO_MASK, Masks, People, PeopleBuilder, Scene, counted, decode_image
 from refinelib.data.segmentation import decode_segmentation, usable
 
 CROWD = "crowd annotation"

@@ -8,7 +8,7 @@ from typing import Sequence
 
 import numpy as np
 
-from refinelib.data.scenes import COLUMNS, People, Scene, Source
+from refinelib.data.sources import COLUMNS, People, Scene, Source
 
 
 class JoinedSources:

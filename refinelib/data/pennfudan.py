@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from refinelib.data.errors import DataError, SceneError
-from refinelib.data.scenes import (
+from refinelib.data.sources import (
     NO_MASK,
     OTHER_SIZE,
     UNREADABLE,

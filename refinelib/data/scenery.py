@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from refinelib.data.drawing import Cloth, Layout, Pen, sample_grids, varied
-from refinelib.data.figures import figure
-from refinelib.data.scenes import box_of
+from refinelib.data.painting import Cloth, Layout, Pen, sample_grids, varied
+from refinelib.data.people import figure
+from refinelib.data.sources import box_of
 
 
 def draw_scene(rng: np.random.Generator) -> Layout:

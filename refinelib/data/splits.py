@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refinelib.safety import faults
+from refinelib.guard import faults
 from refinelib.config import Settings
-from refinelib.data.building import open_store, sampling
+from refinelib.data.store_build import open_store, sampling
 from refinelib.data.coco import CocoPeople, coco_paths
 from refinelib.data.errors import DataError
 from refinelib.data.joined import JoinedSources
 from refinelib.data.pennfudan import PennFudanPeople
-from refinelib.data.scenes import Source
+from refinelib.data.sources import Source
 from refinelib.data.spoilt import SpoiltFiles
 from refinelib.data.store import Store, read_info
 from refinelib.data.synthetic import SyntheticPeople

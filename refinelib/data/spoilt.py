@@ -9,8 +9,8 @@ from typing import Sequence
 
 from PIL import Image
 
-from refinelib.data.scenes import People, Scene, Source, decode_image
-from refinelib.safety.faults import Fault
+from refinelib.data.sources import People, Scene, Source, decode_image
+from refinelib.guard.faults import Fault
 
 
 class SpoiltFiles:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from refinelib import files
 from refinelib.data.errors import DataError
-from refinelib.data.scenes import COLUMNS, counted
+from refinelib.data.sources import COLUMNS, counted
 
 #: Of the folder's layout and of what is in it: a store of another version is not read.
 FORMAT = 1

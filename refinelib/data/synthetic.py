@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from refinelib.data import drawing, figures, scenery
-from refinelib.data.drawing import Layout, paint
+from refinelib.data import painting as drawing, people as figures, scenery
+from refinelib.data.painting import Layout, paint
 from refinelib.data.errors import DataError
 from refinelib.data.scenery import draw_scene
-from refinelib.data.scenes import MIN_SIDE, People, PeopleBuilder, Scene
+from refinelib.data.sources import MIN_SIDE, People, PeopleBuilder, Scene
 
 
 class SyntheticPeople:

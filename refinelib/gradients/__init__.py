@@ -1,0 +1,1 @@
+"""Gradient norms by module: written while training, read back by the notebooks."""

@@ -1,0 +1,281 @@
+"""Runs compared: over seeds, over images, with refinement and without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Iterable, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refinelib.config import WHERE, Settings, SettingsError, absolute
+from refinelib.data import CocoPeople, Source, SyntheticPeople
+from refinelib.metrics.evaluate import Evaluation, measure
+from refinelib.metrics.bootstrap import ImageBootstrap
+from refinelib.metrics.segmentation import coco_groups, iou_from_confusion, third_groups
+from refinelib.metrics.predict import load
+
+#: Figures of the comparison by key in an evaluation's rows.
+FIGURES = {
+    "target_iou": "target IoU",
+    "boundary_iou": "Boundary IoU",
+    "miou": "mIoU",
+    "nontarget_iou": "non-target IoU",
+    "boundary_f1_1px": "boundary F, 1 px",
+    "boundary_f1_2px": "boundary F, 2 px",
+    "hd95": "HD95, px",
+    "surface_distance": "surface distance, px",
+    "image_target_iou": "target IoU, in the image",
+    "image_boundary_iou": "Boundary IoU, in the image",
+    "image_boundary_iou_image": "Boundary IoU, 2 % of the diagonal",
+}
+#: Settings that take all refinement away: modules and their losses.
+REFINEMENT_OFF = {
+    name: False
+    for name in (
+        "use_boundary_refinement",
+        "use_progressive_upsampling",
+        "use_subpixel_conv",
+        "use_contour_detection",
+        "use_distance_transform",
+        "use_active_contour_loss",
+        "use_boundary_aware_loss",
+    )
+}
+#: Settings that make no variant of a run: who it is, where things lie, how often it writes, what it computes its steps with.
+_NO_VARIANT = WHERE | {"seed", "recipe", "device", "inject", "smoke", "compile", "cuda_graphs", "fused_optimizer"}
+
+
+class Result(NamedTuple):
+    """One run, scored."""
+
+    name: str
+    settings: Settings
+    evaluation: Evaluation
+
+
+class Figure(NamedTuple):
+    """A mean over runs with its spread over them and its interval over images; none where it does not apply."""
+
+    mean: float
+    spread: float | None  # standard deviation over runs (n - 1); none for a single run
+    interval: tuple[float, float] | None  # 95 %, bootstrap over images, of the mean over runs
+
+    def __str__(self) -> str:
+        return self.text("")
+
+    def text(self, sign: str) -> str:
+        """``mean ± spread [interval]``; ``sign`` is ``+`` for a difference."""
+        spread = "" if self.spread is None else f" ± {self.spread:.3f}"
+        ends = "" if self.interval is None else f" [{self.interval[0]:{sign}.3f}, {self.interval[1]:{sign}.3f}]"
+        return f"{self.mean:{sign}.3f}{spread}{ends}"
+
+
+def names_of(runs: str | Iterable[str] | None) -> list[str]:
+    """Names in a list, or in a text with commas between them."""
+    parts = runs.split(",") if isinstance(runs, str) else [str(run) for run in runs or ()]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def source_of(images: str | None = None, annotations: str | None = None, *, synthetic_images: int = 60) -> Source:
+    """Annotated images: a COCO file's, or drawn people where none is given.
+
+    Raises:
+        DataError: a file or folder is missing.
+        SettingsError: one of the two was given without the other.
+    """
+    if (images is None) != (annotations is None):
+        raise SettingsError("images and annotations belong together: give both, or neither for drawn people")
+    return SyntheticPeople(synthetic_images, split="val") if images is None else CocoPeople(annotations, images, split="val")
+
+
+def score_runs(
+    runs: Iterable[str | os.PathLike], source: Source, *, output_dir: str = "outputs", device: str = "auto", **options: Any
+) -> list[Result]:
+    """Score each run on the same images, a line each.
+
+    Args:
+        runs: names, folders or checkpoint files; or folders that ``python -m refinelib evaluate --save`` wrote, which are taken as
+            they are: scored on another machine, say.
+        source: of scenes.
+        output_dir: where runs are looked for by name.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        **options: of :func:`refinelib.metrics.evaluate.measure`, such as ``jitter`` and ``max_images``.
+
+    Raises:
+        CheckpointError: there is no such run, or it has no whole checkpoint; before any is scored.
+        ValueError: a saved evaluation is not whole, or is of other people.
+    """
+    # Each is opened before anything is scored, so that a wrong name shows at once.
+    opened = [_saved(run) or load(run, device=device, output_dir=output_dir) for run in runs]
+    _refuse_other_people([one for one in opened if isinstance(one, Evaluation)], source, options.get("max_images"))
+    results = []
+    for one in opened:
+        found = one if isinstance(one, Evaluation) else measure(one, source=source, **options)
+        result = Result(found.name, found.settings, found)
+        reached = ", ".join(f"{FIGURES[key]} {shown(found.report[key])}" for key in ("target_iou", "boundary_iou", "miou"))
+        print(f"{result.name} (recipe {result.settings.recipe}, seed {result.settings.seed}): {reached}", flush=True)
+        results.append(result)
+    return results
+
+
+def _saved(folder: str | os.PathLike) -> Evaluation | None:
+    """The evaluation that was saved there; none where the folder is something else.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    folder = absolute(folder)
+    return Evaluation.read(folder) if (folder / Evaluation.ARRAYS).is_file() else None
+
+
+def _refuse_other_people(saved: Sequence[Evaluation], source: Source, max_images: int | None) -> None:
+    """Raises ValueError where an evaluation is of people that the source does not have; the source is read only if there is one."""
+    known = set(source.people(max_images).annotation_ids.tolist()) if saved else set()
+    for one in saved:
+        mine = set(one.people["annotation_id"].tolist())
+        if not mine <= known:
+            raise ValueError(f"{one.name} was scored on other images ({len(mine - known)} of its {len(mine)} people are not among these): give the images it was scored on")
+
+
+def by_settings(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Runs that differ in nothing but the seed, together; named by the settings that differ from the first run's."""
+    groups: list[list[Result]] = []
+    for result in results:
+        mine = next((group for group in groups if not _changes(group[0], result)), None)
+        if mine is None:
+            groups.append([result])
+        else:
+            mine.append(result)
+    named: dict[str, list[Result]] = {}
+    for group in groups:
+        changes = _changes(groups[0][0], group[0])
+        named[_title(group[0], changes)] = group
+    return named
+
+
+def shown(value: float | None) -> str:
+    """Three decimals; nothing for none."""
+    return "" if value is None else f"{value:.3f}"
+
+
+# -- figures of several runs -----------------------------------------------------------------------
+def figure(results: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Figure | None:
+    """One figure of runs that were scored on the same people, ``inside`` (bool ``[N]``) or all; none: nobody to score.
+
+    Raises:
+        ValueError: the runs were scored on different people.
+    """
+    images = _images(results)
+    return _figure(_stack(results, key), images, key, inside)
+
+
+def difference(on: Sequence[Result], off: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Figure | None:
+    """``on`` less ``off``, paired over images; the spread is that of independent runs' difference.
+
+    Args:
+        on, off: runs scored on the same people.
+        key: of :data:`FIGURES`.
+        inside: bool ``[N]``, limits it to these people.
+    """
+    people = _images([*on, *off])
+    first, second = _stack(on, key), _stack(off, key)
+    if inside is not None:
+        first, second, people = first[inside], second[inside], people[inside]
+    if not len(people):
+        return None
+    draw = ImageBootstrap(people)
+    if key == "miou":
+        counts = torch.cat([first, second], dim=1)
+
+        def lead(sums: Tensor) -> Tensor:
+            each = _miou(sums)
+            return each[:, : len(on)].mean(-1) - each[:, len(on) :].mean(-1)
+
+        mean, interval = float(lead(counts.sum(0, keepdim=True))), draw.pooled(counts, lead)
+    else:
+        gain = first.mean(1) - second.mean(1)
+        mean, interval = float(gain.nanmean()), draw.mean(gain)
+    if np.isnan(mean):
+        return None
+    spreads = [_spread(_by_run(values, key)) for values in (first, second)]
+    spread = None if None in spreads else float(np.hypot(*spreads))
+    return Figure(mean, spread, interval)
+
+
+def size_groups(results: Sequence[Result]) -> dict[str, np.ndarray]:
+    """Who belongs to which group of size, bool ``[N]`` by title: all, COCO's groups, thirds of the people."""
+    areas = torch.as_tensor(results[0].evaluation.people["area"].astype(float))
+    groups = {"all": np.ones(len(areas), dtype=bool)}
+    groups |= {f"{name} (COCO)": inside.numpy() for name, (inside, _) in coco_groups(areas).items()}
+    return groups | {f"{name} third": inside.numpy() for name, (inside, _) in third_groups(areas).items()}
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+def _changes(first: Result, second: Result) -> dict[str, Any]:
+    """Settings that decide what is learned, and differ."""
+    then, now = first.settings.model_dump(), second.settings.model_dump()
+    return {name: now[name] for name in now if name not in _NO_VARIANT and now[name] != then[name]}
+
+
+def _title(first: Result, changes: dict[str, Any]) -> str:
+    """What sets a variant apart, in words; "refinement off" where nothing of it is left."""
+    if not changes:
+        return f"as {first.name}"
+    off = [name for name in REFINEMENT_OFF if name in changes and not changes[name]]
+    if off and not any(getattr(first.settings, name) for name in REFINEMENT_OFF):
+        changes = {"refinement": "off", **{name: value for name, value in changes.items() if name not in off}}
+    return "; ".join(f"{name} = {value}" for name, value in changes.items())
+
+
+def _stack(results: Sequence[Result], key: str) -> Tensor:
+    """``[N, runs]`` of a figure, or ``[N, runs, 3, 3]`` of pixel counts for mIoU."""
+    if key == "miou":
+        return torch.stack([torch.as_tensor(run.evaluation.confusion).double() for run in results], dim=1)
+    return torch.stack([torch.as_tensor(run.evaluation.people[key]).double() for run in results], dim=1)
+
+
+def _images(results: Sequence[Result]) -> np.ndarray:
+    """The image of each person, once it is sure that all runs were scored on the same people."""
+    if not results:
+        raise ValueError("no run to compare: give at least one")
+    first = results[0]
+    for run in results[1:]:
+        if not np.array_equal(run.evaluation.people["annotation_id"], first.evaluation.people["annotation_id"]):
+            raise ValueError(f"{run.name} and {first.name} were scored on different people: score both on the same images")
+    return first.evaluation.people["image_id"]
+
+
+def _figure(values: Tensor, images: np.ndarray, key: str, inside: np.ndarray | None) -> Figure | None:
+    if inside is not None:
+        values, images = values[inside], images[inside]
+    if not len(images):
+        return None
+    each = _by_run(values, key)
+    if each.isnan().any():
+        return None
+    draw = ImageBootstrap(images)
+    if key == "miou":
+        interval = draw.pooled(values, lambda sums: _miou(sums).mean(-1))
+    else:
+        interval = draw.mean(values.mean(1))
+    return Figure(float(each.mean()), _spread(each), interval)
+
+
+def _miou(counts: Tensor) -> Tensor:
+    """Mean IoU over the classes that the truth holds, ``[...]`` from ``[..., 3, 3]``.
+
+    Where a few people are compared the truth may hold nobody else; a run that sees some all the same would be
+    averaged over three classes and another over two.
+    """
+    return iou_from_confusion(counts).where(counts.sum(-1) > 0, torch.nan).nanmean(-1)
+
+
+def _by_run(values: Tensor, key: str) -> Tensor:
+    return _miou(values.sum(0)) if key == "miou" else values.nanmean(0)
+
+
+def _spread(each: Tensor) -> float | None:
+    return float(each.std()) if len(each) > 1 else None

@@ -1,0 +1,228 @@
+"""The sweep of drawn faults: its share of the suite, what it stands on, and that each property can fail."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import bench
+
+from refinelib import trainer as training
+from refinelib.guard import guard as guards
+from refinelib.guard.guard import REPORT, Guard
+from refinelib.guard.rewind import Recovery, Snapshot
+from refinelib.guard.watch import Watch
+
+sweep = bench("sweep")
+#: The suite's share, the same every time; ``python bench/sweep.py --draws 20000 --seed S`` draws others.
+DRAWS, WHOLE = 2000, 40
+PLAIN = {"amp": "off", "optimizer": "adamw", "fused": True, "accumulate": 1, "ema": True, "buffers": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def half():
+    """Float16 convolutions at a bearable speed."""
+    real = F.conv2d
+    sweep.half_convolutions()
+    yield
+    F.conv2d = real
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="module")
+def rig(folder):
+    return sweep.Rig(PLAIN, folder)
+
+
+def fault(**changes):
+    drawn = {"on_spike": "clip", "incidents": 0, "place": "gradient", "time": "middle", "pick": 3}
+    return {**PLAIN, **drawn, "element": None, "value": "7fc00000", "snapshot": True, **changes}
+
+
+def complaints(swept):
+    """One failure of each kind, as a draw that can be played again."""
+    kinds = {kind: swept.shrunk(found[0]) for kind, found in sweep.kinds_of(swept.failures).items()}
+    return "\n".join(f"{kind}: {f['wrong']}\n--only '{json.dumps(f['draw'])}'" for kind, f in kinds.items())
+
+
+def test_thousands_of_faults_are_survived_exact_and_on_record(folder):
+    swept = sweep.Sweep(folder)
+    swept.sweep(DRAWS, 0, sweep.faults(sweep.keys(full=False)))
+    assert not swept.failures, complaints(swept)
+    assert sum(n for (what, *_), n in swept.counts.items() if what == "place") == DRAWS
+    came = {(place, outcome) for what, place, outcome in swept.counts if what == "place"}
+    assert {place for place, _ in came} == {*sweep.IN_STEP, *sweep.IN_STATE}
+    skipped = {place for place, outcome in came if outcome == "skipped"}
+    rewound = {place for place, outcome in came if outcome == "rewound"}
+    assert skipped >= {"input", "activation", "flow", "gradient", "term", "loss", "total", "measured"}
+    assert rewound >= {"parameter", "exp_avg", "exp_avg_sq", "step", "average", "buffer", "memory"}
+
+
+def test_whole_runs_with_a_fault_leave_finite_checkpoints_that_can_be_resumed(folder):
+    swept = sweep.Sweep(folder)
+    drawn = sweep.faults(sweep.keys(full=False)).map(lambda each: {**each, "whole": True})
+    swept.sweep(WHOLE, 0, drawn)
+    assert not swept.failures, complaints(swept)
+
+
+# -- what it stands on ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("key", [PLAIN, sweep.keys(full=False)[-1]], ids=["plain", "fp16"])
+def test_a_restored_state_is_exact_whatever_was_drawn_before(folder, key):
+    """The same steps give the same bits after draws that end in every way, and those of a new trainer."""
+
+    def bits(rig, base):
+        rig.restore(base)
+        rig.loop(sweep.WARM)
+        return [x.clone() for x in (*rig.moving.copy().values(), rig.trainer.guard.memory)]
+
+    rig = sweep.Rig(key, folder)
+    state, memory, _ = rig.bases["warm"]
+    before = {"fresh": [*state.values(), memory], "warm": bits(rig, "warm")}
+    kinds = set()
+    values = {"gradient": "7fc00000", "parameter": "7f149f2d", "exp_avg_sq": "ff800000", "buffer": "7fc00000"}
+    for place, value in {**values, "memory": "7f800000", "rate": "7fc00000"}.items():
+        for when in ("first", "always", "after", "stop"):
+            if sweep.possible(place, when):
+                drawn = fault(place=place, time=when, value=value, incidents=2 * (when == "first"))
+                kinds.add(rig.play({**drawn, "on_spike": "skip", **key})["state"])
+    assert kinds >= {"ok", "interrupted", "diverged"}
+    for base, wanted in before.items():
+        assert all(map(torch.equal, wanted, bits(rig, base))), base
+    other, memory, _ = sweep.Rig(key, folder).bases["warm"]
+    assert all(map(torch.equal, before["fresh"], (*other.values(), memory)))
+
+
+@pytest.mark.parametrize("place", sweep.IN_STEP)
+def test_a_fault_within_a_step_arrives(rig, place):
+    """NaN makes the step a skipped one; but as a label it is a class, and a norm is replaced by its bound."""
+    for element in (None, 7):
+        played = rig.play(fault(place=place, pick=0, element=element))
+        assert played["kind"] == ("applied" if place in ("label", "measured") else "skipped")
+        assert not played["wrong"]
+
+
+@pytest.mark.parametrize("place", sweep.IN_STATE)
+def test_a_fault_between_steps_arrives(rig, place):
+    rig.restore("warm")
+    attack = sweep.Attack(rig.trainer, fault(place=place, pick=0, element=7), [])
+    name, target = sweep.held(rig.trainer)[place][0]
+    before = target.clone()
+    attack.strike(False)
+    assert torch.equal(target, before)
+    attack.strike(True)
+    assert attack.where == name and int(target.isnan().sum()) == 1
+    rig.restore("warm")
+    assert torch.equal(target, before)
+
+
+def test_values_are_the_bits_that_were_drawn():
+    for bits in ("7fc00001", "ff812345", "80000001", "00000000", "7f7fffff", "ff800000"):
+        assert f"{sweep.number(fault(value=bits)).view(torch.int32).item() & 0xFFFFFFFF:08x}" == bits
+    classes = {"7fc00001": "nan", "ff800000": "inf", "80000000": "0", "80000001": "subnormal"}
+    assert all(sweep.value_class(fault(value=bits)) == name for bits, name in classes.items())
+
+
+def test_the_same_draws_every_time():
+    drawn = []
+    for _ in range(2):
+        swept = sweep.Sweep("")
+        swept.play = lambda each: drawn.append(each) or {"kind": "applied", "wrong": []}
+        swept.sweep(60, 7, sweep.faults(sweep.keys(full=True)))
+    assert drawn[:60] == drawn[60:] and len({json.dumps(each) for each in drawn}) == 60
+
+
+# -- that it can fail ----------------------------------------------------------------------------------
+def judge_of_before(self, loss, norms, largest, judge=Guard.judge):
+    """Until 2026-11-26: float32, and no look at whether the norm and the clipping are finite."""
+    found, scale = judge(self, loss, norms, largest), self.state["scale"].float()
+    norms, largest = guards.unscaled(norms, largest, scale, self.root_sizes)
+    peak = norms.amax()
+    total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
+    clip = (torch.full_like(total, self.grad_clip) / total.clamp(min=1e-12)).clamp(max=1.0)
+    bad = ~torch.isfinite(loss) | ~torch.isfinite(largest).all()
+    skip = bad | (self.state["frozen"] != 0) | (self.state["damaged"] != 0)
+    report = found.report.clone()
+    report[REPORT.index("grad_norm")], report[REPORT.index("skipped")] = total, skip.float()
+    return found._replace(skip=skip, divisor=scale / clip, report=report)
+
+
+def judge_that_forgives_nothing(self, loss, norms, largest, judge=Guard.judge):
+    found = judge(self, loss, norms, largest)
+    skip, report = found.skip | (self.state["skipped"] > 0), found.report.clone()
+    report[REPORT.index("skipped")] = skip.float()
+    return found._replace(skip=skip, report=report)
+
+
+def without_memory(self, guard):
+    for name, tensor in guard.tensors().items():
+        tensor.copy_(self.tensors[name])
+
+
+def without_moments(self, guard):
+    for name, tensor in guard.tensors().items():
+        if name in self.tensors and not name.startswith("optimizer."):
+            tensor.copy_(self.tensors[name])
+    guard.memory.copy_(self.memory)
+
+
+def recovery_with(**changes):
+    return lambda guard, **given: Recovery(guard, **{**given, **changes})
+
+
+def fails(*_):
+    raise ZeroDivisionError
+
+
+def nothing(*_, **__):
+    return None
+
+
+def old_average(average, weights, share, skip):
+    average.lerp_(weights, share)
+
+
+LASTING = recovery_with(max_consecutive_skips=10**6)
+HASTY = recovery_with(max_consecutive_skips=1, max_rewinds=0)
+JUDGE, FORGIVES_NOTHING = (Guard, "judge", judge_of_before), (Guard, "judge", judge_that_forgives_nothing)
+BLIND = (Guard, "check_state", nothing)
+#: What is spoilt, where faults are drawn and when, and the properties that have to fail.
+MUTATIONS = {
+    "a norm that overflows": ([JUDGE], "gradient", "middle", "report"),
+    "the guard of before": ([JUDGE, BLIND], "gradient", "last", "report finite disk"),
+    "an average times zero": ([(guards, "_update_average", old_average)], "parameter", "middle", "exact"),
+    "buffers not put back": ([(guards, "_persistent_buffers", lambda _: [])], "gradient", "middle", "exact"),
+    "a state that nobody looks at": ([BLIND], "exp_avg average step", "after stop", "finite disk"),
+    "a log that says nothing": ([(Watch, "_once", nothing)], "gradient term", "middle last", "record"),
+    "moments not restored": ([(Snapshot, "restore", without_moments)], "exp_avg step", "middle", "restored"),
+    "statistics not restored": ([(Snapshot, "restore", without_memory)], "exp_avg step", "middle", "again"),
+    "a guard that forgives nothing": (
+        [FORGIVES_NOTHING, (training, "Recovery", LASTING)], "term", "middle", "continued exact",
+    ),
+    "a run that ends at once": ([(training, "Recovery", HASTY)], "term", "middle", "ended"),
+    "a log that cannot bear NaN": ([(Watch, "_skip", fails)], "input", "last", "raised"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_it_notices(monkeypatch, folder, name):
+    changes, places, times, properties = MUTATIONS[name]
+    for owner, attribute, wrong in changes:
+        monkeypatch.setattr(owner, attribute, wrong)
+    swept = sweep.Sweep(folder)
+    key = {**PLAIN, "incidents": 0, "on_spike": "clip"}
+    drawn = sweep.faults([key], places=places.split(), times=times.split())
+    swept.sweep(16 if "forgives" in name else 64, 1, drawn)
+    found = {code for failure in swept.failures for code in sweep.codes_of(failure)}
+    assert found >= set(properties.split()), (swept.counts, swept.failures[:3])
+    small = swept.shrunk(next(iter(sweep.kinds_of(swept.failures).values()))[0])
+    assert swept.play(json.loads(json.dumps(small["draw"])))["wrong"] == small["wrong"]  # as --only plays it
+
+
+def test_it_notices_in_whole_runs(monkeypatch, folder):
+    monkeypatch.setattr(Guard, "check_state", nothing)
+    played = sweep.whole(fault(place="average", time="after"), folder)
+    assert sweep.codes_of(played) == {"finite", "disk", "resumed"}, played

@@ -1,0 +1,384 @@
+"""Masks pasted back into images, against numpy, scipy and pycocotools on whole images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from limits import in_memory, in_time
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy import ndimage
+
+from refinelib.data import SyntheticPeople
+from refinelib.data import sources as scenes
+from refinelib.data.sources import Masks
+from refinelib.metrics import boundary, image_space
+from refinelib.metrics import evaluate as evaluation
+from refinelib.metrics.coco_ap import CocoResults, average_precision, encode
+from refinelib.metrics.evaluate import Evaluation, measure
+from refinelib.metrics.image_space import annotated_images, compare, pasted_grid, score_in_images
+from refinelib.metrics.paste import Pasted, paste_labels
+from refinelib.metrics.predict import Predictor
+from refinelib.modeling.roi import crop_rois
+from studies.box_jitter import box_iou, jitter_boxes, jitter_curve, noise
+
+CPU = torch.device("cpu")
+CROSS = ndimage.generate_binary_structure(2, 1)
+
+
+def blobs(seed: int, height: int = 60, width: int = 84) -> np.ndarray:
+    """Labels [H, W] with a target, others and background."""
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(3, height, width)), (0, 6, 6))
+    return field.argmax(0)
+
+
+# -- references on the whole image -----------------------------------------------------------------
+def whole_band(mask: np.ndarray, width: int) -> np.ndarray:
+    side = np.ones((2 * width + 1,) * 2, bool)
+    return mask & ~ndimage.binary_erosion(mask, side, border_value=0)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    return mask & ~ndimage.binary_erosion(mask, CROSS, border_value=0)
+
+
+def scipy_distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = outline(a), outline(b)
+    return ndimage.distance_transform_edt(~b)[a], ndimage.distance_transform_edt(~a)[b]
+
+
+def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+# -- one mask --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(12))
+def test_figures_are_those_of_the_whole_image(seed: int):
+    """The window that is looked at, wherever the box lies, changes no figure."""
+    random, truth, labels = np.random.default_rng(seed), blobs(seed), blobs(seed + 100)
+    labels = np.where(random.random(labels.shape) < 0.5, truth, labels) if seed % 3 else labels
+    top, left = random.integers(0, 40, 2)
+    rows, columns = random.integers(12, 40, 2)
+    labels = labels[top : top + rows, left : left + columns]
+    pred = np.zeros(truth.shape, bool)
+    pred[top : top + rows, left : left + columns] = labels == 1
+    assert pred.any() and (truth == 1).any()
+    found = Pasted(int(top), int(left), torch.from_numpy(labels.copy()), torch.tensor(1.0))
+    got = compare(found, torch.from_numpy(truth), extent(truth == 1), 3)
+
+    assert got["target_iou"].item() == pytest.approx(iou(pred, truth == 1))
+    image_width = max(1, int(round(0.02 * math.hypot(*truth.shape))))
+    for name, width in (("boundary_iou", 3), ("boundary_iou_image", image_width)):
+        assert got[name].item() == pytest.approx(iou(whole_band(pred, width), whole_band(truth == 1, width)))
+    there, back = scipy_distances(pred, truth == 1)
+    assert got["hd95"].item() == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)))
+    assert got["surface_distance"].item() == pytest.approx(np.concatenate([there, back]).mean())
+    inside = truth[top : top + rows, left : left + columns]
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, (inside.ravel(), labels.ravel()), 1)
+    assert got["confusion"].tolist() == expected.tolist()
+
+
+def test_no_mask_and_a_box_outside_the_image():
+    truth = torch.from_numpy(blobs(1))
+    where = extent(truth.numpy() == 1)
+    nothing = Pasted(3, 4, torch.zeros(10, 12, dtype=torch.int64), torch.tensor(0.0))
+    outside = Pasted(60, 84, torch.zeros(0, 0, dtype=torch.int64), torch.tensor(0.0))
+    for found in (nothing, outside):
+        got = compare(found, truth, where, 2)
+        assert got["target_iou"] == got["boundary_iou"] == got["boundary_iou_image"] == 0
+        assert got["hd95"] == got["surface_distance"] == pytest.approx(math.hypot(60, 84))
+    assert got["confusion"].sum() == 0 and got["nontarget_iou"].isnan()
+
+
+@pytest.mark.parametrize("pairs", [2**23, 50])
+def test_distances_of_points_are_those_of_the_transform(monkeypatch, pairs: int):
+    monkeypatch.setattr(boundary, "_PAIRS", pairs)  # in one piece and in many
+    for seed in range(4):
+        pred, true = blobs(seed) == 1, blobs(seed + 50) == 1
+        there, back = boundary.outline_distances(torch.from_numpy(pred), torch.from_numpy(true))
+        for got, expected in zip((there, back), scipy_distances(pred, true)):
+            np.testing.assert_allclose(got.numpy(), expected)
+        surfaces = boundary.surfaces(torch.from_numpy(pred), torch.from_numpy(true))
+        assert boundary.hd95(surfaces).item() == pytest.approx(max(there.quantile(0.95), back.quantile(0.95)).item(), abs=1e-5)
+
+
+def test_pasted_labels_and_score():
+    probs = torch.zeros(1, 3, 4, 4)
+    probs[0, 0] = 0.3
+    probs[0, 1, :, :2], probs[0, 2, :, 2:] = 0.7, 0.7
+    (found,) = paste_labels(probs, torch.tensor([[2.0, 1.0, 10.0, 9.0]]), (20, 12))
+    assert (found.top, found.left, tuple(found.labels.shape)) == (1, 2, (8, 8))
+    assert (found.labels[:, :4] == 1).all() and (found.labels[:, 4:] == 2).all()
+    patch = torch.nn.functional.interpolate(probs, size=(8, 8), mode="bilinear")[0, 1]
+    assert found.score.item() == pytest.approx(patch[:, :4].mean().item(), abs=1e-6)
+
+
+# -- many images -----------------------------------------------------------------------------------
+def seeing(shift: int = 0):
+    """A predictor that sees the truth in each box, ``shift`` pixels to the right."""
+
+    def probs(image, boxes, masks, slots):
+        moved = np.roll(masks, shift, axis=2)
+        grids = []
+        for slot, box in zip(slots, boxes):
+            target, others = moved[slot], moved.any(0) & ~moved[slot]
+            layers = torch.from_numpy(np.stack([~(target | others), target, others])).float()
+            grids.append(crop_rois(layers, box[None], (48, 48))[0])
+        return torch.stack(grids)
+
+    return lambda image: paste_labels(probs(image.pixels, image.boxes, image.masks, image.slots), image.boxes, image.size)
+
+
+@pytest.fixture
+def people(coco_files):
+    """Three images: two people side by side, a small one, polygons and run lengths."""
+    random = np.random.default_rng(0)
+    for number in range(3):
+        image = coco_files.image((90, 110))
+        coco_files.person(image, (10, 12, 50, 80), [[10, 12, 45, 15, 50, 80, 20, 70]], area=1700.0)
+        mask = np.zeros((90, 110), bool)
+        mask[20:70, 55:90] = ndimage.gaussian_filter(random.normal(size=(50, 35)), 4) > -0.02
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        coco_files.person(image, tuple(map(int, box)), encode(mask), area=float(mask.sum()))
+        coco_files.person(image, (92, 5, 104, 20))  # 12 pixels wide: no ROI
+    return coco_files
+
+
+def test_small_people_count_for_average_precision_only(people):
+    source = people.source()
+    images = list(annotated_images(source))
+    assert [list(image.scored) for image in images] == [[True, True, False]] * 3
+    assert images[0].annotation_ids == [100, 101, 102] and images[1].image_id == 2
+    truth = CocoResults()
+    found = score_in_images({"shifted": seeing(3)}, source, device=CPU, truth=truth)["shifted"]
+    assert len(found.table()["target_iou"]) == 6 and len(found.coco.entries) == len(truth.entries) == 9
+    only = score_in_images({"shifted": seeing(3)}, source, device=CPU, only=np.array([100, 103]))["shifted"]
+    assert only.annotation_ids == [100, 103]
+
+
+def test_average_precision_is_that_of_pycocotools_on_the_file_itself(people, tmp_path):
+    source, truth = people.source(), CocoResults()
+    found = score_in_images({"a": seeing(1), "b": seeing(6)}, source, device=CPU, truth=truth)
+    for one in found.values():
+        file = tmp_path / "results.json"
+        file.write_text(json.dumps(one.coco.entries))
+        known = COCO(str(people.annotations))
+        judge = COCOeval(known, known.loadRes(str(file)), "segm")
+        judge.evaluate(), judge.accumulate(), judge.summarize()
+        got = average_precision(truth.entries, one.coco.entries)
+        expected = [None if value < 0 else value for value in judge.stats[:6]]
+        assert list(got.values()) == expected
+    assert 0 < got["AP"] < 1 and got["AP50"] > got["AP75"]
+
+
+def test_the_truth_itself_is_perfect(people):
+    truth = CocoResults()
+    found = score_in_images({"grid": pasted_grid((96, 96)), "seeing": seeing()}, people.source(), device=CPU, truth=truth)
+    assert average_precision(truth.entries, truth.entries)["AP"] == pytest.approx(1)
+    for one in found.values():
+        report = one.compute(intervals=True)
+        assert report["target_iou"] > 0.95 and report["miou"] > 0.95
+        low, high = report["intervals"]["target_iou"]
+        assert low <= report["target_iou"] <= high
+    small = sum(area < 1024 for area in found["grid"].table()["area"].tolist())
+    assert [group["rois"] for group in report["by_size"].values()] == [small, 6 - small, 0] and 0 < small < 6
+    assert [group["rois"] for group in report["by_third"].values()] == [2, 2, 2]
+
+
+# -- many people, large pictures ---------------------------------------------------------------------
+def figures_of(source, **how):
+    truth = CocoResults()
+    found = score_in_images(
+        {"shifted": seeing(3), "grid": pasted_grid((24, 24))},
+        source,
+        device=CPU,
+        full=["grid"],
+        truth=truth,
+        **how,
+    )
+    tables = {
+        name: {key: value.tolist() for key, value in one.table().items()} for name, one in found.items()
+    }
+    curve = jitter_curve(
+        lambda pixels, boxes: torch.ones(len(boxes), 3, 8, 8) / 3, source, device=CPU, sigmas=(0, 0.1)
+    )
+    return repr(
+        (
+            tables,
+            curve,
+            truth.entries,
+            [one.coco.entries for one in found.values()],
+            [one.masks for one in found.values()],
+        )
+    )
+
+
+@pytest.mark.parametrize("budget, together", [(0, 256), (20_000, 2), (1 << 20, 1)])
+def test_figures_are_the_same_whatever_fits_into_memory(people, monkeypatch, budget, together):
+    want = figures_of(people.source())
+    monkeypatch.setattr(scenes, "MASK_BYTES", budget)
+    monkeypatch.setattr(image_space, "MOST_TOGETHER", together)
+    assert figures_of(people.source()) == want
+    parts = list(annotated_images(people.source()))
+    assert [len(part.slots) for part in parts][: 3 // together + 1] == (
+        [3] if together == 256 else [2, 1] if together == 2 else [1, 1, 1, 1]
+    )
+    assert (
+        all(part.masks[slot].any() for part in parts for slot in part.slots) and Masks._held <= budget
+    )  # as figures keep them
+
+
+def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
+    """60 people in a picture of 13,000 pixels have masks of 10 GB, and labels of 80 GB."""
+    monkeypatch.setattr(scenes, "MASK_BYTES", 4 << 20)
+    image = coco_files.image(np.zeros((1200, 1200, 3), np.uint8))
+    for number in range(60):
+        coco_files.person(image, (10 + 15 * number, 20, 40 + 15 * number, 90))
+    source = coco_files.source()
+    source.people()
+    made, real = [], image_space._labels
+
+    def labels(*of):  # what PyTorch allocates is not traced
+        assert sum(one() is not None for one in made) <= 1
+        found = real(*of)
+        made.append(weakref.ref(found))
+        assert found.dtype == torch.uint8
+        return found
+
+    monkeypatch.setattr(image_space, "_labels", labels)
+    with in_memory(30):  # all masks: 86 MB
+        found = score_in_images({"grid": pasted_grid((24, 24))}, source, device=CPU)["grid"]
+    assert len(found.coco.entries) == len(made) == 60 and found.compute()["target_iou"] > 0.9
+
+
+# -- data and folders of others ------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "of_the_run, given, allowed",
+    [(False, None, False), (True, None, True), (True, False, False), (False, True, True)],
+)
+def test_evaluation_takes_images_outside_their_folder_as_training_does(
+    people, monkeypatch, of_the_run, given, allowed
+):
+    people.source()
+    seen = []
+
+    def stop(source, **_):
+        seen.append(source)
+        raise KeyError("far enough")
+
+    monkeypatch.setattr(evaluation, "open_store", stop)
+    predictor = object.__new__(Predictor)
+    predictor.settings = SimpleNamespace(
+        allow_images_outside=of_the_run, roi_size=(16, 16), mask_size=(16, 16), context=0.0
+    )
+    with pytest.raises(KeyError, match="far enough"):
+        measure(predictor, images=people.images, annotations=people.annotations, allow_images_outside=given)
+    assert seen[0].allow_outside is allowed
+
+
+@pytest.fixture
+def saved(tmp_path):
+    masks = {100 + i: encode(np.eye(20, dtype=bool)) for i in range(3)}
+    columns = {"annotation_id": np.arange(3), "target_iou": np.linspace(0, 1, 3)}
+    Evaluation({"rois": 3}, columns, [], masks, np.ones((3, 3, 3), np.int64)).save(tmp_path / "e")
+    rest = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    (tmp_path / "e" / "evaluation.json").write_text(json.dumps({**rest, "settings": {}}))
+    return tmp_path / "e"
+
+
+DAMAGE = {
+    "nested": ("report.json", "[" * 100_000),
+    "endless number": ("coco_results.json", "9" * 5000),
+    "a list": ("evaluation.json", "[]"),
+    "masks of 10^18 pixels": (
+        "evaluation.json",
+        '{"name": "a", "settings": {}, "masks": {"100": {"size": [1000000000, 1000000000], "counts": "0"}}}',
+    ),
+    "masks are words": ("evaluation.json", '{"name": "a", "settings": {}, "masks": {"100": "mask"}}'),
+    "a FIFO": ("report.json", None),
+    "no zip": ("evaluation.npz", "PK"),
+}
+
+
+@pytest.mark.parametrize("name, text", DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_evaluation_is_told(saved, name, text):
+    assert Evaluation.read(saved).report == {"rois": 3}
+    (saved / name).unlink()
+    os.mkfifo(saved / name) if text is None else (saved / name).write_text(text)
+    with (
+        in_time(),
+        in_memory(30),
+        pytest.raises(ValueError, match="holds no whole evaluation .*: make it again with"),
+    ):
+        Evaluation.read(saved)
+
+
+def test_an_evaluation_of_foreign_arrays_is_told(saved):
+    for arrays in (
+        {"confusion": np.ones(3)},
+        {"confusion": np.ones((3, 3, 3), int), "people.area": np.ones(99)},
+        {"confusion": np.array([{}])},
+    ):
+        np.savez(saved / "evaluation.npz", **arrays)
+        with pytest.raises(ValueError, match="holds no whole evaluation"):
+            Evaluation.read(saved)
+
+
+# -- boxes that are off ----------------------------------------------------------------------------
+def test_noise_is_a_persons_own_and_has_the_size_it_says():
+    ids = list(range(4000))
+    normal = noise(ids)
+    assert torch.equal(noise([7, 3]), normal[[7, 3]])
+    assert not torch.equal(noise(ids, seed=1), normal)
+    boxes = torch.tensor([[100.0, 50, 140, 150]]).expand(4000, 4).double()
+    moved = jitter_boxes(boxes, normal, 0.1)
+    sides = moved[:, 2:] - moved[:, :2]
+    centres = (moved[:, :2] + moved[:, 2:]) / 2
+    np.testing.assert_allclose(centres.std(0), [4, 10], rtol=0.05)
+    np.testing.assert_allclose(centres.mean(0), [120, 100], atol=0.6)
+    np.testing.assert_allclose((sides / torch.tensor([40.0, 100])).log().std(0), [0.1, 0.1], rtol=0.05)
+    torch.testing.assert_close(jitter_boxes(boxes, normal, 0.0), boxes)
+
+
+def test_box_iou_by_hand():
+    a = torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 4]])
+    b = torch.tensor([[5.0, 0, 15, 10], [6, 6, 8, 8]])
+    assert box_iou(a, b).tolist() == pytest.approx([50 / 150, 0])
+
+
+def test_the_curve_falls_and_begins_at_the_true_boxes():
+    source = SyntheticPeople(6, split="val")
+    scenes = {image.image_id: image for image in annotated_images(source)}
+    by_pixels = {image.pixels.tobytes(): image for image in scenes.values()}
+
+    def probs(pixels, boxes):  # sees whatever of the target lies in the box it is given
+        image = by_pixels[pixels.tobytes()]
+        layers = [torch.from_numpy(np.stack([~image.masks[slot], image.masks[slot]])).float() for slot in image.slots]
+        grids = [crop_rois(layer, box[None], (48, 48))[0] for layer, box in zip(layers, boxes)]
+        return torch.nn.functional.pad(torch.stack(grids), (0, 0, 0, 0, 0, 1))
+
+    curve = jitter_curve(probs, source, device=CPU, sigmas=(0, 0.1, 0.2))
+    exact = score_in_images(
+        {"exact": lambda image: paste_labels(probs(image.pixels, image.boxes), image.boxes, image.size)}, source, device=CPU
+    )["exact"].compute()
+    assert curve[0]["box_iou"] == pytest.approx(1) and curve[0]["target_iou"] == exact["target_iou"]
+    for name in ("box_iou", "target_iou", "boundary_iou"):
+        values = [point[name] for point in curve]
+        assert values[0] > values[1] > values[2]
+    assert curve[2]["intervals"]["target_iou"][0] < curve[2]["target_iou"] < curve[2]["intervals"]["target_iou"][1]
+    with pytest.raises(ValueError, match="sigmas"):
+        jitter_curve(probs, source, device=CPU, sigmas=(0.1, -0.1))

@@ -1,0 +1,178 @@
+"""Figures of runs in every state: finished, going on, diverged, one epoch old, empty."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+from pathlib import Path
+
+import matplotlib.colors
+import numpy as np
+import pytest
+from helpers import make_run
+from PIL import Image
+
+from refinelib.plots import curves as plots
+from refinelib.runs import Run
+
+FIGURES = ("losses", "gradient_norm", "learning_rate", "ious", "sample_grid", "overview")
+NAMES = ("ce", "dice", "active_contour", "boundary_aware", "contour", "distance")
+
+
+
+
+
+
+def pixels(figure) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Run:
+    return make_run(tmp_path / "finished")
+
+
+@pytest.fixture(params=["finished", "diverged", "one epoch", "first steps", "nothing yet", "no config"])
+def any_run(request, tmp_path: Path) -> Run:
+    run = make_run(
+        tmp_path / "run",
+        epochs=1 if request.param == "one epoch" else 3,
+        bad_from=70 if request.param == "diverged" else None,
+        skips=tuple(range(69, 180, 3)) if request.param == "diverged" else (),
+        amp="fp16" if request.param == "diverged" else "off",
+    )
+    if request.param in ("first steps", "nothing yet", "no config"):
+        kept = 1 if request.param == "first steps" else 0
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run.folder / "metrics.jsonl").write_text("".join(lines[:kept]) + lines[kept][:20])  # a line half written
+        for file in (run.folder / "samples").iterdir():
+            file.unlink()
+        (run.folder / "status.json").write_text(json.dumps({"state": "running", "epoch": 0, "step": 0}))
+    if request.param == "no config":
+        (run.folder / "config.json").unlink()
+        (run.folder / "metrics.jsonl").unlink()
+        (run.folder / "events.jsonl").unlink()
+    return run
+
+
+def test_every_figure_of_every_run_is_whole_and_no_legend_hides_a_line(any_run: Run):
+    for name in FIGURES:
+        figure = getattr(plots, name)(any_run)
+        picture = pixels(figure)
+        assert picture.shape[1] == plots.WIDTH * plots.DPI, name
+        frame = (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])
+        assert all((side == 255).all() for side in frame), f"{name}: something touches the figure's edge"
+        assert (picture < 255).any()
+        title = figure._suptitle.get_window_extent()
+        assert title.x1 <= figure.bbox.x1
+        for axes in figure.axes:
+            heads = [text.get_window_extent() for text in (axes.title, axes._left_title) if text.get_text()]
+            assert all(head.y1 <= title.y0 for head in heads), f"{name}: titles overlap"
+            if (legend := axes.get_legend()) is not None:
+                box, panel = legend.get_window_extent(), axes.get_window_extent()
+                assert box.y0 >= panel.y1 - 4 and box.x1 <= panel.x1 + 20, (name, axes.get_title(loc="left"))
+
+
+def test_lines_hold_the_recorded_numbers(finished: Run):
+    axes = {ax.get_title(loc="left").split("  ")[0]: ax for ax in plots.losses(finished).axes}
+    parts = {"cross-entropy", "Dice", "active contour", "boundary-aware", "contour", "distance"}
+    assert set(axes) == {"total training loss"} | parts
+    steps = finished.steps()
+    for name, title in (("ce", "cross-entropy"), ("distance", "distance")):
+        (line,) = axes[title].lines
+        assert line.get_xdata().tolist() == [record["step"] for record in steps]
+        assert line.get_ydata().tolist() == [record["losses"][name] for record in steps]
+        assert line.get_color() == plots.LOSSES[name]
+    assert axes["total training loss"].lines[1].get_xdata().tolist() == [30.0, 90.0, 150.0]  # the middle of each epoch
+
+
+def test_gradient_norm_has_a_log_axis_with_its_three_lines(finished: Run):
+    (axes,) = plots.gradient_norm(finished).axes
+    assert axes.get_yscale() == "log"
+    levels = [line.get_ydata()[0] for line in axes.lines if line.get_gid() == "limit"]
+    assert levels == [10, 50, 100, finished.settings().grad_clip]
+    low, high = axes.get_ylim()
+    assert low < min(record["grad_norm"] for record in finished.steps())
+    assert high > max(record["grad_norm_max"] for record in finished.steps())
+
+
+def test_skipped_steps_and_lost_values_are_marked(tmp_path: Path):
+    run = make_run(tmp_path / "diverged", bad_from=70, skips=(69, 70, 76))
+    (axes,) = plots.gradient_norm(run).axes
+    marks = {line.get_gid(): line.get_xdata() for line in axes.lines if line.get_gid() in ("skips", "nonfinite")}
+    assert list(marks["skips"]) == [69, 70, 76]  # counted as in metrics.jsonl, from 1
+    assert list(marks["nonfinite"]) == list(range(70, 181, 10))
+    assert {"skipped, 3", "not finite"} <= {text.get_text() for text in axes.get_legend().get_texts()}
+
+
+def test_epochs_count_from_one_and_the_best_is_marked(finished: Run):
+    left, right = plots.ious(finished).axes
+    assert left.lines[0].get_xdata().tolist() == [1, 2, 3]
+    star = next(line for line in left.lines if line.get_marker() == "*")
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([3], [pytest.approx(0.9 - 0.5 / 3)])
+    assert [line.get_color() for line in right.lines[:2]] == [plots.CLASSES["background"], plots.CLASSES["target"]]
+
+
+def test_loss_scale_is_shown_under_fp16_only(tmp_path: Path):
+    assert len(plots.learning_rate(make_run(tmp_path / "a", amp="fp16")).axes) == 2
+    assert len(plots.learning_rate(make_run(tmp_path / "b", amp="off")).axes) == 1
+
+
+def test_samples_show_truth_prediction_and_error_in_the_class_colours(finished: Run):
+    figure = plots.sample_grid(finished, 2)
+    assert "epoch 2" in figure.get_suptitle()
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(shown) == 4 * 12
+    with np.load(finished.folder / "samples" / "epoch_0002.npz") as file:
+        labels, predicted = file["labels"][0], file["probs"][0].argmax(0)
+        assert (shown[0] == file["image"][0]).all()
+    colors = plots.CLASSES | plots.ERRORS
+    rgb = {name: tuple(round(255 * x) for x in matplotlib.colors.to_rgb(color)) for name, color in colors.items()}
+    for value, name in enumerate(("background", "target", "other people")):
+        assert (shown[1][labels == value] == rgb[name]).all() and (shown[2][predicted == value] == rgb[name]).all()
+    missed, extra = (labels == 1) & (predicted != 1), (labels != 1) & (predicted == 1)
+    assert missed.any() and extra.any()
+    assert (shown[3][missed] == rgb["missed"]).all() and (shown[3][extra] == rgb["too much"]).all()
+    agreed = shown[3][labels == predicted]
+    assert (agreed == agreed[:, :1]).all()  # grey
+
+
+@pytest.mark.parametrize("canvas, size, boxed", [((32, 32), (32, 32), False), ((48, 24), (32, 16), True)])
+def test_the_box_is_outlined_where_the_crop_is_larger(tmp_path: Path, canvas, size, boxed):
+    figure = plots.sample_grid(make_run(tmp_path / "run", epochs=1, canvas=canvas, size=size))
+    outlines = [patch.get_bbox().bounds for axes in figure.axes for patch in axes.patches]
+    assert bool(outlines) == boxed
+    for bounds in outlines:
+        assert bounds == pytest.approx((1 / 6, 1 / 6, 2 / 3, 2 / 3))
+    pixels(figure)
+
+
+def test_an_epoch_without_samples_is_refused_with_those_there_are(finished: Run):
+    with pytest.raises(ValueError, match=r"no masks of epoch 9; there are 1, 2, 3"):
+        plots.sample_grid(finished, 9)
+
+
+def test_save_writes_the_figure_into_the_run_and_returns_it(finished: Run):
+    figure = plots.ious(finished)
+    assert plots.save(finished, figure, "ious") is figure
+    assert [file.name for file in (finished.folder / "figures").iterdir()] == ["ious.png"]
+    assert (np.asarray(Image.open(finished.folder / "figures" / "ious.png").convert("RGB")) == pixels(figure)).all()
+
+
+def test_a_run_is_found_by_folder_too(finished: Run):
+    assert "finished" in plots.overview(str(finished.folder)).get_suptitle()
+
+
+def test_table_names_last_and_best_epoch(finished: Run):
+    table = plots.metrics_table(finished)
+    assert "last (epoch 3)" in table and "best (epoch 3)" in table and "| target IoU | 0.733 | 0.733 |" in table
+
+
+def test_no_pyplot_is_loaded():
+    """Figures in pyplot's list show twice in a notebook and are never freed."""
+    tree = ast.parse(Path(plots.__file__).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} | {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert not [name for name in imported if name and "pyplot" in name]

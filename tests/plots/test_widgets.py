@@ -1,0 +1,150 @@
+"""Widgets: where somebody watches they answer, elsewhere there is nothing at all."""
+
+from __future__ import annotations
+
+import json
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+from helpers import make_run
+
+import refinelib
+from refinelib.gradients.read import read
+from refinelib.plots import curves as plots
+from refinelib.plots import gradients as gradient_plots
+from refinelib.plots import masks as pictures
+from refinelib.plots import widgets
+from refinelib.runs import Run
+from refinelib.workflows.examples import newest, tiny
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    monkeypatch.setattr(widgets, "interactive", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Run:
+    return tiny(str(tmp_path_factory.mktemp("runs")))
+
+
+def test_nothing_is_made_where_nobody_watches(trained, monkeypatch):
+    monkeypatch.setattr(widgets, "interactive", lambda: False)
+    import ipywidgets
+
+    def forbidden(*_, **__):
+        raise AssertionError("a widget was made")
+
+    monkeypatch.setattr(ipywidgets.Widget, "__init__", forbidden)
+    assert widgets.live_panel() is None
+    assert all(make(trained) is None for make in (widgets.epoch_slider, widgets.threshold_slider, widgets.layer_picker))
+
+
+def test_the_epoch_slider_shows_the_masks_of_its_epoch(tmp_path, watched):
+    run = make_run(tmp_path / "run")
+    box = widgets.epoch_slider(run, kinds=("worst",), per_kind=2)
+    slider, picture, note = box.children
+    assert slider.options == (1, 2, 3) and slider.value == 3
+    before = bytes(picture.value)
+    slider.value = 1
+    assert bytes(picture.value) != before
+    assert bytes(picture.value) == pictures.sample_grid(run, 1, kinds=("worst",), per_kind=2)._repr_png_()
+    (run.folder / "samples" / "epoch_0002.npz").unlink()  # a resumed run takes its later epochs away
+    slider.value = 2
+    assert "no masks of epoch 2; there are 1, 3" in note.value
+    slider.value = 3
+    assert note.value == "" and bytes(picture.value) == before
+
+
+def test_the_threshold_slider_moves_the_mask(trained, watched):
+    slider, picture, _ = widgets.threshold_slider(trained).children
+    assert slider.value == 0.5 and bytes(picture.value) == pictures.thresholded(trained, 0.5)._repr_png_()
+    before = bytes(picture.value)
+    slider.value = 0.9
+    assert bytes(picture.value) != before
+
+
+def test_thresholds_at_their_ends_take_all_and_nothing(trained):
+    with np.load(trained.folder / "samples" / "epoch_0002.npz") as file:
+        labels = file["labels"][file["kind"] == "fixed"][:8]
+    title = pictures.thresholded(trained, 0.0).get_suptitle()
+    assert f"IoU {(labels > 0).mean():.3f}" in title and "P >= 0.00, epoch 2" in title
+    assert "IoU 0.000" in pictures.thresholded(trained, 1.1).get_suptitle()
+
+
+def test_the_layer_picker_shows_the_layers_of_a_module(trained, watched):
+    picker, picture, _ = widgets.layer_picker(trained).children
+    assert bytes(picture.value) == gradient_plots.module_norms(trained)._repr_png_()
+    found = read(trained)
+    for module, value in picker.options[1:]:  # "person" must not bring "person_head" with it
+        assert {name.split(".")[0] for name in found.select(value)} == {module}
+    picker.value = "boundary."
+    assert bytes(picture.value) == gradient_plots.module_norms(trained, "boundary.")._repr_png_()
+
+
+def test_a_run_with_nothing_on_disk_yet_has_no_widgets(tmp_path, watched):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "status.json").write_text(json.dumps({"state": "running"}))
+    assert all(make(tmp_path / "new") is None for make in (widgets.epoch_slider, widgets.threshold_slider, widgets.layer_picker))
+
+
+def test_the_live_panel_is_shown_once_and_then_replaced_in_place(tmp_path, watched, monkeypatch):
+    """A display that is updated, no widget: the notebook keeps pictures and no state."""
+    from IPython import display as ipython_display
+
+    shown, updated = [], []
+
+    class Handle:
+        def update(self, figure):
+            updated.append(figure._repr_png_())
+
+    def display(figure, *, display_id):
+        shown.append(figure._repr_png_())
+        return Handle()
+
+    monkeypatch.setattr(ipython_display, "display", display)
+    settings = refinelib.resolve("debug", output_dir=str(tmp_path), smoke=True, epochs=2)
+    run = refinelib.train(settings, on_epoch=widgets.live_panel(samples=2))
+    assert len(shown) == len(updated) == 2 and shown[0] != updated[0] and shown[1] != updated[1]
+    assert run.status()["state"] == "ok"
+    assert all(part.startswith(b"\x89PNG") for part in shown + updated)
+
+
+def test_the_live_figure_holds_weighted_losses_and_the_norms_lines(tmp_path):
+    run = make_run(tmp_path / "run")
+    left, right = plots.live(run).axes
+    steps, settings = run.steps(), run.settings()
+    lines = {line.get_label(): line for line in left.lines}
+    assert lines["total"].get_ydata().tolist() == [step["loss"] for step in steps]
+    assert lines["contour"].get_ydata() == pytest.approx([step["losses"]["contour"] * settings.contour_weight for step in steps])
+    assert [line.get_ydata()[0] for line in right.lines if line.get_gid() == "limit"] == [10, 50, 100, settings.grad_clip]
+
+
+def test_the_newest_fit_run_is_taken(tmp_path):
+    import os
+
+    for age, name in enumerate(("new", "old")):
+        make_run(tmp_path / name)
+        os.utime(tmp_path / name / "status.json", (1e9 - age, 1e9 - age))
+    assert newest(output_dir=str(tmp_path)).name == "new"
+    assert newest(output_dir=str(tmp_path), fit=lambda run: run.name == "old").name == "old"
+    assert newest("old", output_dir=str(tmp_path)).name == "old"
+
+
+def test_in_a_watched_kernel_the_panel_is_two_pictures_and_the_sliders_are_widgets(tmp_path, monkeypatch):
+    """A real kernel, told that a Jupyter server started it; what the page holds afterwards."""
+    monkeypatch.setenv("JPY_SESSION_NAME", "watched.ipynb")
+    source = f"""
+import refinelib
+from refinelib.plots import widgets
+settings = refinelib.resolve("debug", output_dir={str(tmp_path / "runs")!r}, smoke=True)
+run = refinelib.train(settings, on_epoch=widgets.live_panel())
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (source, "widgets.epoch_slider(run)", "widgets.layer_picker(run)")])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    pictures = [item for item in notebook.cells[0].outputs if "image/png" in item.get("data", {})]
+    assert len(pictures) == 2  # replaced in place: two epochs do not make four
+    for cell in notebook.cells[1:]:
+        assert "application/vnd.jupyter.widget-view+json" in cell.outputs[0].data
