@@ -9,7 +9,7 @@ ARGS ?=
 NOTEBOOKS := $(or $(shell git ls-files "notebooks/*.ipynb" 2>/dev/null),$(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test browser chromium gallery lab nbdime bench clean
+.PHONY: help env train test lint browser chromium gallery lab nbdime bench clean
 
 help: ## say what there is
 	@echo "refinelib: boundary-refined person masks, finite by construction"
@@ -37,6 +37,11 @@ test: $(READY) ## pass every test, the notebooks' included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not browser" -n auto --dist loadfile
 	@OMP_NUM_THREADS=1 REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
 	  --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider $(NOTEBOOKS)
+
+lint: $(READY) ## check format, style and types
+	@$(BIN)/ruff format --check --quiet refinelib studies tests bench gallery || { echo "run: $(BIN)/ruff format"; exit 1; }
+	@$(BIN)/ruff check --quiet refinelib studies tests bench gallery
+	@$(BIN)/mypy refinelib
 
 gallery: $(READY) ## execute the notebooks into gallery/, for readers on the web
 	@$(BIN)/python gallery/make.py $(ARGS)
