@@ -107,9 +107,9 @@ def column(device: str, amp: str, path: str, folder: str, kinds: dict = KINDS) -
 
 def advance(trainer: Trainer) -> None:
     """One step as the loop takes it."""
-    per_epoch = trainer.feed.steps_per_epoch
+    per_epoch = trainer.loader.steps_per_epoch
     epoch, at_step = divmod(trainer.step, per_epoch)
-    plan = trainer.feed.plan(epoch)
+    plan = trainer.loader.plan(epoch)
     trainer.model.train()
     report = trainer.train_step(plan, at_step)
     trainer.step += 1

@@ -28,7 +28,7 @@ import torch
 
 from refinelib.config import Settings, resolve
 from refinelib.data import Store, open_split
-from refinelib.data.loader import Feed
+from refinelib.data.loader import BatchLoader
 from refinelib.guard.oom import ran_out
 
 import speed
@@ -109,18 +109,18 @@ def by_data(base: Settings, small: Store, device: torch.device, options: argpars
             started = time.perf_counter()
             large = Store.open(Path(scratch) / "large")
             opened = time.perf_counter()
-            feed = Feed(large, device=device, batch_size=min(64, rows), mode=base.augment, seed=0)
+            loader = BatchLoader(large, device=device, batch_size=min(64, rows), mode=base.augment, seed=0)
             ready = time.perf_counter()
-            plan = feed.plan(0)
+            plan = loader.plan(0)
             planned = time.perf_counter()
-            taken = min(feed.steps_per_epoch, 200)
+            taken = min(loader.steps_per_epoch, 200)
             for step in range(taken):
-                feed.batch(plan, step)
+                loader.batch(plan, step)
             speed.synchronize(device)
-            served = (time.perf_counter() - planned) / (taken * feed.batch_size)
+            served = (time.perf_counter() - planned) / (taken * loader.batch_size)
             yield told(
                 "data", rows, opening_s=round(opened - started, 4), feed_s=round(ready - opened, 4), plan_s=round(planned - ready, 4),
-                serving_us_a_roi=round(1e6 * served, 2), on_device=feed.resident is not None, plan_mib=round(sum(x.nbytes for x in plan) / 2**20, 2),
+                serving_us_a_roi=round(1e6 * served, 2), on_device=loader.resident is not None, plan_mib=round(sum(x.nbytes for x in plan) / 2**20, 2),
             )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ class Damage:
         self.begin = 0
 
     def step(self, trainer: Trainer, take):
-        total = trainer.settings.epochs * trainer.feed.steps_per_epoch
+        total = trainer.settings.epochs * trainer.loader.steps_per_epoch
         self.begin = self.begin or 2 + int(self.at * (total - 2))
         rate = trainer.guard.schedule
         if self.since is None and trainer.step + 1 == self.begin:

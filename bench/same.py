@@ -73,8 +73,8 @@ def run(settings, store, device, steps: int, *, nudge: int = 0) -> tuple[dict[st
                 p.mul_(1 + 2.0**-23 * torch.randint(-1, 2, p.shape, generator=random).to(device))
     reports = []
     for step in range(steps):
-        epoch, at = divmod(step, stepper.feed.steps_per_epoch)
-        plan = stepper.feed.plan(epoch) if at == 0 else plan
+        epoch, at = divmod(step, stepper.loader.steps_per_epoch)
+        plan = stepper.loader.plan(epoch) if at == 0 else plan
         reports.append(stepper.step(plan, at, step + 1))
     table = torch.stack(reports).cpu()
     before = len(stepper.loss.names)
@@ -96,7 +96,7 @@ def gradient(settings, store, device, weights: dict, batch: tuple | None = None)
     """The gradient at ``weights``, of a given batch or the first of the first epoch."""
     stepper = speed.stepper(settings, store, device)
     stepper.model.load_state_dict(weights)
-    images, labels = batch or stepper.feed.make(*stepper.feed.inputs(stepper.plan, 0))
+    images, labels = batch or stepper.loader.make(*stepper.loader.inputs(stepper.plan, 0))
     with keeping_graphs(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         loss, _ = stepper.forward(images.contiguous(memory_format=torch.channels_last), labels)
         factor = stepper.guard.scale(torch.ones((), device=device))

@@ -108,13 +108,13 @@ def stepper(settings, store, device, *, guarded=True, base=False):
     if not guarded:
         parts = parts._replace(guard=NoGuard(parts.guard))
     found = Stepper(settings, parts, device=device, steps=10**6, say=lambda m: say(figure="note", text=m))
-    found.plan, found.number = parts.feed.plan(0), 0
+    found.plan, found.number = parts.loader.plan(0), 0
     return found
 
 
 def take(stepper: Stepper, count: int) -> None:
     for _ in range(count):
-        at = stepper.number % stepper.feed.steps_per_epoch
+        at = stepper.number % stepper.loader.steps_per_epoch
         stepper.number += 1
         stepper.step(stepper.plan, at, stepper.number)
 

@@ -614,7 +614,7 @@ class Rig:
 
     def loop(self, steps: int, interruption: Any = None) -> None:
         """The trainer's own loop: an epoch that ends after so many more steps, and the end of the run."""
-        self.trainer.feed.steps_per_epoch = self.trainer.step + steps
+        self.trainer.loader.steps_per_epoch = self.trainer.step + steps
         self.trainer.fit(interruption or types.SimpleNamespace(requested=False), None)
 
     @torch.no_grad()
@@ -695,7 +695,7 @@ def whole(fault: Fault, folder: str, device: str = "cpu") -> Outcome:
     settings, attacks, error = settings_of(fault, folder, device=device, epochs=2), [], None
 
     def fit(trainer: Trainer, interruption: Any, on_epoch: Any, real: Callable = Trainer.fit) -> None:
-        total = 2 * trainer.feed.steps_per_epoch
+        total = 2 * trainer.loader.steps_per_epoch
         due = {
             "first": [1], "middle": [total // 2], "last": [total], "twice": [2, 3], "every": range(2, 99, 2),
             "always": range(2, 99), "stop": [total // 2 + 1],

@@ -10,7 +10,7 @@ from torch import nn
 
 from refinelib.config import Settings
 from refinelib.data import Store
-from refinelib.data.loader import Feed
+from refinelib.data.loader import BatchLoader
 from refinelib.guard.guard import Guard
 from refinelib.guard.inject import Injector
 from refinelib.modeling.losses import MaskLoss
@@ -27,7 +27,7 @@ class StepParts(NamedTuple):
     loss: nn.Module
     guard: Guard
     injector: Injector
-    feed: Feed
+    loader: BatchLoader
 
 
 def build_step(
@@ -46,18 +46,18 @@ def build_step(
         store: it trains on.
         device: it runs on.
         prepare: gives the fresh model other weights, before the moving average starts from them.
-        resident: false: the store streams in any case, see :class:`~refinelib.data.loader.Feed`.
+        resident: false: the store streams in any case, see :class:`~refinelib.data.loader.BatchLoader`.
         steps_per_epoch: of the schedule; none: as many as the store gives.
     """
     model = build_model(settings).to(device, memory_format=torch.channels_last)
     if prepare is not None:
         prepare(model)
     average = copy.deepcopy(model).requires_grad_(False) if settings.ema_decay else None
-    feed = Feed(
+    loader = BatchLoader(
         store, device=device, batch_size=settings.batch_size, accumulate=settings.accumulate, mode=settings.augment, seed=settings.seed, resident=resident
     )
-    guard = build_guard(settings, model, average, steps_per_epoch=steps_per_epoch or feed.steps_per_epoch)
-    return StepParts(model, average, build_loss(settings).to(device), guard, Injector(settings.inject, model), feed)
+    guard = build_guard(settings, model, average, steps_per_epoch=steps_per_epoch or loader.steps_per_epoch)
+    return StepParts(model, average, build_loss(settings).to(device), guard, Injector(settings.inject, model), loader)
 
 
 def build_model(settings: Settings) -> HierarchicalUNet:

@@ -61,7 +61,7 @@ class Stepper:
     ) -> None:
         # Settled here: asking a GPU what it can do in the middle of a step would break the compiled graph in two.
         self.settings, self.device, self.say = settled(settings, device), device, say
-        self.model, self.loss, self.guard, self.injector, self.feed = parts.model, parts.loss, parts.guard, parts.injector, parts.feed
+        self.model, self.loss, self.guard, self.injector, self.loader = parts.model, parts.loss, parts.guard, parts.injector, parts.loader
         self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self.eager
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[tuple[Tensor, ...]] = []  # what the graph reads, a tuple a micro-batch
@@ -91,7 +91,7 @@ class Stepper:
         if self.beside:
             self._beside()
         self.injector.start(number)
-        given = [self.feed.inputs(plan, at, micro) for micro in range(self.settings.accumulate)]
+        given = [self.loader.inputs(plan, at, micro) for micro in range(self.settings.accumulate)]
         if self.graph is not None:
             for mine, new in zip(self.inputs, given):
                 for target, source in zip(mine, new):
@@ -119,7 +119,7 @@ class Stepper:
         """Loss components and total of a step, whose gradient is left with the parameters."""
         totals, components = [], []
         self.guard.zero_grad()
-        batches = [self.injector.batch(*self.feed.make(*inputs)) for inputs in given]
+        batches = [self.injector.batch(*self.loader.make(*inputs)) for inputs in given]
         samples = sum(len(labels) for _, labels in batches)
         for images, labels in _in_pieces(batches, self.pieces):
             share = len(labels) / samples  # every loss is a mean over samples
@@ -139,7 +139,7 @@ class Stepper:
         self.compiled = True
         options = compiler_options(self.settings, self.device)
         self.forward = torch.compile(self.eager, dynamic=False, options=options)
-        self.feed.compile(options)
+        self.loader.compile(options)
         self.guard.compile()
 
     def _beside(self) -> None:
@@ -152,7 +152,7 @@ class Stepper:
                 self._go_over()
                 return
             try:
-                self.meanwhile = Precompile(self.settings, store=self.feed.store.folder)
+                self.meanwhile = Precompile(self.settings, store=self.loader.store.folder)
             except OSError as error:  # no more processes, no room for its messages
                 self.say(f"waits for its kernels to be compiled: no other process could be started ({error})")
                 self._go_over()
@@ -212,7 +212,7 @@ class Stepper:
                 raise
             self.say(f"could not compile ({(str(error) or type(error).__name__).splitlines()[0]}): trains without, more slowly")
             self.compiled, self.forward = False, self.eager
-            self.feed.uncompile()
+            self.loader.uncompile()
             self.guard.uncompile()
             return self._fitting(given)
 

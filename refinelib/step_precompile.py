@@ -25,7 +25,7 @@ def compile_kernels(settings: Settings, *, store: Path) -> None:
     torch.backends.cudnn.benchmark = not settings.deterministic  # as the run has it
     parts = build_step(settings, Store.open(store), device, resident=False)
     stepper = Stepper(settings.model_copy(update={"compile": "on", "cuda_graphs": False}), parts, device=device, steps=2, say=_refuse)
-    plan = parts.feed.plan(0)
+    plan = parts.loader.plan(0)
     for number in (1, 2):
         stepper.step(plan, 0, number)
     if device.type == "cuda":

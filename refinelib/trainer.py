@@ -98,7 +98,7 @@ class Trainer:
 
         self.train_store, self.val_store = open_splits(settings)
         parts = build_step(settings, self.train_store, self.device, prepare=self.start_from if settings.init_from else None)
-        self.model, self.average, self.loss, self.guard, self.injector, self.feed = parts
+        self.model, self.average, self.loss, self.guard, self.injector, self.loader = parts
         self.recovery = Recovery(
             self.guard, max_consecutive_skips=settings.max_consecutive_skips, max_rewinds=settings.max_rewinds,
             log=lambda: self.log.state_dict(),
@@ -111,12 +111,12 @@ class Trainer:
             settings,
             parts,
             device=self.device,
-            steps=settings.epochs * self.feed.steps_per_epoch,
+            steps=settings.epochs * self.loader.steps_per_epoch,
             say=lambda message: run.event("speed", message, step=self.step),
         )
         self.writer = checkpoints.Writer()
         self.probe = Probe(
-            run.folder / "gradients", guard=self.guard, loss=self.loss, feed=self.feed, model=self.forward, every=settings.probe_every,
+            run.folder / "gradients", guard=self.guard, loss=self.loss, loader=self.loader, model=self.forward, every=settings.probe_every,
             say=lambda message: run.event("damaged", message, step=self.step),
         )  # fmt: skip
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
@@ -132,7 +132,7 @@ class Trainer:
 
     # -- the loop ----------------------------------------------------------------------------------
     def fit(self, interruption: Interruption, on_epoch: Callable[[Run], None] | None) -> None:
-        settings, per_epoch = self.settings, self.feed.steps_per_epoch
+        settings, per_epoch = self.settings, self.loader.steps_per_epoch
         if settings.resume:
             self.restore()
         total = settings.epochs * per_epoch
@@ -143,7 +143,7 @@ class Trainer:
             while self.step < total:
                 epoch = self.step // per_epoch
                 started, end = time.perf_counter(), (epoch + 1) * per_epoch
-                plan = self.feed.plan(epoch)
+                plan = self.loader.plan(epoch)
                 self.log.watch.who = functools.partial(self.people, plan)
                 self.model.train()
                 self.log.restart_clock()
@@ -216,8 +216,8 @@ class Trainer:
     def stop(self, plan) -> None:
         """Keep the very step that was reached, and leave."""
         self.oversee(plan, wait=True)
-        self.ensure_healthy(self.step // self.feed.steps_per_epoch + 1)
-        epochs_done = self.step // self.feed.steps_per_epoch  # it may have gone back
+        self.ensure_healthy(self.step // self.loader.steps_per_epoch + 1)
+        epochs_done = self.step // self.loader.steps_per_epoch  # it may have gone back
         self.log.watch.end_epoch(epochs_done + 1)
         self.save("last.pt")
         self.report_writes(final=True)
@@ -254,12 +254,12 @@ class Trainer:
 
     def people(self, plan, step: int) -> list[dict[str, Any]]:
         """Who was in step number ``step`` (from 1) of the planned epoch."""
-        return [self.train_store.person(roi) for roi in plan.rois[(step - 1) % self.feed.steps_per_epoch].flatten().tolist()]
+        return [self.train_store.instance(roi) for roi in plan.rois[(step - 1) % self.loader.steps_per_epoch].flatten().tolist()]
 
     def keep_incident(self, plan, row: Row) -> None:
         """Look at a step that went wrong, with the weights it met, and keep what is new; then go on."""
-        at = (row.step - 1) % self.feed.steps_per_epoch
-        batches = [self.feed.batch(plan, at, micro) for micro in range(self.settings.accumulate)]
+        at = (row.step - 1) % self.loader.steps_per_epoch
+        batches = [self.loader.batch(plan, at, micro) for micro in range(self.settings.accumulate)]
         folder = self.run.folder / "incidents" / f"{row.step:06d}"
         gradients = [p.grad for p in self.guard.parameters]  # a captured step writes to these very tensors, and never says so again
         try:
@@ -325,7 +325,7 @@ class Trainer:
         self.log.forget()
         self.log.load_state_dict(snapshot.host["log"])
         self.probe.go_back(self.step)
-        self.run.rewind_records(self.step, self.step // self.feed.steps_per_epoch, events=False)
+        self.run.rewind_records(self.step, self.step // self.loader.steps_per_epoch, events=False)
         return True
 
     @contextlib.contextmanager
@@ -334,7 +334,7 @@ class Trainer:
         try:
             yield
         except OSError as error:
-            epoch = self.step // self.feed.steps_per_epoch
+            epoch = self.step // self.loader.steps_per_epoch
             self.run.event("disk", f"the {what} of epoch {epoch} could not be written ({error})", step=self.step)
 
     def report_writes(self, *, final: bool = False) -> None:
@@ -485,7 +485,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "guard": self.guard.state_dict(),
-            "position": {"step": self.step, "epoch": self.step // self.feed.steps_per_epoch, "steps_per_epoch": self.feed.steps_per_epoch},
+            "position": {"step": self.step, "epoch": self.step // self.loader.steps_per_epoch, "steps_per_epoch": self.loader.steps_per_epoch},
             "log": self.log.state_dict(),
             "recovery": {**self.recovery.state_dict(), "incidents": list(self.incidents), "repeats": self.repeats},
             "random": _random_state(self.device),
@@ -527,9 +527,9 @@ class Trainer:
             CheckpointError: it has other settings, data or sizes, or is not finite; the message names it.
         """
         refuse_other_settings(self.settings, saved["settings"])
-        if saved["position"]["steps_per_epoch"] != self.feed.steps_per_epoch:
+        if saved["position"]["steps_per_epoch"] != self.loader.steps_per_epoch:
             raise checkpoints.CheckpointError(
-                f"{path} was made with {saved['position']['steps_per_epoch']} steps an epoch, this run has {self.feed.steps_per_epoch}: "
+                f"{path} was made with {saved['position']['steps_per_epoch']} steps an epoch, this run has {self.loader.steps_per_epoch}: "
                 "resume with the data, batch_size and accumulate that it was started with"
             )
         if saved.get("people") not in (None, self.train_store.identity):

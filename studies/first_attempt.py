@@ -78,7 +78,7 @@ class Crops:
 def crop_people(settings: Settings, split: str) -> Crops:
     """The people of a split's first ``max_images`` images, cut by both samplers."""
     source = make_source(settings, split)
-    people = source.people(settings.max_images)
+    people = source.instances(settings.max_images)
     crops, scene, anyone, shown = [], None, None, None
     for index, slot, box in zip(people.image_index, people.slots, torch.from_numpy(people.boxes)):
         if index != shown:

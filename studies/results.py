@@ -133,7 +133,7 @@ def _saved(folder: str | os.PathLike) -> Evaluation | None:
 
 def _refuse_other_people(saved: Sequence[Evaluation], source: Source, max_images: int | None) -> None:
     """Raises ValueError where an evaluation is of people that the source does not have; the source is read only if there is one."""
-    known = set(source.people(max_images).annotation_ids.tolist()) if saved else set()
+    known = set(source.instances(max_images).annotation_ids.tolist()) if saved else set()
     for one in saved:
         mine = set(one.people["annotation_id"].tolist())
         if not mine <= known:

@@ -33,9 +33,9 @@ def read(run: Run, epoch: int) -> dict[str, np.ndarray]:
 def trained(settings, steps: int = 3) -> tuple[Trainer, torch.Tensor]:
     """A trainer after some steps of its first epoch, and the last one's report."""
     trainer = Trainer(settings, Run.start(settings))
-    plan = trainer.feed.plan(0)
+    plan = trainer.loader.plan(0)
     for at in range(steps):
-        report = trainer.train_step(plan, at % trainer.feed.steps_per_epoch)
+        report = trainer.train_step(plan, at % trainer.loader.steps_per_epoch)
     trainer.run.close()
     trainer.probe.add([steps], report[None].numpy())
     return trainer, report[len(trainer.loss.names) :]
@@ -108,7 +108,7 @@ def test_the_look_holds_true_numbers(tiny):
 def test_terms_add_up_to_the_gradient_of_the_whole_loss(tiny):
     """Each term's gradient, summed as vectors, is the total's: so with one term only its norm is the total's."""
     trainer, report = trained(tiny(use_active_contour_loss=False, use_boundary_aware_loss=False, contour_weight=0, distance_weight=0, dice_weight=0))
-    batch = trainer.feed.batch(trainer.feed.plan(0), 0)
+    batch = trainer.loader.batch(trainer.loader.plan(0), 0)
     trainer.guard.zero_grad()
     trainer.loss(trainer.forward(batch.images), batch.labels)[0].backward()
     expected = [0.0 if p.grad is None else float(p.grad.norm()) for p in trainer.guard.parameters]

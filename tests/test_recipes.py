@@ -6,7 +6,7 @@ import yaml
 
 from refinelib import build
 from refinelib.config import project_root, recipe_names, resolve
-from refinelib.data.loader import Feed
+from refinelib.data.loader import BatchLoader
 from refinelib.guard.guard import Guard
 from refinelib.modeling.roi import canvas_size
 from refinelib.runs import Run
@@ -79,7 +79,7 @@ def observed(settings, tmp_path) -> dict:
     model, loss = build.build_model(settings), build.build_loss(settings)
     average = build.build_model(settings) if settings.ema_decay else None
     guard: Guard = build.build_guard(settings, model, average, steps_per_epoch=10)
-    feed = Feed(_Blank(settings), device=device, batch_size=settings.batch_size, accumulate=settings.accumulate, mode=settings.augment, seed=settings.seed)
+    loader = BatchLoader(_Blank(settings), device=device, batch_size=settings.batch_size, accumulate=settings.accumulate, mode=settings.augment, seed=settings.seed)
     run = Run.start(settings.model_copy(update={"output_dir": str(tmp_path)}))
     decays = sorted(group["weight_decay"] for group in guard.optimizer.param_groups)
     cast = build.autocast(settings, device)
@@ -93,8 +93,8 @@ def observed(settings, tmp_path) -> dict:
         "weight_decay": decays[1], "grad_clip": guard.grad_clip,
         "optimizer": type(guard.optimizer).__name__.lower(),
         "amp": settings.amp if settings.amp == "auto" and not cast._enabled else "off" if not cast._enabled else {torch.float16: "fp16", torch.bfloat16: "bf16"}[cast.fast_dtype],
-        "ema_decay": guard.ema_decay, "batch_size": feed.plan(0).rois.shape[2], "accumulate": feed.plan(0).rois.shape[1],
-        "augment": feed.mode, "recipe": run.name, "width": model.person_head.in_channels / 256,
+        "ema_decay": guard.ema_decay, "batch_size": loader.plan(0).rois.shape[2], "accumulate": loader.plan(0).rois.shape[1],
+        "augment": loader.mode, "recipe": run.name, "width": model.person_head.in_channels / 256,
         "coarse_width": model.target.downs[1][0][0].out_channels / (160 * settings.width), "coarse_depth": len(model.target.downs[0]) - 1,
         "roi_size": tuple(round(2 * (side - 1) / (at.max() - at.min()).item()) for side, at in zip(model.canvas, model.coordinates[0])),
         "mask_size": tuple(m * r // c for m, r, c in zip(model.mask_canvas, settings.roi_size, model.canvas)),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from refinelib.data.errors import DataError, SceneError, printable
-from refinelib.data.sources import NO_MASK, Masks, People, PeopleBuilder, Scene, counted, decode_image
+from refinelib.data.sources import NO_MASK, Masks, Instances, InstancesBuilder, Scene, counted, decode_image
 from refinelib.data.segmentation import decode_segmentation, usable
 
 CROWD = "crowd annotation"
@@ -58,9 +58,9 @@ class CocoPeople:
             raise DataError(f"there is no image folder {self.images}")
 
     def __len__(self) -> int:
-        return self.people().images
+        return self.instances().images
 
-    def people(self, max_images: int | None = None) -> People:
+    def instances(self, max_images: int | None = None) -> Instances:
         """Every ROI of the first ``max_images`` images by image id.
 
         Raises:
@@ -73,7 +73,7 @@ class CocoPeople:
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``people()`` and the masks of all its persons."""
         if index >= len(self._files or ()):
-            self.people()
+            self.instances()
         file_name, height, width = self._files[index]
         image = decode_image(image_file(self.images, file_name, self.allow_outside), (height, width))
         segmentations = json.loads(self._blobs[index])
@@ -83,13 +83,13 @@ class CocoPeople:
 
         return Scene(image, Masks(len(segmentations), (height, width), decode))
 
-    def everyone(self, index: int) -> list[dict[str, Any]]:
+    def annotated_instances(self, index: int) -> list[dict[str, Any]]:
         """All persons of image ``index`` of ``people()``, small ones too, in the order of the scene's masks.
 
         Each has ``annotation_id``, ``category_id``, ``box`` (xyxy) and ``area``, as the file has them.
         """
         if index >= len(self._files or ()):
-            self.people()
+            self.instances()
         names = ("annotation_id", "category_id", "box", "area")
         return [dict(zip(names, row)) for row in json.loads(self._everyone[index])]
 
@@ -102,14 +102,14 @@ class CocoPeople:
 
     # -- parsing ---------------------------------------------------------------------------------
     @cached_property
-    def _indexed(self) -> dict[int | None, People]:
+    def _indexed(self) -> dict[int | None, Instances]:
         return {}
 
     _files: list[tuple[str, int, int]] | None = None
     _blobs: list[bytes]
     _everyone: list[bytes]
 
-    def _index(self, max_images: int | None) -> People:
+    def _index(self, max_images: int | None) -> Instances:
         persons, listed, builder = self._parse()
         files, blobs, everyone = [], [], []
         for image_id in sorted(persons):
@@ -134,7 +134,7 @@ class CocoPeople:
                 each = zip(masked, boxes.tolist(), areas.tolist())
                 rows = [(a["id"], a["category_id"], box, area) for a, box, area in each]
                 everyone.append(json.dumps(rows).encode())
-        people = builder.people()
+        people = builder.instances()
         if not len(people):
             why = counted(people.skipped) or "no annotation of a person"
             raise DataError(f"{self.annotations} has no person that can be used: {why}")
@@ -143,7 +143,7 @@ class CocoPeople:
             self._files, self._blobs, self._everyone = files, blobs, everyone
         return people
 
-    def _parse(self) -> tuple[dict[int, list], dict[int, dict], PeopleBuilder]:
+    def _parse(self) -> tuple[dict[int, list], dict[int, dict], InstancesBuilder]:
         """Person annotations by image id, image entries by id, and a builder that counted the rest."""
         content = read_annotations(self.annotations)
         person = person_ids(content)
@@ -152,7 +152,7 @@ class CocoPeople:
             names = ", ".join(sorted(_shown(c.get("name")).strip("'") for c in categories)[:10])
             names = names or "none with a whole number as its id"
             raise DataError(f"{self.annotations} has no category 'person'; its categories are {names}")
-        builder, listed, persons = PeopleBuilder(), {}, {}
+        builder, listed, persons = InstancesBuilder(), {}, {}
         for number, entry in enumerate(content["images"]):
             if is_image(entry):
                 other = listed.setdefault(entry["id"], entry)

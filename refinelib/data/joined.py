@@ -8,7 +8,7 @@ from typing import Sequence
 
 import numpy as np
 
-from refinelib.data.sources import COLUMNS, People, Scene, Source
+from refinelib.data.sources import COLUMNS, Instances, Scene, Source
 
 
 class JoinedSources:
@@ -29,19 +29,19 @@ class JoinedSources:
     def _lengths(self) -> list[int]:
         return [len(source) for source in self.sources]  # some count by reading every mask
 
-    def people(self, max_images: int | None = None) -> People:
-        parts: list[People] = []
+    def instances(self, max_images: int | None = None) -> Instances:
+        parts: list[Instances] = []
         for source in self.sources:
             left = None if max_images is None else max_images - sum(part.images for part in parts)
             if left is None or left > 0:
-                parts.append(source.people(left))
+                parts.append(source.instances(left))
         before = np.cumsum([0, *(part.images for part in parts)])
         columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
         columns["image_index"] = np.concatenate([part.image_index + start for part, start in zip(parts, before)]).astype(COLUMNS["image_index"])
         examples = {reason: example for part in reversed(parts) for reason, example in part.examples.items()}
         skipped = dict(sum((Counter(part.skipped) for part in parts), Counter()))
         starts = {source.name: int(start) for source, start in zip(self.sources, before[: len(parts)])}
-        return People(**columns, images=int(before[-1]), skipped=skipped, examples=examples, starts=starts)
+        return Instances(**columns, images=int(before[-1]), skipped=skipped, examples=examples, starts=starts)
 
     def scene(self, index: int) -> Scene:
         for source, length in zip(self.sources, self._lengths):

@@ -24,11 +24,11 @@ class Plan(NamedTuple):
     """A whole epoch's order and augmentation; depends on nothing but the seed and the epoch."""
 
     rois: Tensor  # int64 [steps, micro-batches, B], on the CPU
-    table: Tensor  # float32 [steps, micro-batches, B, columns], on the device
+    augment_params: Tensor  # float32 [steps, micro-batches, B, columns], on the device
     device_rois: Tensor  # rois, on the device
 
 
-class Feed:
+class BatchLoader:
     """Serves micro-batches of a store.
 
     The pixels lie on the device where they take less than a quarter of its memory, and stream from the
@@ -88,7 +88,7 @@ class Feed:
         The places in the resident store, or where it streams the pixels themselves (uint8 ``[B, Hc, Wc, 3]`` and
         ``[B, Hm, Wm, 2]``); then the augmentation's parameters.
         """
-        table = plan.table[step, micro]
+        table = plan.augment_params[step, micro]
         if self.resident is not None:
             return plan.device_rois[step, micro], table
         pixels = self.store.gather(plan.rois[step, micro])

@@ -16,8 +16,8 @@ from refinelib.data.sources import (
     OTHER_SIZE,
     UNREADABLE,
     Masks,
-    People,
-    PeopleBuilder,
+    Instances,
+    InstancesBuilder,
     Scene,
     counted,
     decode_image,
@@ -52,9 +52,9 @@ class PennFudanPeople:
                 )
 
     def __len__(self) -> int:
-        return self.people().images
+        return self.instances().images
 
-    def people(self, max_images: int | None = None) -> People:
+    def instances(self, max_images: int | None = None) -> Instances:
         """Every ROI of the first ``max_images`` images by name; reads the masks, not the images.
 
         Raises:
@@ -62,7 +62,7 @@ class PennFudanPeople:
         """
         from scipy import ndimage  # takes a while to import, and most data are other
 
-        builder = PeopleBuilder()
+        builder = InstancesBuilder()
         files = []
         for image_id, file in self._files:
             if max_images is not None and builder.images >= max_images:
@@ -79,7 +79,7 @@ class PennFudanPeople:
             numbers = [image_id * 1000 + int(i) for i in ids]
             if builder.add(image_id, owner.shape, numbers, list(range(len(ids))), boxes, areas, file.name):
                 files.append(file)
-        people = builder.people()
+        people = builder.instances()
         if not len(people):
             why = counted(people.skipped) or "no PNG in PNGImages"
             raise DataError(f"{self.folder} has no person of the split {self.split} that can be used: {why}")
@@ -90,7 +90,7 @@ class PennFudanPeople:
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``people()`` and the masks of all its persons."""
         if index >= len(self._used):
-            self.people()
+            self.instances()
         file = self._used[index]
         ids, _, owner = _read_mask(self._mask_file(file))
         image = decode_image(file)

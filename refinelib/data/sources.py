@@ -102,7 +102,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class People:
+class Instances:
     """The ROIs of a source as columns, one row a ROI, ROIs of an image side by side.
 
     ``image_index`` int32: argument of ``scene``; ``slots`` int32: the person's place in its
@@ -137,7 +137,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of images with at least one ROI, readable or not."""
 
-    def people(self, max_images: int | None = None) -> People:
+    def instances(self, max_images: int | None = None) -> Instances:
         """Every ROI of the first ``max_images`` images, without decoding images."""
 
     def scene(self, index: int) -> Scene:
@@ -149,10 +149,10 @@ class Source(Protocol):
 
 COLUMNS = {"image_index": np.int32, "slots": np.int32, "image_ids": np.int64, "annotation_ids": np.int64,
            "boxes": np.float32, "areas": np.float32, "image_sizes": np.int32}
-assert set(COLUMNS) < {f.name for f in fields(People)}
+assert set(COLUMNS) < {f.name for f in fields(Instances)}
 
 
-class PeopleBuilder:
+class InstancesBuilder:
     """Collects ROIs image by image and turns them into compact columns."""
 
     def __init__(self) -> None:
@@ -193,12 +193,12 @@ class PeopleBuilder:
         self.images += bool(largest)
         return bool(largest)
 
-    def people(self) -> People:
+    def instances(self) -> Instances:
         shapes = {"boxes": (-1, 4), "image_sizes": (-1, 2)}
         columns = {
             name: np.asarray(self._rows[name], dtype).reshape(shapes.get(name, -1)) for name, dtype in COLUMNS.items()
         }
-        return People(**columns, images=self.images, skipped=dict(self.skipped), examples=dict(self.examples))
+        return Instances(**columns, images=self.images, skipped=dict(self.skipped), examples=dict(self.examples))
 
 
 def counted(skipped: dict[str, int]) -> str:

@@ -12,7 +12,7 @@ from refinelib.data.errors import DataError
 from refinelib.data.joined import JoinedSources
 from refinelib.data.pennfudan import PennFudanPeople
 from refinelib.data.sources import Source
-from refinelib.data.spoilt import SpoiltFiles
+from refinelib.data.spoilt import CorruptedImages
 from refinelib.data.store import Store, read_info
 from refinelib.data.synthetic import SyntheticPeople
 
@@ -39,7 +39,7 @@ def open_split(settings: Settings, split: str, *, progress: bool = True) -> Stor
     spoilt = [fault for fault in faults.parse(settings.inject or "") if fault.what == "file" and split == "train"]
     try:
         source = make_source(settings, split)
-        source = SpoiltFiles(source, spoilt) if spoilt else source
+        source = CorruptedImages(source, spoilt) if spoilt else source
     except DataError as missing:
         travelled = find_store(root, settings, split) if settings.store_dir else None
         if travelled is None:

@@ -9,11 +9,11 @@ from typing import Sequence
 
 from PIL import Image
 
-from refinelib.data.sources import People, Scene, Source, decode_image
+from refinelib.data.sources import Instances, Scene, Source, decode_image
 from refinelib.guard.faults import Fault
 
 
-class SpoiltFiles:
+class CorruptedImages:
     """``source`` as it is, but for the images that the faults ``file:truncated@N`` and ``file:missing@N`` name (from 1).
 
     The bad file is a real one, cut in half, and goes through the reader that all files go through.
@@ -26,8 +26,8 @@ class SpoiltFiles:
     def __len__(self) -> int:
         return len(self.source)
 
-    def people(self, max_images: int | None = None) -> People:
-        return self.source.people(max_images)
+    def instances(self, max_images: int | None = None) -> Instances:
+        return self.source.instances(max_images)
 
     def fingerprint(self) -> str:
         return f"{self.source.fingerprint()} but for {sorted(self.bad.items())}"

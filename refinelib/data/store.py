@@ -148,7 +148,7 @@ class Store:
         columns = {name: getattr(self, name)[:rois] for name in COLUMNS if name != "slots"}
         return Store(self.folder, info, columns, self._mean if rois == len(self) else None)
 
-    def person(self, roi: int) -> dict[str, Any]:
+    def instance(self, roi: int) -> dict[str, Any]:
         """Who ROI ``roi`` is, as plain values: its data set, that one's ids, and the box."""
         return {
             "roi": int(roi),

@@ -126,7 +126,7 @@ def _make_room_if_repaired(folder: Path, progress: bool) -> None:
 # -- the whole store -------------------------------------------------------------------------------
 def _build(source: Source, folder: Path, info: dict[str, Any], workers: int | None, progress: bool) -> None:
     started = time.perf_counter()
-    people = source.people(info["max_images"])
+    people = source.instances(info["max_images"])
     row_bytes = (int(np.prod(info["canvas"])) * 3, int(np.prod(info["mask_canvas"])) * 2)
     needed, free = len(people) * sum(row_bytes), shutil.disk_usage(folder.parent).free
     if needed > free:

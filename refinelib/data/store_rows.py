@@ -13,7 +13,7 @@ import torch
 
 from refinelib.data.augment import MEAN
 from refinelib.data.errors import SceneError
-from refinelib.data.sources import NO_MASK, UNREADABLE, People, Source
+from refinelib.data.sources import NO_MASK, UNREADABLE, Instances, Source
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes
 
 
@@ -65,7 +65,7 @@ class RowWriter:
         info: sizes, as ``store.json`` has them.
     """
 
-    def __init__(self, source: Source, people: People, folder: Path, info: dict[str, Any]) -> None:
+    def __init__(self, source: Source, people: Instances, folder: Path, info: dict[str, Any]) -> None:
         self.source, self.people = source, people
         self.roi_size, self.mask_size = tuple(info["roi_size"]), tuple(info["mask_size"])
         self.canvas, self.mask_canvas = tuple(info["canvas"]), tuple(info["mask_canvas"])

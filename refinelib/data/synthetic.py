@@ -16,7 +16,7 @@ from refinelib.data import painting as drawing, people as figures, scenery
 from refinelib.data.painting import Layout, paint
 from refinelib.data.errors import DataError
 from refinelib.data.scenery import draw_scene
-from refinelib.data.sources import MIN_SIDE, People, PeopleBuilder, Scene
+from refinelib.data.sources import MIN_SIDE, Instances, InstancesBuilder, Scene
 
 
 class SyntheticPeople:
@@ -42,12 +42,12 @@ class SyntheticPeople:
         if seed < 0:
             raise DataError(f"the seed of synthetic people is {seed}: give 0 or more")
         self.n_images, self.split, self.seed = int(n_images), split, int(seed)
-        self._indexed: dict[int, People] = {}
+        self._indexed: dict[int, Instances] = {}
 
     def __len__(self) -> int:
         return self.n_images
 
-    def people(self, max_images: int | None = None) -> People:
+    def instances(self, max_images: int | None = None) -> Instances:
         """Every ROI of the first ``max_images`` images; draws outlines, not colours.
 
         Raises:
@@ -57,14 +57,14 @@ class SyntheticPeople:
         if count < 1:
             raise DataError(f"max_images is {max_images}: give at least 1")
         if count not in self._indexed:
-            builder = PeopleBuilder()
+            builder = InstancesBuilder()
             for index in range(count):
                 layout = self._layout(index)
                 slots = list(range(len(layout.boxes)))
                 # An annotation id names the image and the person in it, as for Penn-Fudan.
                 ids = [(index + 1) * 1000 + slot for slot in slots]
                 builder.add(index + 1, layout.owner.shape, ids, slots, layout.boxes, layout.areas, f"image {index + 1}")
-            self._indexed[count] = builder.people()
+            self._indexed[count] = builder.instances()
         return self._indexed[count]
 
     def scene(self, index: int) -> Scene:

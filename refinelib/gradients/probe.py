@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refinelib.data.loader import Feed
+from refinelib.data.loader import BatchLoader
 from refinelib.files import by_epoch, replacing
 from refinelib.gradients.read import read_file
 from refinelib.guard.guard import REPORT, Guard
@@ -47,17 +47,17 @@ class Probe:
         folder: where files go; made with the first of them.
         guard: which owns parameters, optimizer and loss scale.
         loss: whose terms are told apart.
-        feed: of the training people; the first micro-batch of its first epoch is looked at, every time.
+        loader: of the training people; the first micro-batch of its first epoch is looked at, every time.
         model: crops (float ``[B, 3, H, W]``) to the model's output, in the run's precision.
         every: epochs between files; 0: the probe is off and does nothing.
         say: told, in a sentence, of a file of before that is passed over.
     """
 
     def __init__(
-        self, folder: Path, *, guard: Guard, loss: MaskLoss, feed: Feed, model: Callable[[Tensor], Any],
+        self, folder: Path, *, guard: Guard, loss: MaskLoss, loader: BatchLoader, model: Callable[[Tensor], Any],
         every: int, say: Callable[[str], None] = warnings.warn,
     ) -> None:  # fmt: skip
-        self.folder, self.guard, self.loss, self.feed, self.model = folder, guard, loss, feed, model
+        self.folder, self.guard, self.loss, self.loader, self.model = folder, guard, loss, loader, model
         self.every, self.say = every, say
         self.modules = list(dict.fromkeys(name.split(".")[0] for name in guard.names))
         self.module_of = np.array([self.modules.index(name.split(".")[0]) for name in guard.names])
@@ -148,7 +148,7 @@ class Probe:
 
     def _terms(self, device: torch.device) -> Tensor:
         """L2 norm of each weighted loss term's gradient by parameter, float32 ``[T, P]``, unscaled."""
-        batch = self.feed.batch(self.feed.plan(0), 0)
+        batch = self.loader.batch(self.loader.plan(0), 0)
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             output = self.model(batch.images[:BATCH])

@@ -60,7 +60,7 @@ def annotated_images(
         max_images: only the first so many.
         only: annotation ids of the ROIs to be scored; none: all.
     """
-    people = source.people(max_images)
+    people = source.instances(max_images)
     for index, start in zip(*np.unique(people.image_index, return_index=True)):
         try:
             scene = source.scene(int(index))
@@ -70,7 +70,7 @@ def annotated_images(
         rois = {int(people.slots[row]): row for row in rows if only is None or people.annotation_ids[row] in only}
         known = {slot: (people.annotation_ids[row], 1, people.boxes[row], people.areas[row]) for slot, row in rois.items()}
         if isinstance(source, CocoPeople):
-            known = {slot: (*person.values(),) for slot, person in enumerate(source.everyone(int(index)))}
+            known = {slot: (*person.values(),) for slot, person in enumerate(source.annotated_instances(int(index)))}
         height, width = scene.image.shape[:2]
         known = {
             slot: person for slot, person in sorted(known.items())

@@ -19,7 +19,7 @@ from refinelib.data.augment import normalise
 from refinelib.build import autocast, build_device, build_guard, build_loss, build_model, precision
 from refinelib.config import Settings
 from refinelib.data import open_splits
-from refinelib.data.loader import Batch, Feed
+from refinelib.data.loader import Batch, BatchLoader
 from refinelib.plots.masks import read_samples
 from refinelib.modeling.losses import NON_TARGET, TARGET
 from refinelib.trainer import train
@@ -46,8 +46,8 @@ def parts(settings: Settings) -> Parts:
     torch.manual_seed(settings.seed)
     store, _ = open_splits(settings)
     model = build_model(settings).to(device, memory_format=torch.channels_last)
-    feed = Feed(store, device=device, batch_size=settings.batch_size, mode="off", seed=settings.seed)
-    return Parts(settings, model, build_loss(settings).to(device), feed.batch(feed.plan(0), 0))
+    loader = BatchLoader(store, device=device, batch_size=settings.batch_size, mode="off", seed=settings.seed)
+    return Parts(settings, model, build_loss(settings).to(device), loader.batch(loader.plan(0), 0))
 
 
 @told("shapes and types")
@@ -249,7 +249,7 @@ def _wrong_batch(parts: Parts) -> str:
     images, labels, _ = parts.batch
     wanted = (parts.settings.batch_size, 3, *parts.model.canvas)
     if tuple(images.shape) != wanted or images.dtype != torch.float32:
-        return f"the crops are {_type(images)} {list(images.shape)} and should be float32 {list(wanted)}: look at feed.Feed.batch"
+        return f"the crops are {_type(images)} {list(images.shape)} and should be float32 {list(wanted)}: look at data.loader.BatchLoader.batch"
     if not bool(torch.isfinite(images).all()) or float(images.abs().max()) > 3 or bool((images.std((-2, -1)) < 1e-3).all()):
         return (
             f"the crops run from {float(images.min()):.2f} to {float(images.max()):.2f} and should be pictures within "

@@ -49,7 +49,7 @@ def read_inputs(
         if annotations is not None:
             raise DataError("annotations were given and no image: give the file of an image that they list")
         source = SyntheticPeople(1, split="val")
-        people = source.people()
+        people = source.instances()
         return Inputs(source.scene(0).image, given or people.boxes.astype(float).tolist(), "synthetic", 0, 1)
     path = Path(os.path.expanduser(image))
     path = path if os.path.exists(path) else absolute(path)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from refinelib.data import augment, open_split
-from refinelib.data.loader import Feed
+from refinelib.data.loader import BatchLoader
 
 
 def disc(size, count=4):
@@ -92,16 +92,16 @@ def test_compiled_it_holds_no_constant_and_gives_the_same(mode, monkeypatch):
 @pytest.mark.parametrize("mode", ["off", "flip", "full", "strong"])
 def test_compiled_batches_are_the_plain_ones_but_for_rounding(tiny, mode):
     settings = tiny(device="cuda", augment=mode)
-    feed = Feed(open_split(settings, "train"), device=torch.device("cuda"), batch_size=16, mode=mode)
-    inputs = feed.inputs(feed.plan(0), 0)
-    images, labels = feed.make(*inputs)
-    feed.compile()
+    loader = BatchLoader(open_split(settings, "train"), device=torch.device("cuda"), batch_size=16, mode=mode)
+    inputs = loader.inputs(loader.plan(0), 0)
+    images, labels = loader.make(*inputs)
+    loader.compile()
     for _ in range(2):
-        mine, its = feed.make(*inputs)
+        mine, its = loader.make(*inputs)
         torch.testing.assert_close(mine, images, rtol=0, atol=2e-3)
         assert (its != labels).float().mean() < 1e-3
-    feed.uncompile()
-    assert torch.equal(feed.make(*inputs)[0], images)
+    loader.uncompile()
+    assert torch.equal(loader.make(*inputs)[0], images)
 
 
 def test_colours_stay_in_range():

@@ -252,9 +252,9 @@ def test_images_come_by_id_and_max_images_counts_those_with_people(coco_files):
             coco_files.person(number + 1, (5, 5, 40, 40))
     coco_files.content["annotations"].reverse()
     source = coco_files.source()
-    assert len(source) == 4 and source.people().image_ids.tolist() == [1, 3, 4, 5]
+    assert len(source) == 4 and source.instances().image_ids.tolist() == [1, 3, 4, 5]
     few = coco_files.source()
-    assert few.people(2).image_ids.tolist() == [1, 3]
+    assert few.instances(2).image_ids.tolist() == [1, 3]
     assert np.array_equal(few.scene(3).image, source.scene(3).image)  # beyond what was indexed so far
     with pytest.raises(IndexError):
         source.scene(4)
@@ -366,16 +366,16 @@ def test_a_file_that_is_no_coco_json(coco_files, text, told):
     source = coco_files.source()
     coco_files.annotations.write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=f"instances.json {told}"):
-        source.people()
+        source.instances()
 
 
 def test_no_person_category(coco_files):
     coco_files.person(coco_files.image(), BOX)
     coco_files.content["categories"] = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}, "person"]
     with pytest.raises(DataError, match="has no category 'person'; its categories are cat, dog"):
-        coco_files.source().people()
+        coco_files.source().instances()
     coco_files.content["categories"] = [{"id": 1, "name": "Person"}]
-    assert len(coco_files.source().people()) == 1
+    assert len(coco_files.source().instances()) == 1
 
 
 def test_no_people(coco_files, tmp_path):
@@ -562,15 +562,15 @@ def test_ids_that_say_nothing_are_not_believed(coco_files, tmp_path):
     image = coco_files.image()
     for fields in ({"id": 2}, {"id": 2}, {"id": None}, {"id": "7"}):
         coco_files.person(image, BOX, **fields)
-    ids = coco_files.source().people().annotation_ids.tolist()
+    ids = coco_files.source().instances().annotation_ids.tolist()
     assert ids[0] == 2 and len(set(ids)) == 4
     again = coco_files.image()
     coco_files.content["images"][-1]["id"] = image
     coco_files.person(image, BOX)
     with pytest.raises(DataError, match="two images of id 1, 001.jpg and 002.jpg"):
-        coco_files.source().people()
+        coco_files.source().instances()
     coco_files.content["images"][-1].update(coco_files.content["images"][0])  # the very same one twice is no harm
-    assert len(coco_files.source().people()) == 5 and again == 2
+    assert len(coco_files.source().instances()) == 5 and again == 2
 
 
 def test_images_may_have_negative_ids(coco_files, tmp_path):
@@ -623,7 +623,7 @@ def test_annotations_must_be_a_regular_file(coco_files, kind):
     with in_time(), pytest.raises(DataError, match="instances.json: it is no regular file"):
         CocoPeople(coco_files.annotations, coco_files.images)
     with in_time(), pytest.raises(DataError, match="instances.json is no regular file"):
-        source.people()  # it was one when the source was made
+        source.instances()  # it was one when the source was made
 
 
 ODD_NAMES = {
@@ -777,7 +777,7 @@ def test_masks_are_decoded_under_a_budget(coco_files, monkeypatch, people, side)
     """All at once they take 180 MB: 20,000 people, or 60 in a picture of 13,000 pixels, take gigabytes."""
     monkeypatch.setattr(scenes, "MASK_BYTES", 4 << 20)
     source = crowded(coco_files, people, side)
-    source.people()
+    source.instances()
     with in_memory(60):
         masks = source.scene(0).masks
         anyone = masks.any(0)
@@ -944,17 +944,17 @@ def test_an_annotation_file_that_takes_more_memory_than_it_may_is_refused(coco_f
         tracemalloc.stop()
     monkeypatch.setattr(coco, "MOST_PARSED", taken - 1)
     with pytest.raises(DataError, match="would take 0 GB of memory, .* leave only persons"):
-        source.people()
+        source.instances()
     monkeypatch.setattr(coco, "MOST_PARSED", 12 * taken)
     with pytest.raises(DataError, match="lacks the list annotations, categories"):
-        source.people()
+        source.instances()
 
 
 def test_an_annotation_file_without_end(coco_files):
     source = coco_files.source()
     os.truncate(coco_files.annotations, 160 << 30)
     with in_time(), in_memory(10), pytest.raises(DataError, match="would take 1031 GB of memory"):
-        source.people()
+        source.instances()
 
 
 #: Values in JSON's own text, as no writer makes them.
@@ -1014,7 +1014,7 @@ def test_whatever_the_json_holds_is_a_sentence_or_counted(hostile_files, changes
         listed = len(store) + sum(store.skipped.values())
         assert listed >= 1 and all(told.isprintable() for told in store.examples.values())
         for index in range(len(source)):
-            json.dumps(source.everyone(index))
+            json.dumps(source.annotated_instances(index))
         del store
 
 
@@ -1033,5 +1033,5 @@ def test_ids_at_the_end_of_the_numbers(coco_files):
     image = coco_files.image()
     for given in (2**63 - 1, None, 2**63 - 1, 3, "4"):
         coco_files.person(image, BOX, id=given)
-    ids = coco_files.source().people().annotation_ids.tolist()
+    ids = coco_files.source().instances().annotation_ids.tolist()
     assert len(set(ids)) == 5 and ids[0] == 2**63 - 1 and ids[3] == 3

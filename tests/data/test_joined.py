@@ -42,7 +42,7 @@ def test_each_part_is_what_it_is_alone(pennfudan, tmp_path):
     assert len(both) == cut + len(alone[1]) == cut + 10
     assert content(both, slice(cut)) == content(alone[0], slice(None)) and content(both, slice(cut, None)) == content(alone[1], slice(None))
     assert both.image_index[cut] == both.image_index[cut - 1] + 1 and both.source == "synthetic+pennfudan"
-    assert [both.person(row)["source"] for row in (0, cut - 1, cut, len(both) - 1)] == ["synthetic"] * 2 + ["pennfudan"] * 2  # whose ids these are
+    assert [both.instance(row)["source"] for row in (0, cut - 1, cut, len(both) - 1)] == ["synthetic"] * 2 + ["pennfudan"] * 2  # whose ids these are
     few = open_store(JoinedSources(parts, "train"), root=tmp_path / "few", max_images=4, **how)
     assert len(few) == cut + 2 and content(few, slice(cut, None)) == content(both, slice(cut, cut + 2))
     for index in (-9, 8):

@@ -95,7 +95,7 @@ def test_palette_masks_are_read_as_numbers(files):
     picture.putpalette([9, 9, 9, 8, 8, 8, 200, 0, 0])
     picture.putdata(owner.ravel().tolist())
     picture.save(files.mask("a"))
-    assert files.source().people().annotation_ids.tolist() == [1002]
+    assert files.source().instances().annotation_ids.tolist() == [1002]
 
 
 def test_the_split_of_an_image_is_its_names(files):
@@ -103,10 +103,10 @@ def test_the_split_of_an_image_is_its_names(files):
     for name in names:
         files.add(name)
     val = [n for n in names if int(hashlib.sha1(n.encode()).hexdigest(), 16) % 5 == 0]
-    counts = {split: files.source(split).people().image_ids.tolist() for split in ("train", "val", "all")}
+    counts = {split: files.source(split).instances().image_ids.tolist() for split in ("train", "val", "all")}
     assert counts["val"] == [names.index(n) + 1 for n in val] and 0 < len(val) < 12
     assert sorted(counts["train"] + counts["val"]) == counts["all"] == list(range(1, 13))
-    assert len(files.source("all")) == 12 and files.source("all").people(5).image_ids.tolist() == [1, 2, 3, 4, 5]
+    assert len(files.source("all")) == 12 and files.source("all").instances(5).image_ids.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_fingerprint_changes_with_the_data(files):
@@ -137,7 +137,7 @@ def test_missing_folders_and_splits_are_told(files, tmp_path):
     with pytest.raises(DataError, match="has no split 'test': give train, val or all"):
         files.source("test")
     with pytest.raises(DataError, match="no person of the split all that can be used: no PNG in PNGImages"):
-        files.source().people()
+        files.source().instances()
     (files.folder / "PedMasks").rmdir()
     with pytest.raises(DataError, match="there is no folder .*PedMasks"):
         files.source()
@@ -150,7 +150,7 @@ def test_no_people(files):
     files.add("b", small)
     told = r"can be used: annotation without mask \(1\), box with a side under 16 px \(1\)"
     with pytest.raises(DataError, match=told):
-        files.source().people()
+        files.source().instances()
 
 
 def test_bad_files_are_counted_and_the_rest_is_used(files, tmp_path):
@@ -179,7 +179,7 @@ def test_bad_files_are_counted_and_the_rest_is_used(files, tmp_path):
 def test_a_mask_of_colours_is_told(files):
     files.add("a"), files.add("b")
     Image.new("RGB", (90, 70)).save(files.mask("a"))
-    people = files.source().people()
+    people = files.source().instances()
     assert people.skipped == {UNREADABLE: 1}
     assert "must have one value a pixel, the person's number, and has 3" in people.examples[UNREADABLE]
 
@@ -227,7 +227,7 @@ def test_a_mask_of_noise_is_thousands_of_people(files, monkeypatch):
     files.add("a", owner, size=(450, 450))
     with in_time(), in_memory(120):
         source = files.source()
-        people = source.people()
+        people = source.instances()
         masks = source.scene(0).masks
         assert (
             people.annotation_ids.tolist() == [1000 + 65_535]
@@ -243,7 +243,7 @@ def test_numbers_that_no_person_has(files, values):
     files.add("a"), files.add("b")
     owner = np.resize(values, (70, 90))
     Image.fromarray(owner).save(files.mask("a"), "TIFF")
-    people = files.source().people()
+    people = files.source().instances()
     assert (
         people.skipped == {UNREADABLE: 1}
         and "the person's number in each pixel, from 1 to 65535" in people.examples[UNREADABLE]
@@ -261,7 +261,7 @@ def test_people_of_any_mask(tmp_path_factory, seed, top):
         y, x, h, w = random.integers([0, 0, 16, 16], [30, 40, 40, 50])
         owner[y : y + h, x : x + w] = one
     files.add("a", owner, size=(60, 80))
-    people, found = files.source().people(), [i for i in np.unique(owner) if i]
+    people, found = files.source().instances(), [i for i in np.unique(owner) if i]
     scene = files.source().scene(0)
     assert np.array_equal(np.stack([*scene.masks]), [owner == i for i in found]) and np.array_equal(
         scene.masks.any(0), owner > 0
@@ -276,7 +276,7 @@ def test_people_of_any_mask(tmp_path_factory, seed, top):
 # -- the real thing --------------------------------------------------------------------------------------
 @pytest.mark.real_data
 def test_real_people(real_pennfudan):
-    train, val = (PennFudanPeople(real_pennfudan, split).people() for split in ("train", "val"))
+    train, val = (PennFudanPeople(real_pennfudan, split).instances() for split in ("train", "val"))
     assert (len(train), train.images, train.skipped) == (325, 130, {SMALL: 2})
     assert (len(val), val.images, val.skipped) == (95, 40, {SMALL: 1})
 
@@ -284,7 +284,7 @@ def test_real_people(real_pennfudan):
 @pytest.mark.real_data
 def test_real_boxes_are_the_published_ones(real_pennfudan):
     """The set's own text files list a box a person; they count pixels from 1."""
-    people = PennFudanPeople(real_pennfudan, "all").people()
+    people = PennFudanPeople(real_pennfudan, "all").instances()
     names = sorted(file.stem for file in (real_pennfudan / "PNGImages").glob("*.png"))
     gaps = []
     for box, number in zip(people.boxes, people.annotation_ids):

@@ -52,7 +52,7 @@ def content(store: Store) -> dict:
 
 
 @pytest.fixture(scope="module")
-def people():
+def instances():
     return SyntheticPeople(20)
 
 
@@ -67,7 +67,7 @@ def hidden(root: Path) -> list[str]:
 
 # -- what is in it -------------------------------------------------------------------------------------
 def test_rows_are_the_crops_of_their_people(people, store):
-    index = people.people()
+    index = people.instances()
     assert len(store) == len(index) and store.canvas == store.mask_canvas == (24, 48)
     for row in range(0, len(store), 5):
         scene = people.scene(store.image_index[row])
@@ -141,7 +141,7 @@ def test_several_processes_build_the_same(people, store, tmp_path):
 class Untouchable(SyntheticPeople):
     """Nothing but its fingerprint may be asked."""
 
-    def people(self, max_images=None):
+    def instances(self, max_images=None):
         raise AssertionError("the second opening parsed the data set")
 
     scene = people
@@ -603,7 +603,7 @@ def test_whatever_store_json_holds_is_a_store_or_a_sentence(store, copy, data):
             assert len(str(error)) < 2000
             continue
         if found is not None:
-            assert found.summary() and found.person(0) and found.gather([0])[0].shape == (1, 24, 48, 3)
+            assert found.summary() and found.instance(0) and found.gather([0])[0].shape == (1, 24, 48, 3)
     building._make_room_if_repaired(copy, False)
     if not copy.exists():  # what it says it left out is another by now
         shutil.copytree(store.folder, copy)
@@ -682,7 +682,7 @@ def test_synthetic_stores_lie_in_the_output_folder(tmp_path):
     train, val = open_splits(settings, progress=False)
     assert train.folder.parent == val.folder.parent == tmp_path / "stores"
     assert (train.split, val.split) == ("train", "val") and not np.array_equal(train.images[0], val.images[0])
-    index = SyntheticPeople(240, "train").people(3)
+    index = SyntheticPeople(240, "train").instances(3)
     assert np.array_equal(train.boxes, index.boxes)
 
 

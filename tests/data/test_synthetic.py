@@ -9,7 +9,7 @@ import pytest
 from refinelib.data.coco import CocoPeople
 from refinelib.data.errors import DataError
 from refinelib.data.pennfudan import PennFudanPeople
-from refinelib.data.sources import COLUMNS, MAX_PEOPLE, MIN_SIDE, People, Scene
+from refinelib.data.sources import COLUMNS, MAX_PEOPLE, MIN_SIDE, Instances, Scene
 from refinelib.data.synthetic import SyntheticPeople
 
 N = 60
@@ -29,7 +29,7 @@ def same(a: Scene, b: Scene) -> bool:
     return np.array_equal(a.image, b.image) and np.array_equal(a.masks, b.masks)
 
 
-def rows(people: People, keep=slice(None)) -> list[list]:
+def rows(people: Instances, keep=slice(None)) -> list[list]:
     return [getattr(people, name)[keep].tolist() for name in COLUMNS]
 
 
@@ -37,16 +37,16 @@ def test_any_process_draws_the_same_in_any_order(source, scenes):
     fresh = SyntheticPeople(3 * N)
     assert same(fresh.scene(N - 1), scenes[N - 1]) and same(fresh.scene(2), scenes[2])
     assert same(pickle.loads(pickle.dumps(SyntheticPeople(N))).scene(5), scenes[5])
-    source.people()
+    source.instances()
     travelled = pickle.loads(pickle.dumps(source))
-    assert rows(travelled.people()) == rows(source.people()) and same(travelled.scene(7), scenes[7])
+    assert rows(travelled.instances()) == rows(source.instances()) and same(travelled.scene(7), scenes[7])
 
 
 @pytest.mark.parametrize("other", [{"split": "val"}, {"seed": 3}])
 def test_splits_and_seeds_differ(source, scenes, other):
     different = SyntheticPeople(N, **other)
     assert not any(same(different.scene(i), scene) for i, scene in enumerate(scenes[:8]))
-    assert not np.array_equal(different.people(8).boxes, source.people(8).boxes)
+    assert not np.array_equal(different.instances(8).boxes, source.instances(8).boxes)
     assert different.fingerprint() != source.fingerprint()
 
 
@@ -72,7 +72,7 @@ def test_masks_are_disjoint_and_nobody_is_invisible(scenes):
 
 
 def test_people_agree_with_scenes(source, scenes):
-    people = source.people()
+    people = source.instances()
     for row in range(len(people)):
         masks = scenes[people.image_index[row]].masks
         mask = masks[people.slots[row]]
@@ -85,7 +85,7 @@ def test_people_agree_with_scenes(source, scenes):
 
 
 def test_every_image_has_a_roi(source):
-    people = source.people()
+    people = source.instances()
     assert people.images == len(source) == N
     assert np.unique(people.image_index).tolist() == list(range(N))
     assert (np.diff(people.image_index) >= 0).all()
@@ -95,15 +95,15 @@ def test_every_image_has_a_roi(source):
 
 
 def test_fewer_images_are_the_first(source):
-    everybody, few = source.people(), source.people(7)
+    everybody, few = source.instances(), source.instances(7)
     assert few.images == 7
-    assert rows(few) == rows(everybody, everybody.image_index < 7) == rows(SyntheticPeople(7).people())
-    assert source.people(10 * N).images == N
+    assert rows(few) == rows(everybody, everybody.image_index < 7) == rows(SyntheticPeople(7).instances())
+    assert source.instances(10 * N).images == N
 
 
 def test_scenes_are_as_varied_as_promised(source, scenes):
     """Several persons, touching ones, ones cut by the image's edge, small and large ones, bright and dark images."""
-    people = source.people()
+    people = source.instances()
     crowds = [len(s.masks) for s in scenes]
     assert set(crowds) == {1, 2, 3, 4}
     touching = 0
@@ -133,11 +133,11 @@ def test_colour_alone_does_not_tell_people_from_the_rest(scenes):
 
 def test_a_source_as_the_others(source):
     for other in (CocoPeople, PennFudanPeople):
-        for method in ("__len__", "people", "scene", "fingerprint"):
+        for method in ("__len__", "instances", "scene", "fingerprint"):
             assert inspect.signature(getattr(SyntheticPeople, method)) == inspect.signature(getattr(other, method))
     assert source.name == "synthetic" and source.split == "train"
-    people = source.people()
-    assert isinstance(people, People) and isinstance(source.scene(0), Scene)
+    people = source.instances()
+    assert isinstance(people, Instances) and isinstance(source.scene(0), Scene)
     assert all(getattr(people, name).dtype == dtype for name, dtype in COLUMNS.items())
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_drawn():
     with pytest.raises(DataError, match="0 or more"):
         SyntheticPeople(4, seed=-1)
     with pytest.raises(DataError, match="at least 1"):
-        SyntheticPeople(4).people(0)
+        SyntheticPeople(4).instances(0)
     for index in (-1, 4):
         with pytest.raises(IndexError, match="0 to 3"):
             SyntheticPeople(4).scene(index)

@@ -59,8 +59,8 @@ def trainer(tiny):
 
 def advance(trainer, count):
     for _ in range(count):
-        plan = trainer.feed.plan(trainer.step // trainer.feed.steps_per_epoch)
-        report = trainer.train_step(plan, trainer.step % trainer.feed.steps_per_epoch)
+        plan = trainer.loader.plan(trainer.step // trainer.loader.steps_per_epoch)
+        report = trainer.train_step(plan, trainer.step % trainer.loader.steps_per_epoch)
         trainer.step += 1
         trainer.log.add(report, trainer.step, 1)
         trainer.oversee(plan, wait=True)
@@ -241,7 +241,7 @@ def test_a_damaged_state_is_updated_no_further_until_it_is_restored(trainer):
         trainer.guard.averages[3][(0,) * trainer.guard.averages[3].ndim] = math.inf  # no loss and no gradient ever shows it
     trainer.guard.check_state()
     before = everything(trainer)
-    plan = trainer.feed.plan(0)
+    plan = trainer.loader.plan(0)
     report = trainer.train_step(plan, 0)
     ruled = ("guard.skip", "guard.good")
     after = everything(trainer)

@@ -249,7 +249,7 @@ def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
     for number in range(60):
         coco_files.person(image, (10 + 15 * number, 20, 40 + 15 * number, 90))
     source = coco_files.source()
-    source.people()
+    source.instances()
     made, real = [], image_space._labels
 
     def labels(*of):  # what PyTorch allocates is not traced

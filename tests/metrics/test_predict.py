@@ -36,7 +36,7 @@ def coco(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("coco")
     source = SyntheticPeople(5, split="val")
-    people = source.people()
+    people = source.instances()
     content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
     for index in range(5):
         scene = source.scene(index)
@@ -69,7 +69,7 @@ def test_masks_lie_inside_their_boxes_and_fit_the_image(run):
 def test_prediction_is_the_same_alone_and_in_a_batch_and_as_in_validation(run):
     predictor = refinelib.load(run.folder)
     source = SyntheticPeople(60, split="val")
-    people = source.people(6)
+    people = source.instances(6)
     row = 3
     scene = source.scene(int(people.image_index[row]))
     box = people.boxes[row : row + 1]

@@ -74,7 +74,7 @@ def test_report_rows_and_results_agree(scored):
 
 def test_image_figures_are_those_of_the_masks_that_predict_gives(folder, source, scored):
     predictor, people = refinelib.load(folder / "refined"), scored[0][0].evaluation.people
-    index = source.people()
+    index = source.instances()
     for row in (0, len(index) - 1):
         scene = source.scene(int(index.image_index[row]))
         (mask,), (sure,) = predictor.predict_scored(scene.image, index.boxes[row : row + 1])

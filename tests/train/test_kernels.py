@@ -194,7 +194,7 @@ def test_it_takes_the_steps_of_the_run(tiny, monkeypatch):
     settings = tiny()
     trainer = loop.Trainer(settings, Run.start(settings))
     assert not kernels.note(settings).exists()
-    precompile.compile_kernels(settings, store=trainer.feed.store.folder)
+    precompile.compile_kernels(settings, store=trainer.loader.store.folder)
     assert kernels.note(settings).exists()
 
 

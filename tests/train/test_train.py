@@ -400,7 +400,7 @@ def test_pieces_are_warmed_up_before_they_are_recorded(tiny, error, monkeypatch)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     stepper.captures = True
-    plan, number = trainer.feed.plan(0), 0
+    plan, number = trainer.loader.plan(0), 0
     while stepper.graph is None:
         number += 1
         stepper.step(plan, 0, number)
@@ -431,7 +431,7 @@ def test_model_and_loss_compile_as_one_graph(tiny, amp, monkeypatch):
     monkeypatch.setattr(build, "precision", asked)
     settings = tiny(amp=amp, epochs=1)
     trainer = loop.Trainer(settings, Run.start(settings))
-    batch = trainer.feed.batch(trainer.feed.plan(0), 0)
+    batch = trainer.loader.batch(trainer.loader.plan(0), 0)
     found = torch._dynamo.explain(trainer.stepper.eager)(batch.images, batch.labels)
     assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
 
