@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from refinelib import build as building
 from refinelib.build import build_loss, build_model
 from refinelib.modeling.layers import Head
-from refinelib.modeling.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, truth_of
+from refinelib.modeling.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, targets_of
 from refinelib.modeling.unet import MaskOutput
 from refinelib.modeling.refinements import bounded
 
@@ -35,7 +35,7 @@ VARIANTS = ("base", "boundary_loss", "active_boundary_loss", "point_refinement")
 
 def active_boundary_loss(log_probs: Tensor, labels: Tensor, *, share: float = 0.01, reach: float = 20.0) -> Tensor:
     """Wang et al. 2022, eq. 3-7, one cost a sample; the boundary's ``share`` of the pixels by rank, on the device."""
-    distance = truth_of(labels).signed.abs().amin(dim=1)
+    distance = targets_of(labels).signed.abs().amin(dim=1)
     probs = log_probs.exp()
     offsets = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
@@ -97,7 +97,7 @@ def patch(variant: str) -> None:
     """Have the package train the variant."""
     if variant in ("boundary_loss", "active_boundary_loss"):
         extra = {
-            "boundary_loss": lambda o, y: distance_mask(hierarchical_log_probs(o.logits), truth_of(y)),
+            "boundary_loss": lambda o, y: distance_mask(hierarchical_log_probs(o.logits), targets_of(y)),
             "active_boundary_loss": lambda o, y: active_boundary_loss(hierarchical_log_probs(o.logits), y),
         }[variant]
         building.build_loss = lambda s: WithLoss(build_loss(s), extra, weight=1.0)

@@ -19,7 +19,7 @@ MUTATIONS = {
         "depend_on_the_batch", "test_refinement_of_a_sample_does_not_depend_on_the_batch[BoundaryRefinement",
     ),
     "a sigmoid too many": (
-        "modeling/losses.py", "    logits = widen(contour_logits)\n", "    logits = torch.sigmoid(widen(contour_logits))\n",
+        "modeling/losses.py", "    logits = to_float32(contour_logits)\n", "    logits = torch.sigmoid(to_float32(contour_logits))\n",
         "perfect_costs_nothing", "test_perfect_costs_nothing_and_worse_costs_more[contour_head]",
     ),
     "an absent class in Dice": (

@@ -118,10 +118,10 @@ def edge_strength(x: Tensor, *, eps: float = EDGE_EPS) -> Tensor:
     Returns:
         float32 (float64 for float64) ``[..., H, W]``, 0 on flat ground.
     """
-    dy, dx = edge_vectors(widen(x))
+    dy, dx = edge_vectors(to_float32(x))
     return (dy.square() + dx.square() + eps * eps).sqrt() - eps
 
 
-def widen(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is if it is wider: what sums and squares are taken in."""
     return x if x.dtype == torch.float64 else x.float()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refinelib.modeling.geometry import widen
+from refinelib.modeling.geometry import to_float32
 
 
 def for_gpu(x: Tensor) -> bool:
@@ -73,15 +73,15 @@ class _ByChannels(torch.autograd.Function):
         scale = (variances.mean(dim=(1, 3), keepdim=True) + between.mean(dim=(1, 3), keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(x, weight, middle, scale)
         ctx.parts = parts
-        across, channels = widen(weight).view(1, 1, groups, -1), len(weight)
-        y = (wide - _by_channel(middle, channels)) * _by_channel(scale * across, channels) + widen(bias)
+        across, channels = to_float32(weight).view(1, 1, groups, -1), len(weight)
+        y = (wide - _by_channel(middle, channels)) * _by_channel(scale * across, channels) + to_float32(bias)
         return _out_of_parts(y, x)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight, middle, scale = ctx.saved_tensors
         groups, channels = middle.shape[2], len(weight)
-        across, shape = widen(weight).view(1, 1, groups, -1), (len(x), ctx.parts, groups, -1)
+        across, shape = to_float32(weight).view(1, 1, groups, -1), (len(x), ctx.parts, groups, -1)
         off, slope = _in_parts(x, ctx.parts) - _by_channel(middle, channels), _in_parts(dy, ctx.parts)
         plain, along = slope.sum(dim=2, keepdim=True), (slope * off).sum(dim=2, keepdim=True)
         d_weight, d_bias = torch.stack([along * _by_channel(scale, channels), plain]).sum(dim=(1, 2, 3))
@@ -95,7 +95,7 @@ class _ByChannels(torch.autograd.Function):
 
 def _in_parts(x: Tensor, parts: int) -> Tensor:
     """``[B, C, H, W]`` as float32 (or wider) ``[B, parts, pixels, C]``; no copy where channels lie last in memory."""
-    return widen(_places(x).unflatten(1, (parts, -1)))
+    return to_float32(_places(x).unflatten(1, (parts, -1)))
 
 
 def _out_of_parts(y: Tensor, like: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Head(nn.Conv2d):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             if for_gpu(x) and self.kernel_size == (1, 1) and torch.compiler.is_compiling():
                 return self.by_products(x)
-            return F.conv2d(widen(x), widen(self.weight), widen(self.bias), padding=self.padding)
+            return F.conv2d(to_float32(x), to_float32(self.weight), to_float32(self.bias), padding=self.padding)
 
     def by_products(self, x: Tensor) -> Tensor:
         """A convolution of one pixel as sums of products: a compiler reads the half-precision input once, without a float32 copy.
@@ -166,10 +166,10 @@ class Head(nn.Conv2d):
         Channels come last, as they lie in memory, and each sample has its own copy of the weights, whose gradient is then
         summed over pixels in as many places at once as there are samples.
         """
-        wide = widen(x).permute(0, 2, 3, 1)
-        weights = (weight.view(1, 1, 1, -1).expand(len(x), -1, -1, -1) for weight in widen(self.weight))
+        wide = to_float32(x).permute(0, 2, 3, 1)
+        weights = (weight.view(1, 1, 1, -1).expand(len(x), -1, -1, -1) for weight in to_float32(self.weight))
         sums = [(wide * weight).sum(dim=-1) for weight in weights]
-        return torch.stack(sums, dim=1) + widen(self.bias).view(1, -1, 1, 1)
+        return torch.stack(sums, dim=1) + to_float32(self.bias).view(1, -1, 1, 1)
 
 
 class Chain(nn.Sequential):
@@ -273,7 +273,7 @@ class SelfAttention(nn.Module):
             both = [_places(resize(_map(t, size), few)) for t in both]
         query, key, value = (self._by_head(t) for t in (query, *both))
         scores = (_within_unit(query) * self.temperature.view(-1, 1, 1)).to(value.dtype) @ _within_unit(key).to(value.dtype).transpose(-1, -2)
-        found = torch.softmax(widen(scores), dim=-1).to(value.dtype) @ value
+        found = torch.softmax(to_float32(scores), dim=-1).to(value.dtype) @ value
         x = x + _map(self.out(found.transpose(1, 2).flatten(2)), size)
         return x + _map(self.perceptron(_places(self.norm2(x))), size)
 
@@ -294,7 +294,7 @@ def _map(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _within_unit(x: Tensor) -> Tensor:
     """float32 (or wider) vectors along the last axis, their length ``r`` made ``r / sqrt(1 + r^2)``."""
-    wide = widen(x)
+    wide = to_float32(x)
     # The largest element first: squares of numbers beyond 1e19 are not finite.
     largest = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1.0).detach()
     scaled = wide / largest

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refinelib.modeling.geometry import EDGE_EPS, contour_band, edge_strength, edge_vectors, scaled_sdf, signed_distance, widen
+from refinelib.modeling.geometry import EDGE_EPS, contour_band, edge_strength, edge_vectors, scaled_sdf, signed_distance, to_float32
 
 BACKGROUND, TARGET, NON_TARGET = 0, 1, 2
 
 
-class Truth(NamedTuple):
+class Targets(NamedTuple):
     """What the losses need to know of a batch's labels, computed once."""
 
     labels: Tensor  # int64 [B, H, W]
@@ -28,10 +28,10 @@ class Truth(NamedTuple):
     signed: Tensor  # float32 [B, 2, H, W]: signed distance to the outline of each, pixels
 
 
-def truth_of(labels: Tensor) -> Truth:
+def targets_of(labels: Tensor) -> Targets:
     """Masks and signed distances of a batch of label maps (int64 ``[B, H, W]``)."""
     masks = torch.stack([labels != BACKGROUND, labels == TARGET], dim=1)
-    return Truth(labels, masks, signed_distance(masks))
+    return Targets(labels, masks, signed_distance(masks))
 
 
 def hierarchical_log_probs(logits: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ def hierarchical_log_probs(logits: Tensor) -> Tensor:
     Returns:
         float32 ``[B, 3, H, W]``.
     """
-    a, b = widen(logits).unbind(1)
+    a, b = to_float32(logits).unbind(1)
     person = F.logsigmoid(a)
     return torch.stack([F.logsigmoid(-a), person + F.logsigmoid(b), person + F.logsigmoid(-b)], dim=1)
 
 
 def mask_probs(log_probs: Tensor) -> Tensor:
     """Probability of any person and of this person, float32 ``[B, 2, H, W]``."""
-    probs = widen(log_probs).exp()
+    probs = to_float32(log_probs).exp()
     return torch.stack([probs[:, TARGET] + probs[:, NON_TARGET], probs[:, TARGET]], dim=1)
 
 
@@ -69,7 +69,7 @@ def cross_entropy(log_probs: Tensor, labels: Tensor, *, pixel_weights: Tensor | 
         labels: int64 ``[B, H, W]``.
         pixel_weights: float ``[B, H, W]``, not negative, not all 0; none: all equal.
     """
-    surprise = -widen(log_probs).gather(1, labels[:, None]).squeeze(1)
+    surprise = -to_float32(log_probs).gather(1, labels[:, None]).squeeze(1)
     if pixel_weights is None:
         return surprise.mean(dim=(-2, -1))
     return (surprise * pixel_weights).sum(dim=(-2, -1)) / pixel_weights.sum(dim=(-2, -1))
@@ -88,7 +88,7 @@ def dice(log_probs: Tensor, labels: Tensor, *, smooth: float = 1.0) -> Tensor:
         labels: int64 ``[B, H, W]``.
         smooth: s, pixels.
     """
-    probs = widen(log_probs).exp().flatten(2)
+    probs = to_float32(log_probs).exp().flatten(2)
     classes = torch.arange(probs.shape[1], device=labels.device).view(1, -1, 1)
     truth = (labels.flatten(1)[:, None] == classes).to(probs.dtype)
     size = truth.sum(-1)
@@ -97,7 +97,7 @@ def dice(log_probs: Tensor, labels: Tensor, *, smooth: float = 1.0) -> Tensor:
     return (cost * present).sum(-1) / present.sum(-1)
 
 
-def active_contour(log_probs: Tensor, truth: Truth, *, smoothness: float = 0.1, eps: float = EDGE_EPS) -> Tensor:
+def active_contour(log_probs: Tensor, truth: Targets, *, smoothness: float = 0.1, eps: float = EDGE_EPS) -> Tensor:
     """Active contour without edges: misplaced area, plus the length of the contour beyond the true one's.
 
     Region and length terms of Chen et al., "Learning Active Contour Models for Medical Image
@@ -118,7 +118,7 @@ def active_contour(log_probs: Tensor, truth: Truth, *, smoothness: float = 0.1, 
     return region + smoothness * excess.mean(dim=(-3, -2, -1))
 
 
-def boundary_aware(log_probs: Tensor, truth: Truth, *, boundary_weight: float = 5.0, sigma: float = 2.0) -> Tensor:
+def boundary_aware(log_probs: Tensor, truth: Targets, *, boundary_weight: float = 5.0, sigma: float = 2.0) -> Tensor:
     """Cross-entropy with weight ``1 + w exp(-d^2 / (2 sigma^2))``, d the distance to the true outline.
 
     The weight map of Ronneberger et al., U-Net, 2015, eq. 2, with one distance, divided by its sum.
@@ -135,7 +135,7 @@ def boundary_aware(log_probs: Tensor, truth: Truth, *, boundary_weight: float = 
     return cross_entropy(log_probs, truth.labels, pixel_weights=weights)
 
 
-def contour_head(contour_logits: Tensor, truth: Truth, *, radius: float = 1.0) -> Tensor:
+def contour_head(contour_logits: Tensor, truth: Targets, *, radius: float = 1.0) -> Tensor:
     """Balanced cross-entropy of a contour head against the band around the true outline.
 
     Contour and other pixels count half each however few the former are (Xie & Tu, HED, 2015,
@@ -147,7 +147,7 @@ def contour_head(contour_logits: Tensor, truth: Truth, *, radius: float = 1.0) -
         truth: of the same batch.
         radius: of the band, pixels.
     """
-    logits = widen(contour_logits)
+    logits = to_float32(contour_logits)
     band = contour_band(truth.signed, radius=radius)
     cost = F.softplus(torch.where(band, -logits, logits))
     halves = []
@@ -159,7 +159,7 @@ def contour_head(contour_logits: Tensor, truth: Truth, *, radius: float = 1.0) -
     return ((halves[0][0] + halves[1][0]) / weight).mean(dim=-1)
 
 
-def contour_mask(log_probs: Tensor, truth: Truth, *, level: float = 0.05) -> Tensor:
+def contour_mask(log_probs: Tensor, truth: Targets, *, level: float = 0.05) -> Tensor:
     """How far the delivered mask's edges are from the true ones, as vectors, in 0..2.
 
     ``|p - y|^2 / (|p|^2 + |y|^2 + 1)`` in the Sobolev norm ``|f|^2 = sum |grad f|^2 + level f^2``:
@@ -184,7 +184,7 @@ def contour_mask(log_probs: Tensor, truth: Truth, *, level: float = 0.05) -> Ten
     return (energy(probs - masks) / (energy(probs) + energy(masks) + 1)).mean(dim=-1)
 
 
-def distance_head(distance: Tensor, truth: Truth, *, clip: float = 8.0, beta: float = 0.1) -> Tensor:
+def distance_head(distance: Tensor, truth: Targets, *, clip: float = 8.0, beta: float = 0.1) -> Tensor:
     """Huber loss of a distance head against the clipped, scaled signed distance.
 
     Gradient: at most 1 in L1 norm a sample.
@@ -196,10 +196,10 @@ def distance_head(distance: Tensor, truth: Truth, *, clip: float = 8.0, beta: fl
         beta: below this error the cost is quadratic.
     """
     target = scaled_sdf(truth.signed, clip=clip)
-    return F.smooth_l1_loss(widen(distance), target, beta=beta, reduction="none").mean(dim=(-3, -2, -1))
+    return F.smooth_l1_loss(to_float32(distance), target, beta=beta, reduction="none").mean(dim=(-3, -2, -1))
 
 
-def distance_mask(log_probs: Tensor, truth: Truth, *, clip: float = 8.0) -> Tensor:
+def distance_mask(log_probs: Tensor, truth: Targets, *, clip: float = 8.0) -> Tensor:
     """Misplaced probability, weighted by its distance from the true outline.
 
     The boundary loss of Kervadec et al., MIDL 2019, eq. 5, with the clipped signed distance and
@@ -278,7 +278,7 @@ class MaskLoss(nn.Module):
             labels: int64 ``[B, H, W]``.
         """
         log_probs = hierarchical_log_probs(output.logits)
-        truth = truth_of(labels)
+        truth = targets_of(labels)
         costs = {}
         for name in self.weights:
             if name == "ce":

@@ -29,7 +29,7 @@ from refinelib.modeling import geometry, losses
 from refinelib.modeling import layers as blocks
 from refinelib.modeling import refinements as refine
 from refinelib.modeling import unet as model
-from refinelib.modeling.losses import MaskLoss, hierarchical_log_probs, truth_of
+from refinelib.modeling.losses import MaskLoss, hierarchical_log_probs, targets_of
 from refinelib.modeling.unet import HierarchicalUNet, MaskOutput
 
 SIZE = (16, 20)
@@ -69,16 +69,16 @@ def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES = {
     "cross_entropy": Loss(lambda z, y: losses.cross_entropy(hierarchical_log_probs(z), y), 2.0),
     "dice": Loss(lambda z, y: losses.dice(hierarchical_log_probs(z), y), 4.0),
-    "active_contour": Loss(lambda z, y: losses.active_contour(hierarchical_log_probs(z), truth_of(y), smoothness=0.1), 0.5 + 2 * 0.1),
-    "boundary_aware": Loss(lambda z, y: losses.boundary_aware(hierarchical_log_probs(z), truth_of(y)), 2.0),
-    "contour_head": Loss(lambda z, y: losses.contour_head(z, truth_of(y)), 1.0, lambda y: torch.where(geometry.contour_band(truth_of(y).signed), 20.0, -20.0)),
-    "contour_mask": Loss(lambda z, y: losses.contour_mask(hierarchical_log_probs(z), truth_of(y)), 16 * math.sqrt(PIXELS)),
-    "distance_head": Loss(lambda z, y: losses.distance_head(z, truth_of(y)), 1.0, lambda y: geometry.scaled_sdf(truth_of(y).signed)),
-    "distance_mask": Loss(lambda z, y: losses.distance_mask(hierarchical_log_probs(z), truth_of(y)), 0.5),
+    "active_contour": Loss(lambda z, y: losses.active_contour(hierarchical_log_probs(z), targets_of(y), smoothness=0.1), 0.5 + 2 * 0.1),
+    "boundary_aware": Loss(lambda z, y: losses.boundary_aware(hierarchical_log_probs(z), targets_of(y)), 2.0),
+    "contour_head": Loss(lambda z, y: losses.contour_head(z, targets_of(y)), 1.0, lambda y: torch.where(geometry.contour_band(targets_of(y).signed), 20.0, -20.0)),
+    "contour_mask": Loss(lambda z, y: losses.contour_mask(hierarchical_log_probs(z), targets_of(y)), 16 * math.sqrt(PIXELS)),
+    "distance_head": Loss(lambda z, y: losses.distance_head(z, targets_of(y)), 1.0, lambda y: geometry.scaled_sdf(targets_of(y).signed)),
+    "distance_mask": Loss(lambda z, y: losses.distance_mask(hierarchical_log_probs(z), targets_of(y)), 0.5),
     "MaskLoss": Loss(mask_loss, 2 + 4 + 0.1 * (0.7 + 2 + 1 + 16 * math.sqrt(PIXELS) + 1 + 0.5)),
 }
 #: Public in losses.py and no cost: each has a test of its own below.
-NOT_COSTS = {"truth_of", "Truth", "hierarchical_log_probs", "mask_probs", "capped"}
+NOT_COSTS = {"targets_of", "Targets", "hierarchical_log_probs", "mask_probs", "capped"}
 
 HIDDEN, CHANNELS = 8, 16
 REFINEMENTS = {
@@ -89,7 +89,7 @@ REFINEMENTS = {
     "DistanceTransform": (lambda: refine.DistanceTransform(CHANNELS, hidden=HIDDEN), lambda m, z, f, x: m(z, f)[0]),
 }
 NOT_REFINEMENTS = {"bounded"}
-GEOMETRY = {"edt", "signed_distance", "scaled_sdf", "contour_band", "edge_vectors", "edge_strength", "widen"}
+GEOMETRY = {"edt", "signed_distance", "scaled_sdf", "contour_band", "edge_vectors", "edge_strength", "to_float32"}
 
 
 def public(module) -> set[str]:
@@ -193,7 +193,7 @@ def test_a_mask_in_the_wrong_place_costs_more_than_in_the_right_one(name):
 
 def test_a_perfect_sum_costs_nothing():
     labels = all_labels()
-    truth = truth_of(labels)
+    truth = targets_of(labels)
     criterion = MaskLoss(active_contour_weight=0.1, boundary_aware_weight=0.1, contour_weight=0.1, distance_weight=0.1)
     output = MaskOutput(perfect_logits(labels), torch.where(geometry.contour_band(truth.signed), 20.0, -20.0), geometry.scaled_sdf(truth.signed))
     total, parts = criterion(output, labels)
@@ -254,7 +254,7 @@ def test_boundary_aware_weights_are_those_of_the_formula():
     weights = 1 + 5 * np.exp(-(distance**2) / (2 * 2.0**2))
     surprise = -hierarchical_log_probs(logits).gather(1, labels[:, None])[0, 0].numpy()
     expected = (weights * surprise).sum() / weights.sum()
-    assert losses.boundary_aware(hierarchical_log_probs(logits), truth_of(labels)).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.boundary_aware(hierarchical_log_probs(logits), targets_of(labels)).item() == pytest.approx(expected, rel=1e-5)
 
 
 # -- refinements -----------------------------------------------------------------------------------
