@@ -89,12 +89,12 @@ def column(device: str, amp: str, path: str, folder: str, kinds: dict = KINDS) -
     )  # fmt: skip
     run = Run.start(settings)
     trainer = Trainer(settings, run)
-    trainer.recovery.start(0)
+    trainer.rewinder.start(0)
     cells = []
     for step in range(1, CLEAN + 3 * len(kinds)):
         due = step >= CLEAN and (step - CLEAN) % 3 == 0
         before = everything(trainer) if due else None
-        trainer.log.watch.seen.clear()  # told and looked at afresh for every cell
+        trainer.log.monitor.seen.clear()  # told and looked at afresh for every cell
         trainer.incidents.clear()
         told = len(run.events())
         advance(trainer)
@@ -124,7 +124,7 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     found |= {f"average.{i}": v for i, v in enumerate(guard.averages)}
     for i, p in enumerate(guard.parameters):
         found |= {f"moments.{i}.{k}": v for k, v in guard.optimizer.state[p].items()}
-    ruled = {"skipped", "skips_in_a_row", "armed", "scale", "headroom_peak", "good_in_a_row"}
+    ruled = {"skipped", "skips_in_a_row", "capture_enabled", "scale", "headroom_peak", "good_in_a_row"}
     found |= {f"guard.{k}": v for k, v in guard.state.items() if k not in ruled}
     return {k: v.detach().clone() for k, v in found.items()}
 

@@ -91,7 +91,7 @@ GOES_ON = ("begin", "first", "middle", "twice", "every")
 WARM = 9  # steps behind the warm state: from then on spikes are judged by their spread
 PATIENCE = 24  # clean steps within which one has to be applied: a search for the loss scale, a rewind
 #: What a skipped step may change in the guard's memory: counts of skips, and the loss scale by its own rule.
-RULED, RULED_SCALED = {"skipped", "skips_in_a_row", "frozen"}, {"scale", "headroom_peak", "good_in_a_row"}
+RULED, RULED_SCALED = {"skipped", "skips_in_a_row", "updates_suspended"}, {"scale", "headroom_peak", "good_in_a_row"}
 ON_RECORD = {"skip", "spike", "incident", "rewind"}
 LARGE = (math.nan, math.inf, 3e38, *(10.0**power for power in range(19, 39)))
 POWERS = (0.0, *(10.0**power for power in range(-45, 39)))
@@ -374,7 +374,7 @@ class Attack:
             for name, method in {"train_step": self.train_step, "end_epoch": self.end_epoch}.items():
                 mine = functools.partial(method, getattr(trainer, name))
                 stack.enter_context(patch.object(trainer, name, mine))
-            stack.callback(behind(trainer.recovery, "rewind", self.restored))
+            stack.callback(behind(trainer.rewinder, "rewind", self.restored))
             if not self.between:
                 found = (tapped or taps(trainer))[self.fault["place"]]
                 self.where, install = found[self.fault["pick"] % len(found)]
@@ -414,7 +414,7 @@ class Attack:
     def judge(self, report: Tensor, number: int, moved: Callable[[], list[str]], memory: Tensor) -> None:
         """Did a step what it reports? ``moved`` names what it moved, ``memory`` is the guard's before."""
         guard, row = self.trainer.guard, dict(zip(REPORT, report[len(self.trainer.loss.names) :].tolist()))
-        if not (row["skipped"] or row["frozen"]):
+        if not (row["skipped"] or row["updates_suspended"]):
             bad = [name for name, x in row.items() if not math.isfinite(x)]
             bad = bad or ["norms"] * (not bool(report.isfinite().all()))
             self.complain("report", "applied, and not finite are", bad)
@@ -438,7 +438,7 @@ class Attack:
 
     def restored(self, result: Any) -> Any:
         """Behind every rewind: the state is the snapshot's."""
-        wanted, live = self.trainer.recovery.snapshots[-1].tensors, self.trainer.guard.tensors()
+        wanted, live = self.trainer.rewinder.snapshots[-1].tensors, self.trainer.guard.tensors()
         apart = [n for n, x in live.items() if not torch.equal(x, wanted.get(n, torch.zeros_like(x)))]
         self.complain("restored", "not the snapshot's, or not finite are", apart)
         return result
@@ -589,7 +589,7 @@ class Rig:
         trainer.writer, self.taps = Disk(), taps(trainer)
         if device == "cuda" or compiled:
             self.taps = {place: [built_in(*tap) for tap in few(found)] for place, found in self.taps.items()}
-        guard, recovery = trainer.guard, trainer.recovery
+        guard, recovery = trainer.guard, trainer.rewinder
         self.rates = [float(group["lr"]) for group in guard.optimizer.param_groups]
         tensors = {name: x.clone() for name, x in guard.tensors().items()}
         fresh = guard.memory.clone(), recovery.state_dict()
@@ -629,21 +629,21 @@ class Rig:
         for group, rate in zip(guard.optimizer.param_groups, self.rates):
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         guard.on_spike = on_spike
-        guard.thaw(armed=incidents > 0)
+        guard.resume_updates(capture_enabled=incidents > 0)
         trainer.settings = self.settings.model_copy(update={"max_incidents": incidents})
         trainer.incidents, trainer.repeats, trainer.best = [], 0, None
         trainer.step = WARM if base == "warm" else 0
         trainer.kept_snapshots = {trainer.snapshot_file(trainer.step)}  # the first is what was restored here
-        trainer.recovery.load_state_dict(copy.deepcopy({**known, "snapshots": []}), [])
+        trainer.rewinder.load_state_dict(copy.deepcopy({**known, "snapshots": []}), [])
         if first := self.snapshots.get(base):
-            first.used, trainer.recovery.snapshots = False, [first]
+            first.used, trainer.rewinder.snapshots = False, [first]
         trainer.log, trainer.writer = StepLog(self.run, trainer.loss, guard, every=10**6), Disk()
         self.run.kept.clear()
 
     def play(self, fault: Fault) -> Outcome:
         """Take the steps of a draw; what came of it, and what was wrong."""
         base, due, steps = TIMES[fault["time"]]
-        trainer, recovery, error = self.trainer, self.trainer.recovery, None
+        trainer, recovery, error = self.trainer, self.trainer.rewinder, None
         interruption = types.SimpleNamespace(requested=False)
         self.restore(base, on_spike=fault["on_spike"], incidents=fault["incidents"])
         attack = Attack(trainer, fault, [trainer.step + 1 + at for at in due], self.moving)

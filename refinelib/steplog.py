@@ -14,7 +14,7 @@ from refinelib.guard.guard import REPORT, Guard
 from refinelib.modeling.losses import MaskLoss
 from refinelib.gradients.probe import Probe
 from refinelib.runs import Run
-from refinelib.guard.watch import Watch
+from refinelib.guard.watch import StepMonitor
 
 #: Steps whose reports travel together on CUDA. The host learns of a step after at most twice as many.
 BUNDLE = 16
@@ -44,7 +44,7 @@ class StepLog:
     def __init__(self, run: Run, loss: MaskLoss, guard: Guard, *, every: int, probe: Probe | None = None) -> None:
         self.run, self.names, self.every, self.probe = run, loss.names, every, probe
         floor = guard.scale_floor if guard.scaled else None
-        self.watch = Watch(run, losses=loss.names, parameters=guard.names, cap=loss.cap, scale_floor=floor, on_spike=guard.on_spike)
+        self.monitor = StepMonitor(run, losses=loss.names, parameters=guard.names, cap=loss.cap, scale_floor=floor, on_spike=guard.on_spike)
         self.pending: list[tuple[Tensor, int, int]] = []  # reports on the device, step, epoch
         self.travelling: tuple[Tensor, Any, list[tuple[int, int]]] | None = None
         self.line_rows: list[Row] = []
@@ -107,7 +107,7 @@ class StepLog:
     # -- into the log ------------------------------------------------------------------------------
     def record(self, row: Row) -> None:
         """Take a row into the epoch's means, the events and, with enough of them, a line."""
-        self.watch.step(row.step, row.epoch, row.report, row.components.tolist(), row.norms.tolist())
+        self.monitor.step(row.step, row.epoch, row.report, row.components.tolist(), row.norms.tolist())
         self.skipped += int(row.report["skipped"])
         self.line_rows.append(row)
         self.epoch_rows.append(np.concatenate([row.components, list(row.report.values())]))
@@ -144,7 +144,7 @@ class StepLog:
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """Means over the epoch's applied steps; the gradient norm's median."""
         self.write_line()
-        self.watch.end_epoch(epoch)
+        self.monitor.end_epoch(epoch)
         rows = np.stack(self.epoch_rows)
         self.epoch_rows = []
         columns = dict(zip(REPORT, rows[:, len(self.names) :].T))

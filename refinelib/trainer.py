@@ -28,7 +28,7 @@ from refinelib.incidents import capture
 from refinelib.interruption import Interruption
 from refinelib.gradients.probe import Probe
 from refinelib.progress import Progress
-from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, WINDOW, DivergedError, Recovery, Snapshot, diverged
+from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, WINDOW, DivergedError, Rewinder, Snapshot, diverged
 from refinelib.runs import Run
 from refinelib.samples import write_samples
 from refinelib.metrics.scoring import predict_probs, score
@@ -99,13 +99,13 @@ class Trainer:
         self.train_store, self.val_store = open_splits(settings)
         parts = build_step(settings, self.train_store, self.device, prepare=self.start_from if settings.init_from else None)
         self.model, self.average, self.loss, self.guard, self.injector, self.loader = parts
-        self.recovery = Recovery(
+        self.rewinder = Rewinder(
             self.guard, max_consecutive_skips=settings.max_consecutive_skips, max_rewinds=settings.max_rewinds,
             log=lambda: self.log.state_dict(),
         )  # fmt: skip
         self.incidents: list[str] = []  # kinds that were kept
         self.repeats = 0  # looks at a kind already known
-        self.guard.thaw(armed=settings.max_incidents > 0)
+        self.guard.resume_updates(capture_enabled=settings.max_incidents > 0)
         self.step = 0  # steps tried: the position in the data
         self.stepper = Stepper(
             settings,
@@ -137,14 +137,14 @@ class Trainer:
             self.restore()
         total = settings.epochs * per_epoch
         self.run.update(epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
-        self.recovery.start(self.step)
+        self.rewinder.start(self.step)
         interruption.deferred = True
         with contextlib.closing(self.writer), contextlib.closing(self.stepper), Progress(total, self.run.name, "steps", done=self.step, every=30.0) as bar:
             while self.step < total:
                 epoch = self.step // per_epoch
                 started, end = time.perf_counter(), (epoch + 1) * per_epoch
                 plan = self.loader.plan(epoch)
-                self.log.watch.who = functools.partial(self.people, plan)
+                self.log.monitor.batch_instances = functools.partial(self.people, plan)
                 self.model.train()
                 self.log.restart_clock()
                 while end - per_epoch <= self.step < end:
@@ -153,7 +153,7 @@ class Trainer:
                     self.log.add(report, self.step, epoch + 1)
                     self.oversee(plan, wait=self.step == end)  # may go back, to an earlier epoch too
                     if self.step < end:  # the state at an epoch's end is kept with its checkpoint
-                        self.recovery.maybe_snapshot(self.step)
+                        self.rewinder.maybe_snapshot(self.step)
                     bar.reach(self.step)
                     if interruption.requested and self.step < end:
                         self.stop(plan)
@@ -181,7 +181,7 @@ class Trainer:
             raise DivergedError(diverged(f"{applied or 'none'} of {self.step} steps were applied, the others were skipped"))
         if applied < WINDOW:
             return
-        first, last = self.recovery.monitor.first_and_last()
+        first, last = self.rewinder.monitor.first_and_last()
         if last < first:
             return
         score, untrained = _merit(self.last_metrics), _merit(self.untrained_metrics())
@@ -208,8 +208,8 @@ class Trainer:
         step = self.step
         self.guard.check_state()
         if self.guard.state["damaged"]:
-            self.rewind(self.recovery.damage(), epoch)
-        elif last and (reason := self.recovery.monitor.judge_end()):
+            self.rewind(self.rewinder.damage(), epoch)
+        elif last and (reason := self.rewinder.monitor.judge_end()):
             self.rewind(reason, epoch)
         return self.step == step
 
@@ -218,7 +218,7 @@ class Trainer:
         self.oversee(plan, wait=True)
         self.ensure_healthy(self.step // self.loader.steps_per_epoch + 1)
         epochs_done = self.step // self.loader.steps_per_epoch  # it may have gone back
-        self.log.watch.end_epoch(epochs_done + 1)
+        self.log.monitor.end_epoch(epochs_done + 1)
         self.save("last.pt")
         self.report_writes(final=True)
         with self.worth_less("gradients"):
@@ -237,16 +237,16 @@ class Trainer:
         while rows:
             row = rows.pop(0)
             self.log.record(row)
-            if row.report["froze"]:
+            if row.report["incident"]:
                 self.keep_incident(plan, row)
                 self.log.forget()
                 self.step, rows = row.step, []
-            reason = self.recovery.update(row)
+            reason = self.rewinder.update(row)
             if reason is not None:
                 for late in (*rows, *self.log.read(wait=True)):  # steps taken before this one was read
-                    if not late.report["frozen"]:
+                    if not late.report["updates_suspended"]:
                         self.log.record(late)
-                    if late.report["froze"]:  # those after it were not taken
+                    if late.report["incident"]:  # those after it were not taken
                         self.keep_incident(plan, late)
                         self.step = late.step
                 self.rewind(reason, row.epoch)
@@ -298,7 +298,7 @@ class Trainer:
         finally:
             for p, gradient in zip(self.guard.parameters, gradients):
                 p.grad = gradient
-        self.guard.thaw(armed=self.looks_for_more)
+        self.guard.resume_updates(capture_enabled=self.looks_for_more)
 
     @property
     def looks_for_more(self) -> bool:
@@ -308,7 +308,7 @@ class Trainer:
     def rewind(self, reason: str, epoch: int) -> bool:
         """Restore an earlier state, or end the run. Whether the steps after it are taken again: ``step`` is then the snapshot's."""
         try:
-            message, snapshot = self.recovery.rewind(reason, self.step)
+            message, snapshot = self.rewinder.rewind(reason, self.step)
         except DivergedError:
             self.writer.flush()
             self.report_writes()
@@ -317,8 +317,8 @@ class Trainer:
                 self.probe.end_epoch(epoch, whole=False)
             raise
         self.run.event("rewind", message, step=self.step, epoch=epoch)
-        self.run.update(rewinds=self.recovery.rewinds)
-        self.guard.thaw(armed=self.looks_for_more)
+        self.run.update(rewinds=self.rewinder.rewinds)
+        self.guard.resume_updates(capture_enabled=self.looks_for_more)
         if snapshot is None:
             return False
         self.step = snapshot.step
@@ -378,7 +378,7 @@ class Trainer:
         self.run.metrics({"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics, "seconds": round(seconds, 3)})
         self.report_writes()
         kept = (epoch + 1) % settings.save_every == 0 or last
-        self.recovery.maybe_snapshot(self.step, after=CHECKPOINT_AFTER if kept else SNAPSHOT_EVERY)
+        self.rewinder.maybe_snapshot(self.step, after=CHECKPOINT_AFTER if kept else SNAPSHOT_EVERY)
         self.save(*["best.pt"] * bool(best), *["last.pt"] * kept)
         scored = dict(best=self.best, metrics=metrics) if validated else {}
         self.run.update(epoch=epoch + 1, step=self.step, skipped_steps=self.log.skipped, **scored)
@@ -434,7 +434,7 @@ class Trainer:
             return
         self.log.write_line()
         folder, content = self.run.folder / "checkpoints", checkpoints.to_cpu(self.state_dict())
-        needed = {self.snapshot_file(snapshot.step): snapshot for snapshot in self.recovery.snapshots}
+        needed = {self.snapshot_file(snapshot.step): snapshot for snapshot in self.rewinder.snapshots}
         for file, snapshot in needed.items():
             if file not in self.kept_snapshots:
                 file.parent.mkdir(exist_ok=True)
@@ -487,7 +487,7 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "position": {"step": self.step, "epoch": self.step // self.loader.steps_per_epoch, "steps_per_epoch": self.loader.steps_per_epoch},
             "log": self.log.state_dict(),
-            "recovery": {**self.recovery.state_dict(), "incidents": list(self.incidents), "repeats": self.repeats},
+            "recovery": {**self.rewinder.state_dict(), "incidents": list(self.incidents), "repeats": self.repeats},
             "random": _random_state(self.device),
             "best": self.best,
             "settings": self.settings.model_dump(mode="json"),
@@ -505,19 +505,19 @@ class Trainer:
         self.guard.load_state_dict(saved["guard"])
         self.log.load_state_dict(saved["log"])
         self.incidents, self.repeats = list(saved["recovery"]["incidents"]), saved["recovery"]["repeats"]
-        self.guard.thaw(armed=self.looks_for_more)  # by the max_incidents of now
+        self.guard.resume_updates(capture_enabled=self.looks_for_more)  # by the max_incidents of now
         _restore_random(saved["random"], self.device)
         self.step, self.best = step, saved["best"]
         self.run.rewind_records(step, epoch)
         for problem in problems:
             self.run.event("checkpoint", problem, step=step)
-        self.recovery.load_state_dict(saved["recovery"], self.load_snapshots(saved))
+        self.rewinder.load_state_dict(saved["recovery"], self.load_snapshots(saved))
         self.run.event("resume", f"resumed from {path.name} at step {step}", step=step)
         validations = self.run.validations()
         self.last_metrics = validations[-1]["metrics"] if validations else {}
         self.run.update(epoch=epoch, step=step, skipped_steps=self.log.skipped, best=self.best, metrics=self.last_metrics or None)
         if path.name != "last.pt":  # it is now the last
-            self.recovery.start(step)
+            self.rewinder.start(step)
             self.save("last.pt")
 
     def check(self, path: Path, saved: dict[str, Any]) -> None:

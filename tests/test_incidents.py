@@ -197,7 +197,7 @@ def test_a_resumed_run_keeps_as_many_incidents_as_it_now_may(tiny, then, now, ar
     settings = tiny(run="again", inject="", epochs=2, batch_size=2, max_incidents=now, resume=True)
     trainer = loop.Trainer(settings, Run.start(settings))
     trainer.restore()
-    assert int(trainer.guard.state["armed"]) == armed
+    assert int(trainer.guard.state["capture_enabled"]) == armed
 
 
 def test_an_infinite_activation_that_leaves_finite_outputs_names_its_person(tiny):

@@ -23,7 +23,7 @@ from refinelib.guard.optim import WarmupCosine, flatten
 #: step on; ``frozen``: this step was void because of that. ``damaged``: a weight, moment, average or buffer was not finite
 #: when :meth:`Guard.check_state` last looked; nothing is updated until the state is restored.
 REPORT = (
-    "loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped", "spike_loss", "spike_grad", "froze", "frozen", "damaged",
+    "loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped", "spike_loss", "spike_grad", "incident", "updates_suspended", "damaged",
 )  # fmt: skip
 
 FLOAT16_MAX = 65504.0
@@ -39,7 +39,7 @@ LEAST_SPIKE, MOST_SPIKE = 1.5, 100.0
 WINDOW = 100
 
 
-class Judgement(NamedTuple):
+class StepDecision(NamedTuple):
     """What is thought of one step; tensors on the device."""
 
     skip: Tensor  # bool: nothing may move
@@ -111,7 +111,7 @@ class Guard:
         self.blocks = list(zip(flatten(model), flatten(average))) if average is not None else []
         self.buffers = [b for module in (model, *losses) for b in _persistent_buffers(module)]
         self.kept: list[Tensor] = []
-        self.think = self.judge
+        self.think = self.decide
         self.update_average = _update_average
         #: Whether the optimizer takes ``found_inf`` and skips by itself.
         self.fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
@@ -123,7 +123,7 @@ class Guard:
             "lr_factor": 1.0, "lr_factor_until": 0,  # the latter in applied steps
             "loss_center": 0.0, "norm_center": 0.0,  # means of log loss and log gradient norm
             "loss_spread": 0.0, "norm_spread": 0.0, "seen": 0,  # mean absolute deviations from these, and how many values
-            "armed": 0, "frozen": 0, "damaged": 0,
+            "capture_enabled": 0, "updates_suspended": 0, "damaged": 0,
         }  # fmt: skip
         #: All that the guard remembers, in one tensor, so that one copy renews it; float64 counts exactly.
         self.memory = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
@@ -160,17 +160,17 @@ class Guard:
 
     def compile(self) -> None:
         """Make one kernel of the many small operations of a judgement."""
-        self.think = torch.compile(self.judge, dynamic=False)
+        self.think = torch.compile(self.decide, dynamic=False)
         self.update_average = torch.compile(_update_average, dynamic=False)
 
     def uncompile(self) -> None:
-        self.think, self.update_average = self.judge, _update_average
+        self.think, self.update_average = self.decide, _update_average
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """L2 norm and largest magnitude of each parameter's gradient as it stands (still scaled), float32 ``[parameters]``."""
         return measured(self.parameters)
 
-    def judge(self, loss: Tensor, norms: Tensor, largest: Tensor) -> Judgement:
+    def decide(self, loss: Tensor, norms: Tensor, largest: Tensor) -> StepDecision:
         """What to do with a step; changes nothing.
 
         Args:
@@ -178,7 +178,7 @@ class Guard:
             norms, largest: from :meth:`measure`.
         """
         state = dict(zip(self.state, self.memory.unbind()))
-        scale, frozen, armed = state["scale"].float(), state["frozen"] != 0, state["armed"] != 0
+        scale, frozen, armed = state["scale"].float(), state["updates_suspended"] != 0, state["capture_enabled"] != 0
         damaged = state["damaged"] != 0
         norms, largest = unscaled(norms.double(), largest.double(), scale, self.root_sizes)
         total = norms.square().sum().sqrt()
@@ -217,12 +217,12 @@ class Guard:
             new |= self._rescaled(state, skip, overflow=bad_grad & ~bad_loss, largest=(report[2] * scale).double())
         # A frozen guard stands still: the host will come back to the step after the one that froze it.
         new = {name: torch.where(frozen, state[name], value) for name, value in new.items()}
-        new["frozen"] = (frozen | froze).double()
+        new["updates_suspended"] = (frozen | froze).double()
         memory = torch.stack([new.get(name, value) for name, value in state.items()])
         # As many steps as there were so far are averaged, up to what the decay means: the first ones know nothing yet.
         applied = state["applied"]
         share = torch.where(skip, 0.0, 1.0 - ((1.0 + applied) / (10.0 + applied)).clamp(max=self.ema_decay)).float()
-        return Judgement(skip, divisor, lr, share, report, norms.float(), memory)
+        return StepDecision(skip, divisor, lr, share, report, norms.float(), memory)
 
     # -- the state as a whole ------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
@@ -256,10 +256,10 @@ class Guard:
         names, largest = self._largest()
         return [name for name, good in zip(names, torch.isfinite(largest).tolist()) if not good]
 
-    def thaw(self, *, armed: bool) -> None:
+    def resume_updates(self, *, capture_enabled: bool) -> None:
         """Go on after an incident, ready to freeze at the next one or not."""
-        self.state["frozen"].fill_(0)
-        self.state["armed"].fill_(int(armed))
+        self.state["updates_suspended"].fill_(0)
+        self.state["capture_enabled"].fill_(int(capture_enabled))
 
     def slow_down(self, factor: float, steps: int) -> None:
         """Multiply the learning rate by ``factor`` for the next ``steps`` applied steps."""
@@ -267,7 +267,7 @@ class Guard:
         self.state["lr_factor_until"].copy_(self.state["applied"] + steps)
 
     # -- its parts -----------------------------------------------------------------------------------
-    def _apply(self, found: Judgement) -> None:
+    def _apply(self, found: StepDecision) -> None:
         """The optimizer's step, where the judgement allows one."""
         if self.fused:
             for group in self.optimizer.param_groups:
@@ -285,7 +285,7 @@ class Guard:
             group["lr"] = float(found.lr)
         self.optimizer.step()
 
-    def _follow(self, found: Judgement) -> None:
+    def _follow(self, found: StepDecision) -> None:
         """Moving average of the weights and buffers; a skipped step changes neither."""
         for buffer, kept in zip(self.buffers, self.kept):
             buffer.copy_(torch.where(found.skip, kept, buffer))

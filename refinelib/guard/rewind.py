@@ -42,7 +42,7 @@ EARLY_FACTOR, EARLY_LEAST, EARLY_SIGMA = 3.0, 2.0, 1.5
 #: Applied steps with a lower learning rate after a rewind past the data: half at the first, a quarter at the second, and so on.
 SLOW_STEPS = 200
 #: What a rewind leaves alone: counts of the run, and the loss scale, which an older state knows nothing of.
-_NOT_RESTORED = ("skipped", "scale", "headroom_peak", "good_in_a_row", "armed")
+_NOT_RESTORED = ("skipped", "scale", "headroom_peak", "good_in_a_row", "capture_enabled")
 
 
 class DivergedError(RuntimeError):
@@ -205,7 +205,7 @@ class Snapshot:
         return {"step": self.step, "tensors": self.tensors, "memory": self.memory, "host": self.host}
 
 
-class Recovery:
+class Rewinder:
     """Decides from the rows when a run has diverged, and restores an earlier state.
 
     Args:
@@ -289,7 +289,7 @@ class Recovery:
         report = row.report
         if report["damaged"]:
             return self.damage()
-        if report["frozen"]:  # the rows after an incident are never seen
+        if report["updates_suspended"]:  # the rows after an incident are never seen
             return "updates were suspended though no incident was under way"
         if report["skipped"]:
             overflow = report["bad_grad"] and not report["bad_loss"]
@@ -373,7 +373,7 @@ class Recovery:
         while self.snapshots:
             self.snapshots[-1].restore(self.guard)
             self.guard.state["damaged"].fill_(0)
-            self.guard.state["frozen"].fill_(0)
+            self.guard.state["updates_suspended"].fill_(0)
             if not self.guard.damage():
                 return self.snapshots[-1]
             self.snapshots.pop()

@@ -45,7 +45,7 @@ class _Range:
         return self.count > UNUSUAL_AFTER and off > limit
 
 
-class Watch:
+class StepMonitor:
     """Writes an event the first time something happens, and once an epoch how often it came again.
 
     Args:
@@ -62,7 +62,7 @@ class Watch:
         self.on_spike = on_spike
         self.usual = {name: _Range() for name in losses}
         #: Who was in a step's batch, as plain values; set by whoever knows.
-        self.who: Callable[[int], list[dict[str, Any]]] = lambda step: []
+        self.batch_instances: Callable[[int], list[dict[str, Any]]] = lambda step: []
         self.seen: dict[tuple[str, str], _Seen] = {}
 
     def step(self, step: int, epoch: int, report: Mapping[str, float], components: Sequence[float], norms: Sequence[float]) -> None:
@@ -123,7 +123,7 @@ class Watch:
 
     def _people(self, step: int) -> dict[str, Any]:
         """Who was in the batch, for the record; of a large one the first."""
-        return {"people": self.who(step)[:16]}
+        return {"people": self.batch_instances(step)[:16]}
 
     def _spike(self, step: int, epoch: int, report: Mapping[str, float], norms: Sequence[float]) -> None:
         done = "skipped" if report["skipped"] else {"clip": "clipped to the usual norm", "note": "applied as it is"}.get(self.on_spike, "")

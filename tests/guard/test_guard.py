@@ -289,18 +289,18 @@ def test_running_statistics_are_poisoned_where_nobody_puts_them_back():
 def test_after_an_incident_nothing_moves_until_the_host_has_looked(kind, fused):
     data = batches(8)
     model, guard = make(kind, fused=fused, running=True)
-    guard.thaw(armed=True)
+    guard.resume_updates(capture_enabled=True)
     first = run(model, guard, data[:3], {2: grad(math.nan)})
-    assert [(r["froze"], r["frozen"], r["skipped"]) for r in first] == [(0, 0, 0), (0, 0, 0), (1, 0, 1)]
+    assert [(r["incident"], r["updates_suspended"], r["skipped"]) for r in first] == [(0, 0, 0), (0, 0, 0), (1, 0, 1)]
     before = everything(model, guard)
     held = run(model, guard, data[3:6], {1: grad(math.nan)})  # good ones and a bad one
-    assert [(r["froze"], r["frozen"], r["skipped"]) for r in held] == [(0, 1, 0)] * 3
+    assert [(r["incident"], r["updates_suspended"], r["skipped"]) for r in held] == [(0, 1, 0)] * 3
     for key, value in everything(model, guard).items():
         assert torch.equal(before[key], value), key
     assert int(guard.state["skipped"]) == 1
-    guard.thaw(armed=False)
+    guard.resume_updates(capture_enabled=False)
     after = run(model, guard, data[3:6], {2: grad(math.nan)})
-    assert [(r["froze"], r["frozen"], r["skipped"]) for r in after] == [(0, 0, 0), (0, 0, 0), (0, 0, 1)]  # not armed: skipped, no more
+    assert [(r["incident"], r["updates_suspended"], r["skipped"]) for r in after] == [(0, 0, 0), (0, 0, 0), (0, 0, 1)]  # not armed: skipped, no more
     clean, clean_guard = make(kind, fused=fused, running=True)
     run(clean, clean_guard, torch.stack([data[0], data[1], data[3], data[4]]))
     ours, theirs = everything(model, guard), everything(clean, clean_guard)

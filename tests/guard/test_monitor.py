@@ -7,7 +7,7 @@ import pytest
 
 from refinelib.config import resolve
 from refinelib.guard.guard import REPORT
-from refinelib.guard.watch import Watch
+from refinelib.guard.watch import StepMonitor
 from refinelib.runs import Run
 
 GOOD = dict(zip(REPORT, [1.0, 2.0, 0.5, 1e-3, 1024.0] + [0] * 7))
@@ -17,7 +17,7 @@ NORMS = [1.0, 3.0]
 @pytest.fixture
 def watch(tmp_path):
     run = Run.start(resolve("demo", output_dir=str(tmp_path)))
-    return Watch(run, losses=["ce", "contour"], parameters=["stem.weight", "contour.weight"], cap=10.0, scale_floor=1.0)
+    return StepMonitor(run, losses=["ce", "contour"], parameters=["stem.weight", "contour.weight"], cap=10.0, scale_floor=1.0)
 
 
 def test_ordinary_steps_leave_no_event(watch):
@@ -103,13 +103,13 @@ def test_at_the_floor_of_the_loss_scale_the_module_nearest_the_loss_is_named(wat
 
 
 def test_without_a_loss_scale_nobody_speaks_of_its_floor(tmp_path):
-    watch = Watch(Run.start(resolve("demo", output_dir=str(tmp_path))), losses=["ce"], parameters=["stem.weight"], cap=None, scale_floor=None)
+    watch = StepMonitor(Run.start(resolve("demo", output_dir=str(tmp_path))), losses=["ce"], parameters=["stem.weight"], cap=None, scale_floor=None)
     watch.step(1, 1, {**GOOD, "loss_scale": 1.0}, [1e6], [1.0])
     assert watch.run.events() == []
 
 
 def test_a_loss_component_far_out_of_its_range_is_named_with_the_people_in_the_batch(watch):
-    watch.who = lambda step: [{"annotation_id": 10 * step}]
+    watch.batch_instances = lambda step: [{"annotation_id": 10 * step}]
     generator = random.Random(0)
     for step in range(1, 200):
         watch.step(step, 1, GOOD, [generator.lognormvariate(0, 0.3), generator.lognormvariate(-1, 0.3)], NORMS)

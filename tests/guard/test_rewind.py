@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from refinelib import checkpoints
 from refinelib.gradients.read import read
-from refinelib.guard.rewind import GENERATIONS, DivergedError, LossMonitor, Recovery, Snapshot
+from refinelib.guard.rewind import GENERATIONS, DivergedError, LossMonitor, Rewinder, Snapshot
 from refinelib.runs import Run, latest
 from refinelib.steplog import Row
 from refinelib.trainer import Trainer, train
@@ -104,13 +104,13 @@ def test_a_parameter_that_gets_its_first_gradient_late_is_restored_too(trainer):
 
 
 def row(step, *, loss=1.0, skipped=0, spike=0, damaged=0, bad_loss=1, loss_scale=1.0):
-    report = dict(loss=loss, skipped=skipped, spike_loss=spike, spike_grad=0, frozen=0, damaged=damaged, bad_loss=bad_loss, bad_grad=1, loss_scale=loss_scale)
+    report = dict(loss=loss, skipped=skipped, spike_loss=spike, spike_grad=0, updates_suspended=0, damaged=damaged, bad_loss=bad_loss, bad_grad=1, loss_scale=loss_scale)
     return Row(step, 1, torch.zeros(1).numpy(), report, torch.zeros(1).numpy())
 
 
 @pytest.fixture
 def recovery(trainer):
-    found = Recovery(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
+    found = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
     found.start(0)
     return found
 
@@ -182,7 +182,7 @@ def test_a_loss_that_stays_high_is_noticed_from_the_first_steps_on(sigma, seed, 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(150, 800), seed=st.integers(0, 2**20), rise=st.floats(3.0, 100.0))
 def test_a_rewind_goes_to_a_state_of_before_the_damage_and_each_further_back(trainer, at, seed, rise):
-    recovery = Recovery(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
+    recovery = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
     recovery.start(0)
     losses = [loss * (rise if step > at else 1.0) for step, loss in enumerate(noisy(at + 400, seed=seed), 1)]
     went, step = [], 0
@@ -210,7 +210,7 @@ def test_a_burst_of_skips_goes_back_no_further_than_the_newest_snapshot(recovery
 def test_what_a_rewind_needs_is_in_the_state(trainer, recovery):
     losses = noisy(700)
     assert drive(recovery, losses[:333]) is None
-    other = Recovery(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
+    other = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
     copies = [Snapshot(s.step, s.tensors, s.memory, s.host) for s in recovery.snapshots]
     other.load_state_dict(json.loads(json.dumps(recovery.state_dict())), copies)
     for each in (recovery, other):
@@ -222,7 +222,7 @@ def test_what_a_rewind_needs_is_in_the_state(trainer, recovery):
 @pytest.mark.parametrize("place", ["weight", "moment", "average"])
 def test_a_nan_written_into_the_state_leads_to_a_rewind(trainer, place):
     advance(trainer, 3)
-    trainer.recovery.start(3)
+    trainer.rewinder.start(3)
     before = everything(trainer)
     guard = trainer.guard
     tensor = {"weight": guard.parameters[7], "average": guard.averages[7], "moment": guard.optimizer.state[guard.parameters[7]]["exp_avg"]}[place]
@@ -236,7 +236,7 @@ def test_a_nan_written_into_the_state_leads_to_a_rewind(trainer, place):
 
 def test_a_damaged_state_is_updated_no_further_until_it_is_restored(trainer):
     advance(trainer, 2)
-    trainer.recovery.start(2)
+    trainer.rewinder.start(2)
     with torch.no_grad():
         trainer.guard.averages[3][(0,) * trainer.guard.averages[3].ndim] = math.inf  # no loss and no gradient ever shows it
     trainer.guard.check_state()
@@ -249,15 +249,15 @@ def test_a_damaged_state_is_updated_no_further_until_it_is_restored(trainer):
     trainer.step += 1
     trainer.log.add(report, trainer.step, 1)
     trainer.oversee(plan, wait=True)
-    assert trainer.recovery.rewinds == 1 and all(bool(x.isfinite().all()) for x in trainer.guard.tensors().values())
+    assert trainer.rewinder.rewinds == 1 and all(bool(x.isfinite().all()) for x in trainer.guard.tensors().values())
 
 
 def test_a_rewind_halves_the_learning_rate_for_a_while(trainer):
     advance(trainer, 2)
-    trainer.recovery.start(2)
+    trainer.rewinder.start(2)
     before = float(trainer.guard.optimizer.param_groups[0]["lr"])
-    trainer.recovery.skips = trainer.recovery.max_consecutive_skips
-    trainer.recovery.rewind("test", 2)
+    trainer.rewinder.skips = trainer.rewinder.max_consecutive_skips
+    trainer.rewinder.rewind("test", 2)
     advance(trainer, 1)
     assert float(trainer.guard.optimizer.param_groups[0]["lr"]) == pytest.approx(before / 2, rel=0.02)
     trainer.guard.state["lr_factor_until"].fill_(int(trainer.guard.state["applied"]))

@@ -10,8 +10,8 @@ from helpers import bench
 from refinelib import trainer as training
 from refinelib.guard import guard as guards
 from refinelib.guard.guard import REPORT, Guard
-from refinelib.guard.rewind import Recovery, Snapshot
-from refinelib.guard.watch import Watch
+from refinelib.guard.rewind import Rewinder, Snapshot
+from refinelib.guard.watch import StepMonitor
 
 sweep = bench("sweep")
 #: The suite's share, the same every time; ``python bench/sweep.py --draws 20000 --seed S`` draws others.
@@ -136,7 +136,7 @@ def test_the_same_draws_every_time():
 
 
 # -- that it can fail ----------------------------------------------------------------------------------
-def judge_of_before(self, loss, norms, largest, judge=Guard.judge):
+def judge_of_before(self, loss, norms, largest, judge=Guard.decide):
     """Until 2026-11-26: float32, and no look at whether the norm and the clipping are finite."""
     found, scale = judge(self, loss, norms, largest), self.state["scale"].float()
     norms, largest = guards.unscaled(norms, largest, scale, self.root_sizes)
@@ -144,13 +144,13 @@ def judge_of_before(self, loss, norms, largest, judge=Guard.judge):
     total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
     clip = (torch.full_like(total, self.grad_clip) / total.clamp(min=1e-12)).clamp(max=1.0)
     bad = ~torch.isfinite(loss) | ~torch.isfinite(largest).all()
-    skip = bad | (self.state["frozen"] != 0) | (self.state["damaged"] != 0)
+    skip = bad | (self.state["updates_suspended"] != 0) | (self.state["damaged"] != 0)
     report = found.report.clone()
     report[REPORT.index("grad_norm")], report[REPORT.index("skipped")] = total, skip.float()
     return found._replace(skip=skip, divisor=scale / clip, report=report)
 
 
-def judge_that_forgives_nothing(self, loss, norms, largest, judge=Guard.judge):
+def judge_that_forgives_nothing(self, loss, norms, largest, judge=Guard.decide):
     found = judge(self, loss, norms, largest)
     skip, report = found.skip | (self.state["skipped"] > 0), found.report.clone()
     report[REPORT.index("skipped")] = skip.float()
@@ -170,7 +170,7 @@ def without_moments(self, guard):
 
 
 def recovery_with(**changes):
-    return lambda guard, **given: Recovery(guard, **{**given, **changes})
+    return lambda guard, **given: Rewinder(guard, **{**given, **changes})
 
 
 def fails(*_):
@@ -187,7 +187,7 @@ def old_average(average, weights, share, skip):
 
 LASTING = recovery_with(max_consecutive_skips=10**6)
 HASTY = recovery_with(max_consecutive_skips=1, max_rewinds=0)
-JUDGE, FORGIVES_NOTHING = (Guard, "judge", judge_of_before), (Guard, "judge", judge_that_forgives_nothing)
+JUDGE, FORGIVES_NOTHING = (Guard, "decide", judge_of_before), (Guard, "decide", judge_that_forgives_nothing)
 BLIND = (Guard, "check_state", nothing)
 #: What is spoilt, where faults are drawn and when, and the properties that have to fail.
 MUTATIONS = {
@@ -196,14 +196,14 @@ MUTATIONS = {
     "an average times zero": ([(guards, "_update_average", old_average)], "parameter", "middle", "exact"),
     "buffers not put back": ([(guards, "_persistent_buffers", lambda _: [])], "gradient", "middle", "exact"),
     "a state that nobody looks at": ([BLIND], "exp_avg average step", "after stop", "finite disk"),
-    "a log that says nothing": ([(Watch, "_once", nothing)], "gradient term", "middle last", "record"),
+    "a log that says nothing": ([(StepMonitor, "_once", nothing)], "gradient term", "middle last", "record"),
     "moments not restored": ([(Snapshot, "restore", without_moments)], "exp_avg step", "middle", "restored"),
     "statistics not restored": ([(Snapshot, "restore", without_memory)], "exp_avg step", "middle", "again"),
     "a guard that forgives nothing": (
-        [FORGIVES_NOTHING, (training, "Recovery", LASTING)], "term", "middle", "continued exact",
+        [FORGIVES_NOTHING, (training, "Rewinder", LASTING)], "term", "middle", "continued exact",
     ),
-    "a run that ends at once": ([(training, "Recovery", HASTY)], "term", "middle", "ended"),
-    "a log that cannot bear NaN": ([(Watch, "_skip", fails)], "input", "last", "raised"),
+    "a run that ends at once": ([(training, "Rewinder", HASTY)], "term", "middle", "ended"),
+    "a log that cannot bear NaN": ([(StepMonitor, "_skip", fails)], "input", "last", "raised"),
 }  # fmt: skip
 
 
