@@ -1,7 +1,7 @@
-"""Parts that can be added by name from outside the package: losses, refinements, data sets, metrics.
+"""Parts that can be added by name, also from outside the package: losses, refinements, data sets, metrics.
 
-A part brings its settings with it as :class:`Option`. :mod:`refinelib.config` accepts these beside its
-own fields, so that a new part needs no other line in the package.
+A part brings its settings with it as :class:`Option`. :mod:`refinelib.config` takes them into its settings,
+so that a new part needs no other line in the package.
 """
 
 from __future__ import annotations
@@ -20,21 +20,27 @@ class Option:
 
     Attributes:
         name: the setting's name, as users type it.
-        default: its value where a recipe does not give one; its type is the setting's type.
+        default: its value where a recipe does not give one.
         description: one sentence; it stands in the notebooks' parameter cell.
         limits: keyword arguments of :func:`pydantic.Field`, such as ``ge`` and ``le``.
-        role: as for the fields of :class:`refinelib.config.Settings`.
+        role: ``run``, ``data``, ``model``, ``training`` or ``inference``; see :mod:`refinelib.config`.
+        annotation: the setting's type; none: the default's type, or ``str | None`` for a default of None.
     """
 
     name: str
     default: Any
     description: str
-    limits: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict, hash=False)
     role: str = "training"
+    annotation: Any = None
 
 
 class Registry(Mapping[str, Part], Generic[Part]):
     """Parts of one kind by name, in the order in which they were added.
+
+    Args:
+        kind: what a part is called in messages.
+        home: modules that add the package's own parts; they are imported when a part is first looked up.
 
     Example:
         >>> greetings = Registry("greeting")
@@ -43,9 +49,15 @@ class Registry(Mapping[str, Part], Generic[Part]):
         ('Hello!', ['hello_weight'])
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._parts: dict[str, tuple[Part, tuple[Option, ...]]] = {}
+    def __init__(self, kind: str, *home: str) -> None:
+        self.kind, self.home = kind, home
+        self._added: dict[str, tuple[Part, tuple[Option, ...]]] = {}
+
+    @property
+    def _parts(self) -> dict[str, tuple[Part, tuple[Option, ...]]]:
+        for module in self.home:
+            importlib.import_module(module)
+        return self._added
 
     def add(self, name: str, part: Part, *options: Option) -> None:
         """Register ``part`` under ``name``.
@@ -53,18 +65,19 @@ class Registry(Mapping[str, Part], Generic[Part]):
         Raises:
             ValueError: the name is taken.
         """
-        if name in self._parts:
+        if name in self._added:
             raise ValueError(f"there is a {self.kind} {name!r} already: give yours another name")
-        self._parts[name] = part, options
+        self._added[name] = part, options
 
     def remove(self, name: str) -> None:
         """Forget a part (for tests, and for notebooks whose cell is run again)."""
-        del self._parts[name]
+        del self._added[name]
 
-    def options(self) -> Iterator[Option]:
-        """The settings of all parts."""
-        for _, options in self._parts.values():
-            yield from options
+    def options(self, name: str | None = None) -> Iterator[Option]:
+        """The settings of one part, or of all parts."""
+        parts = self._parts
+        for part in parts if name is None else [name]:
+            yield from parts[part][1]
 
     def __getitem__(self, name: str) -> Part:
         if name not in self._parts:
@@ -78,13 +91,7 @@ class Registry(Mapping[str, Part], Generic[Part]):
         return len(self._parts)
 
 
-LOSSES: Registry[Any] = Registry("loss")
-REFINEMENTS: Registry[Any] = Registry("refinement")
-DATASETS: Registry[Any] = Registry("data set")
-METRICS: Registry[Any] = Registry("metric")
-
-
-def load_builtin() -> None:
-    """Import the modules that register the package's own parts."""
-    for name in ("modeling.losses", "modeling.refinements", "data.splits", "metrics.segmentation"):
-        importlib.import_module(f"refinelib.{name}")
+LOSSES: Registry[Any] = Registry("loss", "refinelib.modeling.losses")
+REFINEMENTS: Registry[Any] = Registry("refinement", "refinelib.modeling.refinements")
+DATASETS: Registry[Any] = Registry("data set", "refinelib.data.splits")
+METRICS: Registry[Any] = Registry("metric", "refinelib.metrics.segmentation")

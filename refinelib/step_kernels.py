@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from refinelib.config import DRAWING, WHERE, Settings, absolute
+from refinelib.config import Settings, absolute, names_with_role
 
 #: Where kernels are kept unless this variable says otherwise.
 KERNELS_VARIABLE, KERNELS = "TORCHINDUCTOR_CACHE_DIR", "outputs/compiled"
 
-#: Settings that change what is computed and no kernel of augmentation, model and loss, beside those of ``WHERE``. (The schedule's numbers are
+#: Settings that change what is computed and no kernel of augmentation, model and loss, beside those of the roles run and inference. (The schedule's numbers are
 #: part of the guard's own small kernel, which takes seconds.)
-_IMMATERIAL = WHERE | DRAWING | {
+_IMMATERIAL = {
     "recipe", "seed", "epochs", "init_from", "lr", "min_lr", "warmup_epochs", "weight_decay", "max_images", "data", "add_pennfudan",
     "max_consecutive_skips", "max_rewinds", "max_incidents", "compile", "cuda_graphs", "smoke",
 }  # fmt: skip
@@ -46,7 +46,7 @@ def kernels_folder() -> Path:
 
 def note(settings: Settings) -> Path:
     """The file that says that kernels for these settings are kept: it belongs to this package's code, this PyTorch and this device."""
-    content = {name: value for name, value in settings.model_dump(mode="json").items() if name not in _IMMATERIAL}
+    content = {name: value for name, value in settings.model_dump(mode="json").items() if name not in _IMMATERIAL | names_with_role("run", "inference")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     key = json.dumps([_code(), torch.__version__, device, content], sort_keys=True)
     return kernels_folder() / "refinelib" / hashlib.sha256(key.encode()).hexdigest()[:24]

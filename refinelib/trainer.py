@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from refinelib import checkpoints
 from refinelib.build import autocast, build_device, build_model, build_step, settled
-from refinelib.config import DRAWING, WHERE, Settings
+from refinelib.config import Settings, names_with_role
 from refinelib.data import open_splits
 from refinelib.incidents import capture
 from refinelib.interruption import Interruption
@@ -545,9 +545,7 @@ class Trainer:
 
 
 #: Settings that a resumed run may have changed: none of them changes what is learnt, or how (``epochs`` stretches what is left of the rate's way down).
-_FREE_TO_CHANGE = WHERE | DRAWING | {
-    "add_pennfudan", "device", "epochs", "inject", "init_from", "recipe", "max_rewinds", "max_incidents", "compile", "cuda_graphs",
-}  # fmt: skip
+_FREE_TO_CHANGE = {"add_pennfudan", "epochs", "init_from", "max_rewinds"}
 
 
 def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
@@ -557,7 +555,8 @@ def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
         CheckpointError: names each setting that differs.
     """
     now = settings.model_dump(mode="json")
-    changed = [f"{k} was {then[k]}, is {now[k]}" for k in then if k in now and k not in _FREE_TO_CHANGE and then[k] != now[k]]
+    free = names_with_role("run", "inference") | _FREE_TO_CHANGE
+    changed = [f"{k} was {then[k]}, is {now[k]}" for k in then if k in now and k not in free and then[k] != now[k]]
     if changed:
         raise checkpoints.CheckpointError(
             f"resume goes on with the settings it was started with, and {'; '.join(changed)}: leave that as it was, "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refinelib.config import WHERE, Settings, SettingsError, absolute
+from refinelib.config import Settings, SettingsError, absolute, names_with_role
 from refinelib.data import CocoPeople, Source, SyntheticPeople
 from refinelib.metrics.evaluate import Evaluation, measure
 from refinelib.metrics.bootstrap import ImageBootstrap
@@ -45,7 +45,7 @@ REFINEMENT_OFF = {
     )
 }
 #: Settings that make no variant of a run: who it is, where things lie, how often it writes, what it computes its steps with.
-_NO_VARIANT = WHERE | {"seed", "recipe", "device", "inject", "smoke", "compile", "cuda_graphs", "fused_optimizer"}
+_NO_VARIANT = {"seed", "fused_optimizer"}
 
 
 class Result(NamedTuple):
@@ -217,7 +217,7 @@ def size_groups(results: Sequence[Result]) -> dict[str, np.ndarray]:
 def _changes(first: Result, second: Result) -> dict[str, Any]:
     """Settings that decide what is learned, and differ."""
     then, now = first.settings.model_dump(), second.settings.model_dump()
-    return {name: now[name] for name in now if name not in _NO_VARIANT and now[name] != then[name]}
+    return {name: now[name] for name in now if name not in _NO_VARIANT | names_with_role("run") and now[name] != then[name]}
 
 
 def _title(first: Result, changes: dict[str, Any]) -> str:

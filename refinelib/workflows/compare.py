@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 
 from refinelib.workflows import examples
 from refinelib.plots.style import BLACK, BLUE, CLASSES, GREEN, GREY, ORANGE, PURPLE, SKY, WIDTH
-from refinelib.plots.style import VERMILLION, Figure, color_key, draw_line, dress, recorded_settings
+from refinelib.plots.style import VERMILLION, Figure, color_key, draw_line, style_axes, recorded_settings
 from refinelib.plots.masks import class_picture, read_samples, tile, window_of
-from refinelib.config import WHERE
+from refinelib.config import names_with_role
 from refinelib.runs import Run, status_files
 
 #: Colours of groups in their order; beyond these the line's style changes.
@@ -25,8 +25,6 @@ COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, GREY)
 STYLES = ("-", "--", ":")
 #: Runs looked at where none are named, the newest ones.
 MOST = 12
-#: Settings that say where a run lies or what it leaves, not what it is.
-_OUTSIDE = WHERE | {"recipe", "smoke"}
 METRICS = {
     "target_iou": "target IoU",
     "boundary_iou": "Boundary IoU",
@@ -63,7 +61,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {k: value for k, value in recorded_settings(run).items() if k not in _OUTSIDE | {"seed"}}
+        settings = {k: value for k, value in recorded_settings(run).items() if k not in names_with_role("run") | {"seed"}}
         alike.setdefault(repr(sorted(settings.items())) if settings else str(run.folder), []).append(run)
     called = names_of(runs)
     first = [called[[*runs].index(members[0])] for members in alike.values()]
@@ -102,7 +100,7 @@ def settings_table(runs: Sequence[Run]) -> str:
     """The settings in which the runs differ, one a line, as a Markdown table."""
     found = dict(zip(names_of(runs), map(recorded_settings, runs)))
     names = list(dict.fromkeys(name for settings in found.values() for name in settings))
-    outside = _OUTSIDE - {"recipe", "smoke"}
+    outside = names_with_role("run") - {"recipe", "smoke"}
     names = [name for name in names if name not in outside and len({repr(settings.get(name)) for settings in found.values()}) > 1]
     if not names:
         return "They differ in no setting." if len(runs) > 1 else "There is one run only."
@@ -161,7 +159,7 @@ def curves(runs: Sequence[Run]) -> Figure:
                 axes.plot(shared, [np.mean(by_epoch[epoch]) for epoch in shared], color=color, linestyle=style, linewidth=2.8, gid="mean")
         if unit == "IoU, 0 to 1":
             axes.set_ylim(0, min(1.0, max(0.2, 1.15 * axes.get_ylim()[1])))
-        dress(axes, title, "epoch", unit, whole=True)
+        style_axes(axes, title, "epoch", unit, whole=True)
     handles = [Line2D([], [], color=c, linestyle=s, linewidth=2.4, label=name) for name, (c, s) in zip(found, _looks(len(found)))]
     marks = (("X", "diverged or failed"), (">", "still running"))
     handles += [Line2D([], [], color=BLACK, marker=marker, linestyle="", label=label) for marker, label in marks]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
-from refinelib.config import WHERE, Settings, SettingsError, absolute, resolve
+from refinelib.config import Settings, SettingsError, absolute, names_with_role, resolve
 from refinelib.files import parse_yaml, read_json, shown
 from refinelib.runs import RunError
 
@@ -18,8 +18,6 @@ ADDS = {
     "phase4": "distance transform",
     "finetune": "progressive upsampling, smaller steps",
 }
-#: Settings that may differ when a chain is taken up again: none of them changes what a step does.
-_FREE = WHERE | {"add_pennfudan", "init_from", "device", "inject"}
 
 
 class Plan(NamedTuple):
@@ -159,7 +157,8 @@ def _differences(made: Plan, state: dict[str, Any]) -> str:
         return f"init_from was {state['init_from']} and is {made.init_from}"
     for entry in begun:
         old, new = entry["settings"], made.settings[entry["phase"]].model_dump(mode="json")
-        changed = [f"{k} was {old[k]} and is {new[k]}" for k in old if k in new and k not in _FREE and old[k] != new[k]]
+        free = names_with_role("run") | {"add_pennfudan", "init_from"}  # none of them changes what a step does
+        changed = [f"{k} was {old[k]} and is {new[k]}" for k in old if k in new and k not in free and old[k] != new[k]]
         if changed:
             return f"in {entry['phase']}, {', '.join(changed)}"
     return ""
