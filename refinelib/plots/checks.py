@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refinelib.plots.style import BLACK, BLUE, GREY, VERMILLION, WIDTH, Figure, dress, legend
+from refinelib.plots.style import BLACK, BLUE, GREY, VERMILLION, WIDTH, Figure, style_axes, legend
 from refinelib.workflows.verdicts import Check, read
 
 
@@ -26,11 +26,11 @@ def overfit(folder: str | os.PathLike) -> Figure:
     if found["loss"][0]:
         left.axhline(share * found["loss"][0], color=GREY, linestyle="--", gid="limit", label=f"{share:.0%} of the first")
         left.set_yscale("log")
-    dress(left, "total loss of the batch", "step", "loss")
+    style_axes(left, "total loss of the batch", "step", "loss")
     right.plot(steps, found["target_iou"], color=BLUE, linewidth=1.6, label="target IoU")
     right.axhline(iou, color=GREY, linestyle="--", gid="limit", label=f"{iou:g}")
     right.set_ylim(0, 1.02)
-    dress(right, "target IoU on the batch", "step", "IoU, 0 to 1")
+    style_axes(right, "target IoU on the batch", "step", "IoU, 0 to 1")
     for axes in (left, right):
         legend(axes)
     return figure

@@ -16,7 +16,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from refinelib.plots.style import (
     BLACK, BLUE, CLASSES, DPI, ERRORS, GREEN, GREY, LOSS_NAMES, LOSSES, METRIC_NAMES, METRICS, NORM_LINES, ORANGE, PURPLE, SKY, VERMILLION, WIDTH,
-    YELLOW, Figure, draw_line, dress, legend, logarithmic_if_wide, mark_skips, opened, recorded_settings, save, titled,
+    YELLOW, Figure, draw_line, style_axes, legend, logarithmic_if_wide, mark_skips, opened, recorded_settings, save, titled,
 )  # fmt: skip
 from refinelib.plots.masks import rois, sample_grid
 from refinelib.runs import Run
@@ -39,7 +39,7 @@ def losses(run: Run | str | os.PathLike) -> Figure:
         draw_line(axes, [line["step"] for line in steps], values, color=LOSSES.get(name, GREY))
         logarithmic_if_wide(axes, values)
         title = LOSS_NAMES.get(name, name) + ("" if weight is None else f"   (weight {weight:g})")
-        dress(axes, title, "step" if i + 3 >= len(names) else "", "loss" if i % 3 == 0 else "")
+        style_axes(axes, title, "step" if i + 3 >= len(names) else "", "loss" if i % 3 == 0 else "")
     return figure
 
 
@@ -63,7 +63,7 @@ def learning_rate(run: Run | str | os.PathLike) -> Figure:
         steps = run.steps()
         values = [line.get("loss_scale") for line in steps]
         draw_line(axes, [line["step"] for line in steps], values, color=GREEN, drawstyle="steps-post")
-        dress(axes, "fp16 loss scale", "step", "factor")
+        style_axes(axes, "fp16 loss scale", "step", "factor")
         axes.set_yscale("log", base=2)
     return figure
 
@@ -80,7 +80,7 @@ def ious(run: Run | str | os.PathLike) -> Figure:
         values = [(line["metrics"].get("iou") or [None] * 3)[label] for line in epochs]
         style = dict(marker="o", linestyle="--" if name == "other people" else "-")
         draw_line(right, x, values, color=color, label=name, crosses=False, **style)
-    dress(right, "IoU of each class, pixels of all ROIs pooled", "epoch", "", whole=True)
+    style_axes(right, "IoU of each class, pixels of all ROIs pooled", "epoch", "", whole=True)
     legend(right)
     return figure
 
@@ -110,7 +110,7 @@ def live(run: Run | str | os.PathLike) -> Figure:
         values = [line["losses"].get(name) for line in steps]
         weighted = [None if value is None else value * settings.get(f"{name}_weight", 1.0) for value in values]
         draw_line(left, x, weighted, color=LOSSES.get(name, GREY), linewidth=1.2, label=LOSS_NAMES.get(name, name), crosses=False)
-    dress(left, "losses, each times its weight", "step", "loss")
+    style_axes(left, "losses, each times its weight", "step", "loss")
     handles = left.get_legend_handles_labels()[0]  # below both panels, where it hides no line
     figure.legend(handles=handles, loc="outside lower left", ncols=max(1, len(handles)), fontsize=8, frameon=False)
     gradient_panel(right, run)
@@ -154,7 +154,7 @@ def total_panel(axes: Axes, run: Run) -> None:
     draw_line(axes, middles, means, color=LOSSES["total"], marker="o", linewidth=1.8, label="by epoch")
     logarithmic_if_wide(axes, values)
     mark_skips(axes, run)
-    dress(axes, "total training loss", "step", "loss")
+    style_axes(axes, "total training loss", "step", "loss")
     legend(axes)
 
 
@@ -175,7 +175,7 @@ def gradient_panel(axes: Axes, run: Run) -> None:
     if clip:
         axes.axhline(clip, color=GREY, linewidth=1.0, linestyle=":", zorder=1, gid="limit", label=f"clip, {clip:g}")
     mark_skips(axes, run)
-    dress(axes, "gradient norm before clipping, by window of steps", "step", "L2 norm")
+    style_axes(axes, "gradient norm before clipping, by window of steps", "step", "L2 norm")
     legend(axes)
 
 
@@ -184,7 +184,7 @@ def learning_rate_panel(axes: Axes, run: Run) -> None:
     draw_line(axes, [line["step"] for line in steps], [line["lr"] for line in steps], color=BLUE)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    dress(axes, "learning rate", "step", "learning rate")
+    style_axes(axes, "learning rate", "step", "learning rate")
 
 
 def iou_panel(axes: Axes, run: Run) -> None:
@@ -202,5 +202,5 @@ def iou_panel(axes: Axes, run: Run) -> None:
         place = dict(textcoords="offset points", fontsize=8, ha="right" if epoch > 1 else "left")
         axes.annotate(f"best {value:.3f}", (epoch, value), (6, -18 if value > 0.9 else 9), **place)
     axes.set_ylim(0, 1)
-    dress(axes, "IoU on the validation people", "epoch", "IoU, 0 to 1", whole=True)
+    style_axes(axes, "IoU on the validation people", "epoch", "IoU, 0 to 1", whole=True)
     legend(axes)

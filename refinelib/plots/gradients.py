@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from refinelib.plots.style import BLACK, BLUE, GREEN, GREY, LOSS_NAMES, LOSSES, ORANGE, PURPLE, VERMILLION, Figure
-from refinelib.plots.style import dress, empty, legend, opened, titled
+from refinelib.plots.style import style_axes, empty, legend, opened, titled
 from refinelib.runs import Run, RunError
 from refinelib.gradients.read import Gradients, read
 from refinelib.gradients.instability import Episode, episodes, levels, rounded
@@ -85,7 +85,7 @@ def module_norms(run: Run | str | os.PathLike, layers: Layers = None) -> Figure:
         for e in seen:
             if e.module == name:
                 axes.axvspan(e.first - 0.5, e.last + 0.5, color=ORANGE, alpha=0.3, linewidth=0, gid="episode")
-        dress(axes, name, "step" if i + columns >= len(rows) else "", "L2 norm" if i % columns == 0 else "")
+        style_axes(axes, name, "step" if i + columns >= len(rows) else "", "L2 norm" if i % columns == 0 else "")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.tick_params(labelbottom=i + columns >= len(rows))  # where no panel is below
     handles = [panels[0].lines[0], panels[0].lines[1]]
@@ -119,9 +119,9 @@ def updates(run: Run | str | os.PathLike, layers: Layers = None) -> Figure:
     right.plot(table[:, -1], range(len(rows)), "|", color=BLACK, markersize=9, markeredgewidth=1.6)
     for axes, draw in ((left, left.axhline), (right, right.axvline)):
         draw(USUAL_UPDATE, color=GREEN, linewidth=1.2, linestyle="--", gid="usual")
-    dress(left, "by epoch", "epoch", "|update| / |weight|", whole=True)
+    style_axes(left, "by epoch", "epoch", "|update| / |weight|", whole=True)
     legend(left)
-    dress(right, f"epoch {epochs[-1]}, a dot a parameter, a bar the whole", "|update| / |weight|", "")
+    style_axes(right, f"epoch {epochs[-1]}, a dot a parameter, a bar the whole", "|update| / |weight|", "")
     right.set_yticks(range(len(rows)), list(rows), fontsize=8)
     right.invert_yaxis()
     right.xaxis.set_major_locator(LogLocator(numticks=8))
@@ -151,7 +151,7 @@ def distributions(run: Run | str | os.PathLike, epoch: int | None = None) -> Fig
             if counts[-1]:
                 axes.annotate(f"{counts[-1]} {kind}s\nnot finite", (0.97, 0.9), xycoords="axes fraction", ha="right", va="top", fontsize=7)
         lowest = i + columns >= len(found.modules)
-        dress(axes, name, "magnitude, power of 10" if lowest else "", "% of elements" if i % columns == 0 else "")
+        style_axes(axes, name, "magnitude, power of 10" if lowest else "", "% of elements" if i % columns == 0 else "")
         axes.tick_params(labelbottom=lowest)
     panels[0].set_xlim(-12, 2)
     handles, labels = panels[0].get_legend_handles_labels()

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _Figure
 
 from refinelib.plots.style import BLACK, CLASSES, LOSSES, METRIC_NAMES, METRICS, NORM_LINES, PURPLE
-from refinelib.plots.style import VERMILLION, WIDTH, Figure, color_key, draw_line, dress, legend, save_in
+from refinelib.plots.style import VERMILLION, WIDTH, Figure, color_key, draw_line, style_axes, legend, save_in
 from refinelib.workflows.phases import read
 from refinelib.plots.masks import class_picture, read_samples, tile, window_of
 from refinelib.runs import Run
@@ -31,7 +31,7 @@ def all_phases(folder: str | os.PathLike) -> Figure:
     for axes, title, unit in zip(
         panels, ("total training loss", "IoU on the validation people", "gradient norm before clipping"), ("loss", "IoU, 0 to 1", "L2 norm")
     ):
-        dress(axes, title, "epoch of the whole chain" if axes is panels[-1] else "", unit)
+        style_axes(axes, title, "epoch of the whole chain" if axes is panels[-1] else "", unit)
         legend(axes)
         axes.set_xlim(0, max(offset, 1))
         for start, end, entry in crossings:

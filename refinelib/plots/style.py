@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -75,6 +75,21 @@ def save_in(folder: Path, figure: _Figure, name: str) -> _Figure:
     return figure
 
 
+def table(rows: Iterable[Sequence[Any]], columns: Sequence[Any]) -> str:
+    """A Markdown table; an empty cell for None.
+
+    Example:
+        >>> print(table([["stem", None], ["a|b", 3]], ["module", "count"]))
+        | module | count |
+        | --- | --- |
+        | stem |  |
+        | a/b | 3 |
+    """
+    lines = [columns, ["---"] * len(columns), *rows]
+    cells = [["" if cell is None else str(cell).replace("|", "/") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
 # -- axes ------------------------------------------------------------------------------------------
 def titled(run: Run, what: str, *, height: float, layout: str | None = "constrained") -> Figure:
     """An empty figure that says above what it shows, of which run, and how that run stands."""
@@ -134,7 +149,7 @@ def logarithmic_if_wide(axes: Axes, values: Sequence[float | None]) -> None:
         axes.set_yscale("log")
 
 
-def dress(axes: Axes, title: str, x: str, y: str, *, whole: bool = False) -> None:
+def style_axes(axes: Axes, title: str, x: str, y: str, *, whole: bool = False) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
