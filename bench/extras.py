@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from refinelib import build as building
 from refinelib.build import build_loss, build_model
 from refinelib.modeling.layers import Head
-from refinelib.modeling.losses import MaskLoss, cross_entropy, distance_mask, hierarchical_log_probs, targets_of
-from refinelib.modeling.unet import MaskOutput
+from refinelib.modeling.losses import MaskLoss, cross_entropy, distance_mask, targets_of
+from refinelib.modeling.output import MaskOutput, hierarchical_log_probs
 from refinelib.modeling.refinements import bounded
 
 VARIANTS = ("base", "boundary_loss", "active_boundary_loss", "point_refinement")

@@ -17,6 +17,7 @@ from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.unet import HierarchicalUNet
 from refinelib.guard.optim import WarmupCosine, build_optimizer
 from refinelib.modeling.roi import canvas_size, mask_canvas_size
+from refinelib.registry import LOSSES, REFINEMENTS
 
 
 class StepParts(NamedTuple):
@@ -70,30 +71,20 @@ def build_model(settings: Settings) -> HierarchicalUNet:
         roi_size=settings.roi_size,
         canvas=canvas,
         mask_canvas=mask_canvas_size(settings.mask_size, settings.roi_size, canvas),
-        use_boundary_refinement=settings.use_boundary_refinement,
-        use_progressive_upsampling=settings.use_progressive_upsampling,
-        use_subpixel_conv=settings.use_subpixel_conv,
-        use_contour_detection=settings.use_contour_detection,
-        use_distance_transform=settings.use_distance_transform,
         blend_init=settings.blend_init,
-        edge_gain_init=settings.edge_gain_init,
-        distance_threshold_init=settings.distance_threshold_init,
+        **{option.name: getattr(settings, option.name) for option in REFINEMENTS.options()},
     )
 
 
 def build_loss(settings: Settings) -> MaskLoss:
     """The sum of losses a run minimises; a loss whose switch or module is off has no weight in it."""
-    return MaskLoss(
-        ce_weight=settings.ce_weight,
-        dice_weight=settings.dice_weight,
-        active_contour_weight=settings.active_contour_weight * settings.use_active_contour_loss,
-        active_contour_smoothness=settings.active_contour_smoothness,
-        boundary_aware_weight=settings.boundary_aware_weight * settings.use_boundary_aware_loss,
-        boundary_weight=settings.boundary_weight,
-        contour_weight=settings.contour_weight * settings.use_contour_detection,
-        distance_weight=settings.distance_weight * settings.use_distance_transform,
-        cap=settings.refinement_loss_cap,
-    )
+    weights = {
+        name: getattr(settings, f"{name}_weight")
+        for name, term in LOSSES.items()
+        if term.switch is None or getattr(settings, term.switch)
+    }
+    options = {option.name: getattr(settings, option.name) for option in LOSSES.options()}
+    return MaskLoss(weights, options, cap=settings.refinement_loss_cap)
 
 
 def build_guard(settings: Settings, model: nn.Module, average: nn.Module | None, *, steps_per_epoch: int) -> Guard:

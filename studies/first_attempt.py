@@ -136,9 +136,8 @@ class BareLoss(MaskLoss):
     """
 
     def __init__(self, whole: MaskLoss, *, clamps: bool) -> None:
-        kept = dict(boundary_weight=whole.boundary_weight, distance_clip=whole.distance_clip)
-        super().__init__(**kept, active_contour_smoothness=0.0)
-        self.weights, self.length_weight, self.clamps = whole.weights, whole.active_contour_smoothness, clamps
+        super().__init__(whole.weights, {**whole.options, "active_contour_smoothness": 0.0})
+        self.length_weight, self.clamps = whole.options["active_contour_smoothness"], clamps
 
     def per_sample(self, output, labels: Tensor) -> dict[str, Tensor]:
         costs = super().per_sample(output, labels)
@@ -290,12 +289,14 @@ class LoweredLoss(MaskLoss):
         contour_weight: float = 0.01,
         distance_weight: float = 0.01,
     ) -> None:
-        super().__init__(
-            active_contour_weight=active_contour_weight,
-            boundary_aware_weight=boundary_aware_weight,
-            contour_weight=contour_weight,
-            distance_weight=distance_weight,
-        )
+        super().__init__({
+            "ce": 1.0,
+            "dice": 1.0,
+            "active_contour": active_contour_weight,
+            "boundary_aware": boundary_aware_weight,
+            "contour": contour_weight,
+            "distance": distance_weight,
+        })  # fmt: skip
 
 
 def first_build(settings: Settings, steps: int) -> tuple[MaskLoss, WarmupCosine]:

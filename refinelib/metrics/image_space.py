@@ -14,7 +14,7 @@ from refinelib.metrics.boundary import band_width, boundary_iou, image_band_widt
 from refinelib.metrics.coco_ap import CocoResults
 from refinelib.data import CocoPeople, SceneError, Source
 from refinelib.data.sources import Masks, box_of
-from refinelib.modeling.losses import NON_TARGET, TARGET
+from refinelib.modeling import NON_TARGET, TARGET
 from refinelib.metrics.segmentation import confusion_per_roi, iou_from_confusion, summarise
 from refinelib.metrics.paste import Pasted, paste_labels
 from refinelib.modeling.roi import crop_rois, labels_from_coverage

@@ -7,7 +7,7 @@ from typing import Iterator, NamedTuple
 import torch
 from torch import Tensor
 
-from refinelib.modeling.losses import TARGET
+from refinelib.modeling import TARGET
 from refinelib.modeling.roi import paste_patches
 
 

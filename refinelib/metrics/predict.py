@@ -18,7 +18,7 @@ from refinelib.build import autocast, build_device, build_model
 from refinelib.config import Settings
 from refinelib.data import decode_image
 from refinelib.data.sources import as_rgb
-from refinelib.modeling.losses import TARGET
+from refinelib.modeling import TARGET
 from refinelib.metrics.paste import paste_labels
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes
 from refinelib.metrics.scoring import predict_probs

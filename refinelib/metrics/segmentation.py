@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refinelib.metrics.boundary import band_width, boundary_f1, boundary_iou, hd95, surface_distance, surfaces
 from refinelib.metrics.bootstrap import ImageBootstrap
-from refinelib.modeling.losses import NON_TARGET, TARGET
+from refinelib.modeling import NON_TARGET, TARGET
 
 CLASSES = 3
 

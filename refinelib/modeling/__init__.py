@@ -1,1 +1,4 @@
 """The network, its refinements and losses: pure tensor code, without settings, files or prints."""
+
+#: Classes of a mask's pixels, in the order of the class probabilities.
+BACKGROUND, TARGET, NON_TARGET = 0, 1, 2

@@ -1,61 +1,94 @@
 """One function a loss, and the one class that sums them.
 
 Every function takes ``log_probs`` (float ``[B, 3, H, W]``, natural logarithms that sum to one
-probability a pixel) or a head's output, and the truth; returns float32 ``[B]``, one cost a sample,
+probability a pixel) or a head's output, and the targets; returns float32 ``[B]``, one cost a sample,
 which does not depend on the rest of the batch; is 0 (or nearly) for a perfect prediction; and has a
 gradient of bounded size, given as a bound on the L1 norm with respect to the logits or outputs of
 one sample. All of them compute in float32 whatever comes in.
+
+A loss is added by one line: ``LOSSES.add(name, LossTerm(function), Option(f"{name}_weight", ...))``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from refinelib.modeling.geometry import EDGE_EPS, contour_band, edge_strength, edge_vectors, scaled_sdf, signed_distance, to_float32
-
-BACKGROUND, TARGET, NON_TARGET = 0, 1, 2
+from refinelib.modeling import BACKGROUND, TARGET
+from refinelib.modeling.geometry import (
+    EDGE_EPS,
+    contour_band,
+    edge_strength,
+    edge_vectors,
+    scaled_sdf,
+    signed_distance,
+    to_float32,
+)
+from refinelib.modeling.output import MaskOutput, hierarchical_log_probs, mask_probs
+from refinelib.registry import LOSSES, Option
 
 
 class Targets(NamedTuple):
-    """What the losses need to know of a batch's labels, computed once."""
+    """What the losses need to know of a batch's labels, computed once.
 
-    labels: Tensor  # int64 [B, H, W]
-    masks: Tensor  # bool [B, 2, H, W]: any person, this person
-    signed: Tensor  # float32 [B, 2, H, W]: signed distance to the outline of each, pixels
+    Attributes:
+        labels: int64 ``[B, H, W]``.
+        masks: bool ``[B, 2, H, W]``: any person, this person.
+        signed: float32 ``[B, 2, H, W]``: signed distance to the outline of each, pixels.
+    """
+
+    labels: Tensor
+    masks: Tensor
+    signed: Tensor
 
 
 def targets_of(labels: Tensor) -> Targets:
-    """Masks and signed distances of a batch of label maps (int64 ``[B, H, W]``)."""
+    """Masks and signed distances of a batch of label maps.
+
+    Args:
+        labels: int64 ``[B, H, W]``: 0 background, 1 target, 2 non-target.
+
+    Example:
+        >>> targets_of(torch.tensor([[[0, 1, 2]]])).signed[0, :, 0].tolist()
+        [[-0.5, 0.5, 1.5], [-0.5, 0.5, -0.5]]
+    """
     masks = torch.stack([labels != BACKGROUND, labels == TARGET], dim=1)
     return Targets(labels, masks, signed_distance(masks))
 
 
-def hierarchical_log_probs(logits: Tensor) -> Tensor:
-    """Class log-probabilities as exact products of the two branches.
+class Prediction(NamedTuple):
+    """What a loss is computed from.
 
-    ``P(bg) = s(-a)``, ``P(target) = s(a) s(b)``, ``P(non-target) = s(a) s(-b)`` with the logistic
-    function ``s``, ``a`` the logit of person against background and ``b`` of target against
-    non-target. In logarithms these are sums, finite for any finite logit.
-
-    Args:
-        logits: float ``[B, 2, H, W]``: a, b.
-
-    Returns:
-        float32 ``[B, 3, H, W]``.
+    Attributes:
+        log_probs: float32 ``[B, 3, H, W]``: of background, target, non-target.
+        output: what the model returned.
     """
-    a, b = to_float32(logits).unbind(1)
-    person = F.logsigmoid(a)
-    return torch.stack([F.logsigmoid(-a), person + F.logsigmoid(b), person + F.logsigmoid(-b)], dim=1)
+
+    log_probs: Tensor
+    output: MaskOutput
 
 
-def mask_probs(log_probs: Tensor) -> Tensor:
-    """Probability of any person and of this person, float32 ``[B, 2, H, W]``."""
-    probs = to_float32(log_probs).exp()
-    return torch.stack([probs[:, TARGET] + probs[:, NON_TARGET], probs[:, TARGET]], dim=1)
+@dataclass(frozen=True)
+class LossTerm:
+    """A loss as :data:`~refinelib.registry.LOSSES` holds it; its weight is the setting ``<name>_weight``.
+
+    Attributes:
+        function: ``f(prediction, targets, **options)`` to float32 ``[B]``; see the top of this file. The
+            options are the settings registered with it, but for the weight and the switch.
+        switch: name of the setting that turns it on; None: it is always on.
+        capped: whether the setting ``refinement_loss_cap`` holds for it.
+        requires: attribute of the model's output that it needs; None: the logits alone.
+    """
+
+    function: Callable[..., Tensor]
+    switch: str | None = None
+    capped: bool = True
+    requires: str | None = None
 
 
 def cross_entropy(log_probs: Tensor, labels: Tensor, *, pixel_weights: Tensor | None = None) -> Tensor:
@@ -68,6 +101,13 @@ def cross_entropy(log_probs: Tensor, labels: Tensor, *, pixel_weights: Tensor | 
         log_probs: float ``[B, 3, H, W]``.
         labels: int64 ``[B, H, W]``.
         pixel_weights: float ``[B, H, W]``, not negative, not all 0; none: all equal.
+
+    Returns:
+        float32 ``[B]``.
+
+    Example:
+        >>> cross_entropy(torch.full((1, 3, 2, 2), 1 / 3).log(), torch.ones(1, 2, 2, dtype=torch.int64))
+        tensor([1.0986])
     """
     surprise = -to_float32(log_probs).gather(1, labels[:, None]).squeeze(1)
     if pixel_weights is None:
@@ -87,6 +127,13 @@ def dice(log_probs: Tensor, labels: Tensor, *, smooth: float = 1.0) -> Tensor:
         log_probs: float ``[B, 3, H, W]``.
         labels: int64 ``[B, H, W]``.
         smooth: s, pixels.
+
+    Returns:
+        float32 ``[B]``.
+
+    Example:
+        >>> dice(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).log(), torch.zeros(1, 1, 1, dtype=torch.int64))
+        tensor([0.])
     """
     probs = to_float32(log_probs).exp().flatten(2)
     classes = torch.arange(probs.shape[1], device=labels.device).view(1, -1, 1)
@@ -97,28 +144,41 @@ def dice(log_probs: Tensor, labels: Tensor, *, smooth: float = 1.0) -> Tensor:
     return (cost * present).sum(-1) / present.sum(-1)
 
 
-def active_contour(log_probs: Tensor, truth: Targets, *, smoothness: float = 0.1, eps: float = EDGE_EPS) -> Tensor:
-    """Active contour without edges: misplaced area, plus the length of the contour beyond the true one's.
+def active_contour(
+    log_probs: Tensor, targets: Targets, *, smoothness: float = 0.1, eps: float = EDGE_EPS
+) -> Tensor:
+    """Active contour without edges: misplaced area, plus the contour's length beyond the true one's.
 
     Region and length terms of Chen et al., "Learning Active Contour Models for Medical Image
     Segmentation", CVPR 2019, eq. 5-7, for the masks of any person and of this person, averaged
-    over pixels. The length is smooth (see :func:`~refinelib.modeling.geometry.edge_strength`) and has the
-    true mask's own length taken off, a constant that makes a perfect mask cost 0; with smoothness
-    below 0.29 no mask costs less. Gradient: at most ``0.5 + 2 smoothness`` in L1 norm a sample.
+    over pixels. The length is smooth (see :func:`~refinelib.modeling.geometry.edge_strength`) and
+    has the true mask's own length taken off, a constant that makes a perfect mask cost 0; with
+    smoothness below 0.29 no mask costs less. Gradient: at most ``0.5 + 2 smoothness`` in L1 norm a
+    sample.
 
     Args:
         log_probs: float ``[B, 3, H, W]``.
-        truth: of the same batch.
+        targets: of the same batch.
         smoothness: weight of the length term.
         eps: smoothing of the length, probability per pixel.
+
+    Returns:
+        float32 ``[B]``.
+
+    Example:
+        >>> targets = targets_of(torch.ones(1, 2, 2, dtype=torch.int64))
+        >>> active_contour(hierarchical_log_probs(torch.zeros(1, 2, 2, 2)), targets)  # (0.5 + 0.75) / 2
+        tensor([0.6250])
     """
-    probs, masks = mask_probs(log_probs), truth.masks
+    probs, masks = mask_probs(log_probs), targets.masks
     region = torch.where(masks, 1 - probs, probs).mean(dim=(-3, -2, -1))
     excess = edge_strength(probs, eps=eps) - edge_strength(masks.to(probs.dtype), eps=eps)
     return region + smoothness * excess.mean(dim=(-3, -2, -1))
 
 
-def boundary_aware(log_probs: Tensor, truth: Targets, *, boundary_weight: float = 5.0, sigma: float = 2.0) -> Tensor:
+def boundary_aware(
+    log_probs: Tensor, targets: Targets, *, boundary_weight: float = 5.0, sigma: float = 2.0
+) -> Tensor:
     """Cross-entropy with weight ``1 + w exp(-d^2 / (2 sigma^2))``, d the distance to the true outline.
 
     The weight map of Ronneberger et al., U-Net, 2015, eq. 2, with one distance, divided by its sum.
@@ -126,16 +186,24 @@ def boundary_aware(log_probs: Tensor, truth: Targets, *, boundary_weight: float 
 
     Args:
         log_probs: float ``[B, 3, H, W]``.
-        truth: of the same batch.
+        targets: of the same batch.
         boundary_weight: w, extra weight of a pixel on the outline.
         sigma: pixels.
+
+    Returns:
+        float32 ``[B]``.
+
+    Example:
+        >>> log_probs = torch.full((1, 3, 1, 2), 1 / 3).log()
+        >>> boundary_aware(log_probs, targets_of(torch.tensor([[[0, 1]]])))
+        tensor([1.0986])
     """
-    distance = truth.signed.abs().amin(dim=1)
+    distance = targets.signed.abs().amin(dim=1)
     weights = 1 + boundary_weight * torch.exp(-distance.square() / (2 * sigma * sigma))
-    return cross_entropy(log_probs, truth.labels, pixel_weights=weights)
+    return cross_entropy(log_probs, targets.labels, pixel_weights=weights)
 
 
-def contour_head(contour_logits: Tensor, truth: Targets, *, radius: float = 1.0) -> Tensor:
+def contour_head(contour_logits: Tensor, targets: Targets, *, radius: float = 1.0) -> Tensor:
     """Balanced cross-entropy of a contour head against the band around the true outline.
 
     Contour and other pixels count half each however few the former are (Xie & Tu, HED, 2015,
@@ -144,11 +212,18 @@ def contour_head(contour_logits: Tensor, truth: Targets, *, radius: float = 1.0)
 
     Args:
         contour_logits: float ``[B, 2, H, W]``: contour of any person, of this person.
-        truth: of the same batch.
+        targets: of the same batch.
         radius: of the band, pixels.
+
+    Returns:
+        float32 ``[B]``.
+
+    Example:
+        >>> contour_head(torch.zeros(1, 2, 1, 4), targets_of(torch.tensor([[[0, 0, 1, 1]]])))
+        tensor([0.6931])
     """
     logits = to_float32(contour_logits)
-    band = contour_band(truth.signed, radius=radius)
+    band = contour_band(targets.signed, radius=radius)
     cost = F.softplus(torch.where(band, -logits, logits))
     halves = []
     for chosen in (band, ~band):
@@ -159,23 +234,31 @@ def contour_head(contour_logits: Tensor, truth: Targets, *, radius: float = 1.0)
     return ((halves[0][0] + halves[1][0]) / weight).mean(dim=-1)
 
 
-def contour_mask(log_probs: Tensor, truth: Targets, *, level: float = 0.05) -> Tensor:
-    """How far the delivered mask's edges are from the true ones, as vectors, in 0..2.
+def contour_mask(log_probs: Tensor, targets: Targets, *, level: float = 0.05) -> Tensor:
+    """How far the mask's edges are from the true ones, as vectors, in 0..2.
 
     ``|p - y|^2 / (|p|^2 + |y|^2 + 1)`` in the Sobolev norm ``|f|^2 = sum |grad f|^2 + level f^2``:
     0 when the edges agree, about 1 when they lie elsewhere, 2 when they point the wrong way. A
     contour compared without its direction cannot tell a mask turned inside out from a perfect one;
-    without the level, none or all of the crop would be one and the same. This lets the contour
-    supervise the mask itself. Gradient: at most ``16 sqrt(pixels)`` in L1 norm a sample, and
-    smaller by the root of the contour's length where there is one.
+    without the level, an empty and a full mask would cost the same. This lets the contour supervise
+    the mask itself. Gradient: at most ``16 sqrt(pixels)`` in L1 norm a sample, and smaller by the
+    root of the contour's length where there is one.
 
     Args:
         log_probs: float ``[B, 3, H, W]``.
-        truth: of the same batch.
+        targets: of the same batch.
         level: weight of the values beside their differences.
+
+    Returns:
+        float32 ``[B]``.
+
+    Example:
+        >>> targets = targets_of(torch.ones(1, 2, 2, dtype=torch.int64))
+        >>> contour_mask(hierarchical_log_probs(torch.full((1, 2, 2, 2), 20.0)), targets) < 1e-6
+        tensor([True])
     """
     probs = mask_probs(log_probs)
-    masks = truth.masks.to(probs.dtype)
+    masks = targets.masks.to(probs.dtype)
 
     def energy(x: Tensor) -> Tensor:
         dy, dx = edge_vectors(x)
@@ -184,22 +267,31 @@ def contour_mask(log_probs: Tensor, truth: Targets, *, level: float = 0.05) -> T
     return (energy(probs - masks) / (energy(probs) + energy(masks) + 1)).mean(dim=-1)
 
 
-def distance_head(distance: Tensor, truth: Targets, *, clip: float = 8.0, beta: float = 0.1) -> Tensor:
+def distance_head(distance: Tensor, targets: Targets, *, clip: float = 8.0, beta: float = 0.1) -> Tensor:
     """Huber loss of a distance head against the clipped, scaled signed distance.
 
     Gradient: at most 1 in L1 norm a sample.
 
     Args:
         distance: float ``[B, 2, H, W]`` in -1..1, for any person and this person.
-        truth: of the same batch.
+        targets: of the same batch.
         clip: distance that is scaled to 1, pixels.
         beta: below this error the cost is quadratic.
+
+    Returns:
+        float32 ``[B]``.
+
+    Example:
+        >>> targets = targets_of(torch.ones(1, 2, 2, dtype=torch.int64))  # no outline: 1 everywhere
+        >>> distance_head(torch.zeros(1, 2, 2, 2), targets)  # 1 - beta / 2
+        tensor([0.9500])
     """
-    target = scaled_sdf(truth.signed, clip=clip)
-    return F.smooth_l1_loss(to_float32(distance), target, beta=beta, reduction="none").mean(dim=(-3, -2, -1))
+    target = scaled_sdf(targets.signed, clip=clip)
+    cost = F.smooth_l1_loss(to_float32(distance), target, beta=beta, reduction="none")
+    return cost.mean(dim=(-3, -2, -1))
 
 
-def distance_mask(log_probs: Tensor, truth: Targets, *, clip: float = 8.0) -> Tensor:
+def distance_mask(log_probs: Tensor, targets: Targets, *, clip: float = 8.0) -> Tensor:
     """Misplaced probability, weighted by its distance from the true outline.
 
     The boundary loss of Kervadec et al., MIDL 2019, eq. 5, with the clipped signed distance and
@@ -208,12 +300,20 @@ def distance_mask(log_probs: Tensor, truth: Targets, *, clip: float = 8.0) -> Te
 
     Args:
         log_probs: float ``[B, 3, H, W]``.
-        truth: of the same batch.
+        targets: of the same batch.
         clip: distance that is scaled to 1, pixels.
+
+    Returns:
+        float32 ``[B]``.
+
+    Example:
+        >>> targets = targets_of(torch.tensor([[[0, 1]]]))  # both pixels 0.5 from the outline
+        >>> distance_mask(hierarchical_log_probs(torch.zeros(1, 2, 1, 2)), targets)  # 0.5 * 0.5 / 8
+        tensor([0.0312])
     """
     probs = mask_probs(log_probs)
-    wrong = torch.where(truth.masks, 1 - probs, probs)
-    return (wrong * scaled_sdf(truth.signed, clip=clip).abs()).mean(dim=(-3, -2, -1))
+    wrong = torch.where(targets.masks, 1 - probs, probs)
+    return (wrong * scaled_sdf(targets.signed, clip=clip).abs()).mean(dim=(-3, -2, -1))
 
 
 def capped(cost: Tensor, cap: float | None) -> Tensor:
@@ -221,6 +321,14 @@ def capped(cost: Tensor, cap: float | None) -> Tensor:
 
     Above the cap the gradient is scaled by ``cap / cost``; ``clamp`` would make it 0 there and the
     loss could never come down. NaN stays NaN and infinity becomes NaN, for the guard to see.
+
+    Args:
+        cost: float of any shape.
+        cap: largest value; None: no cap.
+
+    Example:
+        >>> capped(torch.tensor([0.5, 30.0]), 10.0)
+        tensor([ 0.5000, 10.0000])
     """
     if cap is None:
         return cost
@@ -228,77 +336,152 @@ def capped(cost: Tensor, cap: float | None) -> Tensor:
 
 
 class MaskLoss(nn.Module):
-    """Cross-entropy + Dice, plus each refinement loss that is switched on, weighted and capped.
+    """The weighted sum of the losses of :data:`~refinelib.registry.LOSSES` that have a weight.
 
     ``forward`` returns the total (float32 scalar, mean over the batch) and the components before
     their weights (``names`` gives their order) as a detached float32 ``[len(names)]``.
 
     Gradient: with respect to one sample's logits and heads, at most the sum of each loss's bound times
     its weight in L1 norm, divided by the batch size; a cap only lowers it.
+
+    Args:
+        weights: of each loss by name; what is not in it, or has weight 0, is not computed.
+        options: of the losses, by the settings' names; for what is not in it the function's default holds.
+        cap: on the cost of one sample of each loss that is ``capped``, before its weight; None: no cap.
+
+    Raises:
+        KeyError: a weight of a loss, or an option, that nobody registered; the message has the known names.
+
+    Example:
+        >>> loss = MaskLoss({"ce": 1.0, "dice": 0.5})
+        >>> total, parts = loss(MaskOutput(torch.zeros(1, 2, 4, 4)), torch.zeros(1, 4, 4, dtype=torch.int64))
+        >>> loss.names, parts, total
+        (('ce', 'dice'), tensor([0.6931, 0.3200]), tensor(0.8531))
     """
 
     def __init__(
         self,
+        weights: Mapping[str, float],
+        options: Mapping[str, Any] | None = None,
         *,
-        ce_weight: float = 1.0,
-        dice_weight: float = 1.0,
-        active_contour_weight: float = 0.0,
-        active_contour_smoothness: float = 0.1,
-        boundary_aware_weight: float = 0.0,
-        boundary_weight: float = 5.0,
-        contour_weight: float = 0.0,
-        distance_weight: float = 0.0,
-        distance_clip: float = 8.0,
         cap: float | None = None,
     ) -> None:
         super().__init__()
-        weights = {
-            "ce": ce_weight,
-            "dice": dice_weight,
-            "active_contour": active_contour_weight,
-            "boundary_aware": boundary_aware_weight,
-            "contour": contour_weight,
-            "distance": distance_weight,
+        self.terms: dict[str, LossTerm] = {name: LOSSES[name] for name, weight in weights.items() if weight}
+        self.weights = {name: weights[name] for name in self.terms}
+        self.options = dict(options or {})
+        if unknown := self.options.keys() - {option.name for option in LOSSES.options()}:
+            known = ", ".join(option.name for option in LOSSES.options())
+            raise KeyError(f"no loss has the option {unknown.pop()!r}; there are {known}")
+        self.keywords = {
+            name: {
+                option.name: self.options[option.name]
+                for option in LOSSES.options(name)
+                if option.name in self.options and option.name not in (f"{name}_weight", term.switch)
+            }
+            for name, term in self.terms.items()
         }
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
-        self.active_contour_smoothness = active_contour_smoothness
-        self.boundary_weight = boundary_weight
-        self.distance_clip = distance_clip
         self.cap = cap
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the losses that have a weight, in the order of the components."""
         return tuple(self.weights)
 
-    def per_sample(self, output, labels: Tensor) -> dict[str, Tensor]:
+    def per_sample(self, output: MaskOutput, labels: Tensor) -> dict[str, Tensor]:
         """Each component's cost a sample, before weights and after caps: float32 ``[B]`` by name.
 
         Args:
-            output: what the model returns (``logits``, ``contour_logits``, ``distance``).
+            output: what the model returns.
             labels: int64 ``[B, H, W]``.
+
+        Raises:
+            ValueError: a loss needs a head that the model does not have.
         """
-        log_probs = hierarchical_log_probs(output.logits)
-        truth = targets_of(labels)
+        prediction, targets = Prediction(hierarchical_log_probs(output.logits), output), targets_of(labels)
         costs = {}
-        for name in self.weights:
-            if name == "ce":
-                cost = cross_entropy(log_probs, labels)
-            elif name == "dice":
-                cost = dice(log_probs, labels)
-            elif name == "active_contour":
-                cost = active_contour(log_probs, truth, smoothness=self.active_contour_smoothness)
-            elif name == "boundary_aware":
-                cost = boundary_aware(log_probs, truth, boundary_weight=self.boundary_weight)
-            elif name == "contour":
-                cost = contour_head(output.contour_logits, truth) + contour_mask(log_probs, truth)
-            else:
-                cost = distance_head(output.distance, truth, clip=self.distance_clip)
-                cost = cost + distance_mask(log_probs, truth, clip=self.distance_clip)
-            costs[name] = cost if name in ("ce", "dice") else capped(cost, self.cap)
+        for name, term in self.terms.items():
+            if term.requires is not None and getattr(output, term.requires, None) is None:
+                raise ValueError(f"the {name} loss needs {term.requires}, and the model has no such head")
+            cost = term.function(prediction, targets, **self.keywords[name])
+            costs[name] = capped(cost, self.cap) if term.capped else cost
         return costs
 
-    def forward(self, output, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, output: MaskOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Total and components; see the class."""
         with torch.autocast(labels.device.type, enabled=False):
             means = {name: cost.mean() for name, cost in self.per_sample(output, labels).items()}
-            total = sum(self.weights[name] * mean for name, mean in means.items())
+            first, *others = (self.weights[name] * mean for name, mean in means.items())
+            total = sum(others, first)
         return total, torch.stack([mean.detach() for mean in means.values()])
+
+
+def _active_contour(
+    prediction: Prediction, targets: Targets, *, active_contour_smoothness: float = 0.1
+) -> Tensor:
+    return active_contour(prediction.log_probs, targets, smoothness=active_contour_smoothness)
+
+
+def _boundary_aware(prediction: Prediction, targets: Targets, *, boundary_weight: float = 5.0) -> Tensor:
+    return boundary_aware(prediction.log_probs, targets, boundary_weight=boundary_weight)
+
+
+def _contour(prediction: Prediction, targets: Targets) -> Tensor:
+    """The head's own cost, and that of the mask's edges: the head alone would not teach the mask."""
+    assert prediction.output.contour_logits is not None
+    return contour_head(prediction.output.contour_logits, targets) + contour_mask(
+        prediction.log_probs, targets
+    )
+
+
+def _distance(prediction: Prediction, targets: Targets) -> Tensor:
+    """The head's own cost, and that of the mask's misplaced pixels."""
+    assert prediction.output.distance is not None
+    return distance_head(prediction.output.distance, targets) + distance_mask(prediction.log_probs, targets)
+
+
+_WEIGHT = {"ge": 0.0, "le": 100.0}
+LOSSES.add(
+    "ce",
+    LossTerm(lambda prediction, targets: cross_entropy(prediction.log_probs, targets.labels), capped=False),
+    Option("ce_weight", 1.0, "weight of the cross-entropy over three classes", _WEIGHT),
+)
+LOSSES.add(
+    "dice",
+    LossTerm(lambda prediction, targets: dice(prediction.log_probs, targets.labels), capped=False),
+    Option("dice_weight", 1.0, "weight of the Dice loss over the classes present", _WEIGHT),
+)
+LOSSES.add(
+    "active_contour",
+    LossTerm(_active_contour, switch="use_active_contour_loss"),
+    Option("use_active_contour_loss", True, "region and length term of the mask's own contour"),
+    Option("active_contour_weight", 0.1, "weight of the active contour loss", _WEIGHT),
+    Option(
+        "active_contour_smoothness",
+        0.1,
+        "weight of the length term inside the active contour loss",
+        {"ge": 0.0, "le": 10.0},
+    ),
+)
+LOSSES.add(
+    "boundary_aware",
+    LossTerm(_boundary_aware, switch="use_boundary_aware_loss"),
+    Option("use_boundary_aware_loss", True, "cross-entropy weighted towards the true boundary"),
+    Option("boundary_aware_weight", 0.1, "weight of the boundary-aware loss", _WEIGHT),
+    Option(
+        "boundary_weight",
+        5.0,
+        "extra weight of a pixel on the boundary against one far from it, inside the boundary-aware loss",
+        _WEIGHT,
+    ),
+)
+LOSSES.add(
+    "contour",
+    LossTerm(_contour, switch="use_contour_detection", requires="contour_logits"),
+    Option("contour_weight", 0.1, "weight of the contour loss (with use_contour_detection)", _WEIGHT),
+)
+LOSSES.add(
+    "distance",
+    LossTerm(_distance, switch="use_distance_transform", requires="distance"),
+    Option("distance_weight", 0.1, "weight of the distance loss (with use_distance_transform)", _WEIGHT),
+)

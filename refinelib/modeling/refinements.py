@@ -5,28 +5,63 @@ background, target against non-target) and features, and return new logits of th
 their head's output where they have one.
 
 - The residual is bounded: ``|new - old| <= |blend| * LIMIT`` (for the distance, see there).
-- What they look at of the mask so far, they take as given: no gradient flows back through it. So the
-  gradient with respect to the logits is exactly that of the identity, bound 1, and a refinement can
-  neither amplify nor turn round what the mask learns.
+- The mask so far enters without a gradient. So the gradient with respect to the logits is exactly
+  that of the identity, bound 1, and a refinement can neither amplify nor turn round what the mask learns.
 - No statistic is taken over the batch.
 - At the start the blending weight is small: each is the identity, or nearly.
+
+A refinement is added by one line: ``REFINEMENTS.add(name, Refinement(module, ...), Option(switch, ...))``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from refinelib.modeling.layers import Chain, ConvNormAct, Head, resize
 from refinelib.modeling.geometry import edge_strength
+from refinelib.modeling.layers import Chain, ConvNormAct, Head, resize
+from refinelib.registry import REFINEMENTS, Option
 
 #: The largest residual a module can write before its blending weight: e^10 in odds.
 LIMIT = 10.0
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """A refinement as :data:`~refinelib.registry.REFINEMENTS` holds it. They act in the registry's order.
+
+    Attributes:
+        module: called with the channels of the first of ``inputs`` and, by keyword, with what ``takes``
+            names and with the settings registered with it, but for the switch. The module is called with
+            the logits so far and ``inputs``, and returns new logits, or with a ``head`` these and its output.
+        switch: name of the setting that turns it on.
+        attribute: name of the module in the model, and so in checkpoints.
+        inputs: names of what it is given: ``fine`` (features at the mask's size), ``half`` and ``quarter``
+            (features at a half and a quarter of the input's size), ``image`` (the input at the mask's size).
+        takes: names out of ``hidden`` (channels of its own layers), ``blend_init`` and ``scale`` (mask
+            pixels along a side of a cell of ``half``).
+        head: name under which the model returns its head's output; None: it has none.
+    """
+
+    module: Callable[..., nn.Module]
+    switch: str
+    attribute: str
+    inputs: tuple[str, ...] = ("fine",)
+    takes: tuple[str, ...] = ("hidden", "blend_init")
+    head: str | None = None
+
+
 def bounded(residual: Tensor) -> Tensor:
-    """``residual`` squashed smoothly into -LIMIT..LIMIT; slope 1 at 0, never above."""
+    """``residual`` squashed smoothly into -LIMIT..LIMIT; slope 1 at 0, never above.
+
+    Example:
+        >>> bounded(torch.tensor([0.0, 0.1, 1e9]))
+        tensor([ 0.0000,  0.1000, 10.0000])
+    """
     return LIMIT * torch.tanh(residual / LIMIT)
 
 
@@ -43,9 +78,17 @@ class BoundaryRefinement(nn.Module):
         blend_init: blending weight at the start.
         edge_gain_init: initial gain of the edge convolution, the last layer, which no
             normalisation follows, so that the gain acts.
+
+    Example:
+        >>> refine = BoundaryRefinement(16, hidden=8)
+        >>> features, image = torch.randn(1, 16, 12, 12), torch.randn(1, 3, 12, 12)
+        >>> refine(torch.zeros(1, 2, 12, 12), features, image).shape
+        torch.Size([1, 2, 12, 12])
     """
 
-    def __init__(self, channels: int, *, hidden: int, blend_init: float = 0.1, edge_gain_init: float = 1.0) -> None:
+    def __init__(
+        self, channels: int, *, hidden: int, blend_init: float = 0.1, edge_gain_init: float = 1.0
+    ) -> None:
         super().__init__()
         self.trunk = Chain(ConvNormAct(channels + 5, hidden), ConvNormAct(hidden, hidden))
         self.edge_conv = Head(hidden, 2, 3)
@@ -54,7 +97,8 @@ class BoundaryRefinement(nn.Module):
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
     def forward(self, logits: Tensor, features: Tensor, image: Tensor) -> Tensor:
-        """
+        """Return new logits, float32 ``[B, 2, H, W]``.
+
         Args:
             logits: float32 ``[B, 2, H, W]``.
             features: float ``[B, channels, H, W]``.
@@ -76,28 +120,36 @@ class ProgressiveUpsampling(nn.Module):
 
     Args:
         channels: of the coarse features.
-        hidden: channels of each step; it has ``len(hidden)`` steps.
+        hidden: channels of each step.
+        steps: how many there are.
         blend_init: blending weight at the start.
+
+    Example:
+        >>> refine = ProgressiveUpsampling(16, hidden=8)
+        >>> refine(torch.ones(1, 2, 16, 16), torch.randn(1, 16, 4, 4)).unique()  # the identity at the start
+        tensor([1.], grad_fn=<Unique2Backward0>)
     """
 
-    def __init__(self, channels: int, *, hidden: tuple[int, ...], blend_init: float = 0.1) -> None:
+    def __init__(self, channels: int, *, hidden: int, steps: int = 3, blend_init: float = 0.1) -> None:
         super().__init__()
-        widths = [channels, *hidden]
-        self.steps = nn.ModuleList(ConvNormAct(a, b) for a, b in zip(widths, widths[1:]))
-        self.head = Head(widths[-1], 2)
+        inputs = [channels, *[hidden] * (steps - 1)]
+        self.steps = nn.ModuleList(ConvNormAct(channels, hidden) for channels in inputs)
+        self.head = Head(hidden, 2)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
     def forward(self, logits: Tensor, coarse: Tensor) -> Tensor:
-        """
+        """Return new logits, float32 ``[B, 2, H, W]``.
+
         Args:
             logits: float32 ``[B, 2, H, W]``.
             coarse: float ``[B, channels, h, w]``, any h and w.
         """
         height, width = logits.shape[-2:]
-        for left, step in zip(reversed(range(len(self.steps))), self.steps):
-            coarse = step(resize(coarse, (-(-height // 2**left), -(-width // 2**left))))
+        for i, step in enumerate(self.steps, start=1):
+            cells = 2 ** (len(self.steps) - i)
+            coarse = step(resize(coarse, (-(-height // cells), -(-width // cells))))
         return logits + self.blend * bounded(self.head(coarse))
 
 
@@ -112,6 +164,10 @@ class SubpixelConv(nn.Module):
         hidden: channels before the shuffle.
         scale: pixels per coarse cell along each side.
         blend_init: blending weight at the start.
+
+    Example:
+        >>> SubpixelConv(16, hidden=8)(torch.zeros(1, 2, 12, 12), torch.randn(1, 16, 6, 6)).shape
+        torch.Size([1, 2, 12, 12])
     """
 
     def __init__(self, channels: int, *, hidden: int, scale: int = 2, blend_init: float = 0.1) -> None:
@@ -126,7 +182,8 @@ class SubpixelConv(nn.Module):
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
     def forward(self, logits: Tensor, coarse: Tensor) -> Tensor:
-        """
+        """Return new logits, float32 ``[B, 2, H, W]``.
+
         Args:
             logits: float32 ``[B, 2, H, W]``.
             coarse: float ``[B, channels, h, w]``, any h and w.
@@ -142,6 +199,12 @@ class ContourDetection(nn.Module):
         channels: of the features.
         hidden: of the module's own layers.
         blend_init: blending weight at the start.
+
+    Example:
+        >>> refine = ContourDetection(16, hidden=8)
+        >>> logits, contour = refine(torch.zeros(1, 2, 12, 12), torch.randn(1, 16, 12, 12))
+        >>> logits.shape == contour.shape
+        True
     """
 
     def __init__(self, channels: int, *, hidden: int, blend_init: float = 0.1) -> None:
@@ -155,7 +218,8 @@ class ContourDetection(nn.Module):
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
     def forward(self, logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Return new logits and the head's output.
+
         Args:
             logits: float32 ``[B, 2, H, W]``.
             features: float ``[B, channels, H, W]``.
@@ -179,20 +243,29 @@ class DistanceTransform(nn.Module):
         channels: of the features.
         hidden: of the module's own layers.
         blend_init: blending weight at the start.
-        threshold_init: level of the scaled distance taken as the mask's edge at the start.
+        distance_threshold_init: level of the scaled distance taken as the mask's edge at the start.
+
+    Example:
+        >>> refine = DistanceTransform(16, hidden=8)
+        >>> logits, distance = refine(torch.zeros(1, 2, 12, 12), torch.randn(1, 16, 12, 12))
+        >>> bool(distance.abs().max() <= 1)
+        True
     """
 
-    def __init__(self, channels: int, *, hidden: int, blend_init: float = 0.1, threshold_init: float = 0.5) -> None:
+    def __init__(
+        self, channels: int, *, hidden: int, blend_init: float = 0.1, distance_threshold_init: float = 0.5
+    ) -> None:
         super().__init__()
         self.trunk = ConvNormAct(channels, hidden)
         self.head = Head(hidden, 2)
         nn.init.normal_(self.head.weight, std=1e-3)
         nn.init.zeros_(self.head.bias)
-        self.threshold = nn.Parameter(torch.tensor(float(threshold_init)))
+        self.threshold = nn.Parameter(torch.tensor(float(distance_threshold_init)))
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
     def forward(self, logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Return new logits and the head's output.
+
         Args:
             logits: float32 ``[B, 2, H, W]``.
             features: float ``[B, channels, H, W]``.
@@ -203,3 +276,51 @@ class DistanceTransform(nn.Module):
         distance = torch.tanh(self.head(self.trunk(features)))
         excess = (distance + 1) / 2 - self.threshold
         return logits + self.blend * LIMIT * excess, distance
+
+
+REFINEMENTS.add(
+    "progressive_upsampling",
+    Refinement(ProgressiveUpsampling, "use_progressive_upsampling", "progressive", inputs=("quarter",)),
+    Option("use_progressive_upsampling", True, "coarse-to-fine resize-convolution decoder", role="model"),
+)
+REFINEMENTS.add(
+    "subpixel_conv",
+    Refinement(
+        SubpixelConv, "use_subpixel_conv", "subpixel", ("half",), takes=("hidden", "blend_init", "scale")
+    ),
+    Option(
+        "use_subpixel_conv",
+        False,
+        "sub-pixel (pixel shuffle) decoder, the alternative to progressive upsampling",
+        role="model",
+    ),
+)
+REFINEMENTS.add(
+    "contour_detection",
+    Refinement(ContourDetection, "use_contour_detection", "contour", head="contour_logits"),
+    Option("use_contour_detection", True, "contour head, fused into the mask", role="model"),
+)
+REFINEMENTS.add(
+    "distance_transform",
+    Refinement(DistanceTransform, "use_distance_transform", "distance", head="distance"),
+    Option("use_distance_transform", True, "signed distance head, fused into the mask", role="model"),
+    Option(
+        "distance_threshold_init",
+        0.5,
+        "level of the distance map, scaled to 0..1, taken as the mask's edge at the start (learned)",
+        {"gt": 0.0, "lt": 1.0},
+        role="model",
+    ),
+)
+REFINEMENTS.add(
+    "boundary_refinement",
+    Refinement(BoundaryRefinement, "use_boundary_refinement", "boundary", ("fine", "image")),
+    Option("use_boundary_refinement", True, "residual on the mask, gated by edge strength", role="model"),
+    Option(
+        "edge_gain_init",
+        1.0,
+        "initial gain of the edge convolution that writes the boundary residual",
+        {"gt": 0.0, "le": 10.0},
+        role="model",
+    ),
+)

@@ -4,53 +4,57 @@
                     |               |                                        |
                     +-- gate by a, channel and spatial attention -> U-Net -> b: target against non-target
                                                                              |
-                                refinements (refine.py), each on or off  -> logits [B, 2, H, W]
+                           refinements (refinements.py), each on or off   -> logits [B, 2, H, W]
 
-The class probabilities are exact products of the two branches (losses.hierarchical_log_probs).
+The class probabilities are exact products of the two branches (output.hierarchical_log_probs).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from refinelib.modeling.layers import Chain, ChannelAttention, Conv, ConvNormAct, Head, ResidualBlock, SelfAttention, SpatialAttention, resize
-from refinelib.modeling.losses import hierarchical_log_probs
-from refinelib.modeling.refinements import BoundaryRefinement, ContourDetection, DistanceTransform, ProgressiveUpsampling, SubpixelConv
-
-
-class MaskOutput(NamedTuple):
-    """What the model returns; all float32, on the mask's canvas ``H x W``."""
-
-    logits: Tensor  # [B, 2, H, W]: person against background, target against non-target
-    contour_logits: Tensor | None  # [B, 2, H, W]: contour of any person, of this person
-    distance: Tensor | None  # [B, 2, H, W], -1..1: scaled signed distance of the same two
-
-    def log_probs(self) -> Tensor:
-        """float32 ``[B, 3, H, W]``: background, target, non-target."""
-        return hierarchical_log_probs(self.logits)
+from refinelib.modeling.layers import (
+    Chain,
+    ChannelAttention,
+    Conv,
+    ConvNormAct,
+    Head,
+    ResidualBlock,
+    SelfAttention,
+    SpatialAttention,
+    resize,
+)
+from refinelib.modeling.output import MaskOutput, output_type
+from refinelib.modeling.refinements import Refinement
+from refinelib.registry import REFINEMENTS
 
 
 class UNet(nn.Module):
-    """An encoder-decoder with skips, and self-attention at the coarsest scale, that returns the features of every scale, finest first.
+    """An encoder-decoder with skips, and self-attention at the coarsest scale; it returns every scale.
 
     Args:
         widths: channels of each scale, finest first; the input has ``widths[0]``.
         depth: residual blocks of each scale below the finest.
+
+    Example:
+        >>> [tuple(x.shape[1:]) for x in UNet((16, 32))(torch.randn(1, 16, 8, 8))]
+        [(16, 8, 8), (32, 4, 4)]
     """
 
     def __init__(self, widths: tuple[int, ...], *, depth: int = 1) -> None:
         super().__init__()
         self.downs = nn.ModuleList(
-            nn.Sequential(ConvNormAct(a, b, stride=2), *(ResidualBlock(b) for _ in range(depth))) for a, b in zip(widths, widths[1:])
+            nn.Sequential(ConvNormAct(a, b, stride=2), *(ResidualBlock(b) for _ in range(depth)))
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
         self.attention = nn.Sequential(SelfAttention(widths[-1]), SelfAttention(widths[-1]))
         self.ups = nn.ModuleList(
             nn.Sequential(ConvNormAct(a + b, a), ConvNormAct(a, a) if scale else ResidualBlock(a))
-            for scale, (a, b) in enumerate(zip(widths, widths[1:]))
+            for scale, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -60,7 +64,7 @@ class UNet(nn.Module):
             scales.append(down(scales[-1]))
         scales[-1] = self.attention(scales[-1])
         for i in reversed(range(len(self.ups))):
-            coarse = resize(scales[i + 1], tuple(scales[i].shape[-2:]))
+            coarse = resize(scales[i + 1], scales[i].shape[-2:])
             scales[i] = self.ups[i](torch.cat([scales[i], coarse], dim=1))
         return scales
 
@@ -68,25 +72,34 @@ class UNet(nn.Module):
 class HierarchicalUNet(nn.Module):
     """Mask logits of one person in a crop, from its RGB image.
 
-    Gradient: what arrives at the logits is bounded by the loss (:class:`~refinelib.modeling.losses.MaskLoss`) and the
-    refinements pass it on unchanged; below them a layer multiplies it by no more than its weights' norm
-    and, where it normalises, by 32 (see ``blocks.GroupNorm``): bounded for finite weights, whatever the
-    image.
+    Gradient: what arrives at the logits is bounded by the loss (:class:`~refinelib.modeling.losses.MaskLoss`)
+    and the refinements pass it on unchanged; below them a layer multiplies it by no more than its weights'
+    norm and, where it normalises, by 32 (see :class:`~refinelib.modeling.layers.GroupNorm`): bounded for
+    finite weights, whatever the image.
 
     Args:
         width: channels relative to the full model; 1.0 has 256 at full resolution.
         coarse_width: channels of the two coarsest scales relative to those of ``width``.
-        coarse_depth: residual blocks of each scale below the finest. There a block costs little and sees much.
+        coarse_depth: residual blocks of each scale below the finest.
         roi_size: input pixels across the person's box (height, width).
         canvas: input pixels of the whole crop (height, width), which has the box in its middle;
             none: the box is the whole crop.
         mask_canvas: size of the masks written (height, width); none: that of the input.
-        use_boundary_refinement, use_progressive_upsampling, use_subpixel_conv,
-        use_contour_detection, use_distance_transform: which refinements there are.
         blend_init: blending weight of each refinement at the start.
-        edge_gain_init: see :class:`~refinelib.modeling.refinements.BoundaryRefinement`.
-        distance_threshold_init: see :class:`~refinelib.modeling.refinements.DistanceTransform`.
+        **options: of the refinements (:data:`~refinelib.registry.REFINEMENTS`), by the settings' names, such
+            as ``use_contour_detection``; for what is left out, the registered defaults hold.
+
+    Raises:
+        TypeError: an option that no refinement has.
+
+    Example:
+        >>> model = HierarchicalUNet(width=0.0625, roi_size=(32, 32), use_distance_transform=False)
+        >>> output = model(torch.zeros(2, 3, 32, 32))
+        >>> output.logits.shape, output.contour_logits.shape, output.distance
+        (torch.Size([2, 2, 32, 32]), torch.Size([2, 2, 32, 32]), None)
     """
+
+    coordinates: Tensor
 
     def __init__(
         self,
@@ -97,21 +110,16 @@ class HierarchicalUNet(nn.Module):
         roi_size: tuple[int, int] = (64, 64),
         canvas: tuple[int, int] | None = None,
         mask_canvas: tuple[int, int] | None = None,
-        use_boundary_refinement: bool = True,
-        use_progressive_upsampling: bool = True,
-        use_subpixel_conv: bool = False,
-        use_contour_detection: bool = True,
-        use_distance_transform: bool = True,
         blend_init: float = 0.1,
-        edge_gain_init: float = 1.0,
-        distance_threshold_init: float = 0.5,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.canvas = tuple(canvas or roi_size)
         self.mask_canvas = tuple(mask_canvas or self.canvas)
 
         def channels(full: float) -> int:
-            return 16 * math.ceil(full * width / 16)  # CPU and GPU kernels are several times slower between multiples of 16
+            # CPU and GPU kernels are several times slower between multiples of 16.
+            return 16 * math.ceil(full * width / 16)
 
         c, half = channels(256), channels(128)
         widths = (c, channels(192), channels(160 * coarse_width), channels(192 * coarse_width))
@@ -129,30 +137,43 @@ class HierarchicalUNet(nn.Module):
             nn.init.normal_(head.weight, std=1e-2 * c**-0.5)
             nn.init.zeros_(head.bias)
 
-        blend = dict(blend_init=blend_init)
-        self.progressive = self.subpixel = self.contour = self.distance = self.boundary = None
-        if use_progressive_upsampling:
-            self.progressive = ProgressiveUpsampling(widths[2], hidden=(c, c, c), **blend)
-        if use_subpixel_conv:
-            scale = max(1, round(2 * self.mask_canvas[0] / self.canvas[0]))
-            self.subpixel = SubpixelConv(widths[1], hidden=c, scale=scale, **blend)
-        if use_contour_detection:
-            self.contour = ContourDetection(c, hidden=c, **blend)
-        if use_distance_transform:
-            self.distance = DistanceTransform(c, hidden=c, threshold_init=distance_threshold_init, **blend)
-        if use_boundary_refinement:
-            self.boundary = BoundaryRefinement(c, hidden=c, edge_gain_init=edge_gain_init, **blend)
+        self._add_refinements(
+            options,
+            channels={"fine": c, "half": widths[1], "quarter": widths[2], "image": 3},
+            hidden=c,
+            scale=max(1, round(2 * self.mask_canvas[0] / self.canvas[0])),
+            blend_init=blend_init,
+        )
         self.register_buffer("coordinates", self._coordinates(roi_size), persistent=False)
 
+    def _add_refinements(self, options: dict[str, Any], *, channels: dict[str, int], **known: Any) -> None:
+        """Make the modules that are switched on; all others are None."""
+        registered = {option.name: option.default for option in REFINEMENTS.options()}
+        if unknown := options.keys() - registered.keys():
+            names = ", ".join(registered)
+            raise TypeError(f"no refinement has the option {unknown.pop()!r}; there are {names}")
+        options = registered | options
+        self.refinements: list[Refinement] = []
+        for name, part in REFINEMENTS.items():
+            setattr(self, part.attribute, None)
+            if options[part.switch]:
+                own = {o.name: options[o.name] for o in REFINEMENTS.options(name) if o.name != part.switch}
+                own |= {name: known[name] for name in part.takes}
+                setattr(self, part.attribute, part.module(channels[part.inputs[0]], **own))
+                self.refinements.append(part)
+        self.output = output_type(part.head for part in self.refinements if part.head)
+
     def _coordinates(self, roi_size: tuple[int, int]) -> Tensor:
-        """y and x of every input pixel, -1..1 across the box: whose box it is, is told by place alone."""
+        """Y and x of every input pixel, -1..1 across the box: only its place tells whose box it is."""
         rows, columns = (
-            (torch.arange(whole) + 0.5 - whole / 2) * (2 / box) for whole, box in zip(self.canvas, roi_size)
+            (torch.arange(whole) + 0.5 - whole / 2) * (2 / box)
+            for whole, box in zip(self.canvas, roi_size, strict=True)
         )
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
 
     def forward(self, image: Tensor) -> MaskOutput:
-        """
+        """Logits and the heads' outputs; see :class:`~refinelib.modeling.output.MaskOutput`.
+
         Args:
             image: float ``[B, 3, *canvas]``, normalised to about -2..2 (``augment.normalise``).
         """
@@ -165,16 +186,15 @@ class HierarchicalUNet(nn.Module):
         target = self.target(self.attention(self.merge(torch.cat([gated, person[0]], dim=1))))
         logits = torch.cat([person_logit, self.target_head(target[0])], dim=1)
 
-        features, logits = (resize(x, self.mask_canvas) for x in (person[0] + target[0], logits))
-        contour_logits = distance = None
-        if self.progressive is not None:
-            logits = self.progressive(logits, target[2])
-        if self.subpixel is not None:
-            logits = self.subpixel(logits, target[1])
-        if self.contour is not None:
-            logits, contour_logits = self.contour(logits, features)
-        if self.distance is not None:
-            logits, distance = self.distance(logits, features)
-        if self.boundary is not None:
-            logits = self.boundary(logits, features, resize(image, self.mask_canvas))
-        return MaskOutput(logits, contour_logits, distance)
+        features, logits, resized = (
+            resize(x, self.mask_canvas) for x in (person[0] + target[0], logits, image)
+        )
+        inputs = {"fine": features, "half": target[1], "quarter": target[2], "image": resized}
+        heads = {}
+        for part in self.refinements:
+            found = getattr(self, part.attribute)(logits, *(inputs[name] for name in part.inputs))
+            if part.head is None:
+                logits = found
+            else:
+                logits, heads[part.head] = found
+        return self.output(logits, **heads)

@@ -21,7 +21,7 @@ from refinelib.config import Settings
 from refinelib.data import open_splits
 from refinelib.data.loader import Batch, BatchLoader
 from refinelib.plots.masks import read_samples
-from refinelib.modeling.losses import NON_TARGET, TARGET
+from refinelib.modeling import NON_TARGET, TARGET
 from refinelib.trainer import train
 from refinelib.workflows.verdicts import Check, told
 
