@@ -7,7 +7,7 @@ otherwise. Everything here runs on the tensor's own device and reads nothing bac
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 #: Smoothing of an edge's length, in probability per pixel: below it the length is quadratic.
@@ -32,6 +32,10 @@ def edt(mask: Tensor) -> Tensor:
     Returns:
         float32 ``[..., H, W]``, 0 on ``True``. Where a mask has no ``True`` pixel at all, the
         diagonal ``sqrt(H^2 + W^2)``, which is larger than any distance that can occur.
+
+    Example:
+        >>> edt(torch.tensor([[True, False, False]]))
+        tensor([[0., 1., 2.]])
     """
     height, width = mask.shape[-2:]
     flat = mask.reshape(-1, height, width)
@@ -44,11 +48,11 @@ def edt(mask: Tensor) -> Tensor:
     row = torch.arange(height, device=mask.device, dtype=torch.float32)
     apart = (row[:, None] - row[None, :]).square()
     rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, flat.shape[0] * height * width))
-    pieces = [
+    chunks = [
         (apart[start : start + rows_at_once, :, None] + along_row[:, None]).amin(dim=-2)
         for start in range(0, height, rows_at_once)
     ]
-    squared = torch.cat(pieces, dim=-2).clamp(max=float(height * height + width * width))
+    squared = torch.cat(chunks, dim=-2).clamp(max=float(height * height + width * width))
     return squared.sqrt().reshape(mask.shape)
 
 
@@ -64,13 +68,26 @@ def signed_distance(mask: Tensor) -> Tensor:
 
     Returns:
         float32 ``[..., H, W]``.
+
+    Example:
+        >>> signed_distance(torch.tensor([[False, True, True]]))
+        tensor([[-0.5000,  0.5000,  1.5000]])
     """
     outside, inside = edt(torch.stack([mask, ~mask])).unbind(0)
     return torch.where(mask, inside - 0.5, 0.5 - outside)
 
 
 def scaled_sdf(signed: Tensor, *, clip: float = 8.0) -> Tensor:
-    """Signed distance (pixels) clipped at ``clip`` pixels and scaled to -1..1; its slope is at most ``1 / clip``."""
+    """Signed distance clipped at ``clip`` and scaled to -1..1; its slope is at most ``1 / clip``.
+
+    Args:
+        signed: float of any shape, pixels.
+        clip: pixels.
+
+    Example:
+        >>> scaled_sdf(torch.tensor([-20.0, 2.0]))
+        tensor([-1.0000,  0.2500])
+    """
     return (signed / clip).clamp(-1.0, 1.0)
 
 
@@ -83,6 +100,10 @@ def contour_band(signed: Tensor, *, radius: float = 1.0) -> Tensor:
 
     Returns:
         bool ``[..., H, W]``; all ``False`` for an empty or a full mask.
+
+    Example:
+        >>> contour_band(torch.tensor([-1.5, -0.5, 0.5, 1.5]))
+        tensor([False,  True,  True, False])
     """
     return signed.abs() < radius
 
@@ -97,6 +118,12 @@ def edge_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(dy, dx)``, both ``[..., H, W]``.
+
+    Example:
+        >>> edge_vectors(torch.tensor([[0.0, 1.0], [3.0, 3.0]]))
+        (tensor([[3., 2.],
+                [0., 0.]]), tensor([[1., 0.],
+                [0., 0.]]))
     """
     dy = F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
     dx = F.pad(x[..., :, 1:] - x[..., :, :-1], (0, 1, 0, 0))
@@ -114,14 +141,24 @@ def edge_strength(x: Tensor, *, eps: float = EDGE_EPS) -> Tensor:
 
     Args:
         x: float ``[..., H, W]``.
+        eps: change per pixel below which the magnitude is quadratic.
 
     Returns:
         float32 (float64 for float64) ``[..., H, W]``, 0 on flat ground.
+
+    Example:
+        >>> edge_strength(torch.tensor([[0.0, 0.0, 1.0]]))
+        tensor([[0.0000, 0.9900, 0.0000]])
     """
     dy, dx = edge_vectors(to_float32(x))
     return (dy.square() + dx.square() + eps * eps).sqrt() - eps
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """``x`` in float32, or as it is if it is wider: what sums and squares are taken in."""
+    """``x`` in float32, or as it is if it is wider: what sums and squares are taken in.
+
+    Example:
+        >>> to_float32(torch.zeros(1, dtype=torch.float16)).dtype
+        torch.float32
+    """
     return x if x.dtype == torch.float64 else x.float()

@@ -282,9 +282,9 @@ def distance_head(distance: Tensor, targets: Targets, *, clip: float = 8.0, beta
         float32 ``[B]``.
 
     Example:
-        >>> targets = targets_of(torch.ones(1, 2, 2, dtype=torch.int64))  # no outline: 1 everywhere
-        >>> distance_head(torch.zeros(1, 2, 2, 2), targets)  # 1 - beta / 2
-        tensor([0.9500])
+        >>> targets = targets_of(torch.tensor([[[0, 1]]]))  # both pixels 0.5 from the outline
+        >>> distance_head(targets.signed / 8, targets)
+        tensor([0.])
     """
     target = scaled_sdf(targets.signed, clip=clip)
     cost = F.smooth_l1_loss(to_float32(distance), target, beta=beta, reduction="none")
@@ -440,48 +440,43 @@ def _distance(prediction: Prediction, targets: Targets) -> Tensor:
     return distance_head(prediction.output.distance, targets) + distance_mask(prediction.log_probs, targets)
 
 
-_WEIGHT = {"ge": 0.0, "le": 100.0}
+def _weight(name: str, default: float, description: str, most: float = 100.0) -> Option:
+    return Option(name, default, description, {"ge": 0.0, "le": most})
+
+
 LOSSES.add(
     "ce",
     LossTerm(lambda prediction, targets: cross_entropy(prediction.log_probs, targets.labels), capped=False),
-    Option("ce_weight", 1.0, "weight of the cross-entropy over three classes", _WEIGHT),
+    _weight("ce_weight", 1.0, "weight of the cross-entropy over three classes"),
 )
 LOSSES.add(
     "dice",
     LossTerm(lambda prediction, targets: dice(prediction.log_probs, targets.labels), capped=False),
-    Option("dice_weight", 1.0, "weight of the Dice loss over the classes present", _WEIGHT),
+    _weight("dice_weight", 1.0, "weight of the Dice loss over the classes present"),
 )
+_SMOOTHNESS = "weight of the length term inside the active contour loss"
 LOSSES.add(
     "active_contour",
     LossTerm(_active_contour, switch="use_active_contour_loss"),
     Option("use_active_contour_loss", True, "region and length term of the mask's own contour"),
-    Option("active_contour_weight", 0.1, "weight of the active contour loss", _WEIGHT),
-    Option(
-        "active_contour_smoothness",
-        0.1,
-        "weight of the length term inside the active contour loss",
-        {"ge": 0.0, "le": 10.0},
-    ),
+    _weight("active_contour_weight", 0.1, "weight of the active contour loss"),
+    _weight("active_contour_smoothness", 0.1, _SMOOTHNESS, most=10.0),
 )
+_BOUNDARY = "extra weight of a pixel on the boundary against one far from it, inside the boundary-aware loss"
 LOSSES.add(
     "boundary_aware",
     LossTerm(_boundary_aware, switch="use_boundary_aware_loss"),
     Option("use_boundary_aware_loss", True, "cross-entropy weighted towards the true boundary"),
-    Option("boundary_aware_weight", 0.1, "weight of the boundary-aware loss", _WEIGHT),
-    Option(
-        "boundary_weight",
-        5.0,
-        "extra weight of a pixel on the boundary against one far from it, inside the boundary-aware loss",
-        _WEIGHT,
-    ),
+    _weight("boundary_aware_weight", 0.1, "weight of the boundary-aware loss"),
+    _weight("boundary_weight", 5.0, _BOUNDARY),
 )
 LOSSES.add(
     "contour",
     LossTerm(_contour, switch="use_contour_detection", requires="contour_logits"),
-    Option("contour_weight", 0.1, "weight of the contour loss (with use_contour_detection)", _WEIGHT),
+    _weight("contour_weight", 0.1, "weight of the contour loss (with use_contour_detection)"),
 )
 LOSSES.add(
     "distance",
     LossTerm(_distance, switch="use_distance_transform", requires="distance"),
-    Option("distance_weight", 0.1, "weight of the distance loss (with use_distance_transform)", _WEIGHT),
+    _weight("distance_weight", 0.1, "weight of the distance loss (with use_distance_transform)"),
 )

@@ -23,7 +23,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from refinelib.modeling.geometry import edge_strength
-from refinelib.modeling.layers import Chain, ConvNormAct, Head, resize
+from refinelib.modeling.layers import Chain, ConvNormAct, Head, init_last, resize
 from refinelib.registry import REFINEMENTS, Option
 
 #: The largest residual a module can write before its blending weight: e^10 in odds.
@@ -92,8 +92,7 @@ class BoundaryRefinement(nn.Module):
         super().__init__()
         self.trunk = Chain(ConvNormAct(channels + 5, hidden), ConvNormAct(hidden, hidden))
         self.edge_conv = Head(hidden, 2, 3)
-        nn.init.normal_(self.edge_conv.weight, std=edge_gain_init * (9 * hidden) ** -0.5)
-        nn.init.zeros_(self.edge_conv.bias)
+        init_last(self.edge_conv, edge_gain_init * (9 * hidden) ** -0.5)
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
     def forward(self, logits: Tensor, features: Tensor, image: Tensor) -> Tensor:
@@ -135,8 +134,7 @@ class ProgressiveUpsampling(nn.Module):
         inputs = [channels, *[hidden] * (steps - 1)]
         self.steps = nn.ModuleList(ConvNormAct(channels, hidden) for channels in inputs)
         self.head = Head(hidden, 2)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        init_last(self.head)
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
     def forward(self, logits: Tensor, coarse: Tensor) -> Tensor:
@@ -189,7 +187,7 @@ class SubpixelConv(nn.Module):
             coarse: float ``[B, channels, h, w]``, any h and w.
         """
         fine = F.pixel_shuffle(self.conv(self.trunk(coarse)), self.scale)
-        return logits + self.blend * bounded(resize(fine, tuple(logits.shape[-2:])))
+        return logits + self.blend * bounded(resize(fine, logits.shape[-2:]))
 
 
 class ContourDetection(nn.Module):
@@ -212,9 +210,8 @@ class ContourDetection(nn.Module):
         self.trunk = ConvNormAct(channels, hidden)
         self.head = Head(hidden, 2)
         self.fuse = Chain(ConvNormAct(hidden + 4, hidden), Head(hidden, 2))
-        for last in (self.head, self.fuse[-1]):
-            nn.init.normal_(last.weight, std=1e-3)
-            nn.init.zeros_(last.bias)
+        init_last(self.head, 1e-3)
+        init_last(self.fuse[-1], 1e-3)
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
     def forward(self, logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,8 +255,7 @@ class DistanceTransform(nn.Module):
         super().__init__()
         self.trunk = ConvNormAct(channels, hidden)
         self.head = Head(hidden, 2)
-        nn.init.normal_(self.head.weight, std=1e-3)
-        nn.init.zeros_(self.head.bias)
+        init_last(self.head, 1e-3)
         self.threshold = nn.Parameter(torch.tensor(float(distance_threshold_init)))
         self.blend = nn.Parameter(torch.tensor(float(blend_init)))
 
@@ -278,49 +274,36 @@ class DistanceTransform(nn.Module):
         return logits + self.blend * LIMIT * excess, distance
 
 
+def _option(name: str, default: bool | float, description: str, **limits: float) -> Option:
+    return Option(name, default, description, limits, role="model")
+
+
 REFINEMENTS.add(
     "progressive_upsampling",
-    Refinement(ProgressiveUpsampling, "use_progressive_upsampling", "progressive", inputs=("quarter",)),
-    Option("use_progressive_upsampling", True, "coarse-to-fine resize-convolution decoder", role="model"),
+    Refinement(ProgressiveUpsampling, "use_progressive_upsampling", "progressive", ("quarter",)),
+    _option("use_progressive_upsampling", True, "coarse-to-fine resize-convolution decoder"),
 )
 REFINEMENTS.add(
     "subpixel_conv",
-    Refinement(
-        SubpixelConv, "use_subpixel_conv", "subpixel", ("half",), takes=("hidden", "blend_init", "scale")
-    ),
-    Option(
-        "use_subpixel_conv",
-        False,
-        "sub-pixel (pixel shuffle) decoder, the alternative to progressive upsampling",
-        role="model",
-    ),
+    Refinement(SubpixelConv, "use_subpixel_conv", "subpixel", ("half",), ("hidden", "blend_init", "scale")),
+    _option("use_subpixel_conv", False, "pixel shuffle decoder, the alternative to progressive upsampling"),
 )
 REFINEMENTS.add(
     "contour_detection",
     Refinement(ContourDetection, "use_contour_detection", "contour", head="contour_logits"),
-    Option("use_contour_detection", True, "contour head, fused into the mask", role="model"),
+    _option("use_contour_detection", True, "contour head, fused into the mask"),
 )
+_LEVEL = "level of the distance map, scaled to 0..1, taken as the mask's edge at the start (learned)"
 REFINEMENTS.add(
     "distance_transform",
     Refinement(DistanceTransform, "use_distance_transform", "distance", head="distance"),
-    Option("use_distance_transform", True, "signed distance head, fused into the mask", role="model"),
-    Option(
-        "distance_threshold_init",
-        0.5,
-        "level of the distance map, scaled to 0..1, taken as the mask's edge at the start (learned)",
-        {"gt": 0.0, "lt": 1.0},
-        role="model",
-    ),
+    _option("use_distance_transform", True, "signed distance head, fused into the mask"),
+    _option("distance_threshold_init", 0.5, _LEVEL, gt=0.0, lt=1.0),
 )
+_GAIN = "initial gain of the edge convolution that writes the boundary residual"
 REFINEMENTS.add(
     "boundary_refinement",
     Refinement(BoundaryRefinement, "use_boundary_refinement", "boundary", ("fine", "image")),
-    Option("use_boundary_refinement", True, "residual on the mask, gated by edge strength", role="model"),
-    Option(
-        "edge_gain_init",
-        1.0,
-        "initial gain of the edge convolution that writes the boundary residual",
-        {"gt": 0.0, "le": 10.0},
-        role="model",
-    ),
+    _option("use_boundary_refinement", True, "residual on the mask, gated by edge strength"),
+    _option("edge_gain_init", 1.0, _GAIN, gt=0.0, le=10.0),
 )

@@ -8,7 +8,7 @@ run in float64: neither autocast nor a reduced matmul precision (TF32) can blur 
 from __future__ import annotations
 
 import math
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +18,7 @@ _CHUNK = 1 << 24
 
 
 def crop_rois(
-    images: Tensor,
-    boxes: Tensor,
-    size: tuple[int, int],
-    batch_index: Tensor | None = None,
-    fill: float | Sequence[float] | Tensor = 0.0,
+    image: Tensor, boxes: Tensor, size: tuple[int, int], fill: float | Sequence[float] | Tensor = 0.0
 ) -> Tensor:
     """Average of the image over each cell of a grid laid on each box.
 
@@ -33,83 +29,62 @@ def crop_rois(
     outside the image goes to ``fill``.
 
     Args:
-        images: ``[C, H, W]`` or ``[B, C, H, W]``, any real dtype.
+        image: ``[C, H, W]``, any real dtype.
         boxes: ``[N, 4]`` xyxy in pixels, of positive area.
         size: ``(h, w)`` of the output.
-        batch_index: ``[N]`` integers, the image of each box. None: all boxes lie in the one
-            image, or box ``i`` in image ``i`` where there are ``N`` images.
         fill: value outside the image, one number or one a channel.
 
     Returns:
-        ``[N, C, h, w]`` float32 on the images' device, differentiable in ``images``.
+        ``[N, C, h, w]`` float32 on the image's device, differentiable in ``image``.
 
     Raises:
-        ValueError: shapes that do not fit; on the CPU and for a single image also a box that is
-            not finite or has no area and an index outside the batch (on a GPU with several
-            images these are not read back).
+        ValueError: shapes that do not fit; a box that is not finite or has no area.
+
+    Example:
+        >>> crop_rois(torch.arange(8.0).view(1, 2, 4), torch.tensor([[0.0, 0.0, 4.0, 2.0]]), (1, 2))
+        tensor([[[[2.5000, 4.5000]]]])
     """
-    images = images[None] if images.dim() == 3 else images
-    if images.dim() != 4:
-        raise ValueError(f"images must be [C, H, W] or [B, C, H, W], not {list(images.shape)}")
-    batch, channels, height, width = images.shape
-    boxes = _boxes(boxes, images.device, check=batch == 1)
-    count = len(boxes)
-    if batch_index is None:
-        if batch not in (1, count):
-            raise ValueError(f"{count} boxes in {batch} images: give batch_index, the image of each box")
-        index = None
-    else:
-        index = batch_index.to(images.device, torch.int64)
-        if index.shape != (count,):
-            raise ValueError(f"batch_index must be [{count}], one a box, not {list(index.shape)}")
-        readable = images.device.type == "cpu" or batch == 1
-        if readable and count and not (0 <= int(index.min()) and int(index.max()) < batch):
-            found = f"{int(index.min())}..{int(index.max())}"
-            raise ValueError(f"batch_index must lie in 0..{batch - 1}, and holds {found}")
-    outside = torch.as_tensor(fill, dtype=torch.float64, device=images.device).reshape(-1, 1, 1)
-    if outside.shape[0] not in (1, channels):
-        raise ValueError(f"fill must be one number or one for each of {channels} channels, not {outside.shape[0]}")
-    if count == 0:
-        return torch.zeros(0, channels, *size, device=images.device)
-    if batch == 1:
-        return torch.stack([_crop_one(images[0], box, size, outside) for box in boxes.cpu()])
-    return _crop_many(images, boxes, size, index, outside)
+    if image.dim() != 3:
+        raise ValueError(f"the image must be [C, H, W], not {list(image.shape)}")
+    outside = torch.as_tensor(fill, dtype=torch.float64, device=image.device).reshape(-1, 1, 1)
+    if len(outside) not in (1, len(image)):
+        raise ValueError(
+            f"fill must be one number or one for each of {len(image)} channels, not {len(outside)}"
+        )
+    crops = [_crop(image, box, size, outside) for box in checked_boxes(boxes).tolist()]
+    return torch.stack(crops) if crops else torch.zeros(0, len(image), *size, device=image.device)
 
 
-def paste_rois(grids: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Each ROI grid laid back into its own image: the inverse of ``crop_rois``.
+def paste_patches(
+    grids: Tensor, boxes: Tensor, image_size: tuple[int, int]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Each ROI grid laid back into its image, the inverse of :func:`crop_rois`: the part inside, one by one.
 
     Linear interpolation between the grid's cell centres (held constant beyond the outermost) at
     every pixel whose centre lies in the box; where a cell is smaller than a pixel, the average
-    over the pixel. 0 outside the box.
+    over the pixel.
 
     Args:
         grids: ``[N, h, w]`` real values, such as probabilities.
         boxes: ``[N, 4]`` xyxy, the region each whole grid covers.
         image_size: ``(H, W)``.
 
-    Returns:
-        ``[N, H, W]`` float32. ``paste_patches`` does the same without N full images in memory.
+    Yields:
+        ``(top, left, patch)``: ``patch`` is ``[h', w']`` float32 and belongs at rows ``top`` and columns
+        ``left`` onwards; it has no rows or columns where the box lies outside the image.
 
     Raises:
-        ValueError: as ``crop_rois``.
-    """
-    pasted = torch.zeros(len(grids), *image_size, device=grids.device)
-    for canvas, (top, left, patch) in zip(pasted, paste_patches(grids, boxes, image_size)):
-        canvas[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
-    return pasted
+        ValueError: shapes that do not fit; a box that is not finite or has no area.
 
-
-def paste_patches(grids: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
-    """``paste_rois`` one ROI at a time: yields ``(top, left, patch)``, the part inside the image.
-
-    ``patch`` is ``[h', w']`` float32 and belongs at rows ``top`` and columns ``left`` onwards;
-    it has no rows or columns where the box lies outside the image.
+    Example:
+        >>> list(paste_patches(torch.ones(1, 2, 2), torch.tensor([[1.0, 1.0, 3.0, 2.0]]), (4, 4)))
+        [(1, 1, tensor([[1., 1.]]))]
     """
     if grids.dim() != 3 or len(grids) != len(boxes):
-        raise ValueError(f"give [N, h, w] grids and [N, 4] boxes, not {list(grids.shape)} and {list(boxes.shape)}")
-    for grid, box in zip(grids, _boxes(boxes, torch.device("cpu"), check=True)):
-        x0, y0, x1, y1 = box.tolist()
+        raise ValueError(
+            f"give [N, h, w] grids and [N, 4] boxes, not {list(grids.shape)}, {list(boxes.shape)}"
+        )
+    for grid, (x0, y0, x1, y1) in zip(grids, checked_boxes(boxes).tolist(), strict=True):
         top, rows = _paste_weights(y0, y1, grid.shape[0], image_size[0])
         left, columns = _paste_weights(x0, x1, grid.shape[1], image_size[1])
         yield top, left, (rows.to(grid.device) @ grid.double() @ columns.to(grid.device).T).float()
@@ -121,19 +96,29 @@ def canvas_size(size: tuple[int, int], context: float) -> tuple[int, int]:
     Each side is the multiple of 8 nearest to ``side * (1 + context)``, at least ``side``; the
     side itself without context. An odd side cannot lie in the middle of a multiple of 8: it gets
     the nearest odd canvas. The box covers exactly the middle ``size`` pixels
-    (``centre_window``) of the region ``expand_boxes(boxes, canvas / size)``.
+    (:func:`centre_window`) of the region ``expand_boxes(boxes, canvas / size)``.
+
+    Example:
+        >>> canvas_size((64, 128), 0.25)
+        (80, 160)
     """
     return _canvas_side(size[0], context), _canvas_side(size[1], context)
 
 
-def mask_canvas_size(mask_size: tuple[int, int], roi_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+def mask_canvas_size(
+    mask_size: tuple[int, int], roi_size: tuple[int, int], canvas: tuple[int, int]
+) -> tuple[int, int]:
     """``(H, W)`` of the mask's canvas: the region of the input's canvas, at the mask's resolution.
 
     Raises:
         ValueError: that is no whole number of mask pixels with the box in its exact middle.
+
+    Example:
+        >>> mask_canvas_size((128, 128), (64, 64), (80, 80))
+        (160, 160)
     """
     sides = []
-    for mask, roi, whole in zip(mask_size, roi_size, canvas):
+    for mask, roi, whole in zip(mask_size, roi_size, canvas, strict=True):
         side, rest = divmod(mask * whole, roi)
         if rest or (side - mask) % 2:
             raise ValueError(
@@ -145,7 +130,12 @@ def mask_canvas_size(mask_size: tuple[int, int], roi_size: tuple[int, int], canv
 
 
 def expand_boxes(boxes: Tensor, factor_hw: tuple[float, float]) -> Tensor:
-    """``[N, 4]`` xyxy boxes scaled about their centres by ``(factor of height, factor of width)``."""
+    """``[N, 4]`` xyxy boxes scaled about their centres by ``(factor of height, factor of width)``.
+
+    Example:
+        >>> expand_boxes(torch.tensor([[10.0, 20.0, 30.0, 60.0]]), (1.5, 2.0))
+        tensor([[ 0., 10., 40., 70.]])
+    """
     low, high = boxes[..., :2], boxes[..., 2:]
     factor = boxes.new_tensor([factor_hw[1], factor_hw[0]])
     centre, half = (low + high) / 2, (high - low) / 2 * factor
@@ -157,6 +147,11 @@ def centre_window(x: Tensor, size: tuple[int, int]) -> Tensor:
 
     Raises:
         ValueError: the window is larger than ``x`` or cannot lie exactly in its middle.
+
+    Example:
+        >>> centre_window(torch.arange(16).view(4, 4), (2, 2))
+        tensor([[ 5,  6],
+                [ 9, 10]])
     """
     (height, width), (h, w) = x.shape[-2:], size
     if h > height or w > width or (height - h) % 2 or (width - w) % 2:
@@ -166,15 +161,19 @@ def centre_window(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def labels_from_coverage(coverage: Tensor) -> Tensor:
-    """Labels of cells from what covers them.
+    """Labels of cells from the area that target and non-target cover.
 
     Args:
-        coverage: ``[..., 2]`` uint8, or whole numbers of another type, in 255ths of the cell: covered by this person; by other
-            people and not by this one.
+        coverage: ``[..., 2]`` uint8, or whole numbers of another type, in 255ths of the cell: covered by this
+            person; by other people and not by this one.
 
     Returns:
         ``[...]`` int64: argmax of (the rest, target, non-target), the earlier one where equal;
         0 background, 1 target, 2 non-target.
+
+    Example:
+        >>> labels_from_coverage(torch.tensor([[0, 0], [255, 0], [100, 155]], dtype=torch.uint8))
+        tensor([0, 1, 2])
     """
     target, other = coverage.to(torch.int16).unbind(-1)
     rest = 255 - target - other
@@ -183,48 +182,57 @@ def labels_from_coverage(coverage: Tensor) -> Tensor:
     return is_other.to(torch.int64).mul_(2).add_(is_target)
 
 
-# -- helpers ---------------------------------------------------------------------------------------
-def _boxes(boxes: Tensor, device: torch.device, check: bool) -> Tensor:
+def checked_boxes(boxes: Tensor) -> Tensor:
+    """``[N, 4]`` xyxy boxes as float64 on the CPU, each finite and of positive area.
+
+    Raises:
+        ValueError: they are not; the message has the first that is not.
+
+    Example:
+        >>> checked_boxes(torch.tensor([[0, 0, 2, 1]]))
+        tensor([[0., 0., 2., 1.]], dtype=torch.float64)
+    """
     boxes = torch.as_tensor(boxes)
     if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must be [N, 4] xyxy, not {list(boxes.shape)}")
-    if (check or boxes.device.type == "cpu") and len(boxes):
-        good = boxes.isfinite().all(1) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        if not bool(good.all()):
-            first = int((~good).nonzero()[0])
-            raise ValueError(f"box {first} = {boxes[first].tolist()} has no area: give finite x0 < x1, y0 < y1")
-    return boxes.to(device, torch.float64)
+        raise ValueError(f"boxes must be [N, 4]: x0, y0, x1, y1 in a row, and are {list(boxes.shape)}")
+    boxes = boxes.to("cpu", torch.float64)
+    good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    if not good.all():
+        first = int((~good).nonzero()[0])
+        raise ValueError(
+            f"box {first} is {boxes[first].tolist()}: give x0, y0, x1, y1 in pixels, x0 < x1, y0 < y1"
+        )
+    return boxes
 
 
-def _weights(start: Tensor, stop: Tensor, cells: int, first: int, pixels: int) -> Tensor:
-    """``[N, cells, pixels]`` float64: share of each cell's window in pixels first, first + 1, ..."""
-    step = ((stop - start) / cells)[:, None, None]
-    at = torch.arange(cells, dtype=torch.float64, device=start.device)[:, None]
-    centre = start[:, None, None] + (at + 0.5) * step
-    width = step.clamp(min=1.0)
-    edge = torch.arange(first, first + pixels, dtype=torch.float64, device=start.device)
+# -- helpers ---------------------------------------------------------------------------------------
+def _weights(start: float, stop: float, cells: int, first: int, pixels: int) -> Tensor:
+    """``[cells, pixels]`` float64: part of each cell's window in pixels first, first + 1, ..."""
+    step = (stop - start) / cells
+    centre = start + (torch.arange(cells, dtype=torch.float64)[:, None] + 0.5) * step
+    width = max(step, 1.0)
+    edge = torch.arange(first, first + pixels, dtype=torch.float64)
     overlap = torch.minimum(centre + width / 2, edge + 1) - torch.maximum(centre - width / 2, edge)
     return overlap.clamp(min=0.0) / width
 
 
-def _support(start: float, stop: float, cells: int, pixels: int) -> tuple[int, int]:
-    """First pixel and number of pixels that the windows of a side can see."""
+def _support(start: float, stop: float, cells: int, pixels: int) -> tuple[int, Tensor]:
+    """First pixel that the windows of a side can see, and the weights from there on."""
     step = (stop - start) / cells
     reach = max(0.0, 1.0 - step) / 2  # windows of an enlarged box look past its edges
     first = min(max(math.floor(start - reach), 0), pixels)
     last = min(max(math.ceil(stop + reach), first), pixels)
-    return first, last - first
+    return first, _weights(start, stop, cells, first, last - first)
 
 
-def _crop_one(image: Tensor, box: Tensor, size: tuple[int, int], outside: Tensor) -> Tensor:
-    """One box of one image, in bands of rows: memory does not grow with the image."""
+def _crop(image: Tensor, box: list[float], size: tuple[int, int], outside: Tensor) -> Tensor:
+    """One box, in bands of rows: memory does not grow with the image."""
     channels, height, width = image.shape
-    x0, y0, x1, y1 = box.tolist()
-    left, columns = _support(x0, x1, size[1], width)
-    top, rows = _support(y0, y1, size[0], height)
-    box = box.to(image.device)[None]
-    wx = _weights(box[:, 0], box[:, 2], size[1], left, columns)[0]
-    wy = _weights(box[:, 1], box[:, 3], size[0], top, rows)[0]
+    x0, y0, x1, y1 = box
+    left, wx = _support(x0, x1, size[1], width)
+    top, wy = _support(y0, y1, size[0], height)
+    wx, wy = wx.to(image.device), wy.to(image.device)
+    rows, columns = wy.shape[1], wx.shape[1]
     out = torch.zeros(channels, *size, dtype=torch.float64, device=image.device)
     band = max(1, _CHUNK // max(1, channels * columns))
     for row in range(0, rows, band):
@@ -233,29 +241,14 @@ def _crop_one(image: Tensor, box: Tensor, size: tuple[int, int], outside: Tensor
     return (out + outside * (1 - wy.sum(1)[:, None] * wx.sum(1))).float()
 
 
-def _crop_many(images: Tensor, boxes: Tensor, size: tuple[int, int], index: Tensor | None, outside: Tensor) -> Tensor:
-    """Boxes in several images, without reading anything back from the device."""
-    _, channels, height, width = images.shape
-    chunk = max(1, _CHUNK // max(1, channels * height * width))
-    out = []
-    for at in range(0, len(boxes), chunk):
-        some = boxes[at : at + chunk]
-        wx = _weights(some[:, 0], some[:, 2], size[1], 0, width)[:, None]
-        wy = _weights(some[:, 1], some[:, 3], size[0], 0, height)[:, None]
-        seen = images[at : at + chunk] if index is None else images[index[at : at + chunk]]
-        inside = wy.sum(3)[..., None] * wx.sum(3)[..., None, :]
-        out.append((wy @ (seen.double() @ wx.mT) + outside * (1 - inside)).float())
-    return torch.cat(out)
-
-
 def _paste_weights(start: float, stop: float, cells: int, pixels: int) -> tuple[int, Tensor]:
     """First pixel whose centre lies in ``[start, stop)`` and ``[pixels, cells]`` float64 weights."""
     first = min(max(math.ceil(start - 0.5), 0), pixels)
     last = min(max(math.ceil(stop - 0.5), first), pixels)
     scale = cells / (stop - start)
     # The pixels are the cells here: a window one pixel wide, at least one grid cell, on the grid.
-    edges = torch.tensor([[first, last]], dtype=torch.float64).sub(start).mul(scale)
-    weights = _weights(edges[:, 0], edges[:, 1], max(1, last - first), 0, cells)[0, : last - first]
+    weights = _weights((first - start) * scale, (last - start) * scale, max(1, last - first), 0, cells)
+    weights = weights[: last - first]
     return first, weights / weights.sum(1, keepdim=True)
 
 

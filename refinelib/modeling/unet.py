@@ -26,6 +26,7 @@ from refinelib.modeling.layers import (
     ResidualBlock,
     SelfAttention,
     SpatialAttention,
+    init_last,
     resize,
 )
 from refinelib.modeling.output import MaskOutput, output_type
@@ -133,9 +134,7 @@ class HierarchicalUNet(nn.Module):
         self.target = UNet(widths, depth=coarse_depth)
         self.target_head = Head(c, 1)
         for head in (self.person_head, self.target_head):
-            # Nearly undecided at the start, so that the first loss is that of ignorance.
-            nn.init.normal_(head.weight, std=1e-2 * c**-0.5)
-            nn.init.zeros_(head.bias)
+            init_last(head, 1e-2 * c**-0.5)  # nearly undecided: the first loss is that of ignorance
 
         self._add_refinements(
             options,
@@ -197,4 +196,5 @@ class HierarchicalUNet(nn.Module):
                 logits = found
             else:
                 logits, heads[part.head] = found
-        return self.output(logits, **heads)
+        output: MaskOutput = self.output(logits, **heads)
+        return output
