@@ -609,7 +609,7 @@ _SYNONYMS = {
 
 def _nearest(word: str, names: Iterable[str]) -> str:
     word = word[:100].lower()
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
-    known = _SYNONYMS.get(word)
-    match = [known] if known in names else close
+    match = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    if _SYNONYMS.get(word, "") in names:
+        match = [_SYNONYMS[word]]
     return f"; did you mean {match[0]!r}?" if match else ""

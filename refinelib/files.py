@@ -1,7 +1,7 @@
-"""Files beside a checkpoint: written in one step, and read within a stated memory whatever they hold.
+"""Side files: written in one step, and read within a stated memory whatever they hold.
 
-For content that is damaged every reader raises ValueError, in a sentence that names the file; for a file that
-cannot be opened OSError. Nothing of the package is imported.
+For damaged content every reader raises ValueError, in a sentence that names the file; for a file that cannot
+be opened OSError. Nothing of the package is imported.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import math
 import os
 import re
 import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, Mapping
+from typing import IO, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-#: Largest file that is read, by format; the worst content takes 30 times that in memory, in YAML 1000 times.
+#: Largest file that is read, by format, in bytes; the worst content takes 30 times that in memory.
 JSON, YAML = 4 << 20, 64 << 10
-#: Largest line of a records file, and largest piece that is read of a zip at once: its list of members, say.
+#: Largest line of a records file, and largest part of a zip that is read at once, in bytes.
 LINE, PIECE = 1 << 20, 4 << 20
 #: Bytes that the arrays of an .npz may take together.
 ARRAYS = 256 << 20
-#: Values in a YAML text, where each alias counts as what it stands for.
-VALUES = 100_000
 
 
-# -- writing ---------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
-    """A file to write, which takes the place of ``path`` once it is whole and on disk.
+def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write, which replaces ``path`` once it is whole and on disk.
 
     A reader, or a crash, finds the old content or the new one, never half.
 
     Args:
-        path: to replace; its folder is there.
+        path: file to replace; its folder exists.
         mode: ``w`` for UTF-8 text, ``wb`` for bytes.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -56,35 +56,61 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
 
 
-# -- what a sentence shows ---------------------------------------------------------------------------
+@contextlib.contextmanager
+def exclusive(folder: Path, refusal: Exception) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, the file ``.lock`` in it; it ends with the process.
+
+    Where no lock can be made, as in a folder that cannot be written to, there is none.
+
+    Raises:
+        refusal: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise refusal from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# -- messages ----------------------------------------------------------------------------------------
 def shown(value: Any, length: int = 80) -> str:
-    """A value as a sentence shows it: its ``repr``, cut."""
+    """A value as a message shows it: its ``repr``, cut."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python writes; lists in lists in lists
+    except (ValueError, RecursionError):  # more digits than Python writes; lists nested too deep
         return f"a huge {type(value).__name__}"
     return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
 
 
 def reason(error: BaseException, length: int = 200) -> str:
     """What an error says, in one line, cut."""
-    if getattr(error, "problem_mark", None) is not None:  # PyYAML's own text is five lines
-        return f"{error.problem} in line {error.problem_mark.line + 1}"
+    mark = getattr(error, "problem_mark", None)  # PyYAML's own text is five lines
+    if mark is not None:
+        return f"{getattr(error, 'problem', 'wrong')} in line {mark.line + 1}"
     text = " ".join(str(error)[: 10 * length].split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-# -- text ------------------------------------------------------------------------------------------
-def read_json(path: str | os.PathLike, *, limit: int = JSON) -> Any:
-    """What a JSON file holds.
+# -- text --------------------------------------------------------------------------------------------
+def _text(path: str | os.PathLike[str], limit: int) -> str:
+    if not os.path.isfile(path):  # reading a pipe would wait
+        raise FileNotFoundError(f"there is no file {path}")
+    if (size := os.path.getsize(path)) > limit:
+        raise ValueError(f"it has {size} bytes, more than {limit}")
+    return Path(path).read_bytes().decode("utf-8")
 
-    Args:
-        limit: bytes; a longer file is refused.
-    """
-    try:
-        return parse_json(_text(path, limit))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {reason(error)}") from None
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("it has a number that no float holds")
+    return int(text) if text.lstrip("-").isdigit() else value
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -93,102 +119,71 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError, RecursionError: it is something else.
     """
-    return json.loads(text, parse_int=_whole, parse_float=_real, parse_constant=_refuse)
+    return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
 
 
-def read_lines(path: Path, fits: Callable[[dict], bool] = bool) -> tuple[list[dict[str, Any]], list[int]]:
+def read_json(path: str | os.PathLike[str], *, limit: int = JSON) -> Any:
+    """What a JSON file of at most ``limit`` bytes holds."""
+    try:
+        return parse_json(_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {reason(error)}") from None
+
+
+def read_lines(
+    path: Path, fits: Callable[[dict[str, Any]], bool] = bool
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Objects of a JSON-lines file that may still be growing, and the numbers of the lines that hold none.
 
-    Args:
-        fits: whether an object is what the file should hold; any that is not empty, if not given.
+    A last line without an end is still being written: it is not counted as damaged.
 
-    A last line without an end is still being written: where it is no object yet, it is not counted.
+    Args:
+        path: the file; one that does not exist has no lines.
+        fits: whether an object is what the file should hold; the default takes any that is not empty.
     """
-    records, damaged, number, begun = [], [], 0, False
-    if not path.is_file():
-        return records, damaged
-    with open(path, "rb") as file:
+    records: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    number, continued = 0, False
+    with open(path, "rb") if path.is_file() else io.BytesIO() as file:
         while piece := file.readline(LINE):
-            rest, begun = begun, not piece.endswith(b"\n")
-            if rest:  # of a line that is too long, and counted
+            rest, continued = continued, not piece.endswith(b"\n")
+            if rest:  # of a line that is too long and was counted
                 continue
             number += 1
-            try:
-                record = parse_json(piece.decode())
-                if not (isinstance(record, dict) and fits(record)):
-                    raise ValueError
+            record = None
+            with contextlib.suppress(ValueError, RecursionError):
+                record = parse_json(piece)
+            if isinstance(record, dict) and fits(record):
                 records.append(record)
-            except (ValueError, RecursionError):
-                if not begun or len(piece) == LINE:
-                    damaged.append(number)
+            elif not continued or len(piece) == LINE:
+                damaged.append(number)
     return records, damaged
 
 
-def read_yaml(path: str | os.PathLike) -> Any:
-    """What a YAML file holds."""
-    try:
-        return parse_yaml(_text(path, YAML))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid YAML: {reason(error)}") from None
-
-
 def parse_yaml(text: str) -> Any:
-    """Plain values of a YAML text.
+    """Plain values of a YAML text without aliases, which could stand for any number of values.
 
     Raises:
-        ValueError: it is no YAML, too long or too deep, or its aliases repeat more than ``VALUES`` values.
+        ValueError: it is no YAML, too long, nested too deep, or has aliases.
     """
     if len(text) > YAML:
         raise ValueError(f"it has {len(text)} characters, more than {YAML}")
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        # Aliases and merge keys of aliases double with every line: counted before any value is made.
-        if node is not None and _expanded(node, {}) > VALUES:
-            raise ValueError(f"its aliases repeat more than {VALUES} values")
-        return None if node is None else loader.construct_document(node)
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases (*name): write the values out")
+        return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except Exception as error:  # PyYAML turns a wrong tag into nearly anything
         raise ValueError(reason(error)) from None
 
 
-def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
-    """Values under a node, each alias counted as what it stands for; without end where one holds itself."""
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        if isinstance(node, yaml.ScalarNode):
-            children = []
-            if node.tag.endswith((":int", ":float")) and len(node.value) > 100:
-                raise ValueError(f"it has a number of {len(node.value)} characters")
-        else:
-            children = [one for item in node.value for one in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_expanded(child, known) for child in children)
-    return known[id(node)]
-
-
-def _text(path: str | os.PathLike, limit: int) -> str:
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise FileNotFoundError(f"there is no file {path}")
-    if (size := os.path.getsize(path)) > limit:
-        raise ValueError(f"it has {size} bytes, more than {limit}")
-    return Path(path).read_bytes().decode("utf-8")
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > 19:
-        raise ValueError(f"it has a number of {len(digits)} digits")
-    return int(digits)
-
-
-def _real(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError("it has a number that no float holds")
-    return value
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """What a YAML file holds."""
+    try:
+        return parse_yaml(_text(path, YAML))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid YAML: {reason(error)}") from None
 
 
 # -- arrays ------------------------------------------------------------------------------------------
@@ -202,7 +197,7 @@ class _Pieces(io.FileIO):
 
 
 @contextlib.contextmanager
-def opened_zip(path: str | os.PathLike) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
+def opened_zip(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
     """A zip and the file it is in, open; its list of members takes at most some 50 MiB."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
@@ -211,13 +206,14 @@ def opened_zip(path: str | os.PathLike) -> Iterator[tuple[IO[bytes], zipfile.Zip
 
 
 def read_npz(
-    path: str | os.PathLike, shapes: Mapping[str, str] | None = None, *, budget: int = ARRAYS
+    path: str | os.PathLike[str], shapes: Mapping[str, str] | None = None, *, budget: int = ARRAYS
 ) -> dict[str, Any]:
     """The arrays of an ``.npz``.
 
     Args:
+        path: the file.
         shapes: what must be in it, see :func:`check_arrays`.
-        budget: bytes that all arrays may take together; no more is ever asked for.
+        budget: bytes that all arrays may take together; no more is ever allocated.
     """
     try:
         with opened_zip(path) as (_, archive):
@@ -233,12 +229,29 @@ def read_npz(
         raise ValueError(f"{path} is damaged: {reason(error)}") from None
 
 
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
+    from numpy.lib import format as npy
+
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may take any memory
+        raise ValueError(f"{member.filename} is packed in another way than NumPy packs")
+    with archive.open(member) as file:
+        header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape, _, kind = header(file)
+    # NumPy allocates what the header claims before it reads.
+    if kind.hasobject or math.prod(shape) * max(1, kind.itemsize) > member.file_size:
+        raise ValueError(f"{member.filename} claims {list(shape)} of {kind} in {member.file_size} bytes")
+    with archive.open(member) as file:
+        return npy.read_array(file, allow_pickle=False)
+
+
 def check_arrays(arrays: Mapping[str, Any], shapes: Mapping[str, str]) -> None:
     """Refuse arrays of another kind or shape than they should have.
 
     Args:
-        shapes: by name, kinds as of ``dtype.kind``, then a letter or digit an axis: ``{"norms": "f nP"}``. Axes
-            of one letter are equally long; a digit is the length; none is empty. A name with ``?`` may lack.
+        arrays: by name.
+        shapes: by name, kinds as of ``dtype.kind``, then a letter or digit an axis: ``{"norms": "f nP"}``.
+            Axes of one letter are equally long; a digit is the length; none is empty. A name with ``?`` may
+            lack.
 
     Raises:
         ValueError: names the first that does not fit.
@@ -246,39 +259,21 @@ def check_arrays(arrays: Mapping[str, Any], shapes: Mapping[str, str]) -> None:
     lengths = {digit: int(digit) for digit in "123456789"}
     for key, spec in shapes.items():
         name, (kinds, axes) = key.rstrip("?"), spec.split(" ")
-        if name not in arrays and key != name:
-            continue
         if name not in arrays:
-            raise ValueError(f"it lacks {name}")
+            if key == name:
+                raise ValueError(f"it lacks {name}")
+            continue
         array = arrays[name]
         fits = array.dtype.kind in kinds and array.ndim == len(axes) and array.size > 0
-        if not fits or any(lengths.setdefault(axis, n) != n for axis, n in zip(axes, array.shape)):
+        if not fits or any(lengths.setdefault(a, n) != n for a, n in zip(axes, array.shape, strict=True)):
             raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not {axes!r} of kind {kinds!r}")
 
 
-def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
-    from numpy.lib import format as npy  # settings are read before NumPy is
-
-    # The other ways to pack take as much memory as they like.
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{member.filename} is packed in another way than NumPy packs")
-    with archive.open(member) as file:
-        header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
-        shape, _, kind = header(file)
-    # NumPy makes room for what the header claims before it reads.
-    if kind.hasobject or math.prod(shape) * max(1, kind.itemsize) > member.file_size:
-        raise ValueError(f"{member.filename} claims {list(shape)} of {kind} in {member.file_size} bytes")
-    with archive.open(member) as file:
-        return npy.read_array(file, allow_pickle=False)
-
-
-def by_epoch(folder: Path) -> tuple[dict[int, Path], list[str]]:
-    """``epoch_0001.npz`` and so on of a folder by epoch, in order; and names of what only begins so."""
-    found, others = {}, []
+def by_epoch(folder: Path) -> dict[int, Path]:
+    """Files ``epoch_0001.npz`` and so on of a folder by epoch, in order; other files are passed over."""
+    found = {}
     for file in folder.glob("epoch_*.npz"):
-        match = re.fullmatch(r"epoch_([0-9]{4,9})\.npz", file.name)
-        if match and file.is_file() and file.name == f"epoch_{int(match[1]):04d}.npz":
+        match = re.fullmatch(r"epoch_(0[0-9]{3}|[1-9][0-9]{3,8})\.npz", file.name)
+        if match and file.is_file():
             found[int(match[1])] = file
-        else:
-            others.append(file.name)
-    return dict(sorted(found.items())), sorted(others)
+    return dict(sorted(found.items()))

@@ -25,14 +25,14 @@ from refinelib.build import autocast, build_device, build_model, build_step, set
 from refinelib.config import Settings, names_with_role
 from refinelib.data import open_splits
 from refinelib.incidents import capture
-from refinelib.interruption import Interruption
 from refinelib.gradients.probe import Probe
 from refinelib.progress import Progress
-from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, WINDOW, DivergedError, Rewinder, Snapshot, diverged
-from refinelib.runs import Run
+from refinelib.guard.monitor import WINDOW, Row
+from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError, Rewinder, Snapshot, diverged
+from refinelib.runs import Interruption, Run
 from refinelib.samples import write_samples
 from refinelib.metrics.scoring import predict_probs, score
-from refinelib.steplog import Row, StepLog
+from refinelib.steplog import StepLog
 from refinelib.step import Stepper
 
 
@@ -54,7 +54,7 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
     """
     with Interruption() as interruption:
         run = Run.start(settings)
-        with run.alone():
+        with run.exclusive():
             return _train(settings, run, on_epoch, interruption)
 
 

@@ -171,7 +171,7 @@ class Probe:
 
     def _forget_after(self, epoch: int) -> None:
         """Files of later epochs are from before a resume that took the run back."""
-        for number, file in by_epoch(self.folder)[0].items():
+        for number, file in by_epoch(self.folder).items():
             if number > epoch:
                 file.unlink(missing_ok=True)
 

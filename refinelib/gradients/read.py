@@ -79,7 +79,7 @@ class Gradients:
 
 def files(run: Run) -> dict[int, Path]:
     """What a run's probe has written so far, by epoch, the first first."""
-    return by_epoch(run.folder / "gradients")[0]
+    return by_epoch(run.folder / "gradients")
 
 
 def read_file(file: Path) -> dict[str, np.ndarray]:

@@ -133,7 +133,7 @@ def rois(store: Any, count: int = 8) -> Figure:
 
 def sample_epochs(run: Run | str | os.PathLike) -> list[int]:
     """Epochs whose masks are on disk, counted from 1."""
-    return list(by_epoch(opened(run).folder / "samples")[0])
+    return list(by_epoch(opened(run).folder / "samples"))
 
 
 def read_samples(run: Run, epoch: int | None = None) -> tuple[int, dict[str, np.ndarray]] | None:
@@ -142,7 +142,7 @@ def read_samples(run: Run, epoch: int | None = None) -> tuple[int, dict[str, np.
     Raises:
         ValueError: those of the epoch given are not there, or damaged.
     """
-    files = by_epoch(run.folder / "samples")[0]
+    files = by_epoch(run.folder / "samples")
     if epoch is not None and epoch not in files:
         there = ", ".join(map(str, files)) or "none yet"
         raise ValueError(f"{run.folder / 'samples'} holds no masks of epoch {epoch}; there are {there}")

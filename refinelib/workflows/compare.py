@@ -18,7 +18,7 @@ from refinelib.plots.style import BLACK, BLUE, CLASSES, GREEN, GREY, ORANGE, PUR
 from refinelib.plots.style import VERMILLION, Figure, color_key, draw_line, style_axes, recorded_settings
 from refinelib.plots.masks import class_picture, read_samples, tile, window_of
 from refinelib.config import names_with_role
-from refinelib.runs import Run, status_files
+from refinelib.runs import Run, find_runs
 
 #: Colours of groups in their order; beyond these the line's style changes.
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, GREY)
@@ -48,10 +48,10 @@ def find(runs: Sequence[str] | str | None = None, *, output_dir: str = "outputs"
     root = examples.root(output_dir)
     if names:
         return [run if isinstance(run, Run) else Run.open(run, output_dir=str(root)) for run in names]
-    files = status_files(root)
-    if not files:
+    found = find_runs(root)
+    if not found:
         return [examples.tiny(output_dir, seed=seed) for seed in (0, 1)]
-    return [Run(file.parent) for file in files[-most:]]
+    return found[-most:]
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:

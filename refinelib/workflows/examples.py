@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 from refinelib.config import Settings, absolute, resolve
-from refinelib.runs import Run, status_files
+from refinelib import runs
+from refinelib.runs import Run
 from refinelib.gradients import read as gradients
 
 
@@ -38,9 +39,9 @@ def newest(run: str | None = None, *, output_dir: str = "outputs", fit: Callable
     if run:
         return Run.open(run, output_dir=str(root(output_dir)))
     for folder in (root(output_dir), root(output_dir) / "smoke"):
-        for candidate in (Run(file.parent) for file in reversed(status_files(folder))):
-            if fit(candidate):
-                return candidate
+        found = runs.newest(folder, fits=fit)
+        if found is not None:
+            return found
     return tiny(output_dir)
 
 

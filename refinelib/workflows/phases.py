@@ -1,223 +1,460 @@
-"""Progressive training: phases one after the other, each from the weights of the one before, a gate after each.
+"""Progressive training: plan the phases, run them one after the other, accept or reject each.
 
-A chain is a folder ``outputs/<name>/`` with ``progressive.json`` (phases, runs, gates' decisions), ``status.json`` (how it stands, in
-a sentence) and one ordinary run folder a phase. Both files are replaced in one step before and after anything that takes
-time, so that a chain that was killed is taken up where it stopped: what has passed its gate is kept, the phase it stopped in
-resumes from its checkpoint.
+A phase sequence is a folder ``outputs/<name>/`` with ``progressive.json`` (phases, runs, acceptance checks),
+``status.json`` (the state and the last error) and one run folder a phase. Both files are replaced before and
+after each phase, each in one step. The same call therefore continues a sequence that was killed: accepted
+phases are kept, and the phase that was interrupted resumes from its checkpoint.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import os
+import re
+import statistics
 import time
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, NamedTuple
 
-from refinelib.config import Settings, absolute
-from refinelib.locking import alone
-from refinelib.workflows.gates import judge
-from refinelib.workflows.phase_plan import ADDS, Plan, read_state
-from refinelib.runs import Run, RunError, dumps, write_atomically
+from refinelib.config import Settings, SettingsError, absolute, names_with_role, resolve
+from refinelib.files import parse_yaml, read_json, shown, write_atomically
+from refinelib.files import exclusive
+from refinelib.runs import Run, RunError, dumps
+
+#: What each phase adds to the one before.
+ADDS = {
+    "phase1": "boundary refinement, boundary-aware loss",
+    "phase2": "active contour loss",
+    "phase3": "contour detection",
+    "phase4": "distance transform",
+    "finetune": "progressive upsampling, smaller steps",
+}
+STATE = "progressive.json"
+SCORES = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU", "miou": "mIoU"}
+NOT_BEGUN = {"state": "waiting", "run": None, "acceptance": None, "after": None, "settings": None}
+#: Largest fraction of a phase's steps that the guard may have skipped.
+MAX_SKIPPED = 0.05
+#: Noise of the loss, as a fraction of it, above which a phase is too short to tell whether its loss falls.
+MAX_NOISE = 0.05
 
 
 class PhaseError(RuntimeError):
-    """A phase broke off or did not pass its gate; the message says which and why."""
+    """A phase failed or was rejected; the message says which and why."""
 
 
-def advance(plan: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
-    """Train what is left of a chain, phase by phase, until all have passed or one has not.
+# -- plan ------------------------------------------------------------------------------------------
+class Plan(NamedTuple):
+    """What to train; made by :func:`plan`."""
 
-    A phase that breaks off or is held at its gate ends the chain; ``progressive.json`` and ``status.json`` say so, and :func:`conclude`
-    raises it, so that a notebook can first draw what there is.
+    folder: Path
+    settings: dict[str, Settings]  # by phase, in order
+    init_from: str | None
+    margin: float
+    retry: bool
+
+
+def plan(
+    *,
+    phases: Any = None,
+    phase: Any = None,
+    init_from: str | None = None,
+    name: str | None = None,
+    margin: float = 0.02,
+    retry: bool = False,
+    per_phase: Any = None,
+    **given: Any,
+) -> Plan:
+    """Check what is to be trained, before torch is imported.
+
+    A sequence that exists is continued. One that is finished and was trained with other settings is kept, and
+    the next number is appended to the name.
 
     Args:
-        plan: the phases and their settings.
+        phases: which, in order, such as ``[1, 2, "finetune"]`` or ``"1,2"``; none: 1 to 4, then fine-tuning.
+        phase: one alone, in place of ``phases``; all but the first then need ``init_from``.
+        init_from: run or checkpoint whose weights the first phase starts from; none: from scratch.
+        name: of the folder under ``output_dir``; none: ``progressive``, or ``phase3-alone``.
+        margin: by how much target IoU and Boundary IoU may fall in a phase.
+        retry: train a rejected phase again; its old run is kept.
+        per_phase: settings of one phase, such as ``{"phase3": {"epochs": 40}}``, or the same as YAML text.
+        **given: settings of all phases by name.
+
+    Raises:
+        SettingsError: the message says what is wrong.
+    """
+    if phase is not None and phases is not None:
+        raise SettingsError("phase is one phase alone and phases a list of them: give one of the two")
+    if taken := [
+        f"{key} = {given[key]!r}" for key in ("recipe", "run", "resume") if given.get(key) is not None
+    ]:
+        raise SettingsError(f"{taken[0]}: progressive training sets it itself; choose phases, phase and name")
+    listed = re.split(r"[,\s]+", phases.strip("[]() ")) if isinstance(phases, str) else phases
+    listed = listed if isinstance(listed, (list, tuple)) else [listed if phase is None else phase]
+    names = [_phase(item) for item in listed if str(item).lower() not in ("none", "")] or list(ADDS)
+    if len(set(names)) < len(names):
+        raise SettingsError(f"phases = {', '.join(names)}: each phase once")
+    init_from = None if str(init_from).lower() in ("none", "") else str(init_from)
+    if phase is not None and names[0] != "phase1" and init_from is None:
+        hint = f"give init_from, such as -p init_from outputs/phase{list(ADDS).index(names[0])}"
+        raise SettingsError(f"{names[0]} alone starts from the phase before: {hint}")
+    if not 0 <= float(margin) <= 1:
+        raise SettingsError(f"margin = {margin!r}: give an IoU from 0 to 1, such as 0.02")
+    name = str(name or (f"{names[0]}-alone" if phase is not None else "progressive"))
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise SettingsError(f"name = {name!r}: use letters, digits, dot, dash and underscore only")
+    own = _by_phase(per_phase, names)
+    root = resolve(names[0], **given, init_from="none").output_dir
+    given["store_dir"] = given.get("store_dir") or f"{root}/stores"  # shared by all sequences
+
+    def in_folder(number: int) -> Plan:
+        folder = f"{root}/{name}" if number == 1 else f"{root}/{name}-{number}"
+        fixed = {"init_from": "none", "output_dir": folder}
+        settings = {one: resolve(one, **{**given, **own.get(one, {}), **fixed, "run": one}) for one in names}
+        return Plan(absolute(folder), settings, init_from, float(margin), bool(retry))
+
+    numbers = itertools.count(1)
+    number = next(n for n in numbers if not (absolute(root) / f"{name}-{n + 1}" / STATE).is_file())
+    made = in_folder(number)
+    if not (made.folder / STATE).is_file():
+        return made
+    state = read(made.folder)
+    difference = next(_differences(made, state), None)
+    if difference and state["state"] != "ok":
+        begun = f"the phase sequence in {made.folder} was begun differently: {difference}"
+        raise SettingsError(f"{begun}; continue with the same settings, or give another name")
+    return in_folder(number + 1) if difference else made
+
+
+def from_notebook(namespace: Mapping[str, Any]) -> Plan:
+    """The plan that a notebook's parameter cells give; see :func:`refinelib.config.from_notebook`."""
+    plain = (bool, int, float, str, list, tuple, dict)
+    names = [key for key in namespace if not key.startswith("_") and key not in ("In", "Out")]
+    return plan(**{key: namespace[key] for key in names if type(namespace[key]) in plain})
+
+
+def describe(made: Plan) -> str:
+    """The folder and what each phase will train, a line each."""
+    lines = [str(made.folder)]
+    for name, own in made.settings.items():
+        size = f"{own.epochs} epochs, {own.batch_size} a step, lr {own.lr:g}, width {own.width:g}"
+        lines.append(f"{name:10} {size}   + {ADDS[name]}")
+    return "\n".join(lines)
+
+
+def _phase(item: Any) -> str:
+    word = str(item).strip().strip("'\"").lower().replace("fine-tuning", "finetune")
+    name = f"phase{word}" if word.isdigit() else word
+    if name not in ADDS:
+        raise SettingsError(f"there is no phase {item!r}: give 1, 2, 3, 4 or finetune")
+    return name
+
+
+def _by_phase(per_phase: Any, names: list[str]) -> dict[str, dict[str, Any]]:
+    try:
+        parsed = parse_yaml(per_phase) if isinstance(per_phase, str) else per_phase
+        found = {str(key): dict(own) for key, own in dict(parsed or {}).items()}
+    except (ValueError, TypeError):
+        raise SettingsError(f"per_phase = {shown(per_phase)}: write {{phase3: {{epochs: 40}}}}") from None
+    found = {_phase(key): own for key, own in found.items()}
+    if extra := [name for name in found if name not in names]:
+        raise SettingsError(f"per_phase has settings of {extra[0]}, which is none of the phases to train")
+    return found
+
+
+def _differences(made: Plan, state: dict[str, Any]) -> Iterator[str]:
+    """How the plan differs from what was begun, but for settings that no step depends on."""
+    then, now = [entry["phase"] for entry in state["phases"]], list(made.settings)
+    if any(a != b for a, b in zip(then, now, strict=False)):
+        yield f"phases were {', '.join(then)} and are {', '.join(now)}"
+    free = names_with_role("run") | {"init_from"}
+    for entry in state["phases"][: len(now)]:
+        if entry["settings"] and not (made.retry and entry["state"] == "rejected"):
+            if state["init_from"] != made.init_from:
+                yield f"init_from was {state['init_from']} and is {made.init_from}"
+            new = made.settings[entry["phase"]].model_dump(mode="json")
+            for key, old in entry["settings"].items():
+                if key in new and key not in free and new[key] != old:
+                    yield f"in {entry['phase']}, {key} was {old} and is {new[key]}"
+
+
+# -- run -------------------------------------------------------------------------------------------
+def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
+    """Train the phases that are left, until all are accepted or one is not.
+
+    A phase that fails or is rejected ends the sequence. Both files say so, and :func:`raise_if_failed` raises
+    it: a notebook can draw its figures first.
+
+    Args:
+        made: phases and their settings.
         on_epoch: called with the run after each epoch of each phase, such as ``widgets.live_panel()``.
 
     Returns:
-        the chain's folder.
+        the sequence's folder.
 
     Raises:
-        RunError: another process is at this chain.
-        KeyboardInterrupt: after the state is on disk.
+        RunError: another process trains this sequence.
+        KeyboardInterrupt: after both files are written.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(plan.folder):
-        state = _taken_up(plan)
-        before, source = state["before"], plan.init_from
-        for name in plan.settings:
-            entry = next(item for item in state["phases"] if item["phase"] == name)
-            if entry["state"] == "passed":
-                print(f"{name}: passed before, kept", flush=True)
-            elif not _one(plan, state, entry, before, source, on_epoch):
-                return plan.folder
-            before, source = entry["after"], str(plan.folder / entry["run"])
-        _write(plan.folder, state, state="ok", last_error=None, phase=None)
-    return plan.folder
+    made.folder.mkdir(parents=True, exist_ok=True)
+    busy = f"another process is training the phases in {made.folder}: wait for it, or give another name"
+    with exclusive(made.folder, RunError(busy)):
+        state = _load_state(made)
+        before, source = state["before"], made.init_from
+        for entry in state["phases"][: len(made.settings)]:
+            name = entry["phase"]
+            try:
+                if entry["state"] != "passed":
+                    trained = _train(made, state, entry, source, on_epoch)
+                    _accept_or_reject(made, entry, trained, before or state["before"])
+                print(f"{name}: accepted", flush=True)
+            except (KeyboardInterrupt, Exception) as error:  # the run's own status has it too
+                kinds = {KeyboardInterrupt: "interrupted", PhaseError: "rejected"}
+                entry["state"] = kinds.get(type(error), "failed")
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                reason = str(error) if entry["state"] == "rejected" else f"{name} {entry['state']}, {reason}"
+                interrupted = isinstance(error, KeyboardInterrupt)
+                _write(
+                    made.folder, state, state="interrupted" if interrupted else "failed", last_error=reason
+                )
+                print(reason, flush=True)
+                if interrupted:
+                    raise
+                return made.folder
+            before, source = entry["after"], str(made.folder / entry["run"])
+        _write(made.folder, state, state="ok", last_error=None, phase=None)
+    return made.folder
 
 
-def read(folder: str | os.PathLike) -> dict[str, Any]:
-    """The state of a chain on disk.
+def _train(
+    made: Plan, state: dict[str, Any], entry: dict[str, Any], source: str | None, on_epoch: Any
+) -> Run:
+    """Train what is left of one phase."""
+    from refinelib import checkpoints  # imports torch
+    from refinelib.trainer import train
+
+    name, settings = entry["phase"], made.settings[entry["phase"]]
+    begun = made.folder / (entry["run"] or name)
+    if entry["run"] and (begun / "status.json").is_file() and Run(begun).status()["state"] == "ok":
+        return Run(begun)
+    resume = bool(entry["run"]) and any((begun / "checkpoints").glob("*.pt"))
+    if not resume:
+        free = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        entry["run"] = next(folder for folder in free if not (made.folder / folder).exists())
+    entry.update(NOT_BEGUN, state="running", run=entry["run"], settings=settings.model_dump(mode="json"))
+    _write(made.folder, state, state="running", phase=name, last_error=None)
+    start = f"{entry['run']} resumes from its checkpoint" if resume else f"starts from {source or 'scratch'}"
+    print(f"{name} ({ADDS[name]}): {start}", flush=True)
+    if source is not None:
+        source = str(checkpoints.find(source, output_dir=str(made.folder.parent)))
+        if made.init_from is not None and state["before"] is None:
+            state["before"] = _starting_scores(settings, source)
+    changes = {"run": entry["run"], "resume": resume, "init_from": None if resume else source}
+    return train(settings.model_copy(update=changes), on_epoch=on_epoch)
+
+
+def _starting_scores(settings: Settings, source: str) -> dict[str, Any]:
+    """Scores of a checkpoint, in its own crop size, on the phase's validation split."""
+    from refinelib.data import open_splits
+    from refinelib.metrics import predict
+    from refinelib.metrics.scoring import score
+
+    predictor = predict.load(source, device=settings.device)
+    size = {key: getattr(predictor.settings, key) for key in ("roi_size", "mask_size", "context")}
+    _, store = open_splits(settings.model_copy(update=size))
+    found = score(predictor.roi_probs, store, device=predictor.device, mask_size=size["mask_size"]).compute()
+    return {key: found[key] for key in SCORES}
+
+
+# -- accept ----------------------------------------------------------------------------------------
+class Acceptance(NamedTuple):
+    """One acceptance check and what it found."""
+
+    name: str
+    passed: bool
+    sentence: str
+
+
+def accept(trained: Run, before: dict[str, Any] | None, *, margin: float) -> list[Acceptance]:
+    """The acceptance checks of a trained phase: finite, no worse, loss falling.
+
+    Args:
+        trained: run of the phase.
+        before: ``target_iou`` and ``boundary_iou`` of the weights it started from; none: from scratch.
+        margin: by how much either may fall.
+    """
+    status = trained.status()
+    wrong = next(_not_finite(trained, status), "")
+    good = f"every loss and weight is; {status['skipped_steps']} of {status['step']} steps were skipped"
+    scores = no_worse(status.get("best") or {}, before or {}, margin=margin)
+    falling = loss_falling([line["loss"] for line in trained.steps()], scratch=before is None)
+    return [Acceptance("finite", not wrong, wrong or good), scores, falling]
+
+
+def _not_finite(trained: Run, status: dict[str, Any]) -> Iterator[str]:
+    from refinelib import checkpoints  # imports torch
+
+    skipped, steps = status["skipped_steps"], status["step"]
+    if status["state"] != "ok":
+        yield f"the run is {status['state']}: {status.get('last_error') or 'it recorded no error'}"
+    if skipped > MAX_SKIPPED * steps:
+        yield f"{skipped} of {steps} steps were skipped, more than {MAX_SKIPPED:.0%}; events.jsonl says why"
+    for line in trained.epochs():
+        if line["train_loss"] is None:
+            yield f"the loss of epoch {line['epoch']} is not finite"
+    for file in sorted((trained.folder / "checkpoints").glob("*.pt")):
+        saved = checkpoints.load(file)
+        for name, value in [*saved["model"].items(), *(saved["average"] or {}).items()]:
+            if not bool(value.isfinite().all()):
+                yield f"{name} in {file.name} is not finite"
+
+
+def no_worse(after: dict[str, Any], before: dict[str, Any], *, margin: float) -> Acceptance:
+    """Target IoU and Boundary IoU of the best epoch are at most ``margin`` below the scores before."""
+    fell, parts = [], []
+    for key in ("target_iou", "boundary_iou"):
+        name, old, new = SCORES[key], before.get(key), after.get(key)
+        if new is None or (old is not None and new < old - margin):
+            fell.append(name)
+        change = " to ".join(f"{value:.3f}" for value in (old, new) if value is not None)
+        parts.append(f"{name} {change}" if new is not None else f"{name} was never measured")
+    limit = f": {' and '.join(fell)} fell by more than {margin:g}" if fell else f" (at most {margin:g} lower)"
+    return Acceptance("no worse than before", not fell, ", ".join(parts) + (limit if before or fell else ""))
+
+
+def loss_falling(recorded: list[float | None], *, scratch: bool) -> Acceptance:
+    """The loss at the end against the loss at the start, and both against its noise.
+
+    Start and end are the first and last quarter of the recorded windows of steps. The noise is three standard
+    errors of their difference. A rise above the noise fails. From scratch a constant loss fails too,
+    unless the noise is above ``MAX_NOISE``; from trained weights it passes.
+    """
+    losses = [loss for loss in recorded if loss is not None]
+    if len(losses) < len(recorded) / 2:
+        passed, found = False, f"{len(recorded) - len(losses)} of {len(recorded)} losses are not finite"
+    elif len(losses) < 4:
+        passed, found = (
+            not scratch,
+            f"only {len(losses)} losses are recorded, too few to tell: lower log_every",
+        )
+    else:
+        quarter = max(2, len(losses) // 4)
+        start, end = losses[:quarter], losses[-quarter:]
+        first, last = statistics.fmean(start), statistics.fmean(end)
+        noise = 3 * ((statistics.variance(start) + statistics.variance(end)) / quarter) ** 0.5
+        rose, fell, noisy = last > first + noise, last < first - noise, noise > MAX_NOISE * first
+        word = "rose" if rose else "fell" if fell else "is within its noise" if noisy else "is constant"
+        passed = fell or (not rose and (noisy or not scratch))
+        hint = (
+            "" if passed else ": try a smaller lr" if rose else ": try notebooks/debug.ipynb or a larger lr"
+        )
+        found = f"the loss {word}, {first:.3f} to {last:.3f}, noise {noise:.3f}{hint}"
+    return Acceptance("loss falling", passed, found)
+
+
+def _accept_or_reject(made: Plan, entry: dict[str, Any], trained: Run, before: dict[str, Any] | None) -> None:
+    """Write down what the acceptance checks found; one that did not pass raises PhaseError."""
+    checks = accept(trained, before, margin=made.margin)
+    entry.update(acceptance=[check._asdict() for check in checks], margin=made.margin, state="passed")
+    entry["after"] = trained.status().get("best")
+    for check in checks:
+        print(f"{entry['phase']}: {'passed' if check.passed else 'FAILED'} {check.name}: {check.sentence}")
+    if failed := "; ".join(f"{check.name}: {check.sentence}" for check in checks if not check.passed):
+        hint = f"Its run is {trained.folder.name}; set retry to train it again"
+        raise PhaseError(f"{entry['phase']} was rejected, {failed}. {hint}")
+
+
+# -- state -----------------------------------------------------------------------------------------
+def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state of a phase sequence on disk, and under ``folder`` where it is.
 
     Raises:
         RunError: there is none, or it is damaged.
     """
-    for place in (Path(folder).expanduser(), absolute("outputs") / folder, absolute(folder)):
-        if (place / "progressive.json").is_file():
-            return read_state(place / "progressive.json") | {"folder": str(place)}
-    raise RunError(f"there is no chain of phases in {folder}: give a folder that holds progressive.json")
+    places = (Path(folder).expanduser(), absolute("outputs") / folder, absolute(folder))
+    place = next((path for path in places if (path / STATE).is_file()), None)
+    if place is None:
+        raise RunError(f"there is no phase sequence in {folder}: give a folder that holds {STATE}")
+    try:
+        state = dict(read_json(place / STATE))
+        for entry in state["phases"]:
+            if "gate" in entry:  # files of November 2026
+                entry["acceptance"] = entry.pop("gate")
+                entry["state"] = "rejected" if entry["state"] == "held" else entry["state"]
+            if not {"phase", *NOT_BEGUN} <= entry.keys():
+                raise ValueError("an entry lacks a field")
+        return {**state, "state": str(state["state"]), "init_from": state["init_from"], "folder": str(place)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        hint = "its runs are whole: give the sequence another name, or start from one of them with init_from"
+        raise RunError(f"{place / STATE} is damaged, {hint}") from None
 
 
-def conclude(folder: str | os.PathLike) -> str:
-    """How a chain stands, a line a phase.
-
-    Raises:
-        PhaseError: it did not get through; the message is the sentence in ``status.json``.
-    """
-    state = read(folder)
-    if state["state"] != "ok":
-        raise PhaseError(state.get("last_error") or f"the chain in {folder} is {state['state']}: run it again to go on")
-    lines = [f"{entry['phase']:10} {entry['state']:10} {entry['run']}" for entry in state["phases"]]
-    return "\n".join([*lines, f"{len(lines)} of {len(lines)} phases passed their gates"])
-
-
-def table(folder: str | os.PathLike) -> str:
-    """What each phase added, as a Markdown table; in brackets the change from the phase before."""
-    state = read(folder)
-    lines = ["| phase | adds | epochs | target IoU | Boundary IoU | mIoU | loss, first to last epoch | skipped steps | minutes | gate |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    before = state["before"]
-    for entry in state["phases"]:
-        run = Run(Path(state["folder"]) / entry["run"]) if entry["run"] else None
-        epochs = run.epochs() if run else []
-        status = run.status() if run and (run.folder / "status.json").is_file() else {}
-        after = entry["after"] or status.get("best") or {}
-        scores = " | ".join(_change(after.get(key), (before or {}).get(key)) for key in ("target_iou", "boundary_iou", "miou"))
-        losses = [f"{line['train_loss']:.3f}" if line["train_loss"] is not None else "not finite" for line in epochs]
-        minutes = sum(line["seconds"] for line in epochs) / 60
-        lines.append(
-            f"| {entry['phase']} | {ADDS[entry['phase']]} | {len(epochs) or ''} | {scores} | {' to '.join(losses[:1] + losses[1:][-1:])} | "
-            f"{status.get('skipped_steps', '')} | {f'{minutes:.1f}' if epochs else ''} | {_gate_word(entry)} |"
-        )
-        before = entry["after"] or before
-    return "\n".join(lines)
-
-
-# -- one phase -------------------------------------------------------------------------------------
-def _one(plan: Plan, state: dict, entry: dict, before: dict | None, source: str | None, on_epoch: Callable[[Run], None] | None) -> bool:
-    """Train one phase, or what is left of it, and judge it; False: it broke off or was held."""
-    from refinelib import checkpoints  # torch
-    from refinelib.trainer import train
-
-    name, settings = entry["phase"], plan.settings[entry["phase"]]
-    run = Run(plan.folder / entry["run"]) if entry["run"] else None
-    there = run is not None and (run.folder / "status.json").is_file()
-    if not (there and run.status()["state"] == "ok"):
-        resume = there and any((run.folder / "checkpoints").glob("*.pt"))
-        if not resume:
-            entry["run"] = _free(plan.folder, name)
-        entry.update(state="running", settings=settings.model_dump(mode="json"), gate=None, after=None)
-        _write(plan.folder, state, state="running", phase=name, last_error=None)
-        from_what = f"{entry['run']} resumes from its checkpoint" if resume else f"starts from {source or 'scratch'}"
-        print(f"{name} ({ADDS[name]}): {from_what}", flush=True)
-        try:
-            if source is not None:  # outside the chain, it may be meant by a name under outputs/
-                source = str(checkpoints.find(source, output_dir=str(plan.folder.parent)))
-                if before is None:
-                    before = state["before"] = _starting_score(settings, source)
-            given = {"run": entry["run"], "resume": resume, "init_from": None if resume else source}
-            run = train(settings.model_copy(update=given), on_epoch=on_epoch)
-        except KeyboardInterrupt:
-            entry["state"] = "interrupted"
-            _write(plan.folder, state, state="interrupted", last_error=f"{name} was interrupted; run the chain again to go on")
-            raise
-        except Exception as error:  # on record in the run's own status too
-            entry["state"] = "failed"
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            _write(plan.folder, state, state="failed", last_error=f"{name} broke off, {reason}")
-            print(f"{name}: broke off, {reason}", flush=True)
-            return False
-    decisions = judge(run, before, margin=plan.margin)
-    held = [decision for decision in decisions if not decision.passed]
-    entry.update(state="held" if held else "passed", gate=[decision._asdict() for decision in decisions], margin=plan.margin)
-    entry["after"] = run.status().get("best")
-    for decision in decisions:
-        print(f"{name}: {'passed' if decision.passed else 'HELD':7} {decision.name}: {decision.sentence}", flush=True)
-    sentence = "; ".join(f"{decision.name}: {decision.sentence}" for decision in held)
-    sentence = f"{name} did not pass its gate, {sentence}. Its run is {run.folder.name}; set retry to train it again" if held else None
-    _write(plan.folder, state, state="failed" if held else "running", last_error=sentence)
-    return not held
-
-
-def _starting_score(settings: Settings, source: str) -> dict[str, Any]:
-    """Scores of the weights that a phase starts from, its own new modules untrained, on its validation people."""
-    import torch
-
-    from refinelib import checkpoints
-    from refinelib.build import autocast, build_device, build_model
-    from refinelib.data import open_splits
-    from refinelib.metrics.scoring import predict_probs, score
-    from refinelib.trainer import load_weights
-
-    device = build_device(settings)
-    _, store = open_splits(settings)
-    torch.manual_seed(settings.seed)
-    model = build_model(settings).to(device, memory_format=torch.channels_last).eval()
-    saved = checkpoints.load(source)
-    load_weights(model, {**saved, "model": saved["average"] or saved["model"]}, source)
-    with autocast(settings, device):
-        predict = functools.partial(predict_probs, model, flip=settings.flip_test, weights=settings.decision_weights)
-        found = score(predict, store, device=device, mask_size=settings.mask_size).compute()
-    return {key: found[key] for key in ("target_iou", "boundary_iou", "miou")}
-
-
-# -- state on disk ---------------------------------------------------------------------------------
-def _write(folder: Path, state: dict[str, Any], /, **changes: Any) -> None:
-    state.update(changes, updated=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    write_atomically(folder / "progressive.json", dumps(state, indent=1))
-    done = [entry["phase"] for entry in state["phases"] if entry["state"] == "passed"]
-    short = {key: state.get(key) for key in ("state", "last_error", "phase", "updated")} | {"passed": done}
-    write_atomically(folder / "status.json", dumps(short, indent=1))
-
-
-def _taken_up(plan: Plan) -> dict[str, Any]:
-    """The chain's state: what is on disk, with the phases that are new to it."""
-    fresh = [{"phase": name, "state": "waiting", "run": None, "gate": None, "after": None, "settings": None} for name in plan.settings]
-    if not (plan.folder / "progressive.json").is_file():
-        start = {"name": plan.folder.name, "state": "running", "last_error": None}
-        return {**start, "init_from": plan.init_from, "before": None, "phases": fresh}
-    state = read(plan.folder)
+def _load_state(made: Plan) -> dict[str, Any]:
+    fresh = [{"phase": name, **NOT_BEGUN} for name in made.settings]
+    if not (made.folder / STATE).is_file():
+        begun = {"name": made.folder.name, "init_from": made.init_from, "before": None, "phases": fresh}
+        return {**begun, "state": "running", "last_error": None}
+    state = read(made.folder)
     del state["folder"]
     state["phases"] += fresh[len(state["phases"]) :]
     for entry in state["phases"]:
-        if entry["state"] == "held" and plan.retry:
-            entry.update(state="waiting", run=None, gate=None, after=None)
+        if entry["state"] == "rejected" and made.retry:
+            entry.update(NOT_BEGUN)
     return state
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a chain at a time, where there are locks."""
-    with alone(folder, RunError(f"another process is training the phases in {folder}: wait for it, or give another name")):
-        yield
+def _write(folder: Path, state: dict[str, Any], /, **changes: Any) -> None:
+    state.update(changes, updated=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    write_atomically(folder / STATE, dumps(state, indent=1))
+    status = {key: state.get(key) for key in ("state", "last_error", "phase", "updated")}
+    status["passed"] = [entry["phase"] for entry in state["phases"] if entry["state"] == "passed"]
+    write_atomically(folder / "status.json", dumps(status, indent=1))
 
 
-# -- helpers ---------------------------------------------------------------------------------------
-def _free(folder: Path, name: str) -> str:
-    number = 1
-    while (folder / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return name if number == 1 else f"{name}-{number}"
+def raise_if_failed(folder: str | os.PathLike[str]) -> str:
+    """The phases and their runs, a line each.
+
+    Raises:
+        PhaseError: not all phases were accepted; the message is ``last_error`` of ``status.json``.
+    """
+    state = read(folder)
+    if state["state"] != "ok":
+        raise PhaseError(state.get("last_error") or f"{folder} is {state['state']}: run it again to continue")
+    lines = [f"{entry['phase']:10} {entry['state']:10} {entry['run']}" for entry in state["phases"]]
+    return "\n".join([*lines, f"{len(lines)} of {len(lines)} phases accepted"])
 
 
-def _change(value: float | None, before: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" + (f" ({value - before:+.3f})" if before is not None else "")
+def table(folder: str | os.PathLike[str]) -> str:
+    """What each phase added, as a Markdown table; in brackets the change from the phase before."""
+    from refinelib.plots.style import table as markdown
+
+    state, rows = read(folder), []
+    before = state["before"] or {}
+    for entry in state["phases"]:
+        trained = Run(Path(state["folder"]) / (entry["run"] or "none"))
+        begun = (trained.folder / "status.json").is_file()
+        status, epochs = (trained.status(), trained.epochs()) if begun else ({}, [])
+        after = entry["after"] or status.get("best") or {}
+        scores = [_change(before.get(key), after.get(key)) for key in SCORES]
+        losses = [_change(None, line["train_loss"]) or "not finite" for line in epochs[:1] + epochs[1:][-1:]]
+        minutes = sum(line["seconds"] for line in epochs) / 60
+        failed = [check["name"] for check in entry["acceptance"] or [] if not check["passed"]]
+        course = [" to ".join(losses), status.get("skipped_steps"), f"{minutes:.1f}"]
+        stands = ": ".join([entry["state"], *failed])
+        rows.append([entry["phase"], ADDS[entry["phase"]], len(epochs), *scores, *course, stands])
+        before = entry["after"] or before
+    head = [
+        "phase",
+        "adds",
+        "epochs",
+        *SCORES.values(),
+        "loss, first to last epoch",
+        "skipped steps",
+        "minutes",
+    ]
+    return markdown(rows, [*head, "acceptance"])
 
 
-def _gate_word(entry: dict[str, Any]) -> str:
-    held = [decision["name"] for decision in entry["gate"] or [] if not decision["passed"]]
-    return f"held: {', '.join(held)}" if held else entry["state"]
+def _change(before: float | None, after: float | None) -> str:
+    difference = f" ({after - before:+.3f})" if before is not None and after is not None else ""
+    return "" if after is None else f"{after:.3f}{difference}"

@@ -783,7 +783,7 @@ def test_a_killed_process_leaves_no_half_incident(tmp_path):
     snapshots.mkdir()
     (snapshots / ".00000003.pt.1.tmp").touch()
     (run.folder / "checkpoints" / ".folder.tmp").mkdir()  # cannot be unlinked, and stops nothing
-    with run.alone():
+    with run.exclusive():
         pass
     assert sorted(folder.name for folder in (run.folder / "incidents").iterdir()) == ["000003", "notes"]
     assert not [file for file in run.folder.glob("**/.*.tmp") if file.is_file()]

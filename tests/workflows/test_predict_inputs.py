@@ -14,9 +14,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from refinelib import checkpoints, load
-from refinelib.config import SettingsError
+from refinelib.config import SettingsError, checked
 from refinelib.data import DataError
-from refinelib.parameters import checked
 from refinelib.plots.box_widget import BoxPicker
 from refinelib.runs import Run
 from refinelib.workflows import mask_files
