@@ -15,7 +15,7 @@ MUTATIONS = {
         "edge_strength or (bounded_gradient and active_contour)", "test_edge_strength_has_a_gradient_everywhere",
     ),
     "a normalisation over the batch": (
-        "modeling/refine.py", "        undecided = 4 * probs", "        edges = (edges - edges.min()) / (edges.max() - edges.min() + 1e-6)\n        undecided = 4 * probs",
+        "modeling/refinements.py", "        undecided = 4 * probs", "        edges = (edges - edges.min()) / (edges.max() - edges.min() + 1e-6)\n        undecided = 4 * probs",
         "depend_on_the_batch", "test_refinement_of_a_sample_does_not_depend_on_the_batch[BoundaryRefinement",
     ),
     "a sigmoid too many": (

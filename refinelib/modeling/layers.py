@@ -72,14 +72,20 @@ class GroupNorm(nn.GroupNorm):
 
     def by_channels(self, x: Tensor) -> Tensor:
         """The same from sums over each channel's pixels: see :class:`_ByChannels`."""
-        parts, pixels = 1, x.shape[2] * x.shape[3]  # parts of 32 pixels at least
-        while (
-            len(x) * parts * self.num_channels < PARALLEL_SUMS
-            and pixels % (2 * parts) == 0 <= pixels - 64 * parts
-        ):
-            parts *= 2
+        parts = self._parts(len(x), x.shape[2] * x.shape[3])
         apply: Callable[..., Tensor] = _ByChannels.apply
         return apply(x, self.weight, self.bias, self.num_groups, parts, self.eps)
+
+    def _parts(self, batch: int, pixels: int) -> int:
+        """Equal parts, of 32 pixels at least, to sum a sample's pixels in, so that a GPU is busy."""
+        parts = 1
+        while (
+            batch * parts * self.num_channels < PARALLEL_SUMS
+            and pixels % (2 * parts) == 0
+            and pixels >= 64 * parts
+        ):
+            parts *= 2
+        return parts
 
 
 class _ByChannels(torch.autograd.Function):

@@ -388,6 +388,11 @@ class MaskLoss(nn.Module):
         """Names of the losses that have a weight, in the order of the components."""
         return tuple(self.weights)
 
+    @property
+    def caps(self) -> dict[str, float]:
+        """The value at which a loss is held, by name; without those that have no cap."""
+        return {name: self.cap for name, term in self.terms.items() if term.capped and self.cap is not None}
+
     def per_sample(self, output: MaskOutput, labels: Tensor) -> dict[str, Tensor]:
         """Each component's cost a sample, before weights and after caps: float32 ``[B]`` by name.
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 
 from refinelib.modeling.layers import Conv, GroupNorm, Head, SelfAttention, resize, resize_by_products
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
 
 
 def gradients(function, *inputs, also=()):
@@ -72,7 +81,10 @@ def test_half_precision_stays_half():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("before, after", [((8, 8), (16, 16)), ((5, 7), (10, 14)), ((6, 4), (9, 11)), ((12, 12), (6, 6)), ((1, 3), (4, 6))])
+@pytest.mark.parametrize(
+    "before, after",
+    [((8, 8), (16, 16)), ((5, 7), (10, 14)), ((6, 4), (9, 11)), ((12, 12), (6, 6)), ((1, 3), (4, 6))],
+)
 def test_resizing_by_products_is_bilinear(before, after, device):
     x = torch.randn(2, 3, *before, dtype=torch.float64, device=device)
     a, (da,) = gradients(lambda t: resize_by_products(t, after), x)
@@ -86,9 +98,14 @@ def test_resizing_by_products_is_bilinear(before, after, device):
 @pytest.mark.parametrize("many, few", [(16, 5), (8, 1), (24, 4)])
 def test_a_convolution_of_two_parts_is_that_of_both(many, few, device):
     conv = Conv(many + few, 6, 3, bias=True).double().to(device)
-    a, b = torch.randn(2, many, 9, 9, dtype=torch.float64, device=device), torch.randn(2, few, 9, 9, dtype=torch.float64, device=device)
+    a, b = (
+        torch.randn(2, many, 9, 9, dtype=torch.float64, device=device),
+        torch.randn(2, few, 9, 9, dtype=torch.float64, device=device),
+    )
     found, grads = gradients(conv, a, b)
-    wanted, others = gradients(lambda x, y: F.conv2d(torch.cat([x, y], 1), conv.weight, conv.bias, padding=1), a, b)
+    wanted, others = gradients(
+        lambda x, y: F.conv2d(torch.cat([x, y], 1), conv.weight, conv.bias, padding=1), a, b
+    )
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(grads, others)
 
@@ -107,7 +124,11 @@ def test_a_head_by_products_is_its_convolution(outputs):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_layers_are_the_eager_ones():
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(Conv(16, 24, 3, bias=False), GroupNorm(24), torch.nn.SiLU(), Head(24, 2)).cuda().to(memory_format=torch.channels_last)
+    layers = (
+        torch.nn.Sequential(Conv(16, 24, 3, bias=False), GroupNorm(24), torch.nn.SiLU(), Head(24, 2))
+        .cuda()
+        .to(memory_format=torch.channels_last)
+    )
     x = torch.randn(2, 16, 32, 32, device="cuda").to(memory_format=torch.channels_last)
     a, (da,) = gradients(torch.compile(layers), x)
     b, (db,) = gradients(layers, x)
@@ -132,8 +153,15 @@ def test_self_attention_is_that_of_the_paper_on_vectors_within_unit_length(size)
     layer, x = attention(heads=2), torch.randn(2, 16, *size, dtype=torch.float64)
     seen = layer.norm1(x)
     few = resize(seen, tuple(min(side, 16) for side in size))
-    parts = zip((seen, few, few), layer.query_key_value.weight.chunk(3), layer.query_key_value.bias.chunk(3))
-    query, key, value = (F.conv2d(x, weight[:, :, None, None], bias).flatten(2).transpose(1, 2) for x, weight, bias in parts)
+    parts = zip(
+        (seen, few, few),
+        layer.query_key_value.weight.chunk(3),
+        layer.query_key_value.bias.chunk(3),
+        strict=False,
+    )
+    query, key, value = (
+        F.conv2d(x, weight[:, :, None, None], bias).flatten(2).transpose(1, 2) for x, weight, bias in parts
+    )
     found = []
     for head in range(2):
         q, k, v = (t[..., 8 * head : 8 * head + 8] for t in (query, key, value))

@@ -17,7 +17,6 @@ from refinelib.modeling.roi import (
     labels_from_coverage,
     mask_canvas_size,
     paste_patches,
-    paste_rois,
 )
 
 BOXES = {
@@ -65,39 +64,6 @@ def test_a_ramp_gives_back_the_boxs_own_coordinates(box, size):
     assert np.abs(out[0, 1].numpy() - y[:, None]).max() <= ty
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_same_at_any_batch_index(size):
-    """Every image has a ramp of its own level, so that a wrong image shows."""
-    boxes = [(20, 10, 100, 100), (31.25, 4.5, 47.75, 70.125), (60, 60, 64, 68), (3, 90, 150, 101), (20, 10, 100, 100)]
-    index = [3, 0, 2, 3, 1]
-    images = torch.stack([ramp(120, 160) + 1000 * i for i in range(4)])
-    out = crop_rois(images, torch.tensor(boxes), size, batch_index=torch.tensor(index))
-    for crop, box, i in zip(out, boxes, index):
-        x, y, (tx, ty) = own_coordinates(box, size)
-        assert np.abs(crop[0].numpy() - 1000 * i - x).max() <= tx
-        assert np.abs(crop[1].numpy() - 1000 * i - y[:, None]).max() <= ty
-
-
-def test_one_box_an_image_without_an_index():
-    images = torch.stack([ramp(60, 60) + 100 * i for i in range(3)])
-    boxes = torch.tensor([[5.0, 5, 45, 45], [10, 8, 20, 28], [1, 1, 59, 59]])
-    want = crop_rois(images, boxes, (8, 8), batch_index=torch.arange(3, dtype=torch.int32))
-    assert torch.equal(crop_rois(images, boxes, (8, 8)), want)
-    singly = torch.cat([crop_rois(image, box[None], (8, 8)) for image, box in zip(images, boxes)])
-    assert torch.allclose(want, singly, atol=1e-5)
-
-
-def test_uint8_is_as_exact_as_float():
-    image = ramp(200, 250).sub(0.5).to(torch.uint8)
-    boxes = torch.tensor([[10.0, 20, 138, 148], [10.5, 20.25, 30.75, 44]])
-    for batch in (image, image[None].expand(2, -1, -1, -1)):
-        out = crop_rois(batch, boxes, (64, 64))
-        assert torch.equal(out, crop_rois(batch.double(), boxes, (64, 64)))
-        x, y, _ = own_coordinates(boxes[1].tolist(), (64, 64))
-        assert np.abs(out[1, 0].numpy() + 0.5 - x).max() < 1e-4
-        assert np.abs(out[1, 1].numpy() + 0.5 - y[:, None]).max() < 1e-4
-
-
 # -- exact averages ----------------------------------------------------------------------------------
 def reference(image, box, size, fill):
     """Area averages by differences of the summed image, in float64 numpy: another way to the same number.
@@ -113,11 +79,13 @@ def reference(image, box, size, fill):
         edges = np.arange(rows.shape[-1] + 1) - margin
         summed = np.concatenate([np.zeros((*rows.shape[:-1], 1)), rows.cumsum(-1)], -1)
         lines = summed.reshape(-1, summed.shape[-1])
-        flat = [np.interp(centre + half, edges, line) - np.interp(centre - half, edges, line) for line in lines]
+        flat = [
+            np.interp(centre + half, edges, line) - np.interp(centre - half, edges, line) for line in lines
+        ]
         return np.reshape(flat, (*rows.shape[:-1], cells)) / (2 * half)
 
     out = []
-    for channel, outside in zip(image, fill):
+    for channel, outside in zip(image, fill, strict=False):
         framed = np.pad(channel, margin, constant_values=outside)
         out.append(averages(averages(framed, x0, x1, size[1]).T, y0, y1, size[0]).T)
     return np.stack(out)
@@ -143,22 +111,21 @@ FILL = (123.5, 0.0, -40.0)
 def test_exact_area_average(size, chunk, monkeypatch):
     if chunk:
         monkeypatch.setattr(roi, "_CHUNK", chunk)
-    images, boxes = noise(3, 3, 40, 56), random_boxes(40, 40, 56)
-    index = torch.arange(len(boxes)) % 3
-    many = crop_rois(images, boxes, size, batch_index=index, fill=FILL).numpy()
-    for row, (box, i) in enumerate(zip(boxes, index)):
-        want = reference(images[i].numpy(), box.tolist(), size, FILL)
-        alone = crop_rois(images[i], box[None], size, fill=torch.tensor(FILL))[0].numpy()
-        assert np.abs(alone - want).max() < 1e-4, f"box {box.tolist()}"
-        assert np.abs(many[row] - want).max() < 1e-4, f"box {box.tolist()} of image {i}"
+    image, boxes = noise(3, 40, 56), random_boxes(40, 40, 56)
+    many = crop_rois(image, boxes, size, fill=FILL)
+    for crop, box in zip(many, boxes, strict=True):
+        assert np.abs(crop.numpy() - reference(image.numpy(), box.tolist(), size, FILL)).max() < 1e-4, box
+        assert torch.equal(crop_rois(image, box[None], size, fill=torch.tensor(FILL))[0], crop)
+    whole = image.round().to(torch.uint8)
+    assert torch.equal(crop_rois(whole, boxes, size), crop_rois(whole.double(), boxes, size))
 
 
 def test_outside_the_image_is_fill():
     image = torch.full((3, 20, 30), 200.0)
     far = crop_rois(image, torch.tensor([[40.0, 5, 50, 15], [-1e30, -1e30, -1e29, -1e29]]), (4, 4), fill=FILL)
     assert torch.equal(far, torch.tensor(FILL)[None, :, None, None].expand(2, 3, 4, 4))
-    half = crop_rois(image, torch.tensor([[25.0, 0, 35, 20]]), (2, 4), fill=FILL)[0, 0]  # the edge is inside cell 1..2
-    assert torch.allclose(half, torch.tensor([200, 200, 123.5, 123.5]).expand(2, 4))
+    half = crop_rois(image, torch.tensor([[25.0, 0, 35, 20]]), (2, 4), fill=FILL)  # the edge is in cell 1..2
+    assert torch.allclose(half[0, 0], torch.tensor([200, 200, 123.5, 123.5]).expand(2, 4))
     quarter = crop_rois(image, torch.tensor([[-1.0, -1, 1, 1]]), (1, 1), fill=100)[0, 0]
     assert quarter.item() == 125
 
@@ -169,25 +136,22 @@ def test_a_giant_box_is_finite():
 
 
 def test_no_lower_precision_under_autocast():
-    images, boxes = noise(2, 3, 50, 50).float(), torch.tensor([[3.3, 4, 40, 44], [1, 1, 9, 9.5]])
+    image, boxes = noise(3, 50, 50).float(), torch.tensor([[3.3, 4, 40, 44], [1, 1, 9, 9.5]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = crop_rois(images, boxes, (16, 16))
-    assert torch.equal(out, crop_rois(images, boxes, (16, 16))) and out.dtype == torch.float32
+        out = crop_rois(image, boxes, (16, 16))
+    assert torch.equal(out, crop_rois(image, boxes, (16, 16))) and out.dtype == torch.float32
 
 
 def test_gradient_is_the_weight():
-    for images in (noise(1, 1, 12, 12), noise(2, 1, 12, 12)):
-        images.requires_grad_()
-        boxes = torch.tensor([[2.0, 2, 10, 6]]).expand(len(images), 4)
-        crop_rois(images, boxes, (2, 4)).sum().backward()
-        want = torch.zeros(12, 12, dtype=torch.float64)
-        want[2:6, 2:10] = 8 / 32
-        assert torch.allclose(images.grad, want.expand(len(images), 1, 12, 12))
+    image = noise(1, 12, 12).requires_grad_()
+    crop_rois(image, torch.tensor([[2.0, 2, 10, 6]]), (2, 4)).sum().backward()
+    want = torch.zeros(1, 12, 12, dtype=torch.float64)
+    want[:, 2:6, 2:10] = 8 / 32
+    assert torch.allclose(image.grad, want)
 
 
 def test_no_box_at_all():
-    nobody = torch.zeros(0, dtype=torch.int64)
-    assert crop_rois(noise(2, 3, 9, 9), torch.zeros(0, 4), (5, 6), batch_index=nobody).shape == (0, 3, 5, 6)
+    assert crop_rois(noise(3, 9, 9), torch.zeros(0, 4), (5, 6)).shape == (0, 3, 5, 6)
 
 
 @pytest.mark.parametrize(
@@ -196,31 +160,33 @@ def test_no_box_at_all():
     ids=["no width", "turned", "nan", "inf"],
 )
 def test_boxes_without_area_are_refused(box):
-    good = (1.0, 1, 5, 5)
-    for images in (noise(1, 9, 9), noise(2, 1, 9, 9)):
-        with pytest.raises(ValueError, match=r"box 1 = .* has no area: give finite x0 < x1"):
-            crop_rois(images, torch.tensor([good, box]), (4, 4))
-    with pytest.raises(ValueError, match="has no area"):
-        paste_rois(torch.zeros(1, 4, 4), torch.tensor([box]), (9, 9))
+    boxes = torch.tensor([(1.0, 1, 5, 5), box])
+    for use in (
+        lambda: crop_rois(noise(1, 9, 9), boxes, (4, 4)),
+        lambda: paste_rois(noise(2, 4, 4), boxes, (9, 9)),
+    ):
+        with pytest.raises(ValueError, match=r"box 1 is .*: give x0, y0, x1, y1 in pixels, x0 < x1"):
+            use()
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    images, boxes = noise(2, 3, 9, 9), torch.tensor([[1.0, 1, 5, 5]] * 3)
-    with pytest.raises(ValueError, match="3 boxes in 2 images: give batch_index"):
-        crop_rois(images, boxes, (4, 4))
-    for index in ([0, 1, 2], [0, -1, 0]):
-        with pytest.raises(ValueError, match=r"batch_index must lie in 0..1"):
-            crop_rois(images, boxes, (4, 4), batch_index=torch.tensor(index))
-    with pytest.raises(ValueError, match=r"batch_index must be \[3\]"):
-        crop_rois(images, boxes, (4, 4), batch_index=torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"\[B, C, H, W\], not \[9, 9\]"):
-        crop_rois(images[0, 0], boxes, (4, 4))
+    image, boxes = noise(3, 9, 9), torch.tensor([[1.0, 1, 5, 5]] * 3)
+    with pytest.raises(ValueError, match=r"\[C, H, W\], not \[9, 9\]"):
+        crop_rois(image[0], boxes, (4, 4))
     with pytest.raises(ValueError, match=r"boxes must be \[N, 4\]"):
-        crop_rois(images, boxes[0], (4, 4))
+        crop_rois(image, boxes[0], (4, 4))
     with pytest.raises(ValueError, match="each of 3 channels, not 2"):
-        crop_rois(images[:1], boxes, (4, 4), fill=(1, 2))
+        crop_rois(image, boxes, (4, 4), fill=(1, 2))
     with pytest.raises(ValueError, match=r"\[N, h, w\] grids"):
         paste_rois(torch.zeros(2, 4, 4), boxes, (9, 9))
+
+
+def paste_rois(grids, boxes, image_size):
+    """Whole images [N, H, W] from their patches."""
+    pasted = torch.zeros(len(grids), *image_size)
+    for canvas, (top, left, patch) in zip(pasted, paste_patches(grids, boxes, image_size), strict=True):
+        canvas[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
+    return pasted
 
 
 # -- pasting back --------------------------------------------------------------------------------------
@@ -245,12 +211,18 @@ def test_a_cropped_ramp_is_pasted_where_it_was(box, size):
     grids = crop_rois(image, boxes + frame, size)[0]
     pasted = paste_rois(grids, boxes.expand(2, 4), (height, width))
     x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
-    for axis, (at, low, high, cells) in enumerate(((x, box[0], box[2], size[1]), (y, box[1], box[3], size[0]))):
+    for axis, (at, low, high, cells) in enumerate(
+        ((x, box[0], box[2], size[1]), (y, box[1], box[3], size[0]))
+    ):
         step = (high - low) / cells
         # Where pixels average several cells they need them all; a shrinking crop has stairs of its own.
         inner = (at > low + max(step, 1) / 2 + 0.5) & (at < high - max(step, 1) / 2 - 0.5)
         other = ((y > box[1]) & (y < box[3])) if axis == 0 else ((x > box[0]) & (x < box[2]))
-        got = pasted[axis].numpy().T[inner][:, other].T if axis == 0 else pasted[axis].numpy()[inner][:, other].T
+        got = (
+            pasted[axis].numpy().T[inner][:, other].T
+            if axis == 0
+            else pasted[axis].numpy()[inner][:, other].T
+        )
         assert got.size
         assert np.abs(got - at[inner]).max() < (0.126 / step if step > 1 else 1e-4 + 0.126 * step)
 
@@ -290,7 +262,7 @@ def test_between_cell_centres_pasting_is_linear_and_beyond_them_constant():
 def test_patches_are_the_parts_inside_the_image():
     boxes, grids = random_boxes(20, 30, 40, seed=3), noise(20, 9, 7, seed=4).float()
     whole = paste_rois(grids, boxes, (30, 40))
-    for canvas, (top, left, patch) in zip(whole, paste_patches(grids, boxes, (30, 40))):
+    for canvas, (top, left, patch) in zip(whole, paste_patches(grids, boxes, (30, 40)), strict=False):
         h, w = patch.shape
         assert top >= 0 and left >= 0 and top + h <= 30 and left + w <= 40 and patch.dtype == torch.float32
         assert torch.equal(canvas[top : top + h, left : left + w], patch)
@@ -326,7 +298,9 @@ def test_canvas_arithmetic(side, context):
 
 
 @settings(max_examples=30, deadline=None)
-@given(side=st.tuples(st.integers(16, 40), st.integers(16, 40)), context=st.floats(0, 1), seed=st.integers(0, 99))
+@given(
+    side=st.tuples(st.integers(16, 40), st.integers(16, 40)), context=st.floats(0, 1), seed=st.integers(0, 99)
+)
 def test_the_middle_of_a_canvas_is_the_box(side, context, seed):
     image, boxes = noise(2, 50, 60, seed=seed), random_boxes(3, 50, 60, seed=seed)
     canvas = canvas_size(side, context)
