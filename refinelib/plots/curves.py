@@ -1,4 +1,4 @@
-"""Curves and numbers of a run, drawn from its folder on disk (its masks: pictures.py).
+"""Curves and numbers of a run, drawn from its folder on disk.
 
 Every function takes a :class:`~refinelib.runs.Run`, a run's name or its folder, and returns a figure
 that shows itself at the end of a notebook cell. A run that is still going is drawn so far; a value
@@ -7,200 +7,182 @@ that was not finite is a gap in its line and a cross at the panel's upper edge.
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
+from collections.abc import Callable
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import StrMethodFormatter
 
-from refinelib.plots.style import (
-    BLACK, BLUE, CLASSES, DPI, ERRORS, GREEN, GREY, LOSS_NAMES, LOSSES, METRIC_NAMES, METRICS, NORM_LINES, ORANGE, PURPLE, SKY, VERMILLION, WIDTH,
-    YELLOW, Figure, draw_line, style_axes, legend, logarithmic_if_wide, mark_skips, opened, recorded_settings, save, titled,
-)  # fmt: skip
-from refinelib.plots.masks import rois, sample_grid
+from refinelib.plots import style
+from refinelib.plots.masks import rois as rois
+from refinelib.plots.masks import sample_grid as sample_grid
+from refinelib.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION
+from refinelib.plots.style import Figure, RunLike, draw_line
+from refinelib.plots.style import save as save
+from refinelib.registry import METRICS
 from refinelib.runs import Run
 
-# -- figures ---------------------------------------------------------------------------------------
-def losses(run: Run | str | os.PathLike) -> Figure:
-    """Total loss by step and by epoch above, each component (before its weight) in a panel of its own below."""
-    run = opened(run)
-    steps = run.steps()
-    names = list(dict.fromkeys(name for line in steps for name in line["losses"]))
-    rows = math.ceil(len(names) / 3)
-    figure = titled(run, "losses", height=2.9 + 2.0 * max(rows, 1))
-    grid = figure.add_gridspec(1 + max(rows, 1), 3, height_ratios=[1.35, *[1] * max(rows, 1)])
-    total_panel(figure.add_subplot(grid[0, :]), run)
-    weights = recorded_settings(run)
+#: Gradient norms to look out for.
+NORM_LINES = {10: (GREEN, "10: usual"), 50: (ORANGE, "50: high"), 100: (VERMILLION, "100: unstable")}
+
+#: Where a step stands on a panel's axis.
+Place = Callable[[float], float]
+
+
+def losses(run: RunLike) -> Figure:
+    """The weighted losses above, each (before its weight) in a panel of its own below."""
+    run = style.opened(run)
+    lines, names = run.steps(), _recorded_losses(run)
+    rows = max(1, math.ceil(len(names) / 3))
+    figure = style.run_figure(run, "losses", 2.9 + 2.0 * rows)
+    grid = figure.add_gridspec(1 + rows, 3, height_ratios=[1.35] + [1] * rows)
+    loss_panel(figure.add_subplot(grid[0, :]), run)
     for i, name in enumerate(names):
         axes = figure.add_subplot(grid[1 + i // 3, i % 3])
-        weight = weights.get(f"{name}_weight")
-        values = [line["losses"].get(name) for line in steps]
-        draw_line(axes, [line["step"] for line in steps], values, color=LOSSES.get(name, GREY))
-        logarithmic_if_wide(axes, values)
-        title = LOSS_NAMES.get(name, name) + ("" if weight is None else f"   (weight {weight:g})")
-        style_axes(axes, title, "step" if i + 3 >= len(names) else "", "loss" if i % 3 == 0 else "")
+        values = [line["losses"].get(name) for line in lines]
+        draw_line(axes, [line["step"] for line in lines], values, style.loss_color(name))
+        low, high = axes.dataLim.intervaly
+        if 0 < low < high / 10:
+            axes.set_yscale("log")
+        title = f"{style.words(name)}, before its weight"
+        style.style_axes(axes, title, "step" if i + 3 >= len(names) else "", "loss" if i % 3 == 0 else "")
     return figure
 
 
-def gradient_norm(run: Run | str | os.PathLike) -> Figure:
-    """L2 norm of the gradient before clipping: mean and largest of each window of steps, against 10, 50 and 100."""
-    run = opened(run)
-    figure = titled(run, "gradient norm", height=4.2)
+def gradient_norm(run: RunLike) -> Figure:
+    """L2 norm of the gradient before clipping: mean and largest of each window of steps."""
+    run = style.opened(run)
+    figure = style.run_figure(run, "gradient norm", 4.2)
     gradient_panel(figure.add_subplot(), run)
     return figure
 
 
-def learning_rate(run: Run | str | os.PathLike) -> Figure:
+def learning_rate(run: RunLike) -> Figure:
     """Learning rate by step; under fp16 the loss scale below it."""
-    run = opened(run)
-    scaled = recorded_settings(run).get("amp") == "fp16"
-    figure = titled(run, "learning rate and loss scale" if scaled else "learning rate", height=5.4 if scaled else 3.4)
-    top, *below = np.atleast_1d(figure.subplots(1 + scaled, 1, sharex=True))
-    learning_rate_panel(top, run)
-    for axes in below:
-        top.set_xlabel("")
-        steps = run.steps()
-        values = [line.get("loss_scale") for line in steps]
-        draw_line(axes, [line["step"] for line in steps], values, color=GREEN, drawstyle="steps-post")
-        style_axes(axes, "fp16 loss scale", "step", "factor")
+    run = style.opened(run)
+    scaled = style.recorded_settings(run).get("amp") == "fp16"
+    figure = style.run_figure(run, "learning rate" + " and loss scale" * scaled, 3.4 + 2 * scaled)
+    panels = figure.subplots(1 + scaled, 1, sharex=True, squeeze=False)[:, 0]
+    learning_rate_panel(panels[0], run)
+    for axes in panels[1:]:
+        scales = [line.get("loss_scale") for line in run.steps()]
+        draw_line(axes, [line["step"] for line in run.steps()], scales, GREEN, drawstyle="steps-post")
+        style.style_axes(axes, "fp16 loss scale", "step", "factor")
         axes.set_yscale("log", base=2)
     return figure
 
 
-def ious(run: Run | str | os.PathLike) -> Figure:
-    """Validation by epoch: target IoU, Boundary IoU and mIoU on the left, the IoU of each class on the right."""
-    run = opened(run)
-    figure = titled(run, "validation", height=4.0)
+def ious(run: RunLike) -> Figure:
+    """Scores of every validation on the left, the IoU of each class on the right."""
+    run = style.opened(run)
+    figure = style.run_figure(run, "validation", 4.0)
     left, right = figure.subplots(1, 2, sharey=True)
-    iou_panel(left, run)
+    score_panel(left, run)
     epochs = run.validations()
-    x = [line["epoch"] for line in epochs]
-    for label, (name, color) in enumerate(CLASSES.items()):
+    for label, (name, color) in enumerate(style.CLASSES.items()):
         values = [(line["metrics"].get("iou") or [None] * 3)[label] for line in epochs]
-        style = dict(marker="o", linestyle="--" if name == "other people" else "-")
-        draw_line(right, x, values, color=color, label=name, crosses=False, **style)
-    style_axes(right, "IoU of each class, pixels of all ROIs pooled", "epoch", "", whole=True)
-    legend(right)
+        draw_line(right, [line["epoch"] for line in epochs], values, color, label=name)
+    style.style_axes(right, "IoU of each class, pixels of all ROIs pooled", "epoch")
+    style.legend(right)
     return figure
 
 
-def overview(run: Run | str | os.PathLike) -> Figure:
-    """Loss, gradient norm, learning rate and IoUs on one page."""
-    run = opened(run)
-    figure = titled(run, "overview", height=7.0)
-    (a, b), (c, d) = figure.subplots(2, 2)
-    total_panel(a, run)
-    gradient_panel(b, run)
-    learning_rate_panel(c, run)
-    iou_panel(d, run)
+def overview(run: RunLike) -> Figure:
+    """Losses times their weights, gradient norm, learning rate and scores on one page."""
+    run = style.opened(run)
+    figure = style.run_figure(run, "overview", 7.0)
+    draw = (loss_panel, gradient_panel, learning_rate_panel, score_panel)
+    for panel, axes in zip(draw, figure.subplots(2, 2).ravel(), strict=True):
+        panel(axes, run)
     return figure
 
 
-def live(run: Run | str | os.PathLike) -> Figure:
-    """What one watches while a run goes on: each loss times its weight, and the gradient norm against its lines."""
-    run = opened(run)
-    figure = titled(run, "so far", height=4.1)
-    left, right = figure.subplots(1, 2)
-    steps, settings = run.steps(), recorded_settings(run)
-    x = [line["step"] for line in steps]
-    left.set_yscale("log")
-    draw_line(left, x, [line["loss"] for line in steps], color=LOSSES["total"], linewidth=2.0, label="total")
-    for name in dict.fromkeys(name for line in steps for name in line["losses"]):
-        values = [line["losses"].get(name) for line in steps]
-        weighted = [None if value is None else value * settings.get(f"{name}_weight", 1.0) for value in values]
-        draw_line(left, x, weighted, color=LOSSES.get(name, GREY), linewidth=1.2, label=LOSS_NAMES.get(name, name), crosses=False)
-    style_axes(left, "losses, each times its weight", "step", "loss")
-    handles = left.get_legend_handles_labels()[0]  # below both panels, where it hides no line
-    figure.legend(handles=handles, loc="outside lower left", ncols=max(1, len(handles)), fontsize=8, frameon=False)
-    gradient_panel(right, run)
-    return figure
-
-
-# -- words -----------------------------------------------------------------------------------------
-def metrics_table(run: Run | str | os.PathLike) -> str:
+def metrics_table(run: RunLike) -> str:
     """Last and best validation as a Markdown table."""
-    epochs = opened(run).validations()
+    epochs = style.opened(run).validations()
     if not epochs:
         return "No epoch has been validated yet."
-    last, best = epochs[-1], max(epochs, key=lambda line: line["metrics"].get("target_iou") or -1.0)
-    rows = [
-        ("target IoU", "mean over ROIs: overlap with this person", "target_iou"),
-        ("Boundary IoU", "the same within a thin band along the outline", "boundary_iou"),
-        ("mIoU", "mean of the three classes' IoU, pixels pooled", "miou"),
-        ("boundary F, 2 px", "share of the outline that is hit within 2 px", "boundary_f1_2px"),
-        ("surface distance, px", "mean distance between the outlines; less is better", "surface_distance"),
-        ("95 % Hausdorff distance, px", "distance that 95 % of the outline stays below; less is better", "hd95"),
-    ]
-    lines = [f"| | last (epoch {last['epoch']}) | best (epoch {best['epoch']}) | what it says |"]
-    lines.append("| --- | --- | --- | --- |")
-    for name, meaning, key in rows:
-        found = [line["metrics"].get(key) for line in (last, best)]
-        if any(value is not None for value in found):
-            shown = " | ".join("" if value is None else f"{value:.3f}" for value in found)
-            lines.append(f"| {name} | {shown} | {meaning} |")
-    return "\n".join(lines)
+    best = max(epochs, key=lambda line: line["metrics"].get("target_iou") or -1.0)
+    rows = []
+    for name, metric in METRICS.items():
+        values = [line["metrics"].get(name) for line in (epochs[-1], best)]
+        cells = [None if value is None else f"{value:.3f}" for value in values]
+        if any(cells):
+            better = "more" if metric.higher_is_better else "less"
+            rows.append([style.words(name), *cells, metric.unit, better])
+    heads = [f"last (epoch {epochs[-1]['epoch']})", f"best (epoch {best['epoch']})"]
+    return style.table(rows, ["", *heads, "unit", "better is"])
 
 
 # -- panels ----------------------------------------------------------------------------------------
-def total_panel(axes: Axes, run: Run) -> None:
-    steps, epochs = run.steps(), run.epochs()
-    values = [line["loss"] for line in steps]
-    style = dict(linewidth=1.0, alpha=0.55, label="by window of steps")
-    draw_line(axes, [line["step"] for line in steps], values, color=LOSSES["total"], **style)
-    ends = [0, *(line["step"] for line in epochs)]
-    middles = [(start + end) / 2 for start, end in zip(ends, ends[1:])]
-    means = [line["train_loss"] for line in epochs]
-    draw_line(axes, middles, means, color=LOSSES["total"], marker="o", linewidth=1.8, label="by epoch")
-    logarithmic_if_wide(axes, values)
-    mark_skips(axes, run)
-    style_axes(axes, "total training loss", "step", "loss")
-    legend(axes)
-
-
-def gradient_panel(axes: Axes, run: Run) -> None:
-    steps = run.steps()
-    x, mean = [line["step"] for line in steps], [line["grad_norm"] for line in steps]
-    largest = [line.get("grad_norm_max") for line in steps]
+def loss_panel(axes: Axes, run: Run, place: Place = float) -> None:
+    """The total loss by window of steps and by epoch, and its parts times their weights, at ``place(step)``."""
+    lines, settings, ends = run.steps(), style.recorded_settings(run), [0]
+    x = [place(line["step"]) for line in lines]
     axes.set_yscale("log")
-    draw_line(axes, x, largest, color=PURPLE, linewidth=1.0, marker="v", label="largest")
-    draw_line(axes, x, mean, color=BLACK, linewidth=1.6, label="mean")
-    positive = [value for value in (*mean, *largest) if value]
-    axes.set_ylim(min([0.5, *(0.5 * value for value in positive)]), max([250.0, *(2.5 * value for value in positive)]))
+    for name in _recorded_losses(run):
+        weight, values = settings.get(f"{name}_weight", 1.0), [line["losses"].get(name) for line in lines]
+        values = [None if value is None else value * weight for value in values]
+        draw_line(axes, x, values, style.loss_color(name), linewidth=1, markersize=0, label=style.words(name))
+    draw_line(axes, x, [line["loss"] for line in lines], BLACK, linewidth=1, alpha=0.5, label="total")
+    ends += [line["step"] for line in run.epochs()]
+    middles = [place((start + end) / 2) for start, end in itertools.pairwise(ends)]
+    draw_line(axes, middles, [line["train_loss"] for line in run.epochs()], BLACK, label="total by epoch")
+    _mark_skips(axes, run, place)
+    style.style_axes(axes, "training loss and its parts, each times its weight", "step", "loss")
+    style.legend(axes)
+
+
+def gradient_panel(axes: Axes, run: Run, place: Place = float) -> None:
+    """Mean and largest gradient norm of each window of steps, against the levels to look out for."""
+    lines = run.steps()
+    x = [place(line["step"]) for line in lines]
+    axes.set_yscale("log")
+    axes.margins(y=0.15)
+    draw_line(axes, x, [line.get("grad_norm_max") for line in lines], PURPLE, linewidth=1.0, label="largest")
+    draw_line(axes, x, [line["grad_norm"] for line in lines], BLACK, label="mean")
     for level, (color, name) in NORM_LINES.items():
-        axes.axhline(level, color=color, linewidth=1.2, linestyle="--", zorder=1, gid="limit")
-        place = dict(xycoords=axes.get_yaxis_transform(), textcoords="offset points", ha="right", va="bottom")
-        axes.annotate(name, (0.995, level), (0, 1), **place, fontsize=8, color="#333333")
-    clip = recorded_settings(run).get("grad_clip")
-    if clip:
-        axes.axhline(clip, color=GREY, linewidth=1.0, linestyle=":", zorder=1, gid="limit", label=f"clip, {clip:g}")
-    mark_skips(axes, run)
-    style_axes(axes, "gradient norm before clipping, by window of steps", "step", "L2 norm")
-    legend(axes)
+        axes.axhline(level, color=color, linestyle="--", linewidth=1.2, zorder=1, gid="limit", label=name)
+    if clip := style.recorded_settings(run).get("grad_clip"):
+        axes.axhline(clip, color=GREY, linestyle=":", zorder=1, gid="limit", label=f"clip, {clip:g}")
+    _mark_skips(axes, run, place)
+    style.style_axes(axes, "gradient norm before clipping, by window of steps", "step", "L2 norm")
+    style.legend(axes)
 
 
 def learning_rate_panel(axes: Axes, run: Run) -> None:
-    steps = run.steps()
-    draw_line(axes, [line["step"] for line in steps], [line["lr"] for line in steps], color=BLUE)
+    """Learning rate by step."""
+    draw_line(axes, [line["step"] for line in run.steps()], [line["lr"] for line in run.steps()], BLUE)
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    style_axes(axes, "learning rate", "step", "learning rate")
+    axes.yaxis.set_major_formatter("{x:g}")
+    style.style_axes(axes, "learning rate", "step", "learning rate")
 
 
-def iou_panel(axes: Axes, run: Run) -> None:
+def score_panel(axes: Axes, run: Run, offset: float = 0.0) -> None:
+    """Scores between 0 and 1 of every validation; the star is the epoch in ``checkpoints/best.pt``."""
     epochs = run.validations()
-    x = [line["epoch"] for line in epochs]
-    for name, color in METRICS.items():
-        style = "--" if name == "miou" else "-"
-        values = [line["metrics"].get(name) for line in epochs]
-        draw_line(axes, x, values, color=color, marker="o", linestyle=style, label=METRIC_NAMES[name], crosses=False)
-    scored = [(line["metrics"].get("target_iou"), epoch) for line, epoch in zip(epochs, x)]
-    scored = [(value, epoch) for value, epoch in scored if value is not None]
-    if scored:
-        value, epoch = max(scored, key=lambda pair: pair[0])  # the first of equals, as the trainer keeps it
-        axes.plot([epoch], [value], "*", markersize=15, color=BLUE, markeredgecolor="white", zorder=5)
-        place = dict(textcoords="offset points", fontsize=8, ha="right" if epoch > 1 else "left")
-        axes.annotate(f"best {value:.3f}", (epoch, value), (6, -18 if value > 0.9 else 9), **place)
+    x = [offset + line["epoch"] for line in epochs]
+    names = [name for name in METRICS if epochs and all(name in line["metrics"] for line in epochs)]
+    for name, color in zip(names, (*style.PALETTE, BLACK), strict=False):
+        draw_line(axes, x, [line["metrics"][name] for line in epochs], color, label=style.words(name))
+    scores = [line["metrics"].get("target_iou") or 0.0 for line in epochs]
+    if any(scores):
+        at = x[scores.index(max(scores))], max(scores)  # the first of equals, as the trainer keeps it
+        axes.plot(*at, "*", markersize=13, color=BLUE, markeredgecolor="white", zorder=5)
+        axes.annotate(f"best {at[1]:.3f}", at, (0, 9), textcoords="offset points", fontsize=8, ha="center")
     axes.set_ylim(0, 1)
-    style_axes(axes, "IoU on the validation people", "epoch", "IoU, 0 to 1", whole=True)
-    legend(axes)
+    axes.margins(x=0.08)
+    style.style_axes(axes, "scores on the validation instances", "epoch", "0 to 1")
+    style.legend(axes)
+
+
+def _recorded_losses(run: Run) -> list[str]:
+    return list(dict.fromkeys(name for line in run.steps() for name in line["losses"]))
+
+
+def _mark_skips(axes: Axes, run: Run, place: Place) -> None:
+    """A triangle at the foot of the panel at every skipped step on record."""
+    spikes = [event for event in run.events() if event["kind"] == "spike" and event.get("skipped")]
+    skips = [event for event in run.events() if "skip" in (event["kind"], event.get("of"))]
+    steps = sorted(place(event["step"]) for event in spikes + skips if "step" in event)
+    style.mark(axes, steps, 0.025, "^", color=VERMILLION, label="skipped", gid="skips")

@@ -1,39 +1,48 @@
-"""Pictures of a run's people and masks, drawn from its folder on disk: image, truth, prediction, error."""
+"""Pictures of instances and their masks: image, truth, prediction, error."""
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
-from typing import Any, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.patches import Rectangle
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import NDArray
 
-from refinelib.plots.style import CLASSES, ERRORS, WIDTH, Figure, color_key, empty, opened, titled
+from refinelib.data import Store
 from refinelib.files import by_epoch, read_npz
+from refinelib.metrics.boundary import contour
+from refinelib.modeling.roi import labels_from_coverage
+from refinelib.plots import style
+from refinelib.plots.style import CLASSES, ERRORS, PALETTE, Figure, RunLike
 from refinelib.runs import Run
 
+Pixels = NDArray[Any]
+Samples = dict[str, Pixels]
+#: Height and width of the box as shares of the picture that shows it.
+Window = tuple[float, float]
+#: The name at a row's left, then its pictures (uint8 [h, w, 3]) with their titles.
+Row = tuple[str, Sequence[tuple[Pixels, str]]]
+
+Names = Collection[str]
+KINDS = ("worst", "median", "best")
 #: What a file of samples holds (see samples.py), and the bytes that the largest takes.
-_SHAPES = {
-    "image": "u KHW3", "labels": "u Khw", "probs": "f K3hw", "target_iou": "f K", "kind": "U K",
-    "image_id": "iu K", "annotation_id": "iu K", "mask_size": "iu 2",
-}  # fmt: skip
+_SHAPES = {"image": "u KHW3", "labels": "u Khw", "probs": "f K3hw", "target_iou": "f K", "kind": "U K"}
+_SHAPES |= {"image_id": "iu K", "annotation_id": "iu K", "mask_size": "iu 2"}
 _BUDGET = 1 << 30
 
 
+# -- figures of a run ------------------------------------------------------------------------------
 def sample_grid(
-    run: Run | str | os.PathLike,
-    epoch: int | None = None,
-    *,
-    kinds: Sequence[str] = ("worst", "median", "best"),
-    per_kind: int = 4,
+    run: RunLike, epoch: int | None = None, *, kinds: Sequence[str] = KINDS, per_kind: int = 4
 ) -> Figure:
     """Image, truth, prediction and error of validation ROIs.
 
     Args:
+        run: a run, its name or folder.
         epoch: counted from 1, as in the log; none: the last one that was validated.
         kinds: of ``worst``, ``median``, ``best`` (of that epoch) and ``fixed`` (the same ROIs in every epoch).
         per_kind: ROIs of each kind, at most; two stand side by side.
@@ -41,102 +50,118 @@ def sample_grid(
     Raises:
         ValueError: there are no samples of that epoch.
     """
-    run = opened(run)
-    if (found := read_samples(run, epoch)) is None:
-        return empty(run, "samples", "no epoch has been validated yet")
-    epoch, samples = found
-    groups = {kind: np.flatnonzero(samples["kind"] == kind)[:per_kind] for kind in kinds}
-    groups = {kind: rois for kind, rois in groups.items() if len(rois)}
-    if not groups:
-        return empty(run, f"samples of epoch {epoch}", "no validation ROI has a target")
-    aspect = samples["image"].shape[1] / samples["image"].shape[2]
-    # All in inches, from the top: a layout engine would make room for the long titles beside the tiles.
-    edge, gap, middle, line = 0.08, 0.08, 0.3, 0.16
-    width = (WIDTH - 2 * edge - 6 * gap - middle) / 8
-    depths = [math.ceil(len(rois) / 2) for rois in groups.values()]
-    height = 0.35 + sum(depths) * (aspect * width + 2 * line) + 0.1 * len(depths) + line + 0.35
-    figure = titled(run, f"samples of epoch {epoch}", height=height, layout=None)
-    top = 0.35 + line
-    for (kind, rois), depth in zip(groups.items(), depths):
-        for i, roi in enumerate(rois):
-            first = i < 2 and top < 1
-            y = top + (i // 2) * (aspect * width + 2 * line) + 1.4 * line
-            x = edge + (i % 2) * (4 * width + 3 * gap + middle)
-            low, extent = 1 - (y + aspect * width) / height, (width / WIDTH, aspect * width / height)
-            tiles = [figure.add_axes(((x + j * (width + gap)) / WIDTH, low, *extent)) for j in range(4)]
-            sample_tiles(tiles, *(samples[name][roi] for name in ("image", "labels", "probs")), samples["mask_size"])
-            title = rf"$\bf{{{kind}}}$  target IoU {samples['target_iou'][roi]:.2f}, image {samples['image_id'][roi]}"
-            heads = [title + "\nimage", "truth", "prediction", "error"] if first else [title, "", "", ""]
-            for axes, head in zip(tiles, heads):
-                axes.set_title(head, loc="left", fontsize=9, pad=3)
-        top += depth * (aspect * width + 2 * line) + 0.1
-    color_key(figure, CLASSES | ERRORS, loc="lower center", bbox_to_anchor=(0.5, 0.05 / height))
-    return figure
+    run = style.opened(run)
+    epoch, samples = read_samples(run, epoch) or (0, {"kind": np.array([])})
+    rows: list[Row] = []
+    for kind in kinds:
+        tiles = [_sample_tiles(samples, i) for i in np.flatnonzero(samples["kind"] == kind)[:per_kind]]
+        rows += [(kind, sum(tiles[i : i + 2], [])) for i in range(0, len(tiles), 2)]
+    if not rows:
+        return style.message(run.name, "no validated ROI with a target yet")
+    figure = style.run_figure(run, f"samples of epoch {epoch}")
+    return picture_grid(figure, rows, *_shape_of(samples), colors=CLASSES | ERRORS)
 
 
-def thresholded(run: Run | str | os.PathLike, threshold: float = 0.5, epoch: int | None = None, *, count: int = 8) -> Figure:
-    """Masks of the fixed validation ROIs with any person's probability held against a threshold.
-
-    Image, that probability, and right and wrong pixels of "there is a person" at the threshold; the IoU of each is told above
-    it, that of all pixels pooled in the title.
+def thresholded(run: RunLike, threshold: float = 0.5, epoch: int | None = None, *, count: int = 8) -> Figure:
+    """Validation ROIs where the probability of any person is at least a threshold.
 
     Args:
+        run: a run, its name or folder.
         threshold: a pixel is person where P(target) + P(other people) is at least this.
         epoch: counted from 1; none: the last one that was validated.
-        count: ROIs, at most.
+        count: ROIs, at most; the fixed ones come first.
     """
-    run = opened(run)
+    run = style.opened(run)
     if (found := read_samples(run, epoch)) is None:
-        return empty(run, "threshold", "no epoch has been validated yet")
+        return style.message(run.name, "no epoch has been validated yet")
     epoch, samples = found
-    chosen = np.flatnonzero(samples["kind"] == "fixed")[:count]
-    chosen = chosen if len(chosen) else np.arange(min(count, len(samples["kind"])))
-    foreground = 1 - samples["probs"][chosen, 0].astype(np.float32)
-    truth = samples["labels"][chosen] > 0
-    guess = foreground >= threshold
-    overlap = [float((g & t).sum()) / max(1, (g | t).sum()) for g, t in zip(guess, truth)]
-    pooled = float((guess & truth).sum()) / max(1, (guess | truth).sum())
-    aspect = samples["image"].shape[1] / samples["image"].shape[2]
-    height = 1.15 + 3 * aspect * (WIDTH - 0.3) / max(6, len(chosen))
-    figure = titled(run, f"person where P >= {threshold:.2f}, epoch {epoch}: IoU {pooled:.3f}", height=height)
-    grid = figure.subplots(3, len(chosen), squeeze=False)
-    for (above, middle, below), i, share, shown, iou in zip(grid.T, chosen, foreground, guess, overlap):
-        window = window_of(share.shape, samples["mask_size"])
-        tile(above, samples["image"][i], window, aspect)
-        tile(middle, np.repeat((255 * share).astype(np.uint8)[..., None], 3, -1), window, aspect)
-        tile(below, error_picture(samples["image"][i], (samples["labels"][i] > 0).astype(int), shown.astype(int)), window, aspect)
-        below.set_title(f"IoU {iou:.2f}", fontsize=8, pad=3)
-    for axes, head in zip(grid[:, 0], ("image", "P(person), black 0, white 1", None)):
-        if head:
-            axes.set_title(head, loc="left", fontsize=8, pad=3)
-    color_key(figure, {name: ERRORS[name] for name in ("missed", "too much")}, loc="outside lower center")
-    return figure
+    chosen = np.argsort(samples["kind"] != "fixed", kind="stable")[:count]
+    person = 1 - samples["probs"][chosen, 0].astype(np.float32)
+    truth, mask = samples["labels"][chosen] > 0, person >= threshold
+    both, either = (truth & mask).sum((1, 2)), (truth | mask).sum((1, 2))
+    images = [(image, "") for image in samples["image"][chosen]]
+    greys = [((255 * one).astype(np.uint8)[..., None].repeat(3, -1), "") for one in person]
+    errors = []
+    for i, (image, _) in enumerate(images):
+        picture = error_picture(image, truth[i].astype(int), mask[i].astype(int))
+        errors.append((picture, f"IoU {both[i] / max(1, either[i]):.2f}"))
+    title = f"person where P >= {threshold:.2f}, epoch {epoch}: IoU {both.sum() / max(1, either.sum()):.3f}"
+    rows: list[Row] = [("image", images), ("P(person)", greys), ("error", errors)]
+    wrong = {name: ERRORS[name] for name in ("missed", "too much")}
+    return picture_grid(style.run_figure(run, title), rows, *_shape_of(samples), colors=wrong)
 
 
-def rois(store: Any, count: int = 8) -> Figure:
-    """Crops of a store (:class:`refinelib.data.Store`) and their labels, spread evenly over it."""
-    from refinelib.modeling.roi import labels_from_coverage  # torch: only this figure needs it
+def same_rois(title: str, runs: Mapping[str, Run], count: int, *, alarm: Names = ()) -> Figure:
+    """The same validation ROIs in every run: image, truth, then each run's last masks of them, a row a run.
 
+    Args:
+        title: of the figure.
+        runs: by the name of their row; those without masks are named in the title.
+        count: ROIs, at most; those that all runs with masks have in common.
+        alarm: names that stand in orange-red.
+    """
+    found = {name: samples[1] for name, run in runs.items() if (samples := read_samples(run))}
+    places = {name: _fixed(samples) for name, samples in found.items()}
+    common = [
+        key for key in next(iter(places.values()), {}) if all(key in other for other in places.values())
+    ]
+    if missing := [name for name in runs if name not in found]:
+        title += f"; no masks yet of {', '.join(missing)}"
+    if not common:
+        return style.message(title, "the runs have no validated instance in common")
+    keys = [common[i] for i in np.unique(np.linspace(0, len(common) - 1, count).round().astype(int))]
+    tiles = {name: [_sample_tiles(found[name], places[name][key]) for key in keys] for name in found}
+    name = next(iter(found))
+    rows: list[Row] = [(("image", "truth")[i], [(roi[i][0], "") for roi in tiles[name]]) for i in (0, 1)]
+    rows += [(name, [roi[2] for roi in rois]) for name, rois in tiles.items()]
+    return picture_grid(style.new_figure(title), rows, *_shape_of(found[name]), alarm=alarm)
+
+
+# -- other figures ---------------------------------------------------------------------------------
+def rois(store: Store, count: int = 8) -> Figure:
+    """Crops of a store and their labels, spread evenly over it."""
     chosen = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
     images, coverage = store.gather(chosen)
-    aspect = images.shape[1] / images.shape[2]
-    figure = Figure(figsize=(WIDTH, 0.85 + 2 * aspect * WIDTH / len(chosen)), layout="constrained")
-    title = f"{len(chosen)} of {len(store)} {store.split} ROIs and their labels"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    tiles = figure.subplots(2, len(chosen), squeeze=False)
-    for (above, below), image, labels in zip(tiles.T, images.numpy(), labels_from_coverage(coverage).numpy()):
-        for axes, picture in ((above, image), (below, class_picture(labels))):
-            tile(axes, picture, window_of(labels.shape, store.mask_size), aspect)
-    color_key(figure, CLASSES, loc="outside lower center")
+    samples = {"image": images.numpy(), "labels": labels_from_coverage(coverage).numpy()}
+    rows: list[Row] = [("image", [(image, "") for image in samples["image"]])]
+    rows.append(("labels", [(class_picture(labels), "") for labels in samples["labels"]]))
+    figure = style.new_figure(f"{len(chosen)} of {len(store)} {store.split} ROIs and their labels")
+    return picture_grid(figure, rows, *_shape_of(samples | {"mask_size": np.array(store.mask_size)}))
+
+
+def boxes_figure(pixels: Pixels, boxes: Sequence[Sequence[float]], labels: Sequence[str]) -> Figure:
+    """An image (uint8 ``[H, W, 3]``) with boxes (xyxy in pixels), each with its label."""
+    height, width = pixels.shape[:2]
+    figure = Figure(figsize=(style.WIDTH, min(7.5, 0.4 + style.WIDTH * height / width)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(pixels)
+    for number, ((x0, y0, x1, y1), label) in enumerate(zip(boxes, labels, strict=True)):
+        color = PALETTE[number % len(PALETTE)]
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linestyle="--"))
+        paper = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
+        axes.text(max(0.0, x0), max(12.0, y0), label, fontsize=9, bbox=paper, va="bottom")
+    style.style_axes(axes, "", "column, pixels", "row, pixels")
+    axes.grid(False)
     return figure
 
 
-def sample_epochs(run: Run | str | os.PathLike) -> list[int]:
+def overlay(pixels: Pixels, masks: Pixels) -> Pixels:
+    """The image uint8 ``[H, W, 3]`` with each mask (bool ``[N, H, W]``) tinted in a colour and outlined."""
+    picture = pixels.astype(np.float32)
+    for number, mask in enumerate(masks):
+        color = rgb(PALETTE[number % len(PALETTE)]).astype(np.float32)
+        picture[mask] = 0.5 * picture[mask] + 0.5 * color
+        picture[contour(torch.from_numpy(mask)).numpy()] = color
+    return picture.round().astype(np.uint8)
+
+
+# -- samples on disk -------------------------------------------------------------------------------
+def sample_epochs(run: RunLike) -> list[int]:
     """Epochs whose masks are on disk, counted from 1."""
-    return list(by_epoch(opened(run).folder / "samples"))
+    return list(by_epoch(style.opened(run).folder / "samples"))
 
 
-def read_samples(run: Run, epoch: int | None = None) -> tuple[int, dict[str, np.ndarray]] | None:
+def read_samples(run: Run, epoch: int | None = None) -> tuple[int, Samples] | None:
     """The masks of an epoch, and which it is; by default the last that can be read (none: there is none).
 
     Raises:
@@ -156,39 +181,88 @@ def read_samples(run: Run, epoch: int | None = None) -> tuple[int, dict[str, np.
     return None
 
 
-# -- tiles -----------------------------------------------------------------------------------------
-def sample_tiles(tiles: Iterable[Axes], image: np.ndarray, labels: np.ndarray, probs: np.ndarray, size: np.ndarray) -> None:
-    predicted = probs.astype(np.float32).argmax(0)
-    error = error_picture(image, labels, predicted)
-    for axes, picture in zip(tiles, (image, class_picture(labels), class_picture(predicted), error)):
-        tile(axes, picture, window_of(labels.shape, size), image.shape[0] / image.shape[1])
+def _fixed(samples: Samples) -> dict[tuple[int, int], int]:
+    """Where each fixed ROI lies, by image and annotation."""
+    fixed = np.flatnonzero(samples["kind"] == "fixed")
+    return {(int(samples["image_id"][i]), int(samples["annotation_id"][i])): int(i) for i in fixed}
 
 
-def tile(axes: Axes, picture: np.ndarray, window: tuple[float, float, float, float], aspect: float) -> None:
-    """One picture over the unit square, with the box's outline where the crop is larger than the box."""
-    axes.imshow(picture, extent=(0, 1, 1, 0), aspect=aspect, interpolation="nearest")
-    axes.set_axis_off()
-    if window[2:] != (1.0, 1.0):
-        left, top, width, height = window
-        for style in (dict(edgecolor="white", linewidth=1.8), dict(edgecolor="black", linewidth=0.8, linestyle="--")):
-            axes.add_patch(Rectangle((left, top), width, height, fill=False, **style))
+def _shape_of(samples: Samples) -> tuple[float, Window]:
+    """Height over width of the crops, and the box in them."""
+    height, width = samples["image"].shape[1:3]
+    rows, columns = samples["mask_size"] / samples["labels"].shape[1:]
+    return height / width, (float(rows), float(columns))
 
 
-def window_of(canvas: Sequence[int], size: Sequence[int]) -> tuple[float, float, float, float]:
-    height, width = (inner / outer for inner, outer in zip(size, canvas))
-    return (1 - width) / 2, (1 - height) / 2, width, height
+def _sample_tiles(samples: Samples, i: int) -> list[tuple[Pixels, str]]:
+    image, truth, score = samples["image"][i], samples["labels"][i], samples["target_iou"][i]
+    predicted = samples["probs"][i].astype(np.float32).argmax(0)
+    told = f"IoU {score:.2f}" if np.isfinite(score) else ""
+    tiles = [(image, f"image {samples['image_id'][i]}"), (class_picture(truth), "truth")]
+    return [*tiles, (class_picture(predicted), told), (error_picture(image, truth, predicted), "error")]
 
 
-def class_picture(labels: np.ndarray) -> np.ndarray:
-    return ListedColormap(list(CLASSES.values()))(labels.astype(int), bytes=True)[..., :3]
+# -- grids of pictures -----------------------------------------------------------------------------
+def picture_grid(
+    figure: Figure,
+    rows: Sequence[Row],
+    aspect: float,
+    window: Window = (1.0, 1.0),
+    *,
+    alarm: Names = (),
+    **key: Any,
+) -> Figure:
+    """Rows of pictures in a figure, which gets the height they need.
+
+    Args:
+        figure: empty but for its title.
+        rows: see :data:`Row`.
+        aspect: height of a picture over its width.
+        window: the box in each picture, outlined where it is smaller.
+        alarm: names of rows that stand in orange-red.
+        key: ``colors`` and their meaning for the legend, :data:`CLASSES` by default.
+    """
+    columns = max(4, *(len(tiles) for _, tiles in rows))
+    lines = sum(max(title.count("\n") + bool(title) for _, title in tiles) for _, tiles in rows)
+    figure.set_figheight(0.95 + 0.18 * lines + len(rows) * (0.1 + aspect * (style.WIDTH - 1.2) / columns))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    height, width = window
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for row, (name, tiles) in zip(grid, rows, strict=True):
+        color = style.VERMILLION if name in alarm else style.BLACK
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8, color=color)
+        for axes, (picture, title) in zip(row, tiles, strict=False):
+            axes.imshow(picture, extent=(0, 1, 1, 0), aspect=aspect, interpolation="nearest")
+            axes.set_title(title, loc="left", fontsize=8, pad=3)
+            if window != (1.0, 1.0):
+                corner = (1 - width) / 2, (1 - height) / 2
+                axes.add_patch(Rectangle(corner, width, height, fill=False, linestyle="--", linewidth=0.8))
+    entries = key.get("colors", CLASSES).items()
+    style.figure_legend(figure, [Patch(facecolor=color, label=name) for name, color in entries])
+    return figure
 
 
-def error_picture(image: np.ndarray, labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+def rgb(color: str) -> Pixels:
+    """A colour as uint8 ``[3]``."""
+    return (255 * np.array(to_rgb(color))).round().astype(np.uint8)
+
+
+def class_picture(labels: Pixels) -> Pixels:
+    """Label maps as colours, uint8 ``[h, w, 3]``."""
+    return np.stack([rgb(color) for color in CLASSES.values()])[labels]
+
+
+def error_picture(image: Pixels, labels: Pixels, predicted: Pixels) -> Pixels:
     """The image in pale grey, wrong pixels in colour."""
-    rows, columns = (np.arange(side) * whole // side for side, whole in zip(labels.shape, image.shape[:2]))
+    rows, columns = (
+        np.arange(n) * whole // n for n, whole in zip(labels.shape, image.shape[:2], strict=True)
+    )
     grey = image[rows][:, columns].mean(-1, keepdims=True) * 0.35 + 160
-    picture = np.broadcast_to(grey, (*labels.shape, 3)).astype(np.uint8)
+    picture = grey.repeat(3, -1).astype(np.uint8)
     truth, found = labels == 1, predicted == 1
-    for name, where in zip(ERRORS, (truth & ~found, found & ~truth, (labels != predicted) & ~truth & ~found)):
-        picture[where] = [int(ERRORS[name][i : i + 2], 16) for i in (1, 3, 5)]
+    wrong = (truth & ~found, found & ~truth, (labels != predicted) & ~truth & ~found)
+    for color, where in zip(ERRORS.values(), wrong, strict=True):
+        picture[where] = rgb(color)
     return picture

@@ -1,56 +1,36 @@
-"""What every figure of a run has in common: colours, sizes, titles, axes, legends, and how it is saved."""
+"""What every figure has in common: colours, titles, axes, legends, tables, and how it is saved."""
 
 from __future__ import annotations
 
 import io
-import math
 import os
-import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
 from refinelib.files import replacing
+from refinelib.registry import LOSSES
 from refinelib.runs import Run, RunError
 
 # Okabe & Ito, "Color Universal Design", 2008.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"
-
-#: One colour a class, by label.
+PALETTE = (BLUE, ORANGE, GREEN, SKY, PURPLE, VERMILLION, YELLOW, GREY)
+#: One colour a class, by label, and one a kind of wrong pixel.
 CLASSES = {"background": GREY, "target": BLUE, "other people": ORANGE}
-#: One colour a loss.
-LOSSES = {
-    "total": BLACK,
-    "ce": BLUE,
-    "dice": ORANGE,
-    "active_contour": GREEN,
-    "boundary_aware": SKY,
-    "contour": PURPLE,
-    "distance": VERMILLION,
-}
-LOSS_NAMES = {
-    "ce": "cross-entropy",
-    "dice": "Dice",
-    "active_contour": "active contour",
-    "boundary_aware": "boundary-aware",
-}
-#: One colour a validation metric.
-METRICS = {"target_iou": BLUE, "boundary_iou": GREEN, "miou": BLACK}
-METRIC_NAMES = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU", "miou": "mIoU"}
-#: One colour a kind of wrong pixel.
 ERRORS = {"missed": VERMILLION, "too much": SKY, "other people or background": YELLOW}
-#: Gradient norms to look out for.
-NORM_LINES = {10: (GREEN, "10: usual"), 50: (ORANGE, "50: high"), 100: (VERMILLION, "100: unstable")}
+WIDTH, DPI = 10.0, 100  # inches, pixels an inch
+_WORDS = {"iou": "IoU", "miou": "mIoU", "ce": "cross-entropy", "dice": "Dice", "hd95": "HD95", "f1": "F1"}
 
-WIDTH = 10.0  # inches, a notebook's
-DPI = 100
+AnyFigure = TypeVar("AnyFigure", bound=_Figure)
+RunLike = Run | str | os.PathLike[str]
+Floats = Sequence[float] | NDArray[Any]
 
 
 class Figure(_Figure):
@@ -62,13 +42,9 @@ class Figure(_Figure):
         return buffer.getvalue()
 
 
-def save(run: Run | str | os.PathLike, figure: _Figure, name: str) -> _Figure:
-    """Write ``figures/<name>.png`` in the run's folder and return the figure, to be shown."""
-    return save_in(opened(run).folder / "figures", figure, name)
-
-
-def save_in(folder: Path, figure: _Figure, name: str) -> _Figure:
-    """Write ``<name>.png`` in a folder in one step, and return the figure, to be shown."""
+def save(place: RunLike, figure: AnyFigure, name: str) -> AnyFigure:
+    """Write ``figures/<name>.png`` in the folder of a run (or any other) and return the figure, to be shown."""
+    folder = Path(place.folder if isinstance(place, Run) else place) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{name}.png", "wb") as file:
         figure.savefig(file, format="png", dpi=DPI)
@@ -90,114 +66,109 @@ def table(rows: Iterable[Sequence[Any]], columns: Sequence[Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-# -- axes ------------------------------------------------------------------------------------------
-def titled(run: Run, what: str, *, height: float, layout: str | None = "constrained") -> Figure:
-    """An empty figure that says above what it shows, of which run, and how that run stands."""
-    figure = Figure(figsize=(WIDTH, height), layout=layout)
-    if layout:
-        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
+# -- names and colours -----------------------------------------------------------------------------
+def words(name: str) -> str:
+    """A recorded name as a heading says it, such as ``target IoU`` for ``target_iou``."""
+    return " ".join(_WORDS.get(word, word) for word in name.split("_"))
+
+
+def loss_color(name: str) -> str:
+    """One colour a loss, by its place in the registry."""
+    names = list(LOSSES)
+    return PALETTE[names.index(name) % len(PALETTE)] if name in names else GREY
+
+
+# -- figures ---------------------------------------------------------------------------------------
+def new_figure(title: str, height: float = 1.0, *, alarm: bool = False) -> Figure:
+    """An empty figure with its title; ``alarm`` makes the title orange-red."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    color = VERMILLION if alarm else BLACK
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=color)
+    return figure
+
+
+def run_figure(run: Run, what: str, height: float = 1.0) -> Figure:
+    """An empty figure that says what it shows, of which run, and how that run stands."""
     status = run.status()
-    state, done, planned = status.get("state", "unknown"), status.get("epoch", 0), status.get("epochs")
-    skipped = f", {status['skipped_steps']} steps skipped" if status.get("skipped_steps") else ""
-    text = f"{run.name}: {what}   [{state}, epoch {done} of {planned or '?'}{skipped}]"
-    color = BLACK if state in ("ok", "running") else VERMILLION
-    place = {} if layout else dict(y=1 - 0.05 / height, va="top")  # a layout engine finds the height itself
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold", color=color, **place)
+    state = status.get("state", "unknown")
+    done = f"epoch {status.get('epoch', 0)} of {status.get('epochs', '?')}"
+    done += f", {status['skipped_steps']} steps skipped" if status.get("skipped_steps") else ""
+    return new_figure(f"{run.name}: {what}   [{state}, {done}]", height, alarm=state not in ("ok", "running"))
+
+
+def message(title: str, text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = new_figure(title, 1.6)
+    figure.text(0.5, 0.45, text, ha="center", va="center", fontsize=10, wrap=True)
     return figure
 
 
-def empty(run: Run, what: str, message: str) -> Figure:
-    figure = titled(run, what, height=1.6)
-    axes = figure.add_subplot()
-    axes.set_axis_off()
-    axes.text(0.5, 0.5, message, ha="center", va="center", fontsize=11)
-    return figure
+# -- axes ------------------------------------------------------------------------------------------
+def draw_line(axes: Axes, x: Floats, values: Sequence[float | None], color: str, **look: Any) -> None:
+    """A line with gaps where a value is none, and a cross at the panel's upper edge there."""
+    y = np.array([np.nan if value is None else value for value in values], dtype=float)
+    # A marker at every point: a lone point between two gaps would not show.
+    size = 2.0 if len(x) > 40 else 4.5
+    axes.plot(x, y, color=color, **{"linewidth": 1.5, "marker": "o", "markersize": size, **look})
+    lost = np.asarray(x)[~np.isfinite(y)]
+    mark(axes, lost, 0.96, "x", color=BLACK, label="not finite", gid="nonfinite")
 
 
-def draw_line(
-    axes: Axes, x: Sequence[float], values: Sequence[float | None], *, color: str, crosses: bool = True, **style: Any
-) -> None:
-    """A line with gaps where a value is none, and with ``crosses`` a cross at the upper edge there."""
-    y = np.array([math.nan if value is None else value for value in values], dtype=float)
-    alone = np.isfinite(y) & ~np.isfinite(np.r_[math.nan, y[:-1]]) & ~np.isfinite(np.r_[y[1:], math.nan])
-    if "marker" not in style and alone.any():
-        style["marker"], style["markevery"] = "o", np.flatnonzero(alone).tolist()
-    crowded = len(x) > 40
-    axes.plot(x, y, color=color, **{"linewidth": 1.5, "markersize": 2.5 if crowded else 4.5, **style})
-    lost = [place for place, value in zip(x, y) if not math.isfinite(value)]
-    if lost and crosses:
-        place = dict(transform=axes.get_xaxis_transform(), clip_on=False, label="_", gid="nonfinite")
-        axes.plot(lost, [0.96] * len(lost), "x", color=BLACK, markersize=3.5 if crowded else 6, **place)
+def mark(axes: Axes, x: Floats, height: float, marker: str, **look: Any) -> None:
+    """Markers at one height of the panel, 0 at its foot and 1 at its top."""
+    if len(x):
+        place = {"transform": axes.get_xaxis_transform(), "clip_on": False, **look}
+        axes.plot(x, np.full(len(x), height), marker, markersize=5, **place)
 
 
-def mark_skips(axes: Axes, run: Run) -> None:
-    events = run.events()
-    steps = [event["step"] for event in events if "step" in event and (event["kind"] == "skip" or (event["kind"] == "spike" and event.get("skipped")))]
-    # Repeats within an epoch are told in one line, at the last of them.
-    again = [event for event in events if event["kind"] == "again" and event.get("of") == "skip"]
-    count = len(steps) + sum(event.get("count", 1) - 1 for event in again)
-    steps += [event["step"] for event in again if "step" in event]
-    if steps:
-        place = dict(transform=axes.get_xaxis_transform(), label=f"skipped, {count}", gid="skips")
-        axes.plot(steps, [0.025] * len(steps), "^", color=VERMILLION, markersize=5, **place)
-
-
-def logarithmic_if_wide(axes: Axes, values: Sequence[float | None]) -> None:
-    """Logarithmic where the values span more than a factor of 10."""
-    finite = [value for value in values if value is not None]
-    if finite and min(finite) > 0 and max(finite) > 10 * min(finite):
-        axes.set_yscale("log")
-
-
-def style_axes(axes: Axes, title: str, x: str, y: str, *, whole: bool = False) -> None:
+def style_axes(axes: Axes, title: str, x: str = "", y: str = "") -> None:
+    """Title, labels, ticks and grid as in every panel; says so where a panel is empty."""
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(which="both", labelsize=8)
-    if axes.get_yscale() == "log":
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    if whole:  # few epochs: room at both ends for their dots
-        axes.margins(x=0.06)
-    if not axes.patches and not any(line.get_gid() is None and len(line.get_xdata()) for line in axes.lines):
-        place = dict(ha="center", va="center", transform=axes.transAxes)
-        axes.text(0.5, 0.5, "nothing recorded yet", **place, fontsize=9, color="#555555")
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    if x.startswith(("step", "epoch")):
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    if not np.isfinite(axes.dataLim.intervalx).all():
+        axes.text(0.5, 0.5, "nothing recorded yet", ha="center", transform=axes.transAxes, fontsize=9)
 
 
 def legend(axes: Axes) -> None:
-    """Between title and panel, where it hides no line."""
+    """A legend between title and panel, where it hides no line; each name once."""
     handles, labels = axes.get_legend_handles_labels()
-    if any(line.get_gid() == "nonfinite" for line in axes.lines):
-        handles, labels = [*handles, Line2D([], [], color=BLACK, marker="x", linestyle="")], [*labels, "not finite"]
-    if handles:
-        axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=10, pad=20)
-        place = dict(loc="lower left", bbox_to_anchor=(-0.01, 0.985), borderaxespad=0.1, ncols=len(handles))
-        spacing = dict(handlelength=1.5, columnspacing=1.1, handletextpad=0.5)
-        axes.legend(handles, labels, **place, **spacing, fontsize=8, frameon=False)
+    entries = dict(zip(labels, handles, strict=True))
+    columns = 6 if axes.get_position().width > 0.5 else 3
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.985), "borderaxespad": 0.1}
+    drawn = axes.legend(
+        list(entries.values()), list(entries), ncols=columns, fontsize=8, frameon=False, **place
+    )
+    drawn.set_in_layout(False)
+    pad = 6 + 13 * -(-len(entries) // columns)
+    axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=10, pad=pad)
 
 
-def color_key(figure: Figure, colors: dict[str, str], **place: Any) -> None:
-    entries = [Patch(facecolor=color, edgecolor="#555555", linewidth=0.5, label=name) for name, color in colors.items()]
-    figure.legend(handles=entries, ncols=len(entries), fontsize=9, frameon=False, **place)
+def figure_legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """A legend below all panels."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
 
 
 # -- reading ---------------------------------------------------------------------------------------
-def opened(run: Run | str | os.PathLike) -> Run:
+def opened(run: RunLike) -> Run:
+    """The run itself, from its name or folder."""
     return run if isinstance(run, Run) else Run.open(run)
 
 
 def recorded_settings(run: Run) -> dict[str, Any]:
-    """The settings as recorded; none in a run's first moments, or, with a warning, where they are damaged."""
-    if not (run.folder / "config.json").is_file():
-        return {}
+    """The settings as recorded; none in a run's first moments, or where they are damaged."""
     try:
-        return run.config()["settings"]
-    except RunError as error:
-        warnings.warn(str(error), stacklevel=2)
+        return dict(run.config()["settings"])
+    except RunError:
         return {}

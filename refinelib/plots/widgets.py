@@ -1,28 +1,27 @@
-"""What moves in a notebook, where somebody watches: a live panel during training, sliders and pickers afterwards.
+"""Widgets of the notebooks: a live panel, sliders, and boxes drawn by hand.
 
-Everything is drawn from the run folder, by the same functions that draw the static figures. Where nobody watches (papermill,
-nbval) each returns ``None`` before a widget is made, so an executed notebook holds no widget state.
+Everything is drawn by the functions that draw the static figures. Where nobody watches (papermill,
+nbval) no widget is made, so an executed notebook holds no widget state.
 """
 
 from __future__ import annotations
 
-import os
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from matplotlib.figure import Figure
-
-from refinelib.plots import curves as plots
+from refinelib.gradients.read import read
+from refinelib.plots.curves import overview
 from refinelib.plots.gradients import module_norms
-from refinelib.plots.masks import sample_epochs, sample_grid, thresholded
+from refinelib.plots.masks import Pixels, boxes_figure, sample_epochs, sample_grid, thresholded
+from refinelib.plots.style import Figure, RunLike, opened
 from refinelib.progress import interactive
 from refinelib.runs import Run, RunError
-from refinelib.gradients.read import read
 
 
 def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
-    """A panel for ``refinelib.train(settings, on_epoch=live_panel())``: losses, gradient norm and masks, in place.
+    """A panel for ``refinelib.train(settings, on_epoch=live_panel())``: curves and masks, in place.
 
-    It is a displayed figure that is replaced, no widget: what is on the page when the notebook is saved is a picture and stays one.
+    It is two displayed figures that are replaced, no widget: a saved notebook holds pictures.
 
     Args:
         samples: fixed validation ROIs shown, at most.
@@ -34,54 +33,51 @@ def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
     panels: list[Any] = []
 
     def on_epoch(run: Run) -> None:
-        figures = [plots.live(run), sample_grid(run, kinds=("fixed",), per_kind=samples)]
+        figures = [overview(run), sample_grid(run, kinds=("fixed",), per_kind=samples)]
         if not panels:
             panels.extend(display(figure, display_id=True) for figure in figures)
         else:
-            for panel, figure in zip(panels, figures):
+            for panel, figure in zip(panels, figures, strict=True):
                 panel.update(figure)
 
     return on_epoch
 
 
-def epoch_slider(run: Run | str | os.PathLike, *, kinds: Sequence[str] = ("fixed",), per_kind: int = 6):
-    """Masks of the same validation ROIs, with a slider over the epochs on disk; ``None`` where nobody watches or nothing is there."""
-    run, epochs = plots.opened(run), sample_epochs(run) if interactive() else []
-    if not epochs:
+def epoch_slider(run: RunLike, *, kinds: Sequence[str] = ("fixed",), per_kind: int = 6) -> Any:
+    """Masks of the same validation ROIs, with a slider over the epochs on disk; ``None`` without epochs."""
+    run = opened(run)
+    if not interactive() or not (epochs := sample_epochs(run)):
         return None
     from ipywidgets import SelectionSlider
 
     slider = SelectionSlider(options=epochs, value=epochs[-1], description="epoch", continuous_update=False)
-    return _shown(slider, lambda epoch: sample_grid(run, epoch, kinds=kinds, per_kind=per_kind))
+    return _above_figure(slider, lambda epoch: sample_grid(run, epoch, kinds, per_kind))
 
 
-def threshold_slider(run: Run | str | os.PathLike, epoch: int | None = None):
-    """Where a person begins: a slider for the probability at which a pixel is taken for one; ``None`` where nobody watches."""
-    run = plots.opened(run)
+def threshold_slider(run: RunLike, epoch: int | None = None) -> Any:
+    """A slider for the probability at which a pixel is person; ``None`` without epochs."""
+    run = opened(run)
     if not interactive() or not sample_epochs(run):
         return None
     from ipywidgets import FloatSlider
 
-    slider = FloatSlider(value=0.5, min=0.05, max=0.95, step=0.05, description="threshold", continuous_update=False)
-    return _shown(slider, lambda threshold: thresholded(run, threshold, epoch))
+    slider = FloatSlider(0.5, min=0.05, max=0.95, step=0.05, description="threshold", continuous_update=False)
+    return _above_figure(slider, lambda threshold: thresholded(run, threshold, epoch))
 
 
-def layer_picker(run: Run | str | os.PathLike):
-    """Gradient norms of the layers of one module, picked from a list; ``None`` where nobody watches or no gradients are there."""
-    run = plots.opened(run)
-    try:
-        modules = read(run).modules if interactive() else []
-    except RunError:
-        modules = []
-    if not modules:
+def layer_picker(run: RunLike) -> Any:
+    """Gradient norms of the layers of one module, picked from a list; ``None`` without gradients."""
+    run = opened(run)
+    if not interactive() or not any((run.folder / "gradients").glob("*.npz")):
         return None
     from ipywidgets import Dropdown
 
-    picker = Dropdown(options=[("all modules", "modules"), *((name, f"{name}.") for name in modules)], description="layers")
-    return _shown(picker, lambda layers: module_norms(run, layers))
+    options = [("all modules", "modules"), *((name, f"{name}.") for name in read(run).modules)]
+    picker = Dropdown(options=options, description="layers")
+    return _above_figure(picker, lambda layers: module_norms(run, layers))
 
 
-def _shown(control: Any, draw: Callable[[Any], Figure]):
+def _above_figure(control: Any, draw: Callable[[Any], Figure]) -> Any:
     """A control above the figure it decides on, as a picture that is replaced when the control's value changes."""
     from ipywidgets import HTML, Image, Layout, VBox
 
@@ -96,3 +92,75 @@ def _shown(control: Any, draw: Callable[[Any], Figure]):
     control.observe(redraw, names="value")
     redraw()
     return VBox([control, picture, note])
+
+
+class BoxPicker:
+    """Boxes of an image, to be added and taken away by hand.
+
+    In JupyterLab it shows itself at the end of a cell with two sliders (columns and rows that the next box
+    spans), *add* and *remove last*; where nobody watches it shows the picture with the boxes it has.
+
+    Args:
+        pixels: uint8 ``[H, W, 3]``.
+        boxes: xyxy in pixels, to begin with.
+
+    Attributes:
+        boxes: list of ``[x0, y0, x1, y1]``; read it in the next cell.
+    """
+
+    def __init__(self, pixels: Pixels, boxes: Iterable[Iterable[float]] = ()) -> None:
+        self.pixels, self.boxes = pixels, [[float(side) for side in box] for box in boxes]
+        self._widget: Any = None
+
+    def add(self, *_: object) -> None:
+        """Keep the box that the sliders span, unless it has no area."""
+        (x0, x1), (y0, y1) = self.columns.value, self.rows.value
+        self.boxes += [[float(x0), float(y0), float(x1), float(y1)]] if x1 > x0 and y1 > y0 else []
+        self._redraw()
+
+    def remove_last(self, *_: object) -> None:
+        """Take the box away that was added last."""
+        self.boxes = self.boxes[:-1]
+        self._redraw()
+
+    def figure(self, *drafts: list[float]) -> Figure:
+        """The image with its boxes, numbered from 0, and drafts."""
+        labels = [*map(str, range(len(self.boxes))), *("next" for _ in drafts)]
+        return boxes_figure(self.pixels, [*self.boxes, *drafts], labels)
+
+    def widget(self) -> Any:
+        """The widget: made on first use, the same one afterwards."""
+        if self._widget is None:
+            import ipywidgets as w
+
+            height, width = self.pixels.shape[:2]
+            self.columns, self.rows = (
+                w.IntRangeSlider(
+                    (side // 4, 3 * side // 4), max=side, description=name, continuous_update=False
+                )
+                for side, name in ((width, "columns"), (height, "rows"))
+            )
+            self.add_button, self.remove_button = (
+                w.Button(description="add"),
+                w.Button(description="remove last"),
+            )
+            self.preview, self.text = w.Image(format="png"), w.HTML()
+            self.columns.observe(self._redraw, names="value")
+            self.rows.observe(self._redraw, names="value")
+            self.add_button.on_click(self.add)
+            self.remove_button.on_click(self.remove_last)
+            buttons = w.HBox([self.add_button, self.remove_button])
+            self._widget = w.VBox([self.columns, self.rows, buttons, self.preview, self.text])
+            self._redraw()
+        return self._widget
+
+    def _redraw(self, *_: object) -> None:
+        (x0, x1), (y0, y1) = self.columns.value, self.rows.value
+        self.preview.value = self.figure([x0, y0, x1, y1])._repr_png_()
+        shown = "; ".join(", ".join(f"{side:g}" for side in box) for box in self.boxes)
+        self.text.value = f"boxes: {shown}" if self.boxes else "no box yet: move the sliders, then add"
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget() if interactive() else self.figure())
