@@ -1,1 +1,1 @@
-"""What the notebooks stand on: checks, phases, comparison, widgets."""
+"""What the notebooks stand on: checks, phases, comparison, prediction files, batches."""

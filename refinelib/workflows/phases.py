@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refinelib.config import Settings, SettingsError, absolute, names_with_role, resolve
-from refinelib.files import parse_yaml, read_json, shown, write_atomically
-from refinelib.files import exclusive
+from refinelib.files import exclusive, parse_yaml, read_json, shown, write_atomically
 from refinelib.runs import Run, RunError, dumps
 
 #: What each phase adds to the one before.

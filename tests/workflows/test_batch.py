@@ -19,7 +19,9 @@ SMALL = ("-p", "max_images", "3", "-p", "device", "cpu")
 def shell(*command: object, output_dir: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "REFINELIB_SMOKE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *map(str, command), "-p", "output_dir", str(output_dir)]
-    return subprocess.run(command, cwd=project_root(), env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        command, cwd=project_root(), env=environment, capture_output=True, text=True, timeout=280
+    )
 
 
 def cells_of(notebook: Path):
@@ -30,7 +32,19 @@ def test_goes_on_after_failed_ones_and_ends_with_a_table_and_the_exit_code(tmp_p
     """The first breaks off with a sentence, the second is killed, the third is well."""
     kill = tmp_path / "kill.yaml"
     kill.write_text((project_root() / "params" / "phase2.yaml").read_text() + "\ninject: kill@2\n")
-    done = shell("refinelib", "run", "finetune", kill, "stable", "--epochs", 1, "--batch-size", 2, *SMALL, output_dir=tmp_path)
+    done = shell(
+        "refinelib",
+        "run",
+        "finetune",
+        kill,
+        "stable",
+        "--epochs",
+        1,
+        "--batch-size",
+        2,
+        *SMALL,
+        output_dir=tmp_path,
+    )
     assert done.returncode == 1, done.stderr
     head, *rows = done.stdout[done.stdout.index("\nrecipe") + 1 :].splitlines()[:4]
     assert [word for word in batch.HEAD if word not in head] == []
@@ -53,7 +67,9 @@ def test_goes_on_after_failed_ones_and_ends_with_a_table_and_the_exit_code(tmp_p
 
 
 def test_a_rehearsal_is_small_and_what_is_given_stays(tmp_path):
-    done = shell("refinelib", "run", "phase1", "--debug", "--epochs", 1, "-p", "device", "cpu", output_dir=tmp_path)
+    done = shell(
+        "refinelib", "run", "phase1", "--debug", "--epochs", 1, "-p", "device", "cpu", output_dir=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     settings = Run(tmp_path / "phase1").settings()
     assert (settings.max_images, settings.batch_size, settings.epochs, settings.lr) == (6, 1, 1, 5e-6)
@@ -82,7 +98,9 @@ def test_a_run_that_ended_before_is_not_taken_for_this_one(tmp_path):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A trained run to start from."""
-    where = dict(output_dir=str(tmp_path_factory.mktemp("before")), smoke=True, epochs=1, max_images=3, device="cpu")
+    where = dict(
+        output_dir=str(tmp_path_factory.mktemp("before")), smoke=True, epochs=1, max_images=3, device="cpu"
+    )
     return train(resolve("phase1", **where)).folder
 
 
@@ -92,7 +110,18 @@ def test_each_recipe_by_papermill_and_its_parameter_file(tmp_path, source, recip
     """``papermill notebooks/train.ipynb outputs/phase2.ipynb -f params/phase2.yaml``, from the weights of the phase before."""
     before = None if recipe == "debug" else str(source)
     given = ("-p", "init_from", before) if before else ()
-    line = ("papermill", "notebooks/train.ipynb", tmp_path / f"{recipe}.ipynb", "-f", f"params/{recipe}.yaml", *given, "-p", "epochs", 1, *SMALL)
+    line = (
+        "papermill",
+        "notebooks/train.ipynb",
+        tmp_path / f"{recipe}.ipynb",
+        "-f",
+        f"params/{recipe}.yaml",
+        *given,
+        "-p",
+        "epochs",
+        1,
+        *SMALL,
+    )
     done = shell(*line, output_dir=tmp_path)
     assert done.returncode == 0, done.stderr
     run = Run(tmp_path / recipe)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
 import numpy as np
 import pytest
-from helpers import make_run, papermill, read
-from PIL import Image
+import torch
+from helpers import make_run
 
-from refinelib.config import project_root
+from refinelib import checkpoints
+from refinelib.plots.compare import groups, names_of
 from refinelib.runs import Run, RunError, dumps, latest
 from refinelib.workflows import compare, examples
 
@@ -46,23 +46,27 @@ def runs(tmp_path) -> list[Run]:
     return made
 
 
-def pixels(figure) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
-
-
 def test_runs_that_differ_in_their_seed_alone_are_a_group(runs):
-    found = compare.groups(runs)
+    found = groups(runs)
     assert {name: [run.name for run in members] for name, members in found.items()} == {
         "a (2 seeds)": ["a", "a-2"], "fast": ["fast"], "lost": ["lost"], "young": ["young"],
     }  # fmt: skip
 
 
 def test_the_mean_and_its_spread_over_seeds(runs):
-    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in compare.metrics_table(runs).splitlines()}
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in compare.metrics_table(runs).splitlines()
+    }
     best = 0.9 - 0.5 / 3
     assert rows["a (2 seeds)"][0] == f"{best + 0.05:.3f} ± {0.1 / math.sqrt(2):.3f}"
     assert rows["fast"][0] == f"{best:.3f}" and "±" not in rows["fast"][0]
-    assert [rows[name][-1] for name in ("a (2 seeds)", "fast", "lost", "young")] == ["2 ok", "1 failed", "1 diverged", "1 running"]
+    assert [rows[name][-1] for name in ("a (2 seeds)", "fast", "lost", "young")] == [
+        "2 ok",
+        "1 failed",
+        "1 diverged",
+        "1 running",
+    ]
 
 
 def test_only_settings_that_differ_are_told(runs):
@@ -75,78 +79,62 @@ def test_only_settings_that_differ_are_told(runs):
 
 def test_diverged_and_failed_runs_stay_and_are_marked(runs):
     table = compare.states_table(runs)
-    assert "| fast | **failed** |" in table and "| lost | **diverged** |" in table and "| young | running | 1 of 1 |" in table
-    figure = compare.curves(runs)
-    for axes in figure.axes:
-        assert sorted(line.get_gid() for line in axes.lines if line.get_gid() in ("failed", "diverged", "running")) == ["diverged", "failed", "running"]
-        (mean,) = [line for line in axes.lines if line.get_gid() == "mean"]
-        assert mean.get_color() == compare.COLORS[0]
-    loss = figure.axes[0].lines
-    colors = {line.get_color() for line in loss}
-    assert set(compare.COLORS[:4]) <= colors
-    (mean,) = [line for line in figure.axes[2].lines if line.get_gid() == "mean"]
-    assert mean.get_ydata()[-1] == pytest.approx(0.9 - 0.5 / 3 + 0.05)
-
-
-def test_pictures_show_the_same_people_in_every_run(runs):
-    figure = compare.pictures(runs, 5)
-    heads = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
-    assert heads == ["image", "truth", "a", "a-2", "fast\n(failed)", "lost\n(diverged)"]
-    assert "no masks yet of young (still running)" in figure.get_suptitle()
-    shown = [axes.images[0].get_array() for axes in figure.axes]
-    assert len(shown) == 6 * 5
-    with np.load(runs[0].folder / "samples" / "epoch_0003.npz") as file:
-        assert (shown[0] == file["image"][0]).all() and (shown[4] == file["image"][-1]).all()
-    none = compare.pictures(runs[-1:])
-    assert "no validated person in common" in none.texts[0].get_text()
-
-
-def test_figures_are_whole(runs):
-    for figure in (compare.curves(runs), compare.pictures(runs, 4), compare.curves(runs[-1:]), compare.pictures(runs * 2, 6)):
-        picture = pixels(figure)
-        assert picture.shape[1] == compare.WIDTH * 100
-        assert all((side == 255).all() for side in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:]))
+    assert (
+        "| fast | **failed** |" in table
+        and "| lost | **diverged** |" in table
+        and "| young | running | 1 of 1 |" in table
+    )
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
     one, two = make_run(tmp_path / "x" / "demo"), make_run(tmp_path / "y" / "demo", lr=1e-3)
-    assert compare.names_of([one, two]) == ["x/demo", "y/demo"]
+    assert names_of([one, two]) == ["x/demo", "y/demo"]
     assert "| | x/demo | y/demo |" in compare.settings_table([one, two])
-    assert len(compare.groups([one, two])) == 2
+    assert len(groups([one, two])) == 2
 
 
 def test_runs_are_found_by_name_and_the_newest_without_one(runs, tmp_path):
     where = str(tmp_path)
     assert [run.name for run in compare.find("fast, a", output_dir=where)] == ["fast", "a"]
     assert [run.name for run in compare.find([str(runs[1].folder)], output_dir=where)] == ["a-2"]
-    assert {run.name for run in compare.find(output_dir=where)} == {run.name for run in runs}
-    assert len(compare.find(output_dir=where, most=2)) == 2
+    assert {run.name for run in compare.find(None, output_dir=where)} == {run.name for run in runs}
+    assert len(compare.find(None, output_dir=where, most=2)) == 2
     with pytest.raises(RunError, match="there is no run 'fats'.*a, a-2, fast"):
         compare.find("fats", output_dir=where)
 
 
-def test_a_chain_of_runs_is_no_run(tmp_path):
-    """It has a status beside its runs', and neither settings nor curves."""
-    run = make_run(tmp_path / "mine")
-    chain = tmp_path / "progressive"
-    chain.mkdir()
-    for name in ("progressive.json", "status.json"):  # later than the run's
-        (chain / name).write_text(dumps({"state": "ok", "phases": []}))
-    assert [found.folder for found in compare.find(output_dir=str(tmp_path))] == [run.folder]
-    assert examples.newest(output_dir=str(tmp_path)).folder == latest(str(tmp_path)).folder == run.folder
+@pytest.fixture
+def training(monkeypatch):
+    """Settings of the tiny runs that would be trained."""
+    asked = []
+    monkeypatch.setattr("refinelib.trainer.train", asked.append)
+    return asked
 
 
-def test_without_any_run_two_tiny_ones_are_made(tmp_path):
-    found = compare.find(output_dir=str(tmp_path / "empty"))
-    assert [run.settings().seed for run in found] == [0, 1] and all(run.settings().smoke for run in found)
-    assert list(compare.groups(found)) == ["debug (2 seeds)"]
+def test_without_any_run_two_tiny_ones_are_trained(tmp_path, training):
+    compare.find(None, output_dir=str(tmp_path / "empty"))
+    assert [(settings.seed, settings.run) for settings in training] == [(0, "tiny"), (1, "tiny")]
 
 
-def test_the_notebook_shows_runs_of_every_fate(runs, tmp_path):
-    done = papermill("compare.ipynb", tmp_path / "out.ipynb", "-p", "output_dir", tmp_path, "-p", "people", 3, cwd=project_root() / "notebooks")
-    assert done.returncode == 0, done.stderr
-    notebook = read(tmp_path / "out.ipynb")
-    shown = {cell.id: cell.outputs[-1].data for cell in notebook.cells if cell.get("outputs") and "data" in cell.outputs[-1]}
-    assert "**failed**" in shown["open"]["text/markdown"] and "±" in shown["metrics"]["text/markdown"]
-    assert {"image/png"} <= set(shown["curves"]) and {"image/png"} <= set(shown["pictures"])
-    assert {file.name for file in (tmp_path / "compare" / "figures").iterdir()} == {"curves.png", "pictures.png"}
+def test_a_notebook_takes_the_run_named_or_the_newest_that_fits_or_a_tiny_one(runs, tmp_path, training):
+    where = str(tmp_path)
+    assert examples.find("a", output_dir=where).name == "a"
+    with pytest.raises(RunError, match="there is no run 'fats'"):
+        examples.find("fats", output_dir=where)
+    assert examples.find(output_dir=where).folder == latest(where).folder
+    assert examples.find(output_dir=where, fits=lambda run: run.name == "fast").name == "fast"
+    assert not training
+    examples.find(output_dir=where, fits=examples.has_weights, name="tiny-plain", seed=3)
+    assert (training[0].run, training[0].seed) == ("tiny-plain", 3)
+
+
+def test_a_checkpoint_of_another_version_is_passed_over(tmp_path):
+    """So that a notebook without a run trains a tiny one rather than fail."""
+    run = make_run(tmp_path / "a")
+    (run.folder / "checkpoints").mkdir()
+    file = run.folder / "checkpoints" / "last.pt"
+    assert not examples.has_weights(run)
+    checkpoints.save(file, {"model": {"weight": torch.zeros(1)}, "average": None})
+    assert examples.has_weights(run)
+    torch.save({**torch.load(file, weights_only=True), "format": checkpoints.FORMAT - 1}, file)
+    assert not examples.has_weights(run)

@@ -1,0 +1,225 @@
+"""An image and boxes in, files out."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from limits import in_memory, in_time
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from refinelib.data import DataError
+from refinelib.plots.masks import overlay
+from refinelib.workflows.predict_io import read_inputs, save_masks
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A file of 60 x 40 pixels."""
+    file = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(file)
+    return file
+
+
+# -- in --------------------------------------------------------------------------------------------
+def test_nothing_given_is_a_drawn_picture_with_people():
+    inputs = read_inputs()
+    assert inputs.pixels.dtype == np.uint8 and len(inputs.boxes) >= 1 and inputs.name == "synthetic"
+
+
+@pytest.mark.parametrize("boxes", ["[[1, 2, 30, 35], [5, 5, 9, 9.5]]", [[1, 2, 30, 35], [5, 5, 9, 9.5]]])
+def test_boxes_as_text_and_as_rows(photo, boxes):
+    assert read_inputs(photo, boxes).boxes == [[1, 2, 30, 35], [5, 5, 9, 9.5]]
+    assert read_inputs(photo, "[1, 2, 30, 35]").boxes == [[1, 2, 30, 35]]
+    assert read_inputs(photo).boxes == []
+
+
+def test_boxes_from_a_coco_file(coco_files):
+    coco_files.image((40, 60), name="first.jpg")
+    image = coco_files.image((50, 70), name="second.jpg")
+    coco_files.person(image, (5, 6, 20, 30))
+    coco_files.person(image, (30, 6, 60, 40), iscrowd=1)
+    coco_files.person(image, (1, 1, 9, 9), category_id=7)
+    coco_files.source()
+    inputs = read_inputs(coco_files.images / "second.jpg", None, coco_files.annotations)
+    assert (inputs.boxes, inputs.image_id, inputs.category_id) == ([[5, 6, 20, 30]], image, 1)
+    assert read_inputs(coco_files.images / "second.jpg", [[1, 1, 9, 9]], coco_files.annotations).boxes == [
+        [1, 1, 9, 9]
+    ]
+
+
+@pytest.mark.parametrize(
+    "boxes, sentence",
+    [
+        ("[[1, 2, 3]]", "give rows of x0, y0, x1, y1"),
+        ("ten", "give rows of x0, y0, x1, y1"),
+        (5, "give rows of x0, y0, x1, y1"),
+        ([[10, 5, 2, 9]], "box 0 is"),
+        ([[1, 2, 3, float("nan")]], "box 0 is"),
+        ([[0, 0, 5, 5], [70, 0, 90, 9]], "box 1, .* lies outside the image of 60 x 40 pixels"),
+    ],
+)
+def test_wrong_boxes_get_a_sentence(photo, boxes, sentence):
+    with pytest.raises(DataError, match=sentence):
+        read_inputs(photo, boxes)
+
+
+def test_wrong_files_get_a_sentence(photo, tmp_path, coco_files):
+    with pytest.raises(DataError, match="no image file"):
+        read_inputs(tmp_path / "none.jpg")
+    with pytest.raises(DataError, match="no image: give"):
+        read_inputs(None, None, coco_files.annotations)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_inputs(photo, None, tmp_path / "none.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(DataError, match="lacks the list images"):
+        read_inputs(photo, None, tmp_path / "list.json")
+    coco_files.person(coco_files.image((10, 10)), (1, 1, 9, 9))
+    coco_files.source()
+    with pytest.raises(DataError, match="lists no image photo.png"):
+        read_inputs(photo, None, coco_files.annotations)
+    coco_files.image((10, 10), name="photo.png")
+    coco_files.source()
+    with pytest.raises(DataError, match="has 60x40 pixels, its annotation says 10x10"):
+        read_inputs(photo, None, coco_files.annotations)
+
+
+# -- out -------------------------------------------------------------------------------------------
+def test_saved_files_hold_the_masks(photo, tmp_path):
+    inputs = read_inputs(photo, [[1, 2, 30, 35], [20, 5, 50, 30]])._replace(image_id=12, category_id=1)
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, 5:20, 5:20], masks[1, 10:25, 30:45] = True, True
+    files = save_masks(
+        tmp_path / "a" / "b", inputs, masks, np.array([0.9, 0.25]), overlay(inputs.pixels, masks)
+    )
+    assert [file.name for file in files] == [
+        "photo_person0.png",
+        "photo_person1.png",
+        "photo_overlay.png",
+        "photo_coco.json",
+    ]
+    for mask, file in zip(masks, files[:2], strict=True):
+        np.testing.assert_array_equal(np.array(Image.open(file)), mask * 255)
+    entries = json.loads(files[-1].read_text())
+    assert [(entry["image_id"], entry["category_id"], entry["score"]) for entry in entries] == [
+        (12, 1, 0.9),
+        (12, 1, 0.25),
+    ]
+    np.testing.assert_array_equal(coco_mask.decode(entries[1]["segmentation"]).astype(bool), masks[1])
+    picture = np.array(Image.open(files[2]))
+    np.testing.assert_array_equal(picture[~masks.any(0)], inputs.pixels[~masks.any(0)])
+    assert (picture[masks[0]] != inputs.pixels[masks[0]]).any(1).mean() > 0.95
+    with pytest.raises(ValueError, match="is a file"):
+        save_masks(files[0], inputs, masks, np.zeros(2), inputs.pixels)
+    mine = files[0].with_name("photo_persons of mine.png")
+    mine.write_bytes(b"")
+    save_masks(tmp_path / "a" / "b", inputs, masks[:1], np.array([0.9]), inputs.pixels)
+    assert (
+        not files[1].exists() and files[0].exists() and mine.exists()
+    )  # nobody takes the second for today's
+
+
+def test_annotations_that_training_counts_and_leaves_out_are_left_out_here_too(photo, tmp_path):
+    people = [
+        {"bbox": [1, 2, 20, 30], "image_id": 3},
+        {"bbox": None, "image_id": 3},
+        {"bbox": [1, 2, 20, 30]},
+        {"bbox": [1, 2, float("nan"), 30], "image_id": 3},
+    ]
+    content = {
+        "images": [{"id": 3, "file_name": photo.name, "height": 40, "width": 60}],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    content["annotations"] = [{"category_id": 1, **one} for one in people] + [
+        {"image_id": 3, "bbox": [0, 0, 9, 9]}
+    ]
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(content))
+    found = read_inputs(photo, None, file)
+    assert found.boxes == [[1.0, 2.0, 21.0, 32.0]] and found.image_id == 3
+    content["images"][0]["id"] = None
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="whole number as its id"):
+        read_inputs(photo, None, file)
+
+
+def test_a_picture_on_its_side_is_turned_as_its_annotations_are(tmp_path):
+    stored = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(stored).save(tmp_path / "photo.png", exif=orientation)
+    content = {
+        "images": [{"id": 3, "file_name": "photo.png", "height": 60, "width": 40}],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    content["annotations"] = [{"category_id": 1, "image_id": 3, "bbox": [1, 41, 20, 18]}]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    found = read_inputs(tmp_path / "photo.png", None, tmp_path / "instances.json")
+    np.testing.assert_array_equal(found.pixels, np.rot90(stored, -1))
+    assert found.boxes == [[1.0, 41.0, 21.0, 59.0]]
+
+
+# -- inputs of others ----------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_what_is_no_regular_file_is_told(photo, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with in_time(), pytest.raises(DataError, match="pipe is no regular file"):
+        read_inputs(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with (
+            in_time(),
+            in_memory(20),
+            pytest.raises(DataError, match="is no regular file: give an annotation file"),
+        ):
+            read_inputs(photo, None, file)
+    for name in ("a\0b.jpg", "\ud800.jpg", "x" * 300 + ".jpg"):
+        with pytest.raises(DataError, match="cannot be decoded") as error:
+            read_inputs(name)
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": [' + "9" * 5000 + "]}", '{"images": 5}', ""])
+def test_annotations_that_are_no_coco_file(photo, tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match="a.json (is not valid JSON|lacks the list)"):
+        read_inputs(photo, None, tmp_path / "a.json")
+
+
+def test_wrong_types_beside_the_image_do_not_matter(photo, tmp_path):
+    """Training counts such entries, and uses the others."""
+    images = [
+        None,
+        {"file_name": 5},
+        {"id": 1},
+        {"id": 3, "file_name": photo.name, "height": 40, "width": 60},
+    ]
+    people = [
+        7,
+        {"category_id": [1]},
+        {"category_id": 1, "image_id": {}, "bbox": 3},
+        {"category_id": 1, "image_id": 3, "bbox": [1, 2, 20, 30]},
+    ]
+    categories = [
+        "person",
+        {"id": [], "name": "person"},
+        {"name": ["person"], "id": 4},
+        {"id": 1, "name": "person"},
+    ]
+    (tmp_path / "a.json").write_text(
+        json.dumps({"images": images, "annotations": people, "categories": categories})
+    )
+    found = read_inputs(photo, None, tmp_path / "a.json")
+    assert found.boxes == [[1.0, 2.0, 21.0, 32.0]] and found.category_id == 1
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [[[10**400, 0, 5, 5]], "[" * 10_000, {1: 2, 3: 4, 5: 6, 7: 8}, "9" * 100_000, "\0", [[1, 2, 3, {}]]],
+)
+def test_boxes_of_any_kind_get_a_sentence(photo, boxes):
+    with pytest.raises(DataError, match="give rows of x0, y0, x1, y1") as error:
+        read_inputs(photo, boxes)
+    assert len(str(error.value)) < 1000
