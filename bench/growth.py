@@ -29,7 +29,7 @@ import torch
 from refinelib.config import Settings, resolve
 from refinelib.data import Store, open_split
 from refinelib.data.loader import BatchLoader
-from refinelib.guard.oom import ran_out
+from refinelib.guard.guard import ran_out
 
 import speed
 import store as stores

@@ -12,7 +12,7 @@ from refinelib.config import Settings
 from refinelib.data import Store
 from refinelib.data.loader import BatchLoader
 from refinelib.guard.guard import Guard
-from refinelib.guard.inject import Injector
+from refinelib.guard.faults import Injector
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.unet import HierarchicalUNet
 from refinelib.guard.optim import WarmupCosine, build_optimizer
@@ -25,7 +25,7 @@ class StepParts(NamedTuple):
 
     model: HierarchicalUNet
     average: HierarchicalUNet | None  # moving average of the weights, where the run has one
-    loss: nn.Module
+    loss: MaskLoss
     guard: Guard
     injector: Injector
     loader: BatchLoader

@@ -1,7 +1,7 @@
-"""Incidents: a step that went wrong, kept whole, so that it can be looked at later and elsewhere.
+"""Incidents: a step that went wrong, kept whole, so that it can be examined later and elsewhere.
 
     outputs/<run>/incidents/<step>/
-        report.json   what was recorded of the step, who was in it, what was found; strict JSON
+        report.json   what was recorded of the step, which samples were in it, what was found; strict JSON
         batch.pt      the micro-batches as the model got them, before any planted fault
         state.pt      weights, loss scale and random states right before the step
 
@@ -11,28 +11,33 @@ All three open without this package; the two ``.pt`` with ``torch.load(file, wei
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Collection, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from refinelib import checkpoints
-from refinelib.build import autocast, build_device, build_loss, build_model
+from refinelib.build import StepParts, autocast, build_device, build_loss, build_model
 from refinelib.config import Settings, absolute
-from refinelib.files import read_json
-from refinelib.guard.diagnose import Finding, Step, examine
-from refinelib.guard.inject import Injector
+from refinelib.files import read_json, write_atomically
+from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
+from refinelib.guard.faults import Injector
+from refinelib.guard.monitor import Row
 from refinelib.modeling.losses import MaskLoss
-from refinelib.runs import dumps, write_atomically
-from refinelib.steplog import Row
-
+from refinelib.runs import dumps, find_runs
 
 #: Of the folder's layout, and of the weights in it: an incident goes with the checkpoints of its time.
 FORMAT = 10 * checkpoints.FORMAT + 2
-_NEEDED = ("format", "step", "epoch", "finding", "recorded", "losses", "gradient_norms", "people", "device", "torch", "threads", "settings")
+_NEEDED = (
+    *("format", "step", "epoch", "finding", "recorded", "losses", "gradient_norms"),
+    *("people", "device", "torch", "threads", "settings"),
+)
 
 
 class IncidentError(RuntimeError):
@@ -44,14 +49,10 @@ def capture(
     row: Row,
     *,
     settings: Settings,
-    model: nn.Module,
-    loss: MaskLoss,
-    injector: Injector,
+    parts: StepParts,
     batches: Sequence[tuple[Tensor, Tensor]],
-    people: Sequence[dict[str, Any]],
-    names: Sequence[str],
+    samples: Sequence[dict[str, Any]],
     random: dict[str, Tensor],
-    device: torch.device,
     known: Collection[str] = (),
 ) -> Finding:
     """Examine the step that ``row`` reports and keep it in ``folder``, unless it is of a ``known`` kind.
@@ -59,67 +60,67 @@ def capture(
     Args:
         folder: made here.
         row: of the skipped step, whose weights the model still has.
-        batches, people: see :class:`~refinelib.guard.diagnose.Step`.
-        names: of the parameters, in the order of ``row.norms``.
+        settings: of the run.
+        parts: of the run's steps.
+        batches: see :class:`~refinelib.guard.diagnose.Step`.
+        samples: likewise.
         random: states of the random generators.
-        known: kinds (``Finding.kind``) that were kept before.
+        known: kinds (``Finding.kind``) that were kept already.
 
     Raises:
         OSError: no room on the disk.
     """
-    scale = row.report["loss_scale"]
-    recorded = (row.report["loss"], row.norms.tolist())
-    finding = examine(
-        Step(model, loss, batches, people, functools.partial(autocast, settings, device), injector, row.step, scale, recorded)
-    )
+    model, loss = parts.model, parts.loss
+    device = next(model.parameters()).device
+    scale, recorded = row.report["loss_scale"], (row.report["loss"], row.norms.tolist())
+    step = _step(settings, model, loss, parts.injector, batches, samples, row.step, scale, recorded)
+    finding = examine(step)
     if finding.kind in known:
         return finding
     report = {
-        "format": FORMAT,
-        "step": row.step,
-        "epoch": row.epoch,
-        "finding": finding.as_dict(),
-        "recorded": row.report,
-        "losses": dict(zip(loss.names, row.components.tolist())),
-        "gradient_norms": dict(zip(names, row.norms.tolist())),
-        "people": list(people),
+        **{"format": FORMAT, "step": row.step, "epoch": row.epoch},
+        **{"finding": finding.as_dict(), "recorded": row.report},
+        "losses": dict(zip(loss.names, row.components.tolist(), strict=True)),
+        "gradient_norms": dict(zip(parts.guard.names, row.norms.tolist(), strict=True)),
+        "people": list(samples),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "state": "state.pt",
-        "settings": settings.model_dump(mode="json"),
+        **{"torch": torch.__version__, "threads": torch.get_num_threads()},
+        **{"state": "state.pt", "settings": settings.model_dump(mode="json")},
     }
+    state = {"model": model.state_dict(), "scale": scale, "random": random, "training": model.training}
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        checkpoints.save(folder / "batch.pt", {"images": [x for x, _ in batches], "labels": [y for _, y in batches]})
-        state = {"model": model.state_dict(), "scale": scale, "random": random, "training": model.training}
+        images, labels = zip(*batches, strict=True)
+        checkpoints.save(folder / "batch.pt", {"images": list(images), "labels": list(labels)})
         checkpoints.save(folder / "state.pt", state)
-        write_atomically(folder / "report.json", dumps(report, indent=1))  # last: a folder with a report is whole
+        write_atomically(
+            folder / "report.json", dumps(report, indent=1)
+        )  # last: a folder with a report is whole
     except (OSError, RuntimeError):
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return finding
 
 
-def replay(incident: str | os.PathLike, *, device: str = "auto") -> Finding:
-    """Take the step of an incident again and say what was not finite first, where, and whose picture did it.
+def replay(incident: str | os.PathLike[str], *, device: str = "auto") -> Finding:
+    """Take the step of an incident again and say what was not finite first, where, and for which sample.
+
+    The process keeps what the run had: threads (on a CPU), determinism, random state.
 
     Args:
         incident: an incident's folder, ``outputs/<run>/incidents/<step>``.
-        device: ``auto``, ``cpu`` or ``cuda``; any will do, and bit for bit it is the same step on the one it happened on
-            (on CUDA with ``deterministic``), unless the run was compiled: replaying takes plain kernels (``Finding.apart``).
+        device: ``auto``, ``cpu`` or ``cuda``. On the one where it happened it is the same step bit for bit
+            (on CUDA with ``deterministic``), unless the run was compiled: a replay is not
+            (``Finding.apart``).
 
     Raises:
         IncidentError: no incident there, or a part of it is missing or damaged.
-
-    The process is left as the run had its own: threads (on a CPU), determinism, random state.
     """
-    report, settings, step = load(incident, device=device)
-    return examine(step)
+    return examine(load(incident, device=device)[2])
 
 
-def load(incident: str | os.PathLike, *, device: str = "auto") -> tuple[dict[str, Any], Settings, Step]:
-    """An incident's report, its settings, and its step ready to be taken again.
+def load(incident: str | os.PathLike[str], *, device: str = "auto") -> tuple[dict[str, Any], Settings, Step]:
+    """An incident's report, its settings, and its step ready to be replayed.
 
     Raises:
         IncidentError: see :func:`replay`.
@@ -134,7 +135,9 @@ def load(incident: str | os.PathLike, *, device: str = "auto") -> tuple[dict[str
     try:
         settings = Settings(**report["settings"]).model_copy(update={"device": device})
     except ValueError as error:
-        raise IncidentError(f"the incident {folder} was left by another version, whose settings this one does not have: {error}") from None
+        raise IncidentError(
+            f"the incident {folder} was left by another version, whose settings this one lacks: {error}"
+        ) from None
     target = build_device(settings)
     if target.type == "cpu" and report["device"] == "cpu":
         torch.set_num_threads(report["threads"])  # the order of sums depends on it
@@ -143,21 +146,44 @@ def load(incident: str | os.PathLike, *, device: str = "auto") -> tuple[dict[str
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not settings.deterministic
     torch.set_rng_state(state["random"]["torch"])
-    model = build_model(settings).to(target, memory_format=torch.channels_last)
+    model = build_model(settings).to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     model.load_state_dict(state["model"])
     model.train(state["training"])
-    batches = [(x.to(target), y.to(target)) for x, y in zip(batch["images"], batch["labels"])]
-    norms = [_number(report, "gradient_norms", name) for name in report["gradient_norms"]]
-    recorded = (_number(report, "recorded", "loss"), norms)
-    step = Step(
-        model, build_loss(settings).to(target), batches, report["people"], functools.partial(autocast, settings, target),
-        Injector(settings.inject, model), report["step"], state["scale"], recorded,
-    )  # fmt: skip
-    return report, settings, step
+    batches = [(x.to(target), y.to(target)) for x, y in zip(batch["images"], batch["labels"], strict=True)]
+    recorded = number(report, "recorded", "loss"), gradient_norms(report)
+    loss, injector = build_loss(settings).to(target), Injector(settings.inject, model)
+    parts = settings, model, loss, injector, batches, report["people"]
+    return report, settings, _step(*parts, report["step"], state["scale"], recorded)
 
 
-def find(incident: str | os.PathLike | None = None, *, output_dir: str = "outputs") -> Path | None:
-    """The folder of an incident; without one given, the newest of the run under ``output_dir`` that last had one (none: no run has).
+def _step(
+    settings: Settings,
+    model: nn.Module,
+    loss: MaskLoss,
+    injector: Injector,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    samples: Sequence[dict[str, Any]],
+    number: int,
+    scale: float,
+    recorded: tuple[float, Sequence[float]],
+) -> Step:
+    return Step(
+        model=model,
+        loss=loss,
+        per_sample=loss.per_sample,
+        batches=batches,
+        samples=samples,
+        autocast=functools.partial(autocast, settings, next(model.parameters()).device),
+        injector=injector,
+        number=number,
+        scale=scale,
+        recorded=recorded,
+        describe=lambda at: f"annotation {at['annotation_id']} in image {at['image_id']} of {at['source']}",
+    )
+
+
+def find(incident: str | os.PathLike[str] | None = None, *, output_dir: str = "outputs") -> Path | None:
+    """The folder of an incident; without one given, the newest of the run that last had one.
 
     What another version left is passed over, unless it is given.
 
@@ -165,25 +191,20 @@ def find(incident: str | os.PathLike | None = None, *, output_dir: str = "output
         IncidentError: the folder given holds none.
     """
     if incident is not None:
-        folder = next((path for path in (Path(incident).expanduser(), absolute(incident)) if path.is_dir()), Path(incident))
+        places = Path(incident).expanduser(), absolute(incident)
+        folder = next((path for path in places if path.is_dir()), Path(incident))
         read_report(folder)
         return folder
     root = absolute(output_dir)
-    runs = [file for pattern in ("*/status.json", "smoke/*/status.json") for file in root.glob(pattern)]
-    for status in sorted(runs, key=lambda file: file.stat().st_mtime, reverse=True):
-        folders = sorted((file.parent for file in status.parent.glob("incidents/*/report.json")), reverse=True)
-        found = next((folder for folder in folders if _readable(folder)), None)
-        if found is not None:
-            return found
+    runs = [*find_runs(root), *find_runs(root / "smoke")]
+    for run in sorted(runs, key=lambda run: -(run.folder / "status.json").stat().st_mtime):
+        for report in sorted(run.folder.glob("incidents/*/report.json"), reverse=True):
+            try:
+                read_report(report.parent)
+            except IncidentError:
+                continue
+            return report.parent
     return None
-
-
-def _readable(folder: Path) -> bool:
-    try:
-        read_report(folder)
-    except IncidentError:
-        return False
-    return True
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -198,19 +219,144 @@ def read_report(folder: Path) -> dict[str, Any]:
         such = f"such as {near[0]}" if near else "outputs/<run>/incidents/<step>"
         raise IncidentError(f"{folder} holds no report.json: give an incident's folder, {such}")
     try:
-        report = read_json(file)
+        report: dict[str, Any] = read_json(file)
     except (OSError, ValueError) as error:
         raise IncidentError(f"{file} cannot be read: {error}") from None
     lacking = [name for name in _NEEDED if not isinstance(report, dict) or name not in report]
     if lacking:
         raise IncidentError(f"{file} is no incident's report: it lacks {', '.join(lacking)}")
     if report["format"] != FORMAT:
-        raise IncidentError(f"{file} has format {report['format']}, this version reads format {FORMAT}: use the version that wrote it")
+        formats = f"{file} has format {report['format']}, this version reads format {FORMAT}"
+        raise IncidentError(f"{formats}: use the version that wrote it")
     return report
 
 
-def _number(report: dict[str, Any], *path: str) -> float:
+def number(report: dict[str, Any], section: str, name: str) -> float:
     """A recorded number; strict JSON keeps one that was not finite by name."""
-    section, name = path
     value = report[section][name]
-    return float(report.get("nonfinite", {}).get(f"{section}.{name}", "nan")) if value is None else value
+    return float(report.get("nonfinite", {}).get(f"{section}.{name}", "nan") if value is None else value)
+
+
+def gradient_norms(report: dict[str, Any]) -> list[float]:
+    """The recorded L2 norm of each parameter's gradient."""
+    return [number(report, "gradient_norms", name) for name in report["gradient_norms"]]
+
+
+# -- layer by layer --------------------------------------------------------------------------------------
+@dataclass
+class Layer:
+    """One place in the forward pass; the step's micro-batches taken together.
+
+    Attributes:
+        name: as in ``model.named_modules()``, or ``input``, ``loss: ce`` (before its weight), ``loss``.
+        largest: largest finite magnitude of the output.
+        gradient: L2 norm of the finite part of the loss's gradient by the output, unscaled; none: none came.
+        bad: elements of the output that are not finite.
+        elements: of the output.
+        gradient_bad: elements of that gradient that are not finite.
+        gradient_elements: of that gradient.
+    """
+
+    name: str
+    largest: float = 0.0
+    gradient: float | None = None
+    bad: int = 0
+    elements: int = 0
+    gradient_bad: int = 0
+    gradient_elements: int = 0
+
+    @property
+    def part(self) -> str:
+        """The part of the model it belongs to: the name's first word."""
+        return self.name.partition(".")[0].partition(":")[0]
+
+    @property
+    def nonfinite(self) -> float:
+        """Share of the output's elements that is not finite, 0..1."""
+        return self.bad / max(1, self.elements)
+
+    @property
+    def gradient_nonfinite(self) -> float:
+        """Share of that gradient's elements that is not finite, 0..1."""
+        return self.gradient_bad / max(1, self.gradient_elements)
+
+
+@dataclass
+class Layers:
+    """A step from its input to its loss, and the gradients of the parameters.
+
+    Attributes:
+        forward: in the order of the forward pass.
+        parameters: unscaled L2 norm of each gradient, in the order of the model.
+        loss: of the step.
+    """
+
+    forward: list[Layer]
+    parameters: dict[str, float]
+    loss: float
+
+    @property
+    def first_bad(self) -> Layer | None:
+        """The first place, in forward order, whose output is not finite."""
+        return next((layer for layer in self.forward if layer.bad), None)
+
+    @property
+    def first_bad_gradient(self) -> Layer | None:
+        """The first place of the backward pass, from the loss on, where the gradient is not finite."""
+        return next((layer for layer in reversed(self.forward) if layer.gradient_bad), None)
+
+
+def layers(step: Step) -> Layers:
+    """Replay the step and measure it at every layer.
+
+    A module that only hands on what its last part gave (a ``Sequential``, say) is left out.
+    """
+    found: dict[str, Layer] = {}
+    seen: list[Tensor] = []  # outputs of this micro-batch; held, so that no two are mistaken for one
+
+    def on_gradient(layer: Layer, gradient: Tensor) -> None:
+        finite = gradient.isfinite()
+        # float64: squares of finite float32 may overflow
+        norm = float(torch.where(finite, gradient, 0.0).double().norm()) / step.scale
+        layer.gradient = math.hypot(layer.gradient or 0.0, norm)
+        layer.gradient_bad += int((~finite).sum())
+        layer.gradient_elements += gradient.numel()
+
+    def measure(name: str, output: Any) -> None:
+        given = tensors(output)
+        if all(any(x is other for other in seen) for x in given):
+            return
+        seen.extend(given)
+        layer = found.setdefault(name, Layer(name))
+        for x in given:
+            finite = x.isfinite()
+            layer.largest = max(layer.largest, float(torch.where(finite, x, 0.0).detach().abs().amax()))
+            layer.bad += int((~finite).sum())
+            layer.elements += x.numel()
+            if x.requires_grad:
+                x.register_hook(functools.partial(on_gradient, layer))
+
+    def on_start(module: nn.Module, inputs: Any) -> None:
+        seen.clear()
+        measure("input", inputs)
+
+    def on_loss(module: nn.Module, inputs: Any, output: Any) -> None:
+        for name, value in zip(cast(MaskLoss, step.loss).names, output[1], strict=True):
+            measure(f"loss: {name}", value)
+
+    handles = [step.model.register_forward_pre_hook(on_start), step.loss.register_forward_hook(on_loss)]
+    # Registered after the planted faults' own, these see what a fault made of an output.
+    for name, module in step.model.named_modules():
+        if name:
+            hook = lambda _, inputs, output, name=name: measure(name, output)  # noqa: E731
+            handles.append(module.register_forward_hook(hook))
+    try:
+        with step.replaying():
+            loss, norms = take(step)
+    finally:
+        for handle in handles:
+            handle.remove()
+    bad = not math.isfinite(loss)
+    found["loss"] = Layer("loss", 0.0 if bad else abs(loss), bad=int(bad), elements=1)
+    names = [name for name, p in step.model.named_parameters() if p.requires_grad]
+    return Layers(list(found.values()), dict(zip(names, norms, strict=True)), loss)

@@ -20,7 +20,7 @@ from refinelib.build import StepParts, autocast, settled
 from refinelib.config import Settings
 from refinelib.data.loader import Plan
 from refinelib.step_kernels import Precompile, keep_note, keeping_graphs, kernels_folder, note
-from refinelib.guard.oom import ran_out
+from refinelib.guard.guard import ran_out
 from refinelib.guard.guard import Guard
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.roi import canvas_size
@@ -220,7 +220,7 @@ class Stepper:
         """:meth:`compute`, in ever smaller pieces until they fit into memory; the step is the same but for rounding.
 
         Raises:
-            RuntimeError: one ROI alone does not fit (:func:`refinelib.guard.oom.ran_out`).
+            RuntimeError: one ROI alone does not fit (:func:`refinelib.guard.guard.ran_out`).
         """
         while True:
             try:

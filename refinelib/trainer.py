@@ -31,7 +31,7 @@ from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError, Rewinder, Snapshot, diverged
 from refinelib.runs import Interruption, Run
 from refinelib.samples import write_samples
-from refinelib.metrics.scoring import predict_probs, score
+from refinelib.metrics.predict import predict_probs, score
 from refinelib.steplog import StepLog
 from refinelib.step import Stepper
 
@@ -97,7 +97,7 @@ class Trainer:
         run.record_settings(settings, _device_name(self.device))
 
         self.train_store, self.val_store = open_splits(settings)
-        parts = build_step(settings, self.train_store, self.device, prepare=self.start_from if settings.init_from else None)
+        parts = self.parts = build_step(settings, self.train_store, self.device, prepare=self.start_from if settings.init_from else None)
         self.model, self.average, self.loss, self.guard, self.injector, self.loader = parts
         self.rewinder = Rewinder(
             self.guard, max_consecutive_skips=settings.max_consecutive_skips, max_rewinds=settings.max_rewinds,
@@ -267,14 +267,10 @@ class Trainer:
                 folder,
                 row,
                 settings=settled(self.settings, self.device),  # taken again elsewhere, it is the same step
-                model=self.model,
-                loss=self.loss,
-                injector=self.injector,
+                parts=self.parts,
                 batches=[(batch.images, batch.labels) for batch in batches],
-                people=self.people(plan, row.step),
-                names=self.guard.names,
+                samples=self.people(plan, row.step),
                 random=_random_state(self.device),
-                device=self.device,
                 known=self.incidents,
             )
         except (OSError, RuntimeError) as error:  # no room on the disk or the device: training is worth more than the record of it

@@ -8,8 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from refinelib.incident_layers import layers
-from refinelib.incidents import IncidentError, find, load
+from refinelib.incidents import IncidentError, find, layers, load
 from refinelib.plots import incidents as draw
 from refinelib.trainer import train
 

@@ -11,7 +11,7 @@ from torch import nn
 import refinelib
 import refinelib.trainer as loop
 from refinelib.guard.diagnose import Step, examine
-from refinelib.guard.inject import Injector
+from refinelib.guard.faults import Injector
 from refinelib.incidents import FORMAT, IncidentError, find, load, replay
 from refinelib.runs import Run, dumps
 from refinelib.trainer import train
@@ -102,11 +102,14 @@ def test_a_gradient_born_in_the_backward_pass_is_traced_to_module_operation_and_
     images[1, :, 0, :2] = 0.25
     labels = torch.randint(0, 3, (3, 32, 32), generator=torch.Generator().manual_seed(1))
     people = [dict(source="mine", image_id=10 + i, annotation_id=100 + i) for i in range(3)]
-    step = Step(model, build_loss(settings), [(images, labels)], people, lambda: autocast(settings, build_device(settings)), Injector("", model), 7)
+    loss = build_loss(settings)
+    step = Step(
+        model, loss, loss.per_sample, [(images, labels)], people, lambda: autocast(settings, build_device(settings)), Injector("", model), 7
+    )
     finding = examine(step)
     assert (finding.phase, finding.module) == ("backward", "root")
     assert "Sqrt" in finding.node or "div" in finding.operation
-    assert finding.places == [1] and "annotation 101 in image 11 of mine" in finding.sentence
+    assert finding.places == [1] and "'annotation_id': 101" in finding.sentence
     assert finding.parameters[0] == "root.weight" and finding.planted == []
     images[1, :, 0, 1] = 3.0
     healthy = examine(step)
@@ -121,7 +124,7 @@ def test_weights_that_are_not_finite_are_told_as_such(tiny):
     with torch.no_grad():
         model.merge.weight[0, 0] = torch.nan
     batch = torch.zeros(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.int64)
-    finding = examine(Step(model, build_loss(settings), [batch], [], lambda: autocast(settings, build_device(settings)), Injector("", model), 1))
+    finding = examine(Step(model, build_loss(settings), dict, [batch], [], lambda: autocast(settings, build_device(settings)), Injector("", model), 1))
     assert (finding.phase, finding.module) == ("weights", "merge") and "weights themselves" in finding.sentence
 
 

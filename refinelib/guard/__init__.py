@@ -1,1 +1,1 @@
-"""What keeps a run alive and says what went wrong: guard, recovery, incidents, gradients read back, faults on demand."""
+"""Safe steps for any PyTorch model and loop: guard, rewind, monitor, diagnose, faults on demand."""

@@ -1,53 +1,85 @@
-"""Faults on demand: what would happen if this loss, gradient, activation or input went bad at that step?
+"""Faults on demand: what happens if this loss, gradient, activation or input goes bad at that step?
 
 A fault is written ``WHAT:VALUE@WHEN[:WHERE][:always]``, several with ``;`` between them::
 
-    grad:nan@12:boundary       NaN in the gradient of the first parameter whose name starts with "boundary", at step 12
+    grad:nan@12:boundary       NaN in the gradient of the first parameter named "boundary...", at step 12
     activation:inf@3:person    Inf in the output of the module "person" at step 3
     loss:nan@5:always          every loss from step 5 on
-    input:nan@5%               NaN in the crops of one step in twenty, scattered
-    input:overflow@7           a huge value in the crops of step 7
+    input:nan@5%               NaN in the images of one step in twenty, scattered
+    input:overflow@7           a huge value in the images of step 7
     label:swap@7               every label of step 7 turned to another class
     kill@20                    SIGKILL at step 20
-    file:truncated@3           the third training image is cut short (or ``missing``) when the store is built
+    file:truncated@3           the third training image is cut short (or ``missing``)
 
-``VALUE`` is ``nan``, ``inf``, ``overflow`` (finite, but its square is not), ``huge`` (the largest finite number, whose norm is not)
-or ``spike`` (a thousand times what it was).
-Steps count from 1, as in the log. This module reads them (without torch, so that a wrong one is refused at once); ``inject`` and
-``data/spoilt`` plant them.
+``VALUE`` is ``nan``, ``inf``, ``overflow`` (finite, but its square is not), ``huge`` (the largest finite
+number, whose norm is not finite) or ``spike`` (a thousand times what it was). Steps count from 1, as in the
+log.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
-from typing import NamedTuple
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-WHATS = ("loss", "grad", "activation", "input", "label", "kill", "file")
-VALUES = ("nan", "inf", "overflow", "huge", "spike")
+import torch
+from torch import Tensor, nn
+
+#: What an element becomes; the largest float16 where 1e30 does not fit.
+NUMBERS = {"nan": math.nan, "inf": math.inf, "overflow": 1e30, "huge": torch.finfo(torch.float32).max}
+SPIKE = 1000.0
+#: The values that each fault can have.
+VALUES = {
+    **dict.fromkeys(("loss", "grad", "activation", "input"), (*NUMBERS, "spike")),
+    **{"label": ("swap",), "kill": ("",), "file": ("truncated", "missing")},
+}
+_FORM = re.compile(
+    r"(?P<what>\w+)(:(?P<value>\w+))?@((?P<step>\d+)|(?P<percent>\d+(\.\d+)?)%)(?P<rest>(:[\w.]+)*)"
+)
+_HOW = (
+    "write WHAT:VALUE@WHEN[:WHERE][:always], such as grad:nan@12:boundary, activation:inf@3:person, "
+    "loss:nan@5:always, input:nan@5%, label:swap@7, file:truncated@3 or kill@20; WHAT is one of "
+    f"{', '.join(VALUES)}, VALUE nan, inf, overflow, huge or spike"
+)
 
 
 class Fault(NamedTuple):
-    """One planted fault."""
+    """One planted fault.
+
+    Attributes:
+        what: a key of ``VALUES``.
+        value: one of its values.
+        step: number of the step, from 1; 0 where the fault comes by chance.
+        share: share of the steps, where it does.
+        where: beginning of a module's or parameter's name.
+        always: whether it comes in all later steps too.
+    """
 
     what: str
     value: str
-    step: int  # 0 where it comes by chance
-    share: float  # of the steps, where it does
+    step: int
+    share: float
     where: str
     always: bool
 
     def due(self, step: int) -> bool:
-        if self.share:  # the same steps in every run and after every resume
-            # A real hash: checksums of numbers that follow on one another are a pattern, never two due in a row.
-            chance = hashlib.blake2b(f"{self.what}:{self.value}:{self.where}@{step}".encode(), digest_size=4).digest()
+        """Whether the step has this fault; the same in every run and after every resume."""
+        if self.share:
+            # A real hash: checksums of numbers that follow on one another are a pattern, never two due in a
+            # row.
+            text = f"{self.what}:{self.value}:{self.where}@{step}"
+            chance = hashlib.blake2b(text.encode(), digest_size=4).digest()
             return int.from_bytes(chance, "big") < self.share * 2**32
         return step == self.step or (self.always and step > self.step)
 
     def __str__(self) -> str:
         when = f"{100 * self.share:g}%" if self.share else str(self.step)
-        head = self.what + (f":{self.value}" if self.value else "")
-        return f"{head}@{when}" + (f":{self.where}" if self.where else "") + (":always" if self.always else "")
+        head = ":".join(filter(None, (self.what, self.value)))
+        return ":".join(filter(None, (f"{head}@{when}", self.where, "always" * self.always)))
 
 
 def parse(text: str) -> list[Fault]:
@@ -55,24 +87,140 @@ def parse(text: str) -> list[Fault]:
 
     Raises:
         ValueError: a fault that cannot be read; the sentence shows how one is written.
+
+    Example:
+        >>> [str(fault) for fault in parse("grad:nan@12:boundary; kill@20")]
+        ['grad:nan@12:boundary', 'kill@20']
     """
-    faults = []
-    for part in filter(None, (piece.strip() for piece in text.split(";"))):
-        match = re.fullmatch(r"(\w+)(?::(\w+))?@(\d+)(\.\d+)?(%?)((?::[\w.]+)*)", part)
-        what, value, whole, fraction, percent, rest = match.groups() if match else ("", None, "0", None, "", "")
-        share = float(whole + (fraction or "")) / 100 if percent else 0.0
-        step = 0 if percent else int(whole)
-        words = [word for word in rest.split(":") if word]
-        always = "always" in words
-        where = [word for word in words if word != "always"]
-        good = what in WHATS and len(where) <= 1 and (what == "kill") == (value is None)
-        good = good and (0 < share <= 1 and not always if percent else step >= 1 and not fraction)
-        allowed = {"label": ("swap",), "file": ("truncated", "missing"), "kill": (None,)}.get(what, VALUES)
-        good = good and value in allowed and (what != "activation" or bool(where)) and not (what in ("kill", "file") and percent)
-        if not good:
-            raise ValueError(
-                f"write WHAT:VALUE@WHEN[:WHERE][:always], such as grad:nan@12:boundary, activation:inf@3:person, loss:nan@5:always, "
-                f"input:nan@5%, label:swap@7, file:truncated@3 or kill@20; WHAT is one of {', '.join(WHATS)}, VALUE nan, inf, overflow, huge or spike"
-            )
-        faults.append(Fault(what, value or "", step, share, where[0] if where else "", always))
-    return faults
+    return [_parse_one(part.strip()) for part in text.split(";") if part.strip()]
+
+
+def _parse_one(text: str) -> Fault:
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise ValueError(_HOW)
+    what, value = match["what"], match["value"] or ""
+    step, share = int(match["step"] or 0), float(match["percent"] or 0) / 100
+    words = match["rest"].split(":")[1:]
+    always = "always" in words
+    where = [word for word in words if word != "always"]
+    by_chance = match["percent"] is not None
+    if (
+        value not in VALUES.get(what, ())
+        or len(where) > 1
+        or (what == "activation" and not where)
+        or (by_chance and (not 0 < share <= 1 or always or what in ("kill", "file")))
+        or (not by_chance and step < 1)
+    ):
+        raise ValueError(_HOW)
+    return Fault(what, value, step, share, "".join(where), always)
+
+
+class Injector:
+    """Plants faults into the steps of a training loop.
+
+    Whether a fault is due is a tensor on the device, so that planted steps run through the same kernels
+    (compiled, captured) as all others. Without a due fault, results are bit-identical.
+
+    Args:
+        text: see :func:`parse`; empty or none: no faults.
+        model: whose modules and parameters ``WHERE`` names.
+        classes: number of classes that a label can have.
+
+    Raises:
+        ValueError: a fault cannot be read, or its ``WHERE`` is nowhere in the model.
+
+    Example:
+        >>> injector = Injector("loss:nan@2", nn.Linear(2, 1))
+        >>> for step in (1, 2):
+        ...     injector.start(step)
+        ...     print(injector.loss(torch.tensor(0.5)))
+        tensor(0.5000)
+        tensor(nan)
+    """
+
+    def __init__(self, text: str | None, model: nn.Module, *, classes: int = 3) -> None:
+        self.faults = [fault for fault in parse(text or "") if fault.what != "file"]
+        self.parameters = dict(model.named_parameters())
+        self.classes = classes
+        device = next(model.parameters()).device
+        self.flags = [torch.tensor(False, device=device) for _ in self.faults]
+        self.replaying = False  # a step that is replayed is not killed again
+        # A list of modules is never called itself: a fault in it would never come.
+        modules = {n: m for n, m in model.named_modules() if n and not isinstance(m, nn.ModuleList)}
+        places: dict[str, list[str]] = {"activation": list(modules), "grad": list(self.parameters)}
+        for fault, flag in zip(self.faults, self.flags, strict=True):
+            known = places.get(fault.what, [])
+            named = [name for name in known if name.startswith(fault.where)]
+            if fault.where and not named:
+                tops = sorted({name.split(".")[0] for name in known})
+                raise ValueError(
+                    f"inject = {fault.what}:...:{fault.where}: no such place in the model; "
+                    f"there are {', '.join(tops) or 'none for ' + fault.what}"
+                )
+            if fault.what == "activation":
+                modules[min(named, key=len)].register_forward_hook(
+                    lambda _, inputs, output, value=fault.value, flag=flag: _corrupt_output(
+                        output, value, flag
+                    )
+                )
+
+    def planted(self, step: int) -> list[str]:
+        """The faults that this step has, as they are written."""
+        return [str(fault) for fault in self.faults if fault.what != "kill" and fault.due(step)]
+
+    def start(self, step: int) -> None:
+        """Set what is due; called before step number ``step``."""
+        for fault, flag in zip(self.faults, self.flags, strict=True):
+            due = fault.due(step)
+            if fault.what == "kill" and due and not self.replaying:
+                os.kill(os.getpid(), signal.SIGKILL)
+            flag.fill_(due)
+
+    def batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Called with each micro-batch: float images, integer labels."""
+        for fault, flag in self._of("input"):
+            images = _corrupt(images, fault.value, flag)
+        for _, flag in self._of("label"):
+            labels = torch.where(flag, (labels + 1) % self.classes, labels)
+        return images, labels
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """Called with each micro-batch's loss before its backward."""
+        for fault, flag in self._of("loss"):
+            factor = SPIKE if fault.value == "spike" else NUMBERS[fault.value]
+            loss = loss * torch.ones_like(loss).masked_fill(flag, factor)
+        return loss
+
+    def after_backward(self) -> None:
+        """Called when a step's gradients are complete."""
+        for fault, flag in self._of("grad"):
+            gradient = next(p for name, p in self.parameters.items() if name.startswith(fault.where)).grad
+            assert gradient is not None
+            gradient.copy_(
+                _corrupt(gradient, fault.value, flag)
+            )  # in place: a fused optimizer minds the strides
+
+    def _of(self, what: str) -> Iterator[tuple[Fault, Tensor]]:
+        return ((f, flag) for f, flag in zip(self.faults, self.flags, strict=True) if f.what == what)
+
+
+def _corrupt_output(output: Any, value: str, flag: Tensor) -> Any:
+    """A module's output with its first tensor corrupted; a forward hook's answer."""
+    if not torch.is_grad_enabled():  # validation runs at no step of its own
+        return None
+    if isinstance(output, Tensor):
+        return _corrupt(output, value, flag)
+    return type(output)([_corrupt(output[0], value, flag), *output[1:]])
+
+
+def _corrupt(x: Tensor, value: str, flag: Tensor) -> Tensor:
+    """``x`` with its first element replaced, or all of it a thousand times larger, where ``flag`` is set."""
+    if value == "spike":
+        return x * torch.ones((), dtype=x.dtype, device=x.device).masked_fill(flag, SPIKE)
+    number = NUMBERS[value]
+    if math.isfinite(number):
+        number = min(number, torch.finfo(x.dtype).max)
+    first = torch.zeros_like(x, dtype=torch.bool)
+    first[(0,) * x.ndim] = True
+    return x.masked_fill(first & flag, number)

@@ -49,16 +49,14 @@ def people_table(report: Report) -> str:
 
 def first_bad_sentence(found: Layers) -> str:
     """Where, in forward order and in backward order, the first value that is not finite stands."""
-    lines = ["Forward, every layer's output is finite.", "Backward, every layer's gradient is finite."]
-    if (one := found.first_bad) is not None:
-        lines[0] = f"Forward, the first output that is not finite is that of {one.name}: "
-        lines[0] += f"{_count(one.bad, one.elements)}."
-    if (one := found.first_bad_gradient) is not None:
-        lines[1] = f"Backward, the first gradient that is not finite is that at {one.name}: "
-        lines[1] += f"{_count(one.gradient_bad, one.gradient_elements)}."
+    forward, backward = found.first_bad, found.first_bad_gradient
     bad = [name for name, norm in found.parameters.items() if not math.isfinite(norm)]
-    nearest = f", {bad[-1]} nearest to the loss" if bad else ""
-    lines.append(f"Parameters without a finite gradient: {len(bad)} of {len(found.parameters)}{nearest}.")
+    lines = ["Forward, every layer's output is finite.", "Backward, every layer's gradient is finite."]
+    if forward:
+        lines[0] = f"Forward, the first output that is not finite is that of {forward.name}."
+    if backward:
+        lines[1] = f"Backward, the first gradient that is not finite is that at {backward.name}."
+    lines.append(f"Parameters without a finite gradient: {len(bad)} of {len(found.parameters)}.")
     return "\n".join(lines)
 
 
@@ -81,10 +79,7 @@ def pictures(folder: Path, report: Report) -> Figure:
 
 def activations(report: Report, found: Layers) -> Figure:
     """Largest finite magnitude of every layer's output in forward order, and the share that is not finite."""
-    values, shares = [layer.largest for layer in found.forward], [layer.nonfinite for layer in found.forward]
-    figure = _by_layer(
-        report, found.forward, values, shares, found.first_bad, "largest finite output by layer"
-    )
+    figure = _by_layer(report, found, "largest", "nonfinite", found.first_bad)
     if report["settings"]["amp"] == "fp16":
         figure.axes[0].axhline(65504, color=BLACK, linestyle=":")  # the largest float16
     return figure
@@ -92,10 +87,7 @@ def activations(report: Report, found: Layers) -> Figure:
 
 def gradients(report: Report, found: Layers) -> Figure:
     """Norm of the loss's gradient by every layer's output, and the share of it that is not finite."""
-    values = [layer.gradient or 0.0 for layer in found.forward]
-    shares = [layer.gradient_nonfinite for layer in found.forward]
-    what = "L2 norm of the loss's gradient by each output"
-    return _by_layer(report, found.forward, values, shares, found.first_bad_gradient, what)
+    return _by_layer(report, found, "gradient", "gradient_nonfinite", found.first_bad_gradient)
 
 
 def parameter_gradients(report: Report, found: Layers) -> Figure:
@@ -123,23 +115,21 @@ def _figure(report: Report, what: str, height: float = 1.0) -> Figure:
     return style.new_figure(f"{name}, step {report['step']}: {what}", height)
 
 
-def _by_layer(
-    report: Report,
-    layers: list[Layer],
-    values: list[float],
-    shares: list[float],
-    first: Layer | None,
-    what: str,
-) -> Figure:
+def _by_layer(report: Report, found: Layers, value: str, share: str, first: Layer | None) -> Figure:
     """A panel for values and one for shares that are not finite, with a line at the first of these."""
+    layers, x = found.forward, range(len(found.forward))
+    what = {"largest": "largest finite output", "gradient": "L2 norm of the loss's gradient by the output"}[
+        value
+    ]
     figure = _figure(report, what + (f"; not finite first: {first.name}" if first else ""), 5.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 1])
     top.set_yscale("log", nonpositive="mask")
-    style.draw_line(top, range(len(layers)), values, BLUE)
+    style.draw_line(top, x, [getattr(layer, value) or 0.0 for layer in layers], BLUE)
     # A dot on each: one bad element among many has to be seen too.
-    bottom.stem(range(len(layers)), shares, linefmt=VERMILLION, basefmt=" ")
-    for axes in (top, bottom) if first else ():
-        axes.axvline(layers.index(first), color=BLACK, linestyle="--", linewidth=1)
+    bottom.stem(x, [getattr(layer, share) for layer in layers], linefmt=VERMILLION, basefmt=" ")
+    if first:
+        top.axvline(layers.index(first), color=BLACK, linestyle="--")
+        bottom.axvline(layers.index(first), color=BLACK, linestyle="--")
     style.style_axes(top, f"{what}, in forward order: input, modules, losses")
     style.style_axes(bottom, "share of its elements that is not finite")
     _name_parts(bottom, [layer.part for layer in layers])
@@ -152,21 +142,18 @@ def _name_parts(axes: Axes, parts: Sequence[str]) -> None:
     ends = [*starts[1:], len(parts)]
     for start, end in list(zip(starts, ends, strict=True))[::2]:
         axes.axvspan(start - 0.5, end - 0.5, color="#F1F1F1", zorder=0, linewidth=0)
-    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    axes.set_xticks(middles, [parts[start] for start in starts], rotation=90, fontsize=7)
+    axes.set_xticks(
+        np.add(starts, ends) / 2 - 0.5, [parts[start] for start in starts], rotation=90, fontsize=7
+    )
     axes.set_xlim(-0.5, len(parts) - 0.5)
 
 
 def _picture(image: NDArray[Any]) -> NDArray[Any]:
-    """A normalised crop (float32 [3, H, W]) as uint8 [H, W, 3]; pixels that are not finite in their colour."""
+    """A normalised crop (float32 [3, H, W]) as uint8 [H, W, 3]; orange-red pixels are not finite."""
     pixels = np.moveaxis(image.astype(np.float64), 0, -1) * STD + MEAN
     picture = np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
     picture[~np.isfinite(pixels).all(-1)] = rgb(VERMILLION)
     return picture
-
-
-def _count(bad: int, elements: int) -> str:
-    return f"{bad} of its {elements} elements" if elements > 1 else "its one value"
 
 
 def _shown(value: float) -> str:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from refinelib import checkpoints
 from refinelib.gradients.read import read
-from refinelib.guard.rewind import GENERATIONS, DivergedError, LossMonitor, Rewinder, Snapshot
+from refinelib.guard.monitor import LossMonitor, Row
+from refinelib.guard.rewind import GENERATIONS, DivergedError, Rewinder, Snapshot
 from refinelib.runs import Run, latest
-from refinelib.steplog import Row
 from refinelib.trainer import Trainer, train
 
 

@@ -11,7 +11,7 @@ from refinelib import trainer as training
 from refinelib.guard import guard as guards
 from refinelib.guard.guard import REPORT, Guard
 from refinelib.guard.rewind import Rewinder, Snapshot
-from refinelib.guard.watch import StepMonitor
+from refinelib.guard.monitor import StepMonitor
 
 sweep = bench("sweep")
 #: The suite's share, the same every time; ``python bench/sweep.py --draws 20000 --seed S`` draws others.

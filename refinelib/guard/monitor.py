@@ -1,0 +1,325 @@
+"""Watches the steps' reports: readable events, and whether the loss has diverged."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from refinelib.guard.guard import compare_with_past
+
+#: Gradient norms above the first are noted, above the second warned of.
+HIGH_NORM, UNSTABLE_NORM = 50.0, 100.0
+#: A loss component is unusual at so many times its mean and so many standard deviations (of logarithms) above
+#: it.
+UNUSUAL_FACTOR, UNUSUAL_SIGMA = 5.0, 6.0
+#: Steps before a component can be unusual, and steps that its mean looks back.
+UNUSUAL_AFTER, UNUSUAL_WINDOW = 30, 200
+#: Samples of a batch that an event names, at most.
+NAMED_SAMPLES = 16
+
+
+class Row(NamedTuple):
+    """One step's report on the host.
+
+    Attributes:
+        step: its number, from 1.
+        epoch: from 1.
+        components: float64 ``[losses]``, before their weights.
+        report: by the names in :data:`~refinelib.guard.guard.REPORT`.
+        norms: float64 ``[parameters]``, gradient norms.
+    """
+
+    step: int
+    epoch: int
+    components: np.ndarray[Any, Any]
+    report: dict[str, float]
+    norms: np.ndarray[Any, Any]
+
+
+class StepMonitor:
+    """Reports an event the first time something happens, and once an epoch how often it came again.
+
+    Args:
+        event: called with the event's kind, a sentence, and fields (``step``, ``epoch``, ...).
+        losses: names of the loss components.
+        parameters: names of the parameters.
+        caps: values at which loss components are held, by name.
+        scale_floor: least loss scale; none: no scale is in use.
+        on_spike: what the guard does with a spike, see :class:`~refinelib.guard.guard.Guard`.
+    """
+
+    def __init__(
+        self,
+        event: Callable[..., object],
+        *,
+        losses: Sequence[str],
+        parameters: Sequence[str],
+        caps: Mapping[str, float] | None = None,
+        scale_floor: float | None = None,
+        on_spike: str = "note",
+    ) -> None:
+        self.event, self.losses, self.parameters = event, losses, parameters
+        self.caps, self.scale_floor, self.on_spike = caps or {}, scale_floor, on_spike
+        #: Describes the samples in a step's batch, as plain values; set by the training loop.
+        self.batch_instances: Callable[[int], list[dict[str, Any]]] = lambda step: []
+        #: First step, last step, count and largest value of each kind of event in this epoch.
+        self.seen: dict[tuple[str, str], tuple[int, int, int, float]] = {}
+        self.center, self.spread = torch.zeros(2, len(losses), dtype=torch.float64)
+        self.count = torch.zeros((), dtype=torch.float64)
+
+    def update(self, row: Row) -> None:
+        """Take in one step."""
+        report = row.report
+        if report["skipped"] and (report["bad_loss"] or report["bad_grad"]):
+            self._skip(row)
+            return
+        self._gradient(row)
+        floor = self.scale_floor
+        if floor is not None and report["loss_scale"] <= floor:
+            self._once(row, "scale_floor", "loss_scale", f"the loss scale is at its floor {floor:g}")
+        means = self.center.exp().tolist()
+        for name, value, mean, unusual in zip(
+            self.losses, row.components.tolist(), means, self._unusual(row.components), strict=True
+        ):
+            if unusual:
+                text = f"the {name} loss is {value:.3g}, {value / mean:.3g} times its usual value"
+                self._once(row, "unusual", name, text, value, people=self._samples(row))
+            if value >= 0.999 * self.caps.get(name, math.inf):
+                self._once(row, "capped", name, f"the {name} loss is at its cap {self.caps[name]:g}", value)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Report what came again since its first event, and start the next epoch."""
+        for (kind, subject), (first, last, count, worst) in self.seen.items():
+            if count > 1:
+                text = f"epoch {epoch}: {kind} ({subject}) in {count} steps, {first} to {last}"
+                text += f", at worst {worst:.3g}" if math.isfinite(worst) else ""
+                self.event("again", text, step=last, epoch=epoch, first_step=first, count=count, of=kind)
+        self.seen.clear()
+
+    def _unusual(self, components: np.ndarray[Any, Any]) -> list[bool]:
+        """Which components are far above their past; takes them in."""
+        values = torch.from_numpy(components).double().clamp(min=1e-12)
+        # 1.2533: a normal distribution's standard deviation over its mean absolute deviation
+        limit = (UNUSUAL_SIGMA * 1.2533 * self.spread).clamp(min=math.log(UNUSUAL_FACTOR))
+        past = self.center, self.spread, self.count
+        unusual, self.center, self.spread = compare_with_past(
+            values, *past, limit=limit, window=UNUSUAL_WINDOW
+        )
+        self.count = self.count + 1
+        return (unusual & (self.count > UNUSUAL_AFTER)).tolist()
+
+    def _skip(self, row: Row) -> None:
+        report = row.report
+        terms = [name for name, x in zip(self.losses, row.components, strict=True) if not math.isfinite(x)]
+        bad = [name for name, norm in zip(self.parameters, row.norms, strict=True) if not math.isfinite(norm)]
+        subject = "the loss" if report["bad_loss"] else "the gradient"
+        text = f"skipped: {subject} was not finite"
+        if not report["bad_loss"] and math.isfinite(report["grad_max"]):
+            text = f"skipped: {subject} was finite but too large to clip in float32"
+            text += f" (largest element {report['grad_max']:.3g})"
+        if terms:
+            subject += f" of {', '.join(terms)}"
+            text += f" (terms: {', '.join(terms)})"
+        if bad:
+            text += f" in {len(bad)} of {len(row.norms)} parameters, first {bad[0]}"
+            floor = self.scale_floor
+            if floor is not None and report["loss_scale"] <= floor and not report["bad_loss"]:
+                # The module nearest the loss; those before it only inherit.
+                text += f", with the loss scale at its floor {floor:g}: "
+                text += f"float16 overflows in {bad[-1].partition('.')[0]} by itself"
+        fields: dict[str, Any] = {"terms": terms, "parameters": bad[:8], "loss_scale": report["loss_scale"]}
+        self._once(row, "skip", subject, text, people=self._samples(row), **fields)
+
+    def _gradient(self, row: Row) -> None:
+        """Spikes of loss and gradient norm, and gradient norms that are high in themselves."""
+        report, norm = row.report, row.report["grad_norm"]
+        largest = self.parameters[int(row.norms.argmax())]
+        done = {"clip": "clipped to the usual norm", "note": "applied as it is"}.get(self.on_spike, "")
+        done = "skipped" if report["skipped"] else done
+        fields: dict[str, Any] = {"skipped": bool(report["skipped"])}
+        if report["spike_loss"]:
+            text = f"the loss {report['loss']:.3g} is far above its past; {done}"
+            self._once(row, "spike", "loss", text, report["loss"], **fields)
+        if report["spike_grad"]:
+            text = f"the gradient norm {norm:.3g} is far above its past, most of it in {largest}; {done}"
+            self._once(row, "spike", "gradient", text, norm, parameter=largest, **fields)
+        if norm > HIGH_NORM:
+            kind, limit = ("unstable", UNSTABLE_NORM) if norm > UNSTABLE_NORM else ("high", HIGH_NORM)
+            text = f"gradient norm {norm:.3g} is {kind} (above {limit:g}), most of it in {largest}"
+            self._once(row, kind, "gradient", text, norm)
+
+    def _samples(self, row: Row) -> list[dict[str, Any]]:
+        return self.batch_instances(row.step)[:NAMED_SAMPLES]
+
+    def _once(
+        self, row: Row, kind: str, subject: str, text: str, size: float = math.nan, **fields: Any
+    ) -> None:
+        first, _, count, worst = self.seen.get((kind, subject), (row.step, row.step, 0, size))
+        self.seen[kind, subject] = first, row.step, count + 1, max(worst, size)
+        if not count:
+            self.event(
+                kind,
+                f"step {row.step}{'' if kind == 'skip' else ':'} {text}",
+                step=row.step,
+                epoch=row.epoch,
+                **fields,
+            )
+
+
+# -- divergence --------------------------------------------------------------------------------------
+#: Applied steps whose losses are judged together, and between two judgements.
+WINDOW, STRIDE = 64, 16
+#: The loss has diverged when the median of a window, or of its last ``STRIDE`` losses, is above the reference
+#: by this factor ...
+WINDOW_FACTOR, STRIDE_FACTOR = 1.3, 2.5
+#: ... and by this many standard errors of such a median. A window is healthy at half of that.
+SIGMA = 6.0
+#: A jump: a window's median above that of the window before it, by this factor and so many standard errors of
+#: the difference. It is no more than a reason to take the steps again once: training itself may jump.
+JUMP_FACTOR, JUMP_SIGMA = 1.1, 5.0
+#: Windows that make the reference: the median of their medians, the lowest so far.
+REFERENCE = 3
+#: Before the first whole window the loss has diverged when the median of the last ``STRIDE`` losses is above
+#: the very first by the first factor and so many standard deviations of them, and all but the lowest of them
+#: by the second factor.
+EARLY_FACTOR, EARLY_LEAST, EARLY_SIGMA = 3.0, 2.0, 1.5
+
+
+class Reference(NamedTuple):
+    """The level that losses are compared with, in natural logarithms."""
+
+    center: float
+    spread: float  # standard deviation of one loss
+
+
+class LossMonitor:
+    """Tells from the losses of applied steps whether training is healthy, and whether it has diverged.
+
+    Medians of logarithms are compared: one outlier moves them little, and a rise is a factor whatever the
+    loss's scale. The standard error of a median of ``n`` is ``1.2533 sigma / sqrt(n)`` (normal distribution);
+    sigma comes from the median absolute deviation.
+    """
+
+    def __init__(self) -> None:
+        self.first: float | None = None  # loss of the very first step, before any update
+        self.window: list[float] = []
+        self.since = 0  # losses since the last judgement
+        self.medians: list[float] = []  # of the last healthy windows that do not overlap
+        self.fresh = 0  # losses since the last of these
+        self.lowest: Reference | None = None
+
+    def jump(self) -> str | None:
+        """Whether the last window lies well above the window before it."""
+        before, after = self.window[-2 * WINDOW : -WINDOW], self.window[-WINDOW:]
+        if self.since or len(before) < WINDOW or self.lowest is None:
+            return None
+        median, level = statistics.median(after), statistics.median(before)
+        # The median before is as uncertain as the one after: half the losses for the same standard error.
+        if median - level <= self._limit(WINDOW / 2, JUMP_FACTOR, JUMP_SIGMA):
+            return None
+        return _too_high(median, level, "what it was before")
+
+    def _limit(self, count: float, factor: float, sigma: float = SIGMA) -> float:
+        """By how much the median of so many losses may lie above the reference, in natural logarithms."""
+        assert self.lowest is not None
+        return max(math.log(factor), sigma * 1.2533 * self.lowest.spread / math.sqrt(count))
+
+    def add(self, loss: float) -> tuple[bool, str | None]:
+        """Take in the loss of an applied step.
+
+        Returns:
+            Whether the last ``WINDOW`` losses were judged just now and are healthy; why training has
+            diverged, if it has.
+        """
+        log = math.log(max(loss, 1e-12))
+        self.first = log if self.first is None else self.first
+        self.window = [*self.window, log][-2 * WINDOW :]
+        self.since, self.fresh = self.since + 1, self.fresh + 1
+        if self.since < STRIDE:
+            return False, None
+        self.since = 0
+        return self.judge()
+
+    def judge(self) -> tuple[bool, str | None]:
+        """Judge the losses there are; see :meth:`add`."""
+        recent, window = self.window[-STRIDE:], self.window[-WINDOW:]
+        whole = len(window) == WINDOW
+        if self.lowest is None:
+            assert self.first is not None
+            start, median = self.first, statistics.median(recent)
+            apart = median - start > EARLY_SIGMA * _spread(recent)
+            apart = apart and sorted(recent)[1] - start > math.log(EARLY_LEAST)
+            if apart and median - start > math.log(EARLY_FACTOR):
+                return False, _too_high(median, start, "what it began with")
+            if whole:
+                self._refer()
+            return whole and statistics.median(window) <= start, None
+        healthy = whole
+        for losses, factor in ((recent, STRIDE_FACTOR), (window, WINDOW_FACTOR))[: 1 + whole]:
+            median, limit = statistics.median(losses), self._limit(len(losses), factor)
+            if median - self.lowest.center > limit:
+                return False, _too_high(median, self.lowest.center, "its best")
+            healthy = healthy and median - self.lowest.center <= limit / 2
+        if healthy and self.fresh >= WINDOW:
+            self._refer()
+        return healthy, None
+
+    def judge_end(self) -> str | None:
+        """Why a run that is over has diverged, if it has; judges its last losses, however few are new."""
+        for losses in (self.window[-STRIDE // 4 :], self.window[-STRIDE:]):
+            if self.lowest is not None and len(losses) >= STRIDE // 4:
+                median = statistics.median(losses)
+                if median - self.lowest.center > self._limit(len(losses), WINDOW_FACTOR):
+                    return _too_high(median, self.lowest.center, "its best")
+        return None
+
+    def _refer(self) -> None:
+        """Take a healthy window into the reference."""
+        window = self.window[-WINDOW:]
+        median = statistics.median(window)
+        self.medians, self.fresh = [*self.medians, median][-REFERENCE:], 0
+        center = statistics.median(self.medians)
+        if self.lowest is None or center < self.lowest.center:
+            self.lowest = Reference(center, _spread(window))
+
+    def first_and_last(self) -> tuple[float, float]:
+        """The loss at the start, and now.
+
+        Now is the median of the last window, or the reference where a rewind has emptied it.
+        """
+        assert self.first is not None
+        last = self.window[-WINDOW:] or self.medians or [self.first]
+        return math.exp(self.first), math.exp(statistics.median(last))
+
+    def restart(self, saved: dict[str, Any]) -> None:
+        """Go on from the reference of an earlier state, with no losses yet."""
+        first = self.first
+        self.load_state_dict(saved)
+        self.first, self.window, self.since, self.fresh = saved["first"] or first, [], 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it knows, as plain values."""
+        lists = {"window": list(self.window), "medians": list(self.medians)}
+        return {**vars(self), **lists, "lowest": None if self.lowest is None else list(self.lowest)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.first, self.window, self.medians = saved["first"], list(saved["window"]), list(saved["medians"])
+        self.since, self.fresh = saved["since"], saved["fresh"]
+        self.lowest = None if saved["lowest"] is None else Reference(*saved["lowest"])
+
+
+def _spread(values: list[float]) -> float:
+    """Standard deviation by the median absolute deviation, for a normal distribution."""
+    median = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - median) for value in values)
+
+
+def _too_high(median: float, reference: float, what: str) -> str:
+    rise = math.exp(median - reference)
+    return f"the loss stays at {math.exp(median):.3g}, {rise:.2g} times {what} ({math.exp(reference):.3g})"
