@@ -12,17 +12,15 @@ from refinelib.plots.style import BLACK, BLUE, GREY, VERMILLION, Figure
 
 
 def overfit(folder: str | os.PathLike[str]) -> Figure:
-    """Loss and target IoU of the one batch learned by heart, by step, with the line that each has to cross."""
+    """Loss and target IoU of one batch learned by heart, by step, with the line that each has to cross."""
     title, check = _find(folder, "one batch learned by heart")
     if "enough" not in (found := check["figures"]):
         return style.message(title, check["sentence"])
     figure = style.new_figure(title, 3.6, alarm=not check["passed"])
     left, right = figure.subplots(1, 2)
     iou, share = found["enough"]
-    for axes, key, color, limit in (
-        (left, "loss", BLACK, share * (found["loss"][0] or 1)),
-        (right, "target_iou", BLUE, iou),
-    ):
+    for axes, key, color in ((left, "loss", BLACK), (right, "target_iou", BLUE)):
+        limit = iou if axes is right else share * (found["loss"][0] or 1)
         style.draw_line(axes, range(1, len(found[key]) + 1), found[key], color, label=style.words(key))
         axes.axhline(limit, color=GREY, linestyle="--", gid="limit", label=f"to cross: {limit:.3g}")
     left.set_yscale("log")
@@ -35,7 +33,7 @@ def overfit(folder: str | os.PathLike[str]) -> Figure:
 
 
 def gradients(folder: str | os.PathLike[str]) -> Figure:
-    """Largest gradient norm of each parameter in the first steps, a row a module; those without one at the left."""
+    """Largest gradient norm of each parameter in the first steps, by module; missing ones at the left."""
     title, check = _find(folder, "a gradient in every parameter")
     if not (norms := check["figures"].get("norms")):
         return style.message(title, check["sentence"])
@@ -44,19 +42,15 @@ def gradients(folder: str | os.PathLike[str]) -> Figure:
     axes = figure.subplots()
     axes.set_xscale("log")
     least = min((norm for norm in norms.values() if norm), default=1e-6) / 10
-    for i, (name, norm) in enumerate(norms.items()):
-        # Rows are spread a little: parameters of a module would hide each other.
-        y = modules.index(name.split(".")[0]) + 0.5 * (7 * i % 11 / 10 - 0.5)
-        look = (
-            {"color": BLUE, "label": "finite, not 0"}
-            if norm
-            else {"color": VERMILLION, "label": "none, 0 or not finite"}
-        )
-        axes.plot(norm or least, y, "o" if norm else "X", markersize=5, alpha=0.75, **look)
-    style.style_axes(axes, "gradient of each parameter, by module", "L2 norm, largest of the first steps")
+    # Rows are spread a little: parameters of a module would hide each other.
+    y = [modules.index(name.split(".")[0]) + 0.5 * (7 * i % 11 / 10 - 0.5) for i, name in enumerate(norms)]
+    colors = [BLUE if norm else VERMILLION for norm in norms.values()]
+    axes.scatter([norm or least for norm in norms.values()], y, c=colors, s=22, alpha=0.75)
+    style.style_axes(
+        axes, "a dot a parameter; orange-red: none, 0 or not finite", "L2 norm, largest of the first steps"
+    )
     axes.set_yticks(range(len(modules)), modules)
     axes.invert_yaxis()
-    style.legend(axes)
     return figure
 
 

@@ -10,42 +10,42 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 from matplotlib.axes import Axes
 
 from refinelib.plots import style
 from refinelib.plots.masks import rois as rois
 from refinelib.plots.masks import sample_grid as sample_grid
-from refinelib.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION
-from refinelib.plots.style import Figure, RunLike, draw_line
+from refinelib.plots.style import BLACK, BLUE, GREEN, VERMILLION, Figure, RunLike, draw_line
 from refinelib.plots.style import save as save
 from refinelib.registry import METRICS
 from refinelib.runs import Run
 
 #: Gradient norms to look out for.
-NORM_LINES = {10: (GREEN, "10: usual"), 50: (ORANGE, "50: high"), 100: (VERMILLION, "100: unstable")}
+NORM_LINES = {"10: usual": GREEN, "50: high": style.ORANGE, "100: unstable": VERMILLION}
 
 #: Where a step stands on a panel's axis.
 Place = Callable[[float], float]
+Lines = list[dict[str, Any]]
 
 
 def losses(run: RunLike) -> Figure:
     """The weighted losses above, each (before its weight) in a panel of its own below."""
     run = style.opened(run)
-    lines, names = run.steps(), _recorded_losses(run)
+    parts, names = _parts(run)
     rows = max(1, math.ceil(len(names) / 3))
     figure = style.run_figure(run, "losses", 2.9 + 2.0 * rows)
     grid = figure.add_gridspec(1 + rows, 3, height_ratios=[1.35] + [1] * rows)
     loss_panel(figure.add_subplot(grid[0, :]), run)
     for i, name in enumerate(names):
         axes = figure.add_subplot(grid[1 + i // 3, i % 3])
-        values = [line["losses"].get(name) for line in lines]
-        draw_line(axes, [line["step"] for line in lines], values, style.loss_color(name))
+        _by_step(axes, parts, name, style.loss_color(name))
         low, high = axes.dataLim.intervaly
-        if 0 < low < high / 10:
-            axes.set_yscale("log")
+        axes.set_yscale("log" if 0 < low < high / 10 else "linear")
+        bottom, left = i + 3 >= len(names), i % 3 == 0
         title = f"{style.words(name)}, before its weight"
-        style.style_axes(axes, title, "step" if i + 3 >= len(names) else "", "loss" if i % 3 == 0 else "")
+        style.style_axes(axes, title, "step" if bottom else "", "loss" if left else "")
     return figure
 
 
@@ -64,11 +64,10 @@ def learning_rate(run: RunLike) -> Figure:
     figure = style.run_figure(run, "learning rate" + " and loss scale" * scaled, 3.4 + 2 * scaled)
     panels = figure.subplots(1 + scaled, 1, sharex=True, squeeze=False)[:, 0]
     learning_rate_panel(panels[0], run)
-    for axes in panels[1:]:
-        scales = [line.get("loss_scale") for line in run.steps()]
-        draw_line(axes, [line["step"] for line in run.steps()], scales, GREEN, drawstyle="steps-post")
-        style.style_axes(axes, "fp16 loss scale", "step", "factor")
-        axes.set_yscale("log", base=2)
+    if scaled:
+        _by_step(panels[1], run.steps(), "loss_scale", GREEN, drawstyle="steps-post")
+        style.style_axes(panels[1], "fp16 loss scale", "step", "factor")
+        panels[1].set_yscale("log", base=2)
     return figure
 
 
@@ -116,15 +115,14 @@ def metrics_table(run: RunLike) -> str:
 
 # -- panels ----------------------------------------------------------------------------------------
 def loss_panel(axes: Axes, run: Run, place: Place = float) -> None:
-    """The total loss by window of steps and by epoch, and its parts times their weights, at ``place(step)``."""
-    lines, settings, ends = run.steps(), style.recorded_settings(run), [0]
-    x = [place(line["step"]) for line in lines]
+    """Total loss by window of steps and by epoch, and its parts times their weights, at ``place(step)``."""
+    settings, (parts, names), ends = style.recorded_settings(run), _parts(run), [0]
     axes.set_yscale("log")
-    for name in _recorded_losses(run):
-        weight, values = settings.get(f"{name}_weight", 1.0), [line["losses"].get(name) for line in lines]
-        values = [None if value is None else value * weight for value in values]
-        draw_line(axes, x, values, style.loss_color(name), linewidth=1, markersize=0, label=style.words(name))
-    draw_line(axes, x, [line["loss"] for line in lines], BLACK, linewidth=1, alpha=0.5, label="total")
+    for name in names:
+        look = {"label": style.words(name), "linewidth": 1, "markersize": 0}
+        weight = settings.get(f"{name}_weight", 1.0)
+        _by_step(axes, parts, name, style.loss_color(name), place, weight, **look)
+    _by_step(axes, run.steps(), "loss", BLACK, place, linewidth=1, alpha=0.5, label="total")
     ends += [line["step"] for line in run.epochs()]
     middles = [place((start + end) / 2) for start, end in itertools.pairwise(ends)]
     draw_line(axes, middles, [line["train_loss"] for line in run.epochs()], BLACK, label="total by epoch")
@@ -135,16 +133,14 @@ def loss_panel(axes: Axes, run: Run, place: Place = float) -> None:
 
 def gradient_panel(axes: Axes, run: Run, place: Place = float) -> None:
     """Mean and largest gradient norm of each window of steps, against the levels to look out for."""
-    lines = run.steps()
-    x = [place(line["step"]) for line in lines]
     axes.set_yscale("log")
     axes.margins(y=0.15)
-    draw_line(axes, x, [line.get("grad_norm_max") for line in lines], PURPLE, linewidth=1.0, label="largest")
-    draw_line(axes, x, [line["grad_norm"] for line in lines], BLACK, label="mean")
-    for level, (color, name) in NORM_LINES.items():
-        axes.axhline(level, color=color, linestyle="--", linewidth=1.2, zorder=1, gid="limit", label=name)
+    _by_step(axes, run.steps(), "grad_norm_max", style.PURPLE, place, linewidth=1, label="largest")
+    _by_step(axes, run.steps(), "grad_norm", BLACK, place, label="mean")
+    for name, color in NORM_LINES.items():
+        axes.axhline(float(name.split(":")[0]), color=color, linestyle="--", gid="limit", label=name)
     if clip := style.recorded_settings(run).get("grad_clip"):
-        axes.axhline(clip, color=GREY, linestyle=":", zorder=1, gid="limit", label=f"clip, {clip:g}")
+        axes.axhline(clip, color=style.GREY, linestyle=":", gid="limit", label=f"clip, {clip:g}")
     _mark_skips(axes, run, place)
     style.style_axes(axes, "gradient norm before clipping, by window of steps", "step", "L2 norm")
     style.legend(axes)
@@ -152,7 +148,7 @@ def gradient_panel(axes: Axes, run: Run, place: Place = float) -> None:
 
 def learning_rate_panel(axes: Axes, run: Run) -> None:
     """Learning rate by step."""
-    draw_line(axes, [line["step"] for line in run.steps()], [line["lr"] for line in run.steps()], BLUE)
+    _by_step(axes, run.steps(), "lr", BLUE)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:g}")
     style.style_axes(axes, "learning rate", "step", "learning rate")
@@ -176,8 +172,18 @@ def score_panel(axes: Axes, run: Run, offset: float = 0.0) -> None:
     style.legend(axes)
 
 
-def _recorded_losses(run: Run) -> list[str]:
-    return list(dict.fromkeys(name for line in run.steps() for name in line["losses"]))
+def _parts(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
+    """The recorded losses by step, and their names."""
+    lines = [line["losses"] | {"step": line["step"]} for line in run.steps()]
+    return lines, [name for name in dict.fromkeys(itertools.chain(*lines)) if name != "step"]
+
+
+def _by_step(
+    axes: Axes, lines: Lines, key: str, color: str, place: Place = float, weight: float = 1.0, **look: Any
+) -> None:
+    """The values under ``key`` by step, times ``weight``."""
+    values = [None if line.get(key) is None else line[key] * weight for line in lines]
+    draw_line(axes, [place(line["step"]) for line in lines], values, color, **look)
 
 
 def _mark_skips(axes: Axes, run: Run, place: Place) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Concatenate, ParamSpec
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from numpy.typing import NDArray
 
@@ -33,15 +32,14 @@ Panels = tuple[Figure, dict[str, Axes]]
 def _from_disk(draw: Draw[P]) -> Callable[Concatenate[RunLike, P], Figure]:
     """Reads the gradients that ``draw`` needs; the figure says so where there are none yet."""
 
-    @functools.wraps(draw)
-    def drawn(run: RunLike, *arguments: P.args, **keywords: P.kwargs) -> Figure:
+    def drawn(run: RunLike, /, *arguments: P.args, **keywords: P.kwargs) -> Figure:
         run = style.opened(run)
         try:
             return draw(run, read(run), *arguments, **keywords)
         except RunError as error:
             return style.message(run.name, str(error))
 
-    return drawn
+    return functools.update_wrapper(drawn, draw)
 
 
 @_from_disk
@@ -59,16 +57,12 @@ def heat(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     low, high = np.percentile(positive, [2, 99.5]) if len(positive) else (0.1, 1.0)
     figure = style.run_figure(run, "gradient norm by layer and step", 2.4 + 0.34 * max(6, len(rows)))
     above, below = figure.subplots(2, 1, sharex=True)
-    for axes, picture, label in (
-        (above, _heat_map(above, found.steps, norms, "cividis", LogNorm(low, 1.01 * high)), "L2 norm"),
-        (below, _heat_map(below, found.steps, times, "RdBu_r", LogNorm(1e-2, 1e2)), "times usual"),
-    ):
-        figure.colorbar(picture, ax=axes, pad=0.01, aspect=12, label=label)
-        style.mark(axes, found.steps[found.skipped], 0.02, "^", color=VERMILLION, mec="white", gid="skips")
+    _heat_map(above, found, norms, "cividis", LogNorm(low, 1.01 * high))
+    _heat_map(below, found, times, "RdBu_r", LogNorm(1e-2, 1e2))
+    for axes in (above, below):
         axes.set_yticks(range(len(rows)), list(rows))
-        axes.invert_yaxis()
-    style.style_axes(above, "gradient norm before clipping (black: not finite)")
-    style.style_axes(below, "against each layer's usual level, the median of 50 steps before", "step")
+    style.style_axes(above, "L2 norm of the gradient before clipping (black: not finite)")
+    style.style_axes(below, "times each layer's usual level, the median of 50 steps before", "step")
     return figure
 
 
@@ -143,7 +137,7 @@ def term_shares(run: Run, found: Gradients, epoch: int | None = None) -> Figure:
     axes = figure.subplots()
     start = np.zeros(len(found.modules))
     for name, shares in zip(found.terms, np.nan_to_num(100 * found.shares(epoch)), strict=True):
-        look = {"color": style.loss_color(name), "label": style.words(name)}
+        look: dict[str, Any] = {"color": style.loss_color(name), "label": style.words(name)}
         bars = axes.barh(found.modules, shares, left=start, **look)
         axes.bar_label(bars, [f"{s:.0f}" if s >= 8 else "" for s in shares], label_type="center", fontsize=8)
         start += shares
@@ -194,11 +188,15 @@ def _panels(run: Run, title: str, names: Collection[str], columns: int) -> Panel
     return figure, dict(zip(names, grid, strict=False))
 
 
-def _heat_map(axes: Axes, steps: NDArray[Any], values: NDArray[Any], colors: str, norm: LogNorm) -> QuadMesh:
+def _heat_map(axes: Axes, found: Gradients, values: NDArray[Any], colors: str, norm: LogNorm) -> None:
     """The largest value of the steps that share a column; what is not finite is black."""
+    steps = found.steps
     starts = np.unique(np.linspace(0, len(steps), min(COLUMNS, len(steps)), endpoint=False).astype(int))
     values = np.where(np.isfinite(values), np.maximum(values, 1e-38), np.nan)
     cells = np.maximum.reduceat(values, starts, axis=1)
     x, y = np.append(steps[starts], steps[-1] + 1) - 0.5, np.arange(len(values) + 1) - 0.5
     cmap = matplotlib.colormaps[colors].with_extremes(bad="black")
-    return axes.pcolormesh(x, y, cells, cmap=cmap, norm=norm, rasterized=True)
+    picture = axes.pcolormesh(x, y, cells, cmap=cmap, norm=norm, rasterized=True)
+    axes.figure.colorbar(picture, ax=axes, pad=0.01, aspect=12)
+    style.mark(axes, steps[found.skipped], 0.02, "^", color=VERMILLION, mec="white", gid="skips")
+    axes.invert_yaxis()

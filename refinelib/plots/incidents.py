@@ -74,7 +74,7 @@ def pictures(folder: Path, report: Report) -> Figure:
     figure = _figure(report, f"{len(blamed)} of {len(images)} samples not finite")
     rows = [("image", above), ("labels", below)]
     colors = style.CLASSES | {"pixel not finite": VERMILLION}
-    return picture_grid(figure, rows, images.shape[2] / images.shape[3], colors=colors)
+    return picture_grid(figure, rows, images.shape[2] / images.shape[3], key=colors)
 
 
 def activations(report: Report, found: Layers) -> Figure:

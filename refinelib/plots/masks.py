@@ -22,10 +22,9 @@ from refinelib.runs import Run
 
 Pixels = NDArray[Any]
 Samples = dict[str, Pixels]
-#: Height and width of the box as shares of the picture that shows it.
-Window = tuple[float, float]
-#: The name at a row's left, then its pictures (uint8 [h, w, 3]) with their titles.
-Row = tuple[str, Sequence[tuple[Pixels, str]]]
+Rows = list[tuple[str, list[tuple[Pixels, str]]]]
+Shape = tuple[float, float, float]
+Key = Mapping[str, str]
 
 Names = Collection[str]
 KINDS = ("worst", "median", "best")
@@ -36,15 +35,13 @@ _BUDGET = 1 << 30
 
 
 # -- figures of a run ------------------------------------------------------------------------------
-def sample_grid(
-    run: RunLike, epoch: int | None = None, *, kinds: Sequence[str] = KINDS, per_kind: int = 4
-) -> Figure:
+def sample_grid(run: RunLike, epoch: int | None = None, kinds: Names = KINDS, per_kind: int = 4) -> Figure:
     """Image, truth, prediction and error of validation ROIs.
 
     Args:
         run: a run, its name or folder.
         epoch: counted from 1, as in the log; none: the last one that was validated.
-        kinds: of ``worst``, ``median``, ``best`` (of that epoch) and ``fixed`` (the same ROIs in every epoch).
+        kinds: ``worst``, ``median``, ``best`` (of that epoch) and ``fixed`` (the same ROIs in every epoch).
         per_kind: ROIs of each kind, at most; two stand side by side.
 
     Raises:
@@ -52,14 +49,14 @@ def sample_grid(
     """
     run = style.opened(run)
     epoch, samples = read_samples(run, epoch) or (0, {"kind": np.array([])})
-    rows: list[Row] = []
+    rows: Rows = []
     for kind in kinds:
         tiles = [_sample_tiles(samples, i) for i in np.flatnonzero(samples["kind"] == kind)[:per_kind]]
         rows += [(kind, sum(tiles[i : i + 2], [])) for i in range(0, len(tiles), 2)]
     if not rows:
         return style.message(run.name, "no validated ROI with a target yet")
     figure = style.run_figure(run, f"samples of epoch {epoch}")
-    return picture_grid(figure, rows, *_shape_of(samples), colors=CLASSES | ERRORS)
+    return picture_grid(figure, rows, _shape_of(samples), key=CLASSES | ERRORS)
 
 
 def thresholded(run: RunLike, threshold: float = 0.5, epoch: int | None = None, *, count: int = 8) -> Figure:
@@ -86,9 +83,9 @@ def thresholded(run: RunLike, threshold: float = 0.5, epoch: int | None = None, 
         picture = error_picture(image, truth[i].astype(int), mask[i].astype(int))
         errors.append((picture, f"IoU {both[i] / max(1, either[i]):.2f}"))
     title = f"person where P >= {threshold:.2f}, epoch {epoch}: IoU {both.sum() / max(1, either.sum()):.3f}"
-    rows: list[Row] = [("image", images), ("P(person)", greys), ("error", errors)]
+    rows: Rows = [("image", images), ("P(person)", greys), ("error", errors)]
     wrong = {name: ERRORS[name] for name in ("missed", "too much")}
-    return picture_grid(style.run_figure(run, title), rows, *_shape_of(samples), colors=wrong)
+    return picture_grid(style.run_figure(run, title), rows, _shape_of(samples), key=wrong)
 
 
 def same_rois(title: str, runs: Mapping[str, Run], count: int, *, alarm: Names = ()) -> Figure:
@@ -102,9 +99,8 @@ def same_rois(title: str, runs: Mapping[str, Run], count: int, *, alarm: Names =
     """
     found = {name: samples[1] for name, run in runs.items() if (samples := read_samples(run))}
     places = {name: _fixed(samples) for name, samples in found.items()}
-    common = [
-        key for key in next(iter(places.values()), {}) if all(key in other for other in places.values())
-    ]
+    first = next(iter(places.values()), {})
+    common = [key for key in first if all(key in other for other in places.values())]
     if missing := [name for name in runs if name not in found]:
         title += f"; no masks yet of {', '.join(missing)}"
     if not common:
@@ -112,9 +108,9 @@ def same_rois(title: str, runs: Mapping[str, Run], count: int, *, alarm: Names =
     keys = [common[i] for i in np.unique(np.linspace(0, len(common) - 1, count).round().astype(int))]
     tiles = {name: [_sample_tiles(found[name], places[name][key]) for key in keys] for name in found}
     name = next(iter(found))
-    rows: list[Row] = [(("image", "truth")[i], [(roi[i][0], "") for roi in tiles[name]]) for i in (0, 1)]
+    rows: Rows = [(("image", "truth")[i], [(roi[i][0], "") for roi in tiles[name]]) for i in (0, 1)]
     rows += [(name, [roi[2] for roi in rois]) for name, rois in tiles.items()]
-    return picture_grid(style.new_figure(title), rows, *_shape_of(found[name]), alarm=alarm)
+    return picture_grid(style.new_figure(title), rows, _shape_of(found[name]), alarm=alarm)
 
 
 # -- other figures ---------------------------------------------------------------------------------
@@ -123,10 +119,10 @@ def rois(store: Store, count: int = 8) -> Figure:
     chosen = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
     images, coverage = store.gather(chosen)
     samples = {"image": images.numpy(), "labels": labels_from_coverage(coverage).numpy()}
-    rows: list[Row] = [("image", [(image, "") for image in samples["image"]])]
+    rows: Rows = [("image", [(image, "") for image in samples["image"]])]
     rows.append(("labels", [(class_picture(labels), "") for labels in samples["labels"]]))
     figure = style.new_figure(f"{len(chosen)} of {len(store)} {store.split} ROIs and their labels")
-    return picture_grid(figure, rows, *_shape_of(samples | {"mask_size": np.array(store.mask_size)}))
+    return picture_grid(figure, rows, _shape_of(samples | {"mask_size": np.array(store.mask_size)}))
 
 
 def boxes_figure(pixels: Pixels, boxes: Sequence[Sequence[float]], labels: Sequence[str]) -> Figure:
@@ -187,11 +183,10 @@ def _fixed(samples: Samples) -> dict[tuple[int, int], int]:
     return {(int(samples["image_id"][i]), int(samples["annotation_id"][i])): int(i) for i in fixed}
 
 
-def _shape_of(samples: Samples) -> tuple[float, Window]:
-    """Height over width of the crops, and the box in them."""
+def _shape_of(samples: Samples) -> Shape:
     height, width = samples["image"].shape[1:3]
     rows, columns = samples["mask_size"] / samples["labels"].shape[1:]
-    return height / width, (float(rows), float(columns))
+    return height / width, float(rows), float(columns)
 
 
 def _sample_tiles(samples: Samples, i: int) -> list[tuple[Pixels, str]]:
@@ -203,30 +198,21 @@ def _sample_tiles(samples: Samples, i: int) -> list[tuple[Pixels, str]]:
 
 
 # -- grids of pictures -----------------------------------------------------------------------------
-def picture_grid(
-    figure: Figure,
-    rows: Sequence[Row],
-    aspect: float,
-    window: Window = (1.0, 1.0),
-    *,
-    alarm: Names = (),
-    **key: Any,
-) -> Figure:
+def picture_grid(figure: Figure, rows: Rows, shape: Shape, key: Key = CLASSES, alarm: Names = ()) -> Figure:
     """Rows of pictures in a figure, which gets the height they need.
 
     Args:
         figure: empty but for its title.
-        rows: see :data:`Row`.
-        aspect: height of a picture over its width.
-        window: the box in each picture, outlined where it is smaller.
+        rows: the name at each row's left, then its pictures (uint8 ``[h, w, 3]``) with their titles.
+        shape: height of a picture over its width; height and width of the box in it as shares of these.
+        key: entries of the legend.
         alarm: names of rows that stand in orange-red.
-        key: ``colors`` and their meaning for the legend, :data:`CLASSES` by default.
     """
     columns = max(4, *(len(tiles) for _, tiles in rows))
     lines = sum(max(title.count("\n") + bool(title) for _, title in tiles) for _, tiles in rows)
-    figure.set_figheight(0.95 + 0.18 * lines + len(rows) * (0.1 + aspect * (style.WIDTH - 1.2) / columns))
+    figure.set_figheight(0.95 + 0.18 * lines + len(rows) * (0.1 + shape[0] * (style.WIDTH - 1.2) / columns))
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    height, width = window
+    aspect, height, width = shape
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -236,11 +222,10 @@ def picture_grid(
         for axes, (picture, title) in zip(row, tiles, strict=False):
             axes.imshow(picture, extent=(0, 1, 1, 0), aspect=aspect, interpolation="nearest")
             axes.set_title(title, loc="left", fontsize=8, pad=3)
-            if window != (1.0, 1.0):
+            if height < 1 or width < 1:
                 corner = (1 - width) / 2, (1 - height) / 2
                 axes.add_patch(Rectangle(corner, width, height, fill=False, linestyle="--", linewidth=0.8))
-    entries = key.get("colors", CLASSES).items()
-    style.figure_legend(figure, [Patch(facecolor=color, label=name) for name, color in entries])
+    style.figure_legend(figure, [Patch(facecolor=color, label=name) for name, color in key.items()])
     return figure
 
 
@@ -256,11 +241,9 @@ def class_picture(labels: Pixels) -> Pixels:
 
 def error_picture(image: Pixels, labels: Pixels, predicted: Pixels) -> Pixels:
     """The image in pale grey, wrong pixels in colour."""
-    rows, columns = (
-        np.arange(n) * whole // n for n, whole in zip(labels.shape, image.shape[:2], strict=True)
-    )
+    rows, columns = (np.linspace(0, image.shape[i], labels.shape[i], False).astype(int) for i in (0, 1))
     grey = image[rows][:, columns].mean(-1, keepdims=True) * 0.35 + 160
-    picture = grey.repeat(3, -1).astype(np.uint8)
+    picture: Pixels = grey.repeat(3, -1).astype(np.uint8)
     truth, found = labels == 1, predicted == 1
     wrong = (truth & ~found, found & ~truth, (labels != predicted) & ~truth & ~found)
     for color, where in zip(ERRORS.values(), wrong, strict=True):

@@ -43,7 +43,7 @@ class Figure(_Figure):
 
 
 def save(place: RunLike, figure: AnyFigure, name: str) -> AnyFigure:
-    """Write ``figures/<name>.png`` in the folder of a run (or any other) and return the figure, to be shown."""
+    """Write ``figures/<name>.png`` in the folder of a run or any other; returns the figure, to be shown."""
     folder = Path(place.folder if isinstance(place, Run) else place) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{name}.png", "wb") as file:
@@ -147,10 +147,8 @@ def legend(axes: Axes) -> None:
     entries = dict(zip(labels, handles, strict=True))
     columns = 6 if axes.get_position().width > 0.5 else 3
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.985), "borderaxespad": 0.1}
-    drawn = axes.legend(
-        list(entries.values()), list(entries), ncols=columns, fontsize=8, frameon=False, **place
-    )
-    drawn.set_in_layout(False)
+    place |= {"ncols": columns, "fontsize": 8, "frameon": False}
+    axes.legend(list(entries.values()), list(entries), **place).set_in_layout(False)
     pad = 6 + 13 * -(-len(entries) // columns)
     axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=10, pad=pad)
 

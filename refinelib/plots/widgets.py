@@ -35,7 +35,7 @@ def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
     def on_epoch(run: Run) -> None:
         figures = [overview(run), sample_grid(run, kinds=("fixed",), per_kind=samples)]
         if not panels:
-            panels.extend(display(figure, display_id=True) for figure in figures)
+            panels.extend(display(one, display_id=True) for one in figures)  # type: ignore[no-untyped-call]  # IPython
         else:
             for panel, figure in zip(panels, figures, strict=True):
                 panel.update(figure)
@@ -78,7 +78,7 @@ def layer_picker(run: RunLike) -> Any:
 
 
 def _above_figure(control: Any, draw: Callable[[Any], Figure]) -> Any:
-    """A control above the figure it decides on, as a picture that is replaced when the control's value changes."""
+    """A control above the figure it decides on; a change of its value replaces the picture."""
     from ipywidgets import HTML, Image, Layout, VBox
 
     picture, note = Image(format="png", layout=Layout(max_width="100%")), HTML()
@@ -134,16 +134,10 @@ class BoxPicker:
             import ipywidgets as w
 
             height, width = self.pixels.shape[:2]
-            self.columns, self.rows = (
-                w.IntRangeSlider(
-                    (side // 4, 3 * side // 4), max=side, description=name, continuous_update=False
-                )
-                for side, name in ((width, "columns"), (height, "rows"))
-            )
-            self.add_button, self.remove_button = (
-                w.Button(description="add"),
-                w.Button(description="remove last"),
-            )
+            self.columns = w.IntRangeSlider((width // 4, 3 * width // 4), max=width, description="columns")
+            self.rows = w.IntRangeSlider((height // 4, 3 * height // 4), max=height, description="rows")
+            self.add_button = w.Button(description="add")
+            self.remove_button = w.Button(description="remove last")
             self.preview, self.text = w.Image(format="png"), w.HTML()
             self.columns.observe(self._redraw, names="value")
             self.rows.observe(self._redraw, names="value")
@@ -163,4 +157,4 @@ class BoxPicker:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        display(self.widget() if interactive() else self.figure())
+        display(self.widget() if interactive() else self.figure())  # type: ignore[no-untyped-call]  # IPython
