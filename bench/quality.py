@@ -98,7 +98,7 @@ def one(name: str, settings_json: str) -> None:
     print(
         json.dumps({
             "run": name, "done": True, "folder": str(run.folder), **figures(metrics),
-            "groups": {group: figures(part) for by in ("by_size", "by_third") for group, part in metrics[by].items() if part["rois"]},
+            "groups": {group: figures(part) for by in ("by_size", "by_tercile") for group, part in metrics[by].items() if part["rois"]},
             "skipped": run.status()["skipped_steps"], "first_step": round(first[0] - started, 1), "training": round(ended - first[0], 1),
             "early": round(reached[0], 1) if reached else None, "seconds": round(ended - started, 1),
         }),
@@ -206,7 +206,6 @@ def main() -> None:
     parser.add_argument("--evaluations", type=Path, help="a folder for evaluations of the runs' last weights in the image, which notebooks/results.ipynb takes in place of runs")
     parser.add_argument("--images", help="for these, the folder of images")
     parser.add_argument("--annotations", help="and the COCO JSON of the people in them")
-    parser.add_argument("--jitter", action="store_true", help="and with boxes that are off")
     parser.add_argument("--keep", type=Path, help="a .tar.gz for what the runs reached, without weights")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of all runs")
     options = parser.parse_args()
@@ -230,7 +229,7 @@ def main() -> None:
         parser.error(str(error))
     judge = None
     if options.evaluations:
-        judge = ["--images", options.images, "--annotations", options.annotations, "--save", str(absolute(options.evaluations) / "{run}"), *["--jitter"] * options.jitter]
+        judge = ["--images", options.images, "--annotations", options.annotations, "--save", str(absolute(options.evaluations) / "{run}")]
     finished = run_all(jobs, script=__file__, parallel=options.parallel, judge=judge)
     print("\n" + table(finished, variants, seeds))
     if options.keep:

@@ -19,7 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     score.add_argument("--max-images", type=int, help="score only the first so many images")
     score.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image, or not (the run's own setting otherwise)")
-    score.add_argument("--jitter", action="store_true", help="also measure boxes that are off, as a detector's are")
+    score.add_argument(
+        "--allow-images-outside",
+        action=argparse.BooleanOptionalAction,
+        help="read images that the JSON names outside the folder (the run's own setting otherwise)",
+    )
     score.add_argument("--save", metavar="DIR", help="write report.json, people.csv (a row a person) and coco_results.json there")
     score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
 
@@ -60,7 +64,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             annotations=options.annotations,
             pennfudan=options.pennfudan,
             max_images=options.max_images,
-            jitter=options.jitter,
+            allow_images_outside=options.allow_images_outside,
             progress=sys.stderr.isatty(),
         )
     print(dumps(found.report, indent=2), flush=True)  # first: it is worth more than the files

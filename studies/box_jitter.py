@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refinelib.data import Source
 from refinelib.metrics.image_space import AnnotatedImage, Predict, score_in_images
-from refinelib.metrics.paste import Pasted, paste_labels
+from refinelib.metrics.predict import Pasted, paste_labels
 
 #: Noise of a box's centre and of the logarithm of its sides, as shares of its sides.
 SIGMAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2)

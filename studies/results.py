@@ -14,8 +14,9 @@ from refinelib.config import Settings, SettingsError, absolute, names_with_role
 from refinelib.data import CocoPeople, Source, SyntheticPeople
 from refinelib.metrics.evaluate import Evaluation, measure
 from refinelib.metrics.bootstrap import ImageBootstrap
-from refinelib.metrics.segmentation import coco_groups, iou_from_confusion, third_groups
+from refinelib.metrics.segmentation import coco_groups, iou_from_confusion, tercile_groups
 from refinelib.metrics.predict import load
+from studies.box_jitter import SIGMAS, jitter_curve
 
 #: Figures of the comparison by key in an evaluation's rows.
 FIGURES = {
@@ -79,8 +80,20 @@ def names_of(runs: str | Iterable[str] | None) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def source_of(images: str | None = None, annotations: str | None = None, *, synthetic_images: int = 60) -> Source:
+def source_of(
+    images: str | None = None,
+    annotations: str | None = None,
+    *,
+    synthetic_images: int = 60,
+    allow_images_outside: bool = False,
+) -> Source:
     """Annotated images: a COCO file's, or drawn people where none is given.
+
+    Args:
+        images: folder of the COCO file's images.
+        annotations: COCO file.
+        synthetic_images: number of images with drawn people.
+        allow_images_outside: read images that the file names outside their folder, too.
 
     Raises:
         DataError: a file or folder is missing.
@@ -88,11 +101,19 @@ def source_of(images: str | None = None, annotations: str | None = None, *, synt
     """
     if (images is None) != (annotations is None):
         raise SettingsError("images and annotations belong together: give both, or neither for drawn people")
-    return SyntheticPeople(synthetic_images, split="val") if images is None else CocoPeople(annotations, images, split="val")
+    if images is None:
+        return SyntheticPeople(synthetic_images, split="val")
+    return CocoPeople(annotations, images, split="val", allow_outside=allow_images_outside)
 
 
 def score_runs(
-    runs: Iterable[str | os.PathLike], source: Source, *, output_dir: str = "outputs", device: str = "auto", **options: Any
+    runs: Iterable[str | os.PathLike],
+    source: Source,
+    *,
+    output_dir: str = "outputs",
+    device: str = "auto",
+    jitter: bool | Iterable[float] = False,
+    **options: Any,
 ) -> list[Result]:
     """Score each run on the same images, a line each.
 
@@ -102,7 +123,9 @@ def score_runs(
         source: of scenes.
         output_dir: where runs are looked for by name.
         device: ``auto``, ``cpu`` or ``cuda``.
-        **options: of :func:`refinelib.metrics.evaluate.measure`, such as ``jitter`` and ``max_images``.
+        jitter: also measure box jitter of :data:`studies.box_jitter.SIGMAS`, or of the shares given; the report has
+            the curve as ``jitter``.
+        **options: of :func:`refinelib.metrics.evaluate.measure`, such as ``max_images``.
 
     Raises:
         CheckpointError: there is no such run, or it has no whole checkpoint; before any is scored.
@@ -114,6 +137,10 @@ def score_runs(
     results = []
     for one in opened:
         found = one if isinstance(one, Evaluation) else measure(one, source=source, **options)
+        if jitter is not False and not isinstance(one, Evaluation):
+            where = dict(device=one.device, max_images=options.get("max_images"), only=found.people["annotation_id"])
+            sigmas = SIGMAS if jitter is True else jitter
+            found.report["jitter"] = jitter_curve(one.probs, source, sigmas=sigmas, **where)
         result = Result(found.name, found.settings, found)
         reached = ", ".join(f"{FIGURES[key]} {shown(found.report[key])}" for key in ("target_iou", "boundary_iou", "miou"))
         print(f"{result.name} (recipe {result.settings.recipe}, seed {result.settings.seed}): {reached}", flush=True)
@@ -206,11 +233,11 @@ def difference(on: Sequence[Result], off: Sequence[Result], key: str, inside: np
 
 
 def size_groups(results: Sequence[Result]) -> dict[str, np.ndarray]:
-    """Who belongs to which group of size, bool ``[N]`` by title: all, COCO's groups, thirds of the people."""
+    """Who belongs to which group of size, bool ``[N]`` by title: all, COCO's groups, terciles of the people."""
     areas = torch.as_tensor(results[0].evaluation.people["area"].astype(float))
     groups = {"all": np.ones(len(areas), dtype=bool)}
     groups |= {f"{name} (COCO)": inside.numpy() for name, (inside, _) in coco_groups(areas).items()}
-    return groups | {f"{name} third": inside.numpy() for name, (inside, _) in third_groups(areas).items()}
+    return groups | {f"{name} tercile": inside.numpy() for name, (inside, _) in tercile_groups(areas).items()}
 
 
 # -- helpers ---------------------------------------------------------------------------------------

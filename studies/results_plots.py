@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from refinelib.metrics.coco_ap import decode
+from refinelib.metrics.image_space import decode
 from refinelib.data import Source
 from refinelib.metrics.image_space import AnnotatedImage, annotated_images
 from refinelib.plots.style import BLACK, ERRORS, METRICS, METRIC_NAMES, PURPLE, WIDTH, Figure, save_in

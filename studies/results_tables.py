@@ -18,7 +18,7 @@ def runs_table(
     rows = [[name, len(runs), *(figure(runs, key) for key in keys)] for name, runs in groups.items() if runs]
     report = next(iter(groups.values()))[0].evaluation.report
     inside = {key: key.removeprefix("image_") for key in keys}
-    yardsticks = {"blind average mask": (report["blind"], report["image"]["blind"]), "grid ceiling": (report["grid"],) * 2}
+    yardsticks = {"mean-mask baseline": (report["mean_mask"], report["image"]["mean_mask"]), "resolution upper bound": (report["resolution_bound"],) * 2}
     for name, (on_roi, in_image) in yardsticks.items():
         values = [(in_image if key.startswith("image_") else on_roi).get(inside[key]) for key in keys]
         rows.append([f"*{name}*", "", *(shown(value) for value in values)])

@@ -1,8 +1,9 @@
-"""Bootstrap intervals over images: how much a figure owes to which images happened to be in the set."""
+"""Bootstrap intervals over images: how much a figure depends on which images are in the set."""
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,33 +24,44 @@ class ImageBootstrap:
         seed: of the draws.
 
     Raises:
-        ValueError: no ROI at all, or a level or a number of draws that means nothing.
+        ValueError: no ROI at all.
+
+    Example:
+        >>> ImageBootstrap([1, 1, 2]).mean([0.5, 0.5, 0.5])
+        (0.5, 0.5)
     """
 
     def __init__(self, images: Any, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> None:
         names = np.asarray(images.cpu() if isinstance(images, Tensor) else images)
-        if names.ndim != 1 or not len(names):
-            raise ValueError(f"images must be a list with the image of each ROI, at least one, and is {list(names.shape)}")
-        if not 0 < level < 1 or draws < 1:
-            raise ValueError(f"level = {level}, draws = {draws}: the level must lie between 0 and 1, draws must be at least 1")
+        if not names.size:
+            raise ValueError("images must have the image of at least one ROI, and is empty")
         known, place = np.unique(names, return_inverse=True)
-        counts = np.random.default_rng(seed).multinomial(len(known), np.full(len(known), 1 / len(known)), size=draws)
-        self.level = level
-        self.images = len(known)
+        random, even = np.random.default_rng(seed), np.full(len(known), 1 / len(known))
+        self.level, self.images = level, len(known)
         self._place = torch.from_numpy(place.reshape(-1))
-        self._counts = torch.from_numpy(counts).double()  # [draws, images]: how often each was drawn
+        # [draws, images]: how often each was drawn
+        self._counts = torch.from_numpy(random.multinomial(len(known), even, size=draws)).double()
 
     def mean(self, values: Any) -> tuple[float, float] | None:
-        """Interval ``(low, high)`` of the mean over ROIs of ``values`` ``[N]``; nan is left out, None if nothing is left.
+        """Interval of the mean over ROIs.
 
         For two results on the same ROIs, the mean of their differences gives the paired interval.
+
+        Args:
+            values: ``[N]``, one number a ROI; nan is left out.
+
+        Returns:
+            ``(low, high)``; None if nothing is left.
+
+        Raises:
+            ValueError: not one number a ROI.
         """
         values = torch.as_tensor(values).double()
         if values.shape != self._place.shape:
-            raise ValueError(f"values {list(values.shape)} must be one number for each of {len(self._place)} ROIs")
+            raise ValueError(f"values {list(values.shape)} must be one for each of {len(self._place)} ROIs")
         kept = ~values.isnan()
-        sums = self._by_image(torch.where(kept, values, 0.0))
-        return self._bounds(self._drawn(sums) / self._drawn(self._by_image(kept.double())))
+        sums = self._drawn(torch.where(kept, values, 0.0))
+        return self._bounds(sums / self._drawn(kept.double()))
 
     def pooled(self, counts: Tensor, figure: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
         """Interval of a figure of sums over all ROIs, such as mean IoU of pooled pixel counts.
@@ -57,16 +69,16 @@ class ImageBootstrap:
         Args:
             counts: ``[N, ...]`` of each ROI, to be summed.
             figure: from sums ``[draws, ...]`` to ``[draws]``; nan is left out.
+
+        Returns:
+            ``(low, high)``; None if nothing is left.
         """
-        sums = self._drawn(self._by_image(counts.flatten(1).double()))
-        return self._bounds(figure(sums.unflatten(1, counts.shape[1:])))
+        return self._bounds(figure(self._drawn(counts.flatten(1).double()).unflatten(1, counts.shape[1:])))
 
-    def _by_image(self, values: Tensor) -> Tensor:
+    def _drawn(self, values: Tensor) -> Tensor:
+        """Sums over the ROIs of each draw's images, ``[draws, ...]`` from ``[N, ...]``."""
         sums = torch.zeros(self.images, *values.shape[1:], dtype=torch.float64, device=values.device)
-        return sums.index_add(0, self._place.to(values.device), values)
-
-    def _drawn(self, sums: Tensor) -> Tensor:
-        return self._counts.to(sums.device) @ sums
+        return self._counts.to(sums.device) @ sums.index_add(0, self._place.to(values.device), values)
 
     def _bounds(self, found: Tensor) -> tuple[float, float] | None:
         found = found[~found.isnan()]

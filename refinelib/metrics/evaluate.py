@@ -1,4 +1,4 @@
-"""Score a trained model on annotated images, beside two yardsticks that say what a number is worth."""
+"""Score a trained model on annotated images, beside two baselines that say what a number is worth."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import numpy as np
-import torch
 
 from refinelib.config import Settings
-from refinelib.metrics.coco_ap import CocoResults, average_precision
 from refinelib.data import CocoPeople, PennFudanPeople, Source, Store, open_store
-from refinelib.files import read_json, read_npz
-from refinelib.metrics.image_space import AnnotatedImage, ImageMetrics, Predict, pasted_grid, pasted_model, score_in_images
-from studies.box_jitter import SIGMAS, jitter_curve
-from refinelib.metrics.segmentation import SegmentationMetrics
-from refinelib.metrics.paste import Pasted, paste_labels
-from refinelib.metrics.predict import Predictor, load
+from refinelib.files import read_json, read_npz, replacing, write_atomically
+from refinelib.metrics.image_space import (
+    CocoResults,
+    ImageMetrics,
+    average_precision,
+    pasted_model,
+    resolution_bound,
+    score_in_images,
+)
+from refinelib.metrics.predict import Predictor, load, mean_mask, one_thread, score
+from refinelib.metrics.segmentation import KEYS, SegmentationMetrics
 from refinelib.modeling.roi import centre_window
-from refinelib.runs import dumps, write_atomically
-from refinelib.metrics.scoring import blind, score
+from refinelib.runs import dumps
 
 #: Bytes of the largest JSON file of an evaluation that is read; COCO's 5000 val images make some 15 MB.
 MOST_JSON = 256 << 20
-#: What is said of the score in COCO results.
+#: What the score in COCO results is.
 SCORE = "mean probability of the person over the pixels of the mask"
+#: Keys of reports that were written under other names, and the names.
+RENAMED = {"blind": "mean_mask", "grid": "resolution_bound", "by_third": "by_tercile"}
 
 
 @dataclass
@@ -38,8 +42,9 @@ class Evaluation:
 
     Attributes:
         report: figures as plain numbers, see :func:`evaluate`.
-        people: one row a ROI as columns ``[N]``: ``annotation_id``, ``image_id``, ``x0`` ... ``y1``, ``area``, the
-            figures of the ROI by name, those of the whole image with ``image_`` before it; nan where one does not apply.
+        people: one row a ROI as columns ``[N]``: ``annotation_id``, ``image_id``, ``x0`` ... ``y1``,
+            ``area``, the figures of the ROI by name, those of the whole image with ``image_`` before it; nan where
+            one does not apply.
         results: every person's mask in COCO's results format.
         masks: run lengths of the masks of the rows of ``people``, by annotation id.
         confusion: int64 ``[N, 3, 3]``, pixel counts of each ROI: row = truth, column = prediction.
@@ -48,10 +53,10 @@ class Evaluation:
     """
 
     report: dict[str, Any]
-    people: dict[str, np.ndarray]
+    people: dict[str, Any]
     results: list[dict[str, Any]] = field(repr=False)
     masks: dict[int, dict[str, Any]] = field(repr=False)
-    confusion: np.ndarray = field(repr=False)
+    confusion: Any = field(repr=False)
     name: str = ""
     settings: Settings | None = field(default=None, repr=False)
 
@@ -59,7 +64,7 @@ class Evaluation:
     ARRAYS, REST = "evaluation.npz", "evaluation.json"
 
     @classmethod
-    def read(cls, folder: str | os.PathLike) -> "Evaluation":
+    def read(cls, folder: str | os.PathLike[str]) -> Evaluation:
         """What :meth:`save` wrote, without the run, its weights or the images.
 
         Raises:
@@ -77,34 +82,42 @@ class Evaluation:
                 raise ValueError("its columns have different lengths")
             if max((math.prod(mask["size"]) for mask in masks.values()), default=0) >= 2**28:
                 raise ValueError("a mask in it is larger than any image")
-            return cls(report, people, results, masks, confusion, rest["name"], Settings(**rest["settings"]))
+            settings = Settings(**rest["settings"])
+            return cls(_renamed(report), people, results, masks, confusion, rest["name"], settings)
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{folder} holds no whole evaluation ({error}): make it again with `python -m refinelib evaluate RUN --save {folder}`") from None
+            again = f"make it again with `python -m refinelib evaluate RUN --save {folder}`"
+            raise ValueError(f"{folder} holds no whole evaluation ({error}): {again}") from None
 
-    def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Write ``report.json``, ``people.csv`` and ``coco_results.json``, and two files for :meth:`read`; returns the files.
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write ``report.json``, ``people.csv``, ``coco_results.json``, and two files for :meth:`read`.
+
+        Returns:
+            the files.
 
         Raises:
             ValueError: the folder's name is a file's.
         """
         folder = checked_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / name for name in ("report.json", "people.csv", "coco_results.json", self.ARRAYS, self.REST)]
-        write_atomically(files[0], dumps(self.report, indent=2) + "\n")
-        with open(files[1], "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+        report, table, coco = (folder / name for name in ("report.json", "people.csv", "coco_results.json"))
+        write_atomically(report, dumps(self.report, indent=2) + "\n")
+        with replacing(table) as file:
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerow(self.people)
-            for row in zip(*(column.tolist() for column in self.people.values())):
+            for row in zip(*(column.tolist() for column in self.people.values()), strict=True):
                 writer.writerow(["" if value != value else value for value in row])
         entries = ",\n".join(dumps(entry) for entry in self.results)
-        write_atomically(files[2], f"[\n{entries}\n]\n")
-        np.savez_compressed(files[3], confusion=self.confusion, **{f"people.{name}": column for name, column in self.people.items()})
+        write_atomically(coco, f"[\n{entries}\n]\n")
+        columns = {f"people.{name}": column for name, column in self.people.items()}
+        with replacing(folder / self.ARRAYS, "wb") as file:
+            np.savez_compressed(file, confusion=self.confusion, **columns)
         settings = None if self.settings is None else self.settings.model_dump(mode="json")
-        write_atomically(files[4], dumps({"name": self.name, "settings": settings, "masks": self.masks}) + "\n")
-        return files
+        rest = {"name": self.name, "settings": settings, "masks": self.masks}
+        write_atomically(folder / self.REST, dumps(rest) + "\n")
+        return [report, table, coco, folder / self.ARRAYS, folder / self.REST]
 
 
-def checked_folder(folder: str | os.PathLike) -> Path:
+def checked_folder(folder: str | os.PathLike[str]) -> Path:
     """A folder to write into, that is there or can be made.
 
     Raises:
@@ -117,39 +130,42 @@ def checked_folder(folder: str | os.PathLike) -> Path:
     return folder
 
 
-def evaluate(run: str | os.PathLike | Predictor, **options: Any) -> dict[str, Any]:
+def evaluate(run: str | os.PathLike[str] | Predictor, **options: Any) -> dict[str, Any]:
     """Metrics of a model on a COCO JSON with its images, or on Penn-Fudan's validation images.
 
-    The model's own figures on its ROIs stand at the top level: ``miou``, ``iou`` (background, target, non-target;
-    pixels of all ROIs pooled), ``miou_roi``, ``target_iou``, ``nontarget_iou``, ``boundary_iou``, ``boundary_f1_1px``,
-    ``boundary_f1_2px``, ``hd95``, ``surface_distance`` (means over ROIs, distances in mask pixels), ``rois``,
-    ``intervals`` (95 %, bootstrap over images), and the same by COCO's sizes (``by_size``) and by thirds of
-    the people (``by_third``). ``blind`` has the same for the average mask of the training set, which looks at no image.
+    Takes the arguments of :func:`measure`, which gives the figures of each person too, and raises what it
+    raises.
 
-    ``image`` has what is left of that once masks are pasted back, against the truth at full resolution:
-    ``boundary_iou`` with a band that grows with the box, ``boundary_iou_image`` with 2 % of the image's diagonal
-    (Cheng et al. 2021), distances in image pixels; ``blind`` in it likewise. ``grid`` has it for the truth itself,
-    squeezed through the mask's grid: what a mask of that size can reach. ``coco`` is segm AP by pycocotools with the true boxes,
-    of all persons, small ones too, for the model, ``blind`` and ``grid``. ``jitter``, where asked for, is the curve of
-    :func:`studies.box_jitter.jitter_curve`.
+    Returns:
+        The model's own figures on its ROIs at the top level: ``miou``, ``iou`` (background, target,
+        non-target; pixels of all ROIs pooled), the registered metrics by name (means over ROIs, distances in
+        mask pixels), ``rois``, ``intervals`` (95 %, bootstrap over images), and the same by COCO's sizes
+        (``by_size``) and by terciles of the people (``by_tercile``).
 
-    Takes the arguments of :func:`measure`, which gives the figures of each person too, and raises what it raises.
+        ``mean_mask`` has the same for the mean-mask baseline, the average mask of the training set.
+
+        ``image`` has the same of masks pasted back, against the truth at full resolution: ``boundary_iou``
+        with a band that grows with the box, ``boundary_iou_image`` with 2 % of the image's diagonal (Cheng et
+        al. 2021), distances in image pixels; ``mean_mask`` in it likewise. ``resolution_bound`` has it for
+        the truth itself, resampled to the mask's grid: the most that masks of that size reach.
+
+        ``coco`` is segm AP by pycocotools with the true boxes, of all persons, small ones too, for the
+        model, ``mean_mask`` and ``resolution_bound``.
     """
     return measure(run, **options).report
 
 
 def measure(
-    run: str | os.PathLike | Predictor,
+    run: str | os.PathLike[str] | Predictor,
     *,
-    images: str | os.PathLike | None = None,
-    annotations: str | os.PathLike | None = None,
-    pennfudan: str | os.PathLike | None = None,
+    images: str | os.PathLike[str] | None = None,
+    annotations: str | os.PathLike[str] | None = None,
+    pennfudan: str | os.PathLike[str] | None = None,
     source: Source | None = None,
     device: str = "auto",
     flip: bool | None = None,
     max_images: int | None = None,
-    store_dir: str | os.PathLike | None = None,
-    jitter: bool | Iterable[float] = False,
+    store_dir: str | os.PathLike[str] | None = None,
     allow_images_outside: bool | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -157,31 +173,32 @@ def measure(
 
     Args:
         run: a run's name or folder, a checkpoint file, or a loaded predictor.
-        images, annotations: folder of images and COCO JSON.
-        pennfudan: in place of those, the folder of the Penn-Fudan set.
+        images: folder of images.
+        annotations: COCO JSON of the people in them.
+        pennfudan: in place of both, the folder of the Penn-Fudan set.
         source: in place of either, any source of scenes.
         device: ``auto``, ``cpu`` or ``cuda``; not for a loaded predictor, which has one.
-        flip: flip test, see :class:`refinelib.Predictor`; none: as the run's settings say, or as the predictor was loaded.
+        flip: flip test, see :class:`refinelib.Predictor`; none: as the run's settings say, or as the
+            predictor was loaded.
         max_images: score only the first so many images.
         store_dir: keep the decoded crops there for the next time; none: a temporary folder.
-        jitter: also measure boxes that are off, at :data:`studies.box_jitter.SIGMAS` or the shares given.
-        allow_images_outside: see :func:`refinelib.data.coco.image_file`; none: as the run's settings say.
+        allow_images_outside: see the setting of that name; none: as the run's settings say.
         progress: show a bar while crops are decoded.
 
     Raises:
         CheckpointError, DataError: no usable checkpoint, or no usable data.
         ValueError: none or more than one kind of data was given, or a number out of range.
     """
-    coco = images is not None or annotations is not None
-    if coco + (pennfudan is not None) + (source is not None) != 1 or (coco and (images is None or annotations is None)):
-        raise ValueError("give images and annotations (COCO), or pennfudan, the folder of that set, and not both")
+    coco = [given is not None for given in (images, annotations)]
+    if any(coco) + (pennfudan is not None) + (source is not None) != 1 or any(coco) != all(coco):
+        raise ValueError("give images and annotations (COCO), or pennfudan, the folder of that set, not both")
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images = {max_images}: give at least 1, or leave it out for all")
     predictor = run if isinstance(run, Predictor) else load(run, device=device)
     if flip is not None and flip != predictor.flip:
         predictor = predictor.with_flip(flip)
     settings = predictor.settings
-    if source is None and pennfudan:
+    if pennfudan is not None:
         source = PennFudanPeople(pennfudan, split="val")
     elif source is None:
         outside = settings.allow_images_outside if allow_images_outside is None else allow_images_outside
@@ -196,64 +213,76 @@ def measure(
             max_images=max_images,
             progress=progress,
         )
-        common = dict(device=predictor.device, mask_size=settings.mask_size, full=True)
-        found = score(predictor.roi_probs, store, **common)
-        report = found.compute(intervals=True)
-        report["blind"] = score(blind(predictor.mean_coverage), store, **common).compute(intervals=True)
-        where = dict(device=predictor.device, max_images=max_images, only=store.annotation_ids)
-        truth = CocoResults()
-        model = pasted_model(predictor.probs, predictor.device)
-        three = {"model": model, "blind": _pasted_blind(predictor), "grid": pasted_grid(settings.mask_size)}
-        pasted = score_in_images(three, source, full=three, truth=truth, **where)
-        report["grid"] = pasted["grid"].compute(intervals=True)
-        report["image"] = pasted["model"].compute(intervals=True)
-        report["image"]["blind"] = pasted["blind"].compute(intervals=True)
-        precision = {name: average_precision(truth.entries, one.coco.entries) for name, one in pasted.items()}
-        report["coco"] = {**precision.pop("model"), **precision, "people": len(truth.entries), "score": SCORE}
-        if jitter is not False:
-            report["jitter"] = jitter_curve(predictor.probs, source, sigmas=SIGMAS if jitter is True else jitter, **where)
-        report |= {"images": len(np.unique(store.image_ids)), "skipped": dict(store.skipped)}
-        people = _columns(found, pasted["model"], store)
-        confusion = found.per_roi()["confusion"].cpu().numpy()
+        found = _score(predictor, source, store, max_images)
         del store  # its files are mapped, and Windows deletes no mapped file
-    report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
-    return Evaluation(report, people, pasted["model"].coco.entries, pasted["model"].masks, confusion, predictor.name, settings)
+    return found
 
 
-def grid_ceiling(
-    source: Source, *, mask_size: tuple[int, int], max_images: int | None = None, only: np.ndarray | None = None
-) -> ImageMetrics:
-    """Figures of the truth through a binary grid of ``mask_size``, pasted back, at the image's own pixels.
+def _score(predictor: Predictor, source: Source, store: Store, max_images: int | None) -> Evaluation:
+    settings, device, size = predictor.settings, predictor.device, predictor.settings.mask_size
+    baseline = mean_mask(predictor.mean_coverage.to(device))
 
-    ``only`` limits it to these annotation ids.
-    """
-    found = score_in_images(
-        {"grid": pasted_grid(mask_size)}, source, device=torch.device("cpu"), max_images=max_images, only=only
+    def baseline_probs(image: Any, boxes: Any) -> Any:
+        return centre_window(baseline(boxes), size)
+
+    predictors = {
+        "model": pasted_model(predictor.probs, device),
+        "mean_mask": pasted_model(baseline_probs, device),
+        "resolution_bound": resolution_bound(size),
+    }
+    on_roi, of_baseline = (
+        score(predict, store, device=device, mask_size=size, full=True)
+        for predict in (predictor.roi_probs, baseline)
     )
-    return found["grid"]
+    truth = CocoResults()
+    pasted = score_in_images(
+        predictors,
+        source,
+        device=device,
+        max_images=max_images,
+        only=store.annotation_ids,
+        full=predictors,
+        truth=truth,
+    )
+    with one_thread():
+        report = on_roi.compute(intervals=True)
+        report["mean_mask"] = of_baseline.compute(intervals=True)
+        in_image = {name: one.compute(intervals=True) for name, one in pasted.items()}
+        precision = {name: average_precision(truth.entries, one.coco.entries) for name, one in pasted.items()}
+    report["resolution_bound"] = in_image["resolution_bound"]
+    report["image"] = {**in_image["model"], "mean_mask": in_image["mean_mask"]}
+    model = precision.pop("model")
+    report["coco"] = {**model, **precision, "people": len(truth.entries), "score": SCORE}
+    report |= {"images": len(np.unique(store.image_ids)), "skipped": dict(store.skipped)}
+    report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
+    return Evaluation(
+        report,
+        _columns(on_roi, pasted["model"], store),
+        pasted["model"].coco.entries,
+        pasted["model"].masks,
+        on_roi.per_roi()["confusion"].cpu().numpy(),
+        predictor.name,
+        settings,
+    )
 
 
-def _pasted_blind(predictor: Predictor) -> Predict:
-    size = predictor.settings.mask_size
-    (probs,) = centre_window(blind(predictor.mean_coverage)(torch.zeros(1, device=predictor.device)), size)
-
-    def predict(image: AnnotatedImage) -> Iterable[Pasted]:
-        return paste_labels(probs.expand(len(image.boxes), *probs.shape), image.boxes, image.size)
-
-    return predict
-
-
-def _columns(on_roi: SegmentationMetrics, in_image: ImageMetrics, store: Store) -> dict[str, np.ndarray]:
-    """One row a ROI: who it is, its figures on the ROI, its figures in the image."""
+def _columns(on_roi: SegmentationMetrics, in_image: ImageMetrics, store: Store) -> dict[str, Any]:
+    """One row a ROI: its ids and box, its figures on the ROI, its figures in the image."""
     people = {"annotation_id": store.annotation_ids, "image_id": store.image_ids}
     people |= {name: store.boxes[:, i] for i, name in enumerate(("x0", "y0", "x1", "y1"))}
     people["area"] = store.areas
-    left_out = ("confusion", "area", "image_id")
-    people |= {name: value.cpu().numpy() for name, value in on_roi.per_roi().items() if name not in left_out}
+    people |= {name: value.cpu().numpy() for name, value in on_roi.per_roi().items() if name not in KEYS}
     # Both go image by image; an image that could be read for the store and not now leaves nan.
-    table = {name: value.cpu().numpy() for name, value in in_image.table().items() if name not in left_out}
     place = {key: row for row, key in enumerate(in_image.annotation_ids)}
     rows = np.array([place.get(int(one), -1) for one in store.annotation_ids])
-    for name, value in table.items():
-        people[f"image_{name}"] = np.where(rows < 0, np.nan, value[rows])
+    for name, value in in_image.table().items():
+        if name not in KEYS:
+            people[f"image_{name}"] = np.where(rows < 0, np.nan, value.cpu().numpy()[rows])
     return people
+
+
+def _renamed(report: Any) -> Any:
+    """A report with today's keys."""
+    if isinstance(report, dict):
+        return {RENAMED.get(key, key): _renamed(value) for key, value in report.items()}
+    return report

@@ -1,47 +1,72 @@
-"""Masks pasted back into their images, scored against the truth at full resolution."""
+"""Masks pasted back into their images, scored against the truth at full resolution; COCO results of them."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import math
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from refinelib.metrics.boundary import band_width, boundary_iou, image_band_width, mask_iou, outline_distances
-from refinelib.metrics.coco_ap import CocoResults
-from refinelib.data import CocoPeople, SceneError, Source
+from refinelib.data import CocoPeople, SceneError, Source, decode_segmentation
 from refinelib.data.sources import Masks, box_of
+from refinelib.metrics.boundary import band_width
+from refinelib.metrics.predict import Pasted, one_thread, paste_labels
+from refinelib.metrics.segmentation import Comparison, confusion_per_roi, summarise
 from refinelib.modeling import NON_TARGET, TARGET
-from refinelib.metrics.segmentation import confusion_per_roi, iou_from_confusion, summarise
-from refinelib.metrics.paste import Pasted, paste_labels
 from refinelib.modeling.roi import crop_rois, labels_from_coverage
-
 
 #: Persons of an image that are worked on at a time; what a predictor returns is in memory for all of them.
 MOST_TOGETHER = 256
+#: The first six figures of COCO's summary, in its order.
+COCO_FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+#: xyxy of the pixels of a mask.
+Extent = tuple[int, int, int, int]
 
 
-class AnnotatedImage(NamedTuple):
-    """One image and the persons in it whose masks are asked for, ``N`` of the ``P`` that are annotated."""
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """One image and the persons in it whose masks are asked for, ``N`` of the ``P`` that are annotated.
 
-    index: int  # in its source
-    image_id: int  # its data set's
-    pixels: np.ndarray  # uint8 [H, W, 3]
-    masks: np.ndarray | Masks  # bool [P, H, W]: everybody's
-    slots: np.ndarray  # int [N]: place in masks
-    boxes: Tensor  # float64 [N, 4] xyxy
-    areas: np.ndarray  # float64 [N], pixels
-    annotation_ids: list[int]  # [N]
-    category_ids: list[int]  # [N]
-    scored: np.ndarray  # bool [N]: a ROI; others (a side under 16 px) count for average precision only
+    Attributes:
+        index: in its source.
+        image_id: its data set's.
+        pixels: uint8 ``[H, W, 3]``.
+        masks: bool ``[P, H, W]``: of everybody.
+        anyone: bool ``[H, W]``: where anybody is.
+        slots: int ``[N]``: place in ``masks``.
+        boxes: float64 ``[N, 4]`` xyxy.
+        areas: float64 ``[N]``, pixels.
+        annotation_ids: ``[N]``.
+        category_ids: ``[N]``.
+        scored: bool ``[N]``: a ROI; others (a side under 16 px) count for average precision only.
+    """
+
+    index: int
+    image_id: int
+    pixels: Any
+    masks: Any | Masks
+    anyone: Any
+    slots: Any
+    boxes: Tensor
+    areas: Any
+    annotation_ids: list[int]
+    category_ids: list[int]
+    scored: Any
 
     @property
     def size(self) -> tuple[int, int]:
         """``(H, W)``."""
-        return self.pixels.shape[:2]
+        height, width = self.pixels.shape[:2]
+        return height, width
 
 
 #: From an image with its boxes to the mask of each, in order.
@@ -49,7 +74,7 @@ Predict = Callable[[AnnotatedImage], Iterable[Pasted]]
 
 
 def annotated_images(
-    source: Source, *, max_images: int | None = None, only: np.ndarray | None = None
+    source: Source, *, max_images: int | None = None, only: Any | None = None
 ) -> Iterator[AnnotatedImage]:
     """The images of a source, one at a time; of COCO with all persons that have a mask and a box.
 
@@ -60,45 +85,55 @@ def annotated_images(
         max_images: only the first so many.
         only: annotation ids of the ROIs to be scored; none: all.
     """
-    people = source.instances(max_images)
-    for index, start in zip(*np.unique(people.image_index, return_index=True)):
+    instances = source.instances(max_images)
+    chosen = None if only is None else set(only.tolist())
+    for index, start in zip(*np.unique(instances.image_index, return_index=True), strict=True):
         try:
             scene = source.scene(int(index))
         except (SceneError, OSError):  # counted when the store was built
             continue
-        rows = range(start, start + int((people.image_index == index).sum()))
-        rois = {int(people.slots[row]): row for row in rows if only is None or people.annotation_ids[row] in only}
-        known = {slot: (people.annotation_ids[row], 1, people.boxes[row], people.areas[row]) for slot, row in rois.items()}
-        if isinstance(source, CocoPeople):
-            known = {slot: (*person.values(),) for slot, person in enumerate(source.annotated_instances(int(index)))}
         height, width = scene.image.shape[:2]
-        known = {
-            slot: person for slot, person in sorted(known.items())
-            if scene.masks[slot].any() and _has_area(person[2], height, width)
-        }  # fmt: skip
-        for first in range(0, len(known), MOST_TOGETHER):
-            slots = [*known][first : first + MOST_TOGETHER]
-            ids, categories, boxes, areas = zip(*(known[slot] for slot in slots))
+        known: dict[int, tuple[Any, ...]] = {}
+        for row in np.flatnonzero(instances.image_index == index):
+            annotation = int(instances.annotation_ids[row])
+            if chosen is None or annotation in chosen:
+                known[int(instances.slots[row])] = annotation, 1, instances.boxes[row], instances.areas[row]
+        rois = set(known)
+        if isinstance(source, CocoPeople):
+            known = {i: (*row.values(),) for i, row in enumerate(source.annotated_instances(int(index)))}
+        slots = [i for i in sorted(known) if _in_image(known[i][2], height, width) and scene.masks[i].any()]
+        anyone = scene.masks.any(0)
+        for first in range(0, len(slots), MOST_TOGETHER):
+            some = slots[first : first + MOST_TOGETHER]
+            ids, categories, boxes, areas = zip(*(known[slot] for slot in some), strict=True)
             yield AnnotatedImage(
                 index=int(index),
-                image_id=int(people.image_ids[start]),
+                image_id=int(instances.image_ids[start]),
                 pixels=scene.image,
                 masks=scene.masks,
-                slots=np.array(slots),
+                anyone=anyone,
+                slots=np.array(some),
                 boxes=torch.as_tensor(np.array(boxes), dtype=torch.float64),
                 areas=np.array(areas, dtype=np.float64),
                 annotation_ids=[int(one) for one in ids],
                 category_ids=[int(one) for one in categories],
-                scored=np.array([slot in rois for slot in slots]),
+                scored=np.array([slot in rois for slot in some]),
             )
+
+
+def _in_image(box: Any, height: int, width: int) -> bool:
+    """Whether a box is finite and has an area in the image."""
+    x0, y0, x1, y1 = (float(side) for side in box)
+    inside = min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
+    return inside and all(math.isfinite(side) for side in box)
 
 
 class ImageMetrics:
     """Figures of one predictor over the persons of many images, and its masks as COCO results.
 
     Attributes:
-        full: surface distances too.
-        coco: every person's mask.
+        full: the costly metrics too.
+        coco: everybody's mask.
         annotation_ids: of the persons scored, in the order of :meth:`table`.
         masks: run lengths of their masks, by annotation id.
     """
@@ -110,27 +145,34 @@ class ImageMetrics:
         self.masks: dict[int, dict[str, Any]] = {}
         self._rows: list[dict[str, Tensor]] = []
 
-    def add(self, image: AnnotatedImage, person: int, found: Pasted, truth: Tensor) -> None:
-        """Compare one mask with the truth, labels ``[H, W]`` on the device, 1 where person ``person`` is."""
-        mask = np.zeros(image.size, dtype=bool)
-        rows, columns = found.labels.shape
-        mask[found.top : found.top + rows, found.left : found.left + columns] = (found.labels == TARGET).cpu().numpy()
-        self.coco.add(image.image_id, image.category_ids[person], mask, float(found.score))
+    def add(self, image: AnnotatedImage, person: int, found: Pasted, truth: Tensor, extent: Extent) -> None:
+        """Compare one mask with the truth.
+
+        Args:
+            image: that it is in.
+            person: its place among the image's.
+            found: labels of its box.
+            truth: labels ``[H, W]`` on the device, 1 where the person is.
+            extent: xyxy of the person's own pixels.
+        """
+        mask = (found.labels == TARGET).cpu().numpy()
+        segmentation = encode(mask, top=found.top, left=found.left, size=image.size)
+        self.coco.add(image.image_id, image.category_ids[person], segmentation, float(found.score))
         if not image.scored[person]:
             return
         x0, y0, x1, y1 = image.boxes[person].tolist()
-        row = compare(found, truth, box_of(image.masks[image.slots[person]]), band_width((y1 - y0, x1 - x0)), full=self.full)
-        row["area"] = torch.tensor(image.areas[person], dtype=torch.float64, device=truth.device)
-        row["image_id"] = torch.tensor(image.index, device=truth.device)
+        row = compare(found, truth, extent, band_width((y1 - y0, x1 - x0)), full=self.full)
+        row["area"] = torch.tensor([image.areas[person]], dtype=torch.float64, device=truth.device)
+        row["image_id"] = torch.tensor([image.index], device=truth.device)
         self._rows.append(row)
         self.annotation_ids.append(image.annotation_ids[person])
-        self.masks[image.annotation_ids[person]] = self.coco.entries[-1]["segmentation"]
+        self.masks[image.annotation_ids[person]] = segmentation
 
     def table(self) -> dict[str, Tensor]:
-        """Columns by name, one row a scored person, as :func:`refinelib.metrics.segmentation.summarise` takes them."""
+        """One row a scored person, as :func:`refinelib.metrics.segmentation.summarise` takes them."""
         if not self._rows:
             raise ValueError("none of the images could be scored")
-        return {name: torch.stack([row[name] for row in self._rows]) for name in self._rows[0]}
+        return {name: torch.cat([row[name] for row in self._rows]) for name in self._rows[0]}
 
     def compute(self, *, intervals: bool = False) -> dict[str, Any]:
         """Means over persons as plain numbers; see :func:`refinelib.metrics.segmentation.summarise`."""
@@ -139,29 +181,31 @@ class ImageMetrics:
 
 @torch.no_grad()
 def compare(
-    found: Pasted, truth: Tensor, extent: tuple[int, int, int, int], width: int, *, full: bool = True
+    found: Pasted, truth: Tensor, extent: Extent, width: int, *, full: bool = True
 ) -> dict[str, Tensor]:
-    """Figures of one pasted mask.
+    """Every registered metric of one pasted mask, ``[1]`` each, and ``confusion``, int64 ``[1, 3, 3]``.
 
-    ``target_iou``, ``boundary_iou`` (band of ``width``, which grows with the person's box as on the ROI),
-    ``boundary_iou_image`` (band of 2 % of the image's diagonal, Cheng et al. 2021) and, with ``full``, ``hd95`` and
-    ``surface_distance`` in image pixels are of the whole image: what the box cut off counts as missed.
-    ``confusion``, ``miou_roi`` and ``nontarget_iou`` are of the pixels inside the predicted box, since nothing is said of
+    Metrics of the target are of the whole image: what the box cut off counts as missed. ``confusion``,
+    ``miou_roi`` and ``nontarget_iou`` are of the pixels inside the predicted box, since nothing is said of
     others. No mask at all is as far away as the image's diagonal is long.
 
     Args:
         found: labels of the box.
         truth: integers ``[H, W]``, holds the target.
         extent: xyxy of the target's own pixels.
-        width: of the band, pixels.
-        full: surface distances too.
+        width: of the Boundary IoU band, pixels.
+        full: the costly metrics too.
+
+    Example:
+        >>> truth = torch.tensor([[0, 1, 1, 0]])
+        >>> found = Pasted(0, 1, torch.tensor([[1]]), torch.tensor(0.9))
+        >>> compare(found, truth, (1, 0, 3, 1), 1)["target_iou"]
+        tensor([0.5000], dtype=torch.float64)
     """
     rows, columns = found.labels.shape
     labels = found.labels.to(truth.device)
     inside = truth[found.top : found.top + rows, found.left : found.left + columns]
-    counts = confusion_per_roi(labels[None], inside[None])[0]
-    iou = iou_from_confusion(counts)
-    # Both masks lie in this window whole, and outside of it is background for both: no figure changes by the cut.
+    # Both masks lie in this window whole, and outside of it is background: no figure changes by the cut.
     x0, y0, x1, y1 = extent
     if labels.numel():
         x0, x1 = min(x0, found.left), max(x1, found.left + columns)
@@ -169,22 +213,11 @@ def compare(
     true = truth[y0:y1, x0:x1] == TARGET
     pred = torch.zeros_like(true)
     if labels.numel():
-        pred[found.top - y0 : found.top - y0 + rows, found.left - x0 : found.left - x0 + columns] = labels == TARGET
-    figures = {
-        "confusion": counts,
-        "miou_roi": iou.nanmean(),
-        "target_iou": mask_iou(pred, true),
-        "nontarget_iou": iou[NON_TARGET].where(counts[NON_TARGET].sum() > 0, math.nan),
-        "boundary_iou": boundary_iou(pred, true, width),
-        "boundary_iou_image": boundary_iou(pred, true, image_band_width(truth.shape)),
-    }
-    if full:
-        both = torch.full((2,), math.hypot(*truth.shape), dtype=torch.float64, device=truth.device)
-        if pred.any():
-            there, back = outline_distances(pred, true)
-            both = torch.stack([torch.maximum(there.quantile(0.95), back.quantile(0.95)), torch.cat([there, back]).mean()])
-        figures |= {"hd95": both[0], "surface_distance": both[1]}
-    return figures
+        top, left = found.top - y0, found.left - x0
+        pred[top : top + rows, left : left + columns] = labels == TARGET
+    confusion = confusion_per_roi(labels[None], inside[None])
+    masks = Comparison(pred[None], true[None], confusion, width, size=(truth.shape[0], truth.shape[1]))
+    return {"confusion": confusion, **masks.figures(full=full)}
 
 
 def score_in_images(
@@ -193,7 +226,7 @@ def score_in_images(
     *,
     device: torch.device,
     max_images: int | None = None,
-    only: np.ndarray | None = None,
+    only: Any | None = None,
     full: Iterable[str] = (),
     truth: CocoResults | None = None,
 ) -> dict[str, ImageMetrics]:
@@ -201,31 +234,46 @@ def score_in_images(
 
     Args:
         predictors: by name.
-        source, max_images, only: see :func:`annotated_images`.
+        source: of scenes.
         device: where masks are compared.
-        full: names of predictors that get surface distances too.
-        truth: filled with the true masks, for :func:`refinelib.metrics.coco_ap.average_precision`.
+        max_images: see :func:`annotated_images`.
+        only: see :func:`annotated_images`.
+        full: names of predictors that get the costly metrics too.
+        truth: filled with the true masks, for :func:`average_precision`.
     """
     full = set(full)
     found = {name: ImageMetrics(full=name in full) for name in predictors}
     for image in annotated_images(source, max_images=max_images, only=only):
-        anyone = torch.from_numpy(image.masks.any(0)).to(device)
+        anyone = torch.from_numpy(image.anyone).to(device)
         # Person by person: the truth of one is as large as the image.
         each = zip(image.slots.tolist(), *(predict(image) for predict in predictors.values()), strict=True)
-        for person, (slot, *pasted) in enumerate(each):
-            mask = image.masks[slot]
-            labels = _labels(torch.from_numpy(mask).to(device), anyone)
-            for one, figures in zip(pasted, found.values()):
-                figures.add(image, person, one, labels)
-            if truth is not None:
-                more = dict(area=float(image.areas[person]), id=image.annotation_ids[person])
-                truth.add(image.image_id, image.category_ids[person], mask, 1.0, **more)
+        with one_thread():
+            for person, (slot, *pasted) in enumerate(each):
+                mask = image.masks[slot]
+                extent = box_of(mask)
+                labels = _labels(torch.from_numpy(mask).to(device), anyone)
+                for one, figures in zip(pasted, found.values(), strict=True):
+                    figures.add(image, person, one, labels, extent)
+                if truth is not None:
+                    x0, y0, x1, y1 = extent
+                    segmentation = encode(mask[y0:y1, x0:x1], top=y0, left=x0, size=image.size)
+                    more = {"area": float(image.areas[person]), "id": image.annotation_ids[person]}
+                    truth.add(image.image_id, image.category_ids[person], segmentation, 1.0, **more)
     return found
 
 
+def _labels(target: Tensor, anyone: Tensor) -> Tensor:
+    return target.byte() * TARGET + (anyone & ~target).byte() * NON_TARGET
+
+
 # -- predictors ------------------------------------------------------------------------------------
-def pasted_model(probs: Callable[[np.ndarray, Tensor], Tensor], device: torch.device) -> Predict:
-    """A model, from ``probs(image, boxes)``, class probabilities in each box's grid, with the true boxes; pasted on ``device``."""
+def pasted_model(probs: Callable[[Any, Tensor], Tensor], device: torch.device) -> Predict:
+    """A model with the true boxes.
+
+    Args:
+        probs: ``probs(image, boxes)``, class probabilities in each box's grid.
+        device: where masks are pasted.
+    """
 
     def predict(image: AnnotatedImage) -> Iterable[Pasted]:
         return paste_labels(probs(image.pixels, image.boxes).to(device), image.boxes, image.size)
@@ -233,25 +281,120 @@ def pasted_model(probs: Callable[[np.ndarray, Tensor], Tensor], device: torch.de
     return predict
 
 
-def pasted_grid(mask_size: tuple[int, int]) -> Predict:
-    """The truth itself, squeezed through a binary grid over the box and pasted back: what such a grid can reach."""
+def resolution_bound(mask_size: tuple[int, int]) -> Predict:
+    """The truth itself, resampled to a binary grid over the box: the most that masks of that size reach."""
 
     def predict(image: AnnotatedImage) -> Iterator[Pasted]:
-        anyone = image.masks.any(0)
-        for slot, box in zip(image.slots.tolist(), image.boxes):
+        for slot, box in zip(image.slots.tolist(), image.boxes, strict=True):
             mask = image.masks[slot]
-            shares = crop_rois(torch.from_numpy(np.stack([mask, anyone & ~mask])), box[None], mask_size) * 255
-            grid = F.one_hot(labels_from_coverage(shares[0].round().to(torch.uint8).permute(1, 2, 0)), 3)
+            layers = torch.from_numpy(np.stack([mask, image.anyone & ~mask]))
+            coverage = (crop_rois(layers, box[None], mask_size)[0] * 255).round().to(torch.uint8)
+            grid = F.one_hot(labels_from_coverage(coverage.permute(1, 2, 0)), 3)
             yield from paste_labels(grid.permute(2, 0, 1)[None].float(), box[None], image.size)
 
     return predict
 
 
-def _labels(target: Tensor, anyone: Tensor) -> Tensor:
-    return target.byte() * TARGET + (anyone & ~target).byte() * NON_TARGET
+# -- COCO ------------------------------------------------------------------------------------------
+def encode(mask: Any, *, top: int = 0, left: int = 0, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """A mask as COCO's compressed run lengths.
+
+    Args:
+        mask: bool ``[h, w]``.
+        top: row of the image where it begins.
+        left: column where it begins.
+        size: ``(H, W)`` of the image; none: the mask's own.
+
+    Returns:
+        ``size`` and ``counts``, safe for JSON.
+
+    Example:
+        >>> encode(np.eye(2, dtype=bool), top=1, left=0, size=(3, 2))
+        {'size': [3, 2], 'counts': '1131'}
+    """
+    height, width = size or mask.shape
+    rows = np.zeros((height, mask.shape[1]), np.int8)
+    rows[top : top + len(mask)] = mask
+    # Runs go column by column and begin with background; the window's are shifted to its place.
+    changes = np.flatnonzero(np.diff(rows.ravel(order="F"), prepend=0, append=0)) + left * height
+    counts = np.diff(changes[changes < height * width], prepend=0, append=height * width).tolist()
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [int(height), int(width)], "counts": rle["counts"].decode("ascii")}
 
 
-def _has_area(box: Any, height: int, width: int) -> bool:
-    x0, y0, x1, y1 = (float(side) for side in box)
-    finite = all(math.isfinite(side) for side in (x0, y0, x1, y1))
-    return finite and x1 > x0 and y1 > y0 and min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
+def decode(segmentation: dict[str, Any]) -> Any:
+    """The bool mask ``[H, W]`` of what :func:`encode` gave; an empty mask is all false.
+
+    Example:
+        >>> decode(encode(np.array([[True, False]])))
+        array([[ True, False]])
+    """
+    height, width = segmentation["size"]
+    mask = decode_segmentation(segmentation, height, width)
+    return np.zeros((height, width), dtype=bool) if mask is None else mask
+
+
+class CocoResults:
+    """Masks in COCO's results format, in the order they were added.
+
+    ``entries`` is what goes into the JSON file: ``image_id``, ``category_id``, ``segmentation`` (run
+    lengths), ``score``. No ``bbox``: given one, pycocotools would take its area for the mask's.
+
+    Example:
+        >>> results = CocoResults()
+        >>> results.add(7, 1, encode(np.ones((2, 2), dtype=bool)), 0.5)
+        >>> results.entries[0]["image_id"]
+        7
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+
+    def add(
+        self, image_id: int, category_id: int, segmentation: dict[str, Any], score: float, **more: Any
+    ) -> None:
+        """One mask, of its image's size, as :func:`encode` gives it."""
+        entry = {"image_id": image_id, "category_id": category_id, "segmentation": segmentation}
+        self.entries.append({**entry, "score": round(score, 6), **more})
+
+
+def average_precision(
+    truth: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
+    """Segm AP of COCO results as ``pycocotools`` computes it: AP, AP50, AP75 and AP by size.
+
+    Boxes were given, so there is one result a person and none is a false find: AP falls where a mask
+    does not overlap its person enough, and the more, the surer the model was of it. The score ranks results
+    across images, so it is the mean probability inside the mask and not 1.0 for all, which would leave the
+    order to chance.
+
+    Args:
+        truth: entries of a :class:`CocoResults` with the true masks, each with ``id`` and ``area`` (pixels).
+        results: entries of one with the found masks.
+
+    Returns:
+        each figure in 0..1, None where no person is of that size.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    sizes = {entry["image_id"]: entry["segmentation"]["size"] for entry in truth}
+    annotations = []
+    for number, entry in enumerate(truth, start=1):  # an id of 0 would count as no match
+        box = coco_mask.toBbox(entry["segmentation"]).tolist()
+        annotations.append({**entry, "id": number, "bbox": box, "iscrowd": 0})
+    with contextlib.redirect_stdout(io.StringIO()):
+        known = COCO()
+        known.dataset = {
+            "images": [{"id": image, "height": size[0], "width": size[1]} for image, size in sizes.items()],
+            "annotations": annotations,
+            "categories": [{"id": one} for one in sorted({entry["category_id"] for entry in truth})],
+            "info": {},
+        }
+        known.createIndex()
+        evaluation = COCOeval(known, known.loadRes(copy.deepcopy(list(results))), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    found = zip(COCO_FIGURES, evaluation.stats[:6].tolist(), strict=True)
+    return {name: None if value < 0 else value for name, value in found}

@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from refinelib import checkpoints
-from refinelib.data.augment import MEAN, normalise
 from refinelib.build import autocast, build_device, build_model
 from refinelib.config import Settings
-from refinelib.data import decode_image
+from refinelib.data import Store, decode_image
+from refinelib.data.augment import MEAN, normalise
 from refinelib.data.sources import as_rgb
+from refinelib.guard.guard import ran_out
+from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.modeling import TARGET
-from refinelib.metrics.paste import paste_labels
-from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes
-from refinelib.metrics.scoring import predict_probs
+from refinelib.modeling.roi import (
+    centre_window,
+    checked_boxes,
+    crop_rois,
+    expand_boxes,
+    labels_from_coverage,
+    paste_patches,
+)
+
+#: Boxes whose probabilities are in memory at a time while masks are pasted.
+BOXES_AT_ONCE = 256
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run small operations on one thread.
+
+    Spread over every core they take longer, and processes beside each other wait for each other's threads.
+
+    Example:
+        >>> with one_thread():
+        ...     torch.get_num_threads()
+        1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load(
-    source: str | os.PathLike, *, device: str = "auto", output_dir: str = "outputs", flip: bool | None = None
-) -> "Predictor":
+    source: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    output_dir: str = "outputs",
+    flip: bool | None = None,
+) -> Predictor:
     """The model of a run or of a checkpoint file, ready to predict.
 
     Args:
@@ -66,13 +101,20 @@ class Predictor:
         model: in evaluation mode, on ``device``.
         settings: of the run that trained it.
         flip: whether it averages with the mirror image.
-        weights: of background, target and non-target in what is drawn, from the settings; ``(1, 1, 1)`` gives the model's own
-            probabilities.
+        weights: decision weights of background, target and non-target, from the settings; ``(1, 1, 1)`` gives
+            the model's own probabilities.
+
+    Example:
+        >>> settings = Settings(width=0.0625, roi_size=(32, 32), mask_size=(32, 32), device="cpu")
+        >>> model, coverage = build_model(settings), torch.zeros(32, 32, 2)
+        >>> predictor = Predictor(model, settings, path=Path("none.pt"), mean_coverage=coverage)
+        >>> predictor.predict(np.zeros((40, 60, 3), np.uint8), [[0, 0, 30, 40]]).shape
+        (1, 40, 60)
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         settings: Settings,
         *,
         path: Path,
@@ -80,7 +122,9 @@ class Predictor:
         flip: bool | None = None,
     ) -> None:
         self.device = build_device(settings)
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        # mypy does not know the memory format's overload.
+        self.model: Any = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
         self.flip = settings.flip_test if flip is None else flip
         self.weights = settings.decision_weights
@@ -90,7 +134,7 @@ class Predictor:
         """The run's, or that of a checkpoint file that lies in no run."""
         return self.path.parents[1].name if self.path.parent.name == "checkpoints" else self.path.stem
 
-    def with_flip(self, flip: bool) -> "Predictor":
+    def with_flip(self, flip: bool) -> Predictor:
         """The same model with the flip test on or off."""
         other = copy.copy(self)
         other.flip = flip
@@ -99,12 +143,12 @@ class Predictor:
     def probs(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Tensor:
         """Class probabilities in each box's own grid.
 
-        Weighed by ``weights``, after which they sum to 1 again (:func:`~refinelib.metrics.scoring.predict_probs`): the likeliest
-        class is the one to draw.
+        Multiplied by the decision weights, after which they sum to 1 again (:func:`predict_probs`).
 
         Args:
-            image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file). The pixels as stored, as COCO annotates them: a file's or a PIL
-                image's EXIF orientation is not applied, and boxes made on the upright image need that (``PIL.ImageOps.exif_transpose``).
+            image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file). The pixels as stored, as COCO
+                annotates them: a file's or a PIL image's EXIF orientation is not applied, and boxes made on
+                the upright image need that (``PIL.ImageOps.exif_transpose``).
             boxes: ``[N, 4]`` xyxy in pixels; may reach outside the image.
             batch_size: ROIs at once.
 
@@ -115,71 +159,232 @@ class Predictor:
             ValueError: an image that is not RGB, or a box without area.
         """
         pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
-        boxes = _checked_boxes(boxes)
         canvas, size = self.model.canvas, self.settings.roi_size
-        regions = expand_boxes(boxes, (canvas[0] / size[0], canvas[1] / size[1]))
+        regions = expand_boxes(_boxes(boxes), (canvas[0] / size[0], canvas[1] / size[1]))
         found = [torch.zeros(0, 3, *self.settings.mask_size)]
         for part in regions.split(batch_size):
-            crops = crop_rois(pixels, part, canvas, fill=MEAN).round().to(self.device)  # rounded as the store's bytes are
-            found.append(self._probs(normalise(crops)).cpu())
+            with one_thread():
+                crops = crop_rois(pixels, part, canvas, fill=MEAN).round()  # as the store's bytes are
+            probs = self.roi_probs(normalise(crops.to(self.device)))
+            found.append(centre_window(probs, self.settings.mask_size).cpu())
         return torch.cat(found)
 
-    def predict(self, image: Any, boxes: Any, *, batch_size: int = 32) -> np.ndarray:
+    def predict(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Any:
         """One mask a box, in image coordinates.
 
         Arguments and errors are those of :meth:`probs`.
 
         Returns:
-            bool ``[N, H, W]``: where this person is likelier than background and than other people, as the settings'
-            decision weights weigh them. Nothing outside the box.
+            bool ``[N, H, W]``: where this person is likelier than background and than other people, as the
+            settings' decision weights weigh them. Nothing outside the box.
         """
-        return self.predict_scored(image, boxes, batch_size=batch_size)[0]
+        masks: np.ndarray[Any, np.dtype[np.bool_]] = self.predict_scored(image, boxes, batch_size=batch_size)[
+            0
+        ]
+        return masks
 
-    def predict_scored(self, image: Any, boxes: Any, *, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    def predict_scored(self, image: Any, boxes: Any, *, batch_size: int = 32) -> tuple[Any, Any]:
         """The masks of :meth:`predict` and how sure the model is of each.
 
         Returns:
-            masks bool ``[N, H, W]``; scores float64 ``[N]`` in 0..1: the mean probability of this person (weighed, see
-            :meth:`probs`) over the pixels of the mask, 0 for an empty one.
+            masks bool ``[N, H, W]``; scores float64 ``[N]`` in 0..1: the mean probability of this person
+            (weighed, see :meth:`probs`) over the pixels of the mask, 0 for an empty one.
         """
-        pixels = _rgb(image)
-        probs = self.probs(pixels, boxes, batch_size=batch_size)
-        masks, scores = np.zeros((len(probs), *pixels.shape[:2]), dtype=bool), np.zeros(len(probs))
-        for i, found in enumerate(paste_labels(probs, _checked_boxes(boxes), pixels.shape[:2])):
-            mask = found.labels == TARGET
-            rows, columns = mask.shape
-            masks[i, found.top : found.top + rows, found.left : found.left + columns] = mask.numpy()
+        pixels, boxes = _rgb(image), _boxes(boxes)
+        size = pixels.shape[:2]
+        masks, scores = np.zeros((len(boxes), *size), dtype=bool), np.zeros(len(boxes))
+        for i, found in enumerate(self.pasted(pixels, boxes, batch_size=batch_size)):
+            rows, columns = found.labels.shape
+            window = masks[i, found.top : found.top + rows, found.left : found.left + columns]
+            window[:] = (found.labels == TARGET).numpy()
             scores[i] = float(found.score)
         return masks, scores
+
+    def pasted(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Iterator[Pasted]:
+        """Labels of each box at the image's own pixels, one after the other, in bounded memory.
+
+        Arguments and errors are those of :meth:`probs`.
+        """
+        pixels = _rgb(image)
+        for some in _boxes(boxes).split(BOXES_AT_ONCE):
+            yield from paste_labels(self.probs(pixels, some, batch_size=batch_size), some, pixels.shape[:2])
 
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
         with autocast(self.settings, self.device):
             return predict_probs(self.model, images, flip=self.flip, weights=self.weights).float()
 
-    def _probs(self, crops: Tensor) -> Tensor:
-        return centre_window(self.roi_probs(crops), self.settings.mask_size)
+
+@torch.no_grad()
+def predict_probs(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    flip: bool = False,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """Class probabilities of normalised crops, on the mask canvas.
+
+    What does not fit into memory at once is computed in ever smaller chunks: others may use the device too.
+
+    A pixel raises the IoU one can expect where its probability is above ``J / (1 + J)``, with ``J`` the IoU
+    reached (Lipton et al., "Optimal Thresholding of Classifiers to Maximize F1 Measure", 2014: half the F1,
+    written in IoU): at odds of ``J`` to 1, not even ones, which is a weight of ``1 / J`` against all else.
+
+    Args:
+        model: returns a :class:`~refinelib.modeling.output.MaskOutput`.
+        images: float ``[B, 3, Hc, Wc]``.
+        flip: average over each crop and its mirror image, mirrored back.
+        weights: of background, target, non-target: each class's probability is multiplied by its weight and
+            the three are divided by their sum, so that the likeliest class is the one to draw.
+
+    Returns:
+        float32 ``[B, 3, Hm, Wm]``.
+
+    Raises:
+        RuntimeError: one crop alone does not fit (:func:`refinelib.guard.guard.ran_out`).
+    """
+    probs = _probs(model, images)
+    if flip:
+        probs = (probs + _probs(model, images.flip(-1)).flip(-1)) / 2
+    if set(weights) == {1.0}:
+        return probs
+    weighed = torch.stack([x * weight for x, weight in zip(probs.unbind(1), weights, strict=True)], dim=1)
+    return weighed / weighed.sum(dim=1, keepdim=True)
 
 
-def _rgb(image: Any) -> np.ndarray:
+def _probs(model: nn.Module, images: Tensor) -> Tensor:
+    chunks = 1
+    while True:
+        try:
+            parts = images.contiguous(memory_format=torch.channels_last).tensor_split(chunks)
+            return torch.cat([model(part).log_probs().exp() for part in parts])
+        except RuntimeError as error:
+            if not ran_out(error) or chunks >= len(images):
+                raise
+        chunks = min(2 * chunks, len(images))
+        if images.is_cuda:
+            torch.cuda.empty_cache()
+
+
+# -- on a store ------------------------------------------------------------------------------------
+def batches(store: Store, device: torch.device, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Crops, labels and places of a store's ROIs, in order.
+
+    Yields:
+        float32 ``[B, 3, Hc, Wc]``, normalised; int64 ``[B, Hm, Wm]``; int64 ``[B]``.
+    """
+    for rois in torch.arange(len(store)).split(size):
+        images, coverage = (x.to(device) for x in store.gather(rois))
+        yield normalise(images.permute(0, 3, 1, 2)), labels_from_coverage(coverage), rois
+
+
+def score(
+    predict: Callable[[Tensor], Tensor],
+    store: Store,
+    *,
+    device: torch.device,
+    mask_size: tuple[int, int],
+    batch_size: int = 32,
+    full: bool = False,
+) -> SegmentationMetrics:
+    """Metrics over the box window of every ROI of a store.
+
+    Args:
+        predict: crops float32 ``[B, 3, Hc, Wc]`` to class probabilities ``[B, 3, Hm, Wm]``.
+        store: of ROIs.
+        device: where crops and metrics are computed.
+        mask_size: of the box window.
+        batch_size: ROIs at once.
+        full: the costly metrics too.
+    """
+    metrics = SegmentationMetrics(full=full)
+    for images, labels, rois in batches(store, device, batch_size):
+        predicted = predict(images).argmax(dim=1)
+        # The image's place in the store: a data set's own ids may be negative, and those of two the same.
+        columns = (store.areas[rois.numpy()], store.image_index[rois.numpy()])
+        areas, images_of = (torch.as_tensor(column, device=device) for column in columns)
+        with one_thread():
+            labels, predicted = centre_window(labels, mask_size), centre_window(predicted, mask_size)
+            metrics.update(predicted, labels, areas, images_of)
+    return metrics
+
+
+def mean_mask(mean_coverage: Tensor) -> Callable[[Tensor], Tensor]:
+    """The mean-mask baseline, a predictor that sees no image: the training set's average mask.
+
+    Args:
+        mean_coverage: float ``[Hm, Wm, 2]`` in 0..1: mean area fraction of target and of non-target.
+
+    Example:
+        >>> mean_mask(torch.full((2, 2, 2), 0.25))(torch.zeros(5, 3, 8, 8))[0, :, 0, 0]
+        tensor([0.5000, 0.2500, 0.2500])
+    """
+    target, other = mean_coverage.permute(2, 0, 1).float().unbind(0)
+    probs = torch.stack([1 - target - other, target, other])[None]
+
+    def predict(images: Tensor) -> Tensor:
+        return probs.to(images.device).expand(len(images), -1, -1, -1)
+
+    return predict
+
+
+# -- into the image --------------------------------------------------------------------------------
+class Pasted(NamedTuple):
+    """The part of one box that lies inside the image.
+
+    Attributes:
+        top: first row.
+        left: first column.
+        labels: int64 ``[h, w]``: the likeliest class.
+        score: float32 ``[]``: mean probability of the target over its mask, 0 where there is no mask.
+    """
+
+    top: int
+    left: int
+    labels: Tensor
+    score: Tensor
+
+
+def paste_labels(probs: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Iterator[Pasted]:
+    """Labels of each box at the image's own pixels, one box at a time.
+
+    The probabilities are interpolated and then compared: the outline runs between grid cells where
+    two classes are equally likely.
+
+    Args:
+        probs: float ``[N, 3, h, w]`` in the grids of the boxes.
+        boxes: ``[N, 4]`` xyxy in pixels.
+        image_size: ``(H, W)``.
+
+    Raises:
+        ValueError: shapes that do not fit, or a box without area.
+
+    Example:
+        >>> probs = torch.tensor([0.2, 0.7, 0.1]).view(1, 3, 1, 1)
+        >>> next(paste_labels(probs, torch.tensor([[0, 0, 2, 1]]), (4, 4)))
+        Pasted(top=0, left=0, labels=tensor([[1, 1]]), score=tensor(0.7000))
+    """
+    for top, left, patch in paste_patches(probs, boxes, image_size):
+        labels = patch.argmax(dim=0)
+        mask = labels == TARGET
+        yield Pasted(top, left, labels, (patch[TARGET] * mask).sum() / mask.sum().clamp(min=1))
+
+
+def _rgb(image: Any) -> Any:
     if isinstance(image, (str, os.PathLike)):
         return decode_image(Path(image))
     if isinstance(image, Image.Image):
         image = as_rgb(image)
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ValueError(f"the image must be uint8 [H, W, 3] in RGB, and is {array.dtype} {list(array.shape)}")
+        raise ValueError(
+            f"the image must be uint8 [H, W, 3] in RGB, and is {array.dtype} {list(array.shape)}"
+        )
     return np.array(array)
 
 
-def _checked_boxes(boxes: Any) -> Tensor:
+def _boxes(boxes: Any) -> Tensor:
     boxes = boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes
     table = torch.as_tensor(np.asarray(boxes, dtype=np.float64))
-    if table.numel() == 0:
-        return torch.zeros(0, 4, dtype=torch.float64)
-    if table.dim() != 2 or table.shape[1] != 4:
-        raise ValueError(f"boxes must be [N, 4], x0, y0, x1, y1 a row, and are {list(table.shape)}")
-    for number, (x0, y0, x1, y1) in enumerate(table.tolist()):
-        if not (np.isfinite([x0, y0, x1, y1]).all() and x1 > x0 and y1 > y0):
-            raise ValueError(f"box {number} is {[x0, y0, x1, y1]}: give x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1")
-    return table
+    return checked_boxes(table if table.numel() else table.reshape(0, 4))

@@ -3,34 +3,168 @@
 ``nan`` stands for "does not apply here" (the IoU of a class that neither side has, the target IoU of a
 ROI without target) and is left out of every mean. Everything stays on the labels' device;
 :func:`summarise` (and so :meth:`SegmentationMetrics.compute`) is the one place that waits for it.
+
+A metric is added by one line: ``METRICS.add(name, Metric(function, "title"))``. Epoch records, reports and
+tables of people have it from then on.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refinelib.metrics.boundary import band_width, boundary_f1, boundary_iou, hd95, surface_distance, surfaces
 from refinelib.metrics.bootstrap import ImageBootstrap
+from refinelib.metrics.boundary import (
+    Surfaces,
+    band_width,
+    boundary_f1,
+    boundary_iou,
+    hd95,
+    image_band_width,
+    mask_iou,
+    point_surfaces,
+    surface_distance,
+    surfaces,
+)
 from refinelib.modeling import NON_TARGET, TARGET
+from refinelib.registry import METRICS
 
 CLASSES = 3
 
 #: COCO's size groups: a person's area in image pixels, from (included) and to (not included).
 SIZE_GROUPS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
-#: The data's own thirds by area, which hold as many people each whatever the data set.
-THIRDS = ("smaller", "middle", "larger")
+#: Terciles of the data by area, which hold as many people each whatever the data set.
+TERCILES = ("smaller", "middle", "larger")
+#: Columns of a table of ROIs that are no metric.
+KEYS = ("confusion", "area", "image_id")
+
+
+# -- what is measured ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Comparison:
+    """Masks of the target and their truth, and what metrics share, computed when first used.
+
+    Attributes:
+        pred, true: bool ``[B, H, W]``: pixels of the target.
+        confusion: int64 ``[B, 3, 3]``, pixel counts: row = truth, column = prediction.
+        width: of the Boundary IoU band, pixels.
+        size: ``(H, W)`` of the whole image where the masks are a window of it; None: they are ROIs.
+    """
+
+    pred: Tensor
+    true: Tensor
+    confusion: Tensor
+    width: int
+    size: tuple[int, int] | None = None
+
+    @cached_property
+    def iou(self) -> Tensor:
+        """IoU of each class, float64 ``[B, 3]``."""
+        return iou_from_confusion(self.confusion)
+
+    @cached_property
+    def surfaces(self) -> Surfaces:
+        """Contours and their distances."""
+        if self.size is None:
+            return surfaces(self.pred, self.true)
+        return point_surfaces(self.pred, self.true, math.hypot(*self.size))
+
+    def holds(self, label: int) -> Tensor:
+        """Whether the truth holds a class, bool ``[B]``."""
+        return self.true.any(-1).any(-1) if label == TARGET else self.confusion[:, label].sum(-1) > 0
+
+    def figures(self, *, full: bool) -> dict[str, Tensor]:
+        """Every registered metric by name, float64 ``[B]``; ``full``: the costly ones too."""
+        found = {}
+        for name, metric in METRICS.items():
+            if (full or not metric.costly) and (self.size is not None or not metric.needs_image):
+                value = metric.function(self)
+                found[name] = value if metric.of is None else value.where(self.holds(metric.of), math.nan)
+        return found
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as :data:`~refinelib.registry.METRICS` holds it.
+
+    Attributes:
+        function: from a :class:`Comparison` to float64 ``[B]``, one number a ROI or mask.
+        title: as plots and tables show it.
+        unit: ``px`` or nothing.
+        higher_is_better: the direction.
+        needs_image: it is of whole images only; the others are computed on ROIs and on images.
+        of: class that the truth must hold for it to apply; None: it always does.
+        costly: it is left out of a run's validations, but for the last.
+    """
+
+    function: Callable[[Comparison], Tensor]
+    title: str
+    unit: str = ""
+    higher_is_better: bool = True
+    needs_image: bool = False
+    of: int | None = TARGET
+    costly: bool = False
+
+
+def _image_boundary_iou(masks: Comparison) -> Tensor:
+    assert masks.size is not None
+    return boundary_iou(masks.pred, masks.true, image_band_width(masks.size))
+
+
+METRICS.add("miou_roi", Metric(lambda masks: masks.iou.nanmean(-1), "mIoU of a ROI", of=None))
+METRICS.add("target_iou", Metric(lambda masks: mask_iou(masks.pred, masks.true), "target IoU"))
+METRICS.add("nontarget_iou", Metric(lambda masks: masks.iou[:, NON_TARGET], "non-target IoU", of=NON_TARGET))
+METRICS.add(
+    "boundary_iou", Metric(lambda masks: boundary_iou(masks.pred, masks.true, masks.width), "Boundary IoU")
+)
+METRICS.add(
+    "boundary_iou_image", Metric(_image_boundary_iou, "Boundary IoU, 2 % of the diagonal", needs_image=True)
+)
+METRICS.add(
+    "boundary_f1_1px", Metric(lambda masks: boundary_f1(masks.surfaces, 1), "boundary F, 1 px", costly=True)
+)
+METRICS.add(
+    "boundary_f1_2px", Metric(lambda masks: boundary_f1(masks.surfaces, 2), "boundary F, 2 px", costly=True)
+)
+METRICS.add(
+    "hd95", Metric(lambda masks: hd95(masks.surfaces), "HD95", "px", higher_is_better=False, costly=True)
+)
+METRICS.add(
+    "surface_distance",
+    Metric(
+        lambda masks: surface_distance(masks.surfaces),
+        "surface distance",
+        "px",
+        higher_is_better=False,
+        costly=True,
+    ),
+)
 
 
 def confusion_per_roi(pred_labels: Tensor, labels: Tensor, classes: int = CLASSES) -> Tensor:
-    """Pixel counts of each ROI, int64 ``[B, classes, classes]``: row = truth, column = prediction.
+    """Pixel counts of each ROI.
 
-    ``pred_labels`` and ``labels`` are integers ``[B, H, W]`` of equal shape. A pixel where either
-    of them is outside ``0 .. classes - 1`` counts nowhere. Raises ValueError for probabilities or logits
-    in place of labels, and for shapes that differ.
+    Args:
+        pred_labels: integers ``[B, H, W]``.
+        labels: the same of the truth. A pixel where either is outside ``0 .. classes - 1`` counts nowhere.
+        classes: number of classes C.
+
+    Returns:
+        int64 ``[B, C, C]``: row = truth, column = prediction.
+
+    Raises:
+        ValueError: probabilities or logits in place of labels; shapes that differ.
+
+    Example:
+        >>> confusion_per_roi(torch.tensor([[[0, 1]]]), torch.tensor([[[1, 1]]]), classes=2)
+        tensor([[[0, 0],
+                 [1, 1]]])
     """
     if pred_labels.shape != labels.shape or labels.ndim != 3:
         raise ValueError(
@@ -42,15 +176,24 @@ def confusion_per_roi(pred_labels: Tensor, labels: Tensor, classes: int = CLASSE
             f"labels must be integers, not {pred_labels.dtype} (predicted) and {labels.dtype} (true); "
             "take probs.argmax(1) first"
         )
-    # Comparing and summing instead of bincount (reads its maximum back) or a matrix product (rounds under autocast).
-    values = range(classes)
-    predicted = [pred_labels == value for value in values]
-    true = [labels == value for value in values]
+    # Comparing and summing: bincount reads its maximum back, a matrix product rounds under autocast.
+    predicted, true = ([x == value for value in range(classes)] for x in (pred_labels, labels))
     return torch.stack([torch.stack([(t & p).sum((1, 2)) for p in predicted], -1) for t in true], -2)
 
 
 def iou_from_confusion(counts: Tensor) -> Tensor:
-    """IoU of each class, float64 ``[..., C]``, from counts ``[..., C, C]``; nan for a class that neither side has."""
+    """IoU of each class from pixel counts; nan for a class that neither side has.
+
+    Args:
+        counts: ``[..., C, C]``: row = truth, column = prediction.
+
+    Returns:
+        float64 ``[..., C]``.
+
+    Example:
+        >>> iou_from_confusion(torch.tensor([[3, 1], [0, 4]]))
+        tensor([0.7500, 0.8000], dtype=torch.float64)
+    """
     hits = counts.diagonal(dim1=-2, dim2=-1).double()
     return hits / (counts.sum(-1) + counts.sum(-2) - hits)
 
@@ -60,8 +203,15 @@ class SegmentationMetrics:
     """Gathers metrics over batches on the device; only :meth:`compute` reads them back.
 
     Args:
-        full: also boundary F, HD95 and surface distance, which need an exact distance transform.
-        width: the Boundary IoU band in pixels; none: :func:`~refinelib.metrics.boundary.band_width` of the labels' own size.
+        full: also the costly metrics: boundary F, HD95 and surface distance need a distance transform.
+        width: the Boundary IoU band in pixels; none: :func:`~refinelib.metrics.boundary.band_width` of the
+            labels' own size.
+
+    Example:
+        >>> metrics, labels = SegmentationMetrics(), torch.ones(2, 8, 8, dtype=torch.int64)
+        >>> metrics.update(labels, labels)
+        >>> metrics.compute()["target_iou"]
+        1.0
     """
 
     def __init__(self, full: bool = True, width: int | None = None) -> None:
@@ -71,40 +221,38 @@ class SegmentationMetrics:
 
     @torch.no_grad()
     def update(
-        self, pred_labels: Tensor, labels: Tensor, areas: Tensor | None = None, image_ids: Tensor | None = None
+        self,
+        pred_labels: Tensor,
+        labels: Tensor,
+        areas: Tensor | None = None,
+        image_ids: Tensor | None = None,
     ) -> None:
-        """Add a batch: integer labels ``[B, H, W]`` cut to the box window, the persons' ``[B]`` areas and images.
+        """Add a batch.
 
-        ``areas`` are in image pixels and sort the ROIs into size groups; a ROI without one (nan) is in
-        none of them. ``image_ids`` are whole numbers, for intervals over images. Raises ValueError where shapes
-        do not fit or labels are not integers.
+        Args:
+            pred_labels: integers ``[B, H, W]``, cut to the box window.
+            labels: the same of the truth.
+            areas: ``[B]``, the persons' areas in image pixels, which sort the ROIs into size groups; a ROI
+                without one (nan) is in none of them.
+            image_ids: ``[B]`` whole numbers, for intervals over images.
+
+        Raises:
+            ValueError: shapes that do not fit; labels that are not integers.
         """
-        counts = confusion_per_roi(pred_labels, labels)
-        iou = iou_from_confusion(counts)
-        holds = counts.sum(-1) > 0
-        pred, true = pred_labels == TARGET, labels == TARGET
+        confusion = confusion_per_roi(pred_labels, labels)
         width = band_width(labels.shape[-2:]) if self.width is None else self.width
-        of_target = {"boundary_iou": boundary_iou(pred, true, width)}
-        if self.full:
-            found = surfaces(pred, true)
-            of_target["boundary_f1_1px"] = boundary_f1(found, 1)
-            of_target["boundary_f1_2px"] = boundary_f1(found, 2)
-            of_target["hd95"] = hd95(found)
-            of_target["surface_distance"] = surface_distance(found)
-        rows = {"miou_roi": iou.nanmean(-1), "target_iou": iou[:, TARGET].where(holds[:, TARGET], math.nan)}
-        rows["nontarget_iou"] = iou[:, NON_TARGET].where(holds[:, NON_TARGET], math.nan)
-        rows |= {name: value.where(holds[:, TARGET], math.nan) for name, value in of_target.items()}
-        rows["area"] = _column(areas, labels, math.nan, torch.float64)
-        rows["image_id"] = _column(image_ids, labels, -1, torch.int64)
-        self._batches.append({"confusion": counts, **rows})
+        masks = Comparison(pred_labels == TARGET, labels == TARGET, confusion, width)
+        row = {"confusion": confusion, **masks.figures(full=self.full)}
+        row["area"] = _column(areas, labels, math.nan, torch.float64)
+        row["image_id"] = _column(image_ids, labels, -1, torch.int64)
+        self._batches.append(row)
 
     def per_roi(self) -> dict[str, Tensor]:
         """Every metric of every ROI in the order of the updates, on the device.
 
-        ``confusion`` is int64 ``[N, 3, 3]``, ``image_id`` int64 ``[N]`` (-1 where none was given); ``miou_roi``,
-        ``target_iou``, ``nontarget_iou``, ``boundary_iou``, ``area`` (and with ``full`` the others by the names of
-        :meth:`compute`) are float64 ``[N]``. nan where the truth has no target (``nontarget_iou``: no non-target)
-        or no area was given: leave those out before sorting. Empty before the first update.
+        ``confusion`` is int64 ``[N, 3, 3]``, ``image_id`` int64 ``[N]`` (-1 where none was given); ``area``
+        and the metrics by name are float64 ``[N]``. nan where the truth lacks the metric's class or no area
+        was given: leave those out before sorting. Empty before the first update.
         """
         if not self._batches:
             nothing = SegmentationMetrics(self.full, self.width)
@@ -119,13 +267,7 @@ class SegmentationMetrics:
 
 
 def summarise(table: dict[str, Tensor], *, intervals: bool = False) -> dict[str, Any]:
-    """Means over a table of ROIs as plain numbers, safe for strict JSON; None where there was nothing to average.
-
-    ``miou`` and ``iou`` ([background, target, non-target]) are of pixel counts pooled over all ROIs, a class
-    that neither side has left out; every other name is the mean of its column, nan left out: ``miou_roi``
-    over all ROIs, ``nontarget_iou`` over ROIs whose truth contains non-target, the rest over those whose truth
-    contains the target. ``rois`` counts all ROIs. Where areas were given, ``by_size`` has the means, ``rois`` and
-    ``area`` (from, to; pixels) for COCO's ``small``, ``medium`` and ``large``, ``by_third`` for thirds of the data.
+    """Means over a table of ROIs as plain numbers, safe for strict JSON.
 
     Args:
         table: columns as of :meth:`SegmentationMetrics.per_roi`; all but ``confusion``, ``area`` and
@@ -133,35 +275,50 @@ def summarise(table: dict[str, Tensor], *, intervals: bool = False) -> dict[str,
         intervals: add ``intervals``, a 95 % bootstrap interval ``[low, high]`` over images, to the result
             and to each group.
 
+    Returns:
+        ``miou`` and ``iou`` ([background, target, non-target]) of pixel counts pooled over all ROIs, a class
+        that neither side has left out; every other metric's mean, nan left out, None where nothing is left;
+        ``rois``, their number. Where areas were given, ``by_size`` has the same and ``area`` (from, to;
+        pixels) for COCO's ``small``, ``medium`` and ``large``, ``by_tercile`` for the terciles of the data.
+
     Raises:
         ValueError: intervals without the image of each ROI.
     """
-    table = dict(table)
     result = _means(table, intervals)
     areas = table["area"].cpu()
     if not areas.isnan().all():
-        for title, groups in (("by_size", coco_groups(areas)), ("by_third", third_groups(areas))):
+        for title, groups in (("by_size", coco_groups(areas)), ("by_tercile", tercile_groups(areas))):
             result[title] = {}
             for name, (inside, bounds) in groups.items():
                 part = {column: values[inside.to(values.device)] for column, values in table.items()}
-                result[title][name] = {**_means(part, intervals), "area": [None if math.isinf(b) else b for b in bounds]}
+                ends = [None if math.isinf(bound) else bound for bound in bounds]
+                result[title][name] = {**_means(part, intervals), "area": ends}
     return result
 
 
 def coco_groups(areas: Tensor) -> dict[str, tuple[Tensor, tuple[float, float]]]:
-    """Who belongs to COCO's small, medium, large (bool ``[N]``) and the group's bounds in pixels, from and to."""
+    """Members of COCO's small, medium, large (bool ``[N]``) and the group's bounds in pixels, from and to.
+
+    Example:
+        >>> coco_groups(torch.tensor([100.0, 5000.0]))["medium"]
+        (tensor([False,  True]), (1024.0, 9216.0))
+    """
     return {name: ((areas >= low) & (areas < high), (low, high)) for name, (low, high) in SIZE_GROUPS.items()}
 
 
-def third_groups(areas: Tensor) -> dict[str, tuple[Tensor, tuple[float, float]]]:
-    """Thirds of the people by area, equal in number but for a rest, and the least and largest area of each.
+def tercile_groups(areas: Tensor) -> dict[str, tuple[Tensor, tuple[float, float]]]:
+    """Terciles by area, equal in number but for a rest, and the least and largest area of each.
 
-    Of equal areas the earlier comes first; people without area (nan) are in none; a third that would
-    hold nobody is left out.
+    Of equal areas the earlier comes first; people without area (nan) are in none; a tercile that would
+    be empty is left out.
+
+    Example:
+        >>> tercile_groups(torch.tensor([3.0, 1.0, 2.0]))["larger"]
+        (tensor([ True, False, False]), (3.0, 3.0))
     """
     order = areas.argsort(stable=True)[: int((~areas.isnan()).sum())]  # nan sorts last
     groups = {}
-    for name, members in zip(THIRDS, order.tensor_split(3)):
+    for name, members in zip(TERCILES, order.tensor_split(3), strict=True):
         if len(members):
             inside = torch.zeros(len(areas), dtype=torch.bool)
             inside[members] = True
@@ -171,7 +328,7 @@ def third_groups(areas: Tensor) -> dict[str, tuple[Tensor, tuple[float, float]]]
 
 def _means(table: dict[str, Tensor], intervals: bool) -> dict[str, Any]:
     """Pooled and mean figures of a table, without groups."""
-    counts, columns = table["confusion"], {n: v for n, v in table.items() if n not in ("confusion", "area", "image_id")}
+    counts, columns = table["confusion"], {name: x for name, x in table.items() if name not in KEYS}
     iou = iou_from_confusion(counts.sum(0))
     result: dict[str, Any] = {"miou": _mean(iou), "iou": [_mean(one) for one in iou]}
     result |= {name: _mean(value) for name, value in columns.items()}
@@ -190,7 +347,9 @@ def _column(values: Tensor | None, labels: Tensor, missing: float, dtype: torch.
     if values is None:
         return torch.full((len(labels),), missing, dtype=dtype, device=labels.device)
     if values.shape != labels.shape[:1]:
-        raise ValueError(f"areas and image_ids must be one number a ROI, [{len(labels)}], not {list(values.shape)}")
+        raise ValueError(
+            f"areas and image_ids must be one number a ROI, [{len(labels)}], not {list(values.shape)}"
+        )
     return values.to(labels.device, dtype, non_blocking=True)
 
 

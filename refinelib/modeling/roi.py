@@ -65,12 +65,12 @@ def paste_patches(
     over the pixel.
 
     Args:
-        grids: ``[N, h, w]`` real values, such as probabilities.
+        grids: ``[N, ..., h, w]`` real values, such as probabilities.
         boxes: ``[N, 4]`` xyxy, the region each whole grid covers.
         image_size: ``(H, W)``.
 
     Yields:
-        ``(top, left, patch)``: ``patch`` is ``[h', w']`` float32 and belongs at rows ``top`` and columns
+        ``(top, left, patch)``: ``patch`` is ``[..., h', w']`` float32 and belongs at rows ``top`` and columns
         ``left`` onwards; it has no rows or columns where the box lies outside the image.
 
     Raises:
@@ -80,13 +80,13 @@ def paste_patches(
         >>> list(paste_patches(torch.ones(1, 2, 2), torch.tensor([[1.0, 1.0, 3.0, 2.0]]), (4, 4)))
         [(1, 1, tensor([[1., 1.]]))]
     """
-    if grids.dim() != 3 or len(grids) != len(boxes):
+    if grids.dim() < 3 or len(grids) != len(boxes):
         raise ValueError(
-            f"give [N, h, w] grids and [N, 4] boxes, not {list(grids.shape)}, {list(boxes.shape)}"
+            f"give [N, ..., h, w] grids and [N, 4] boxes, not {list(grids.shape)}, {list(boxes.shape)}"
         )
     for grid, (x0, y0, x1, y1) in zip(grids, checked_boxes(boxes).tolist(), strict=True):
-        top, rows = _paste_weights(y0, y1, grid.shape[0], image_size[0])
-        left, columns = _paste_weights(x0, x1, grid.shape[1], image_size[1])
+        top, rows = _paste_weights(y0, y1, grid.shape[-2], image_size[0])
+        left, columns = _paste_weights(x0, x1, grid.shape[-1], image_size[1])
         yield top, left, (rows.to(grid.device) @ grid.double() @ columns.to(grid.device).T).float()
 
 

@@ -17,7 +17,7 @@ from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.data.coco import is_image, person_ids, read_annotations, xyxy
 from refinelib.files import shown, write_atomically
-from refinelib.metrics.coco_ap import CocoResults
+from refinelib.metrics.image_space import CocoResults, encode
 from refinelib.metrics.evaluate import checked_folder
 from refinelib.runs import dumps
 
@@ -145,7 +145,7 @@ def save_masks(
     for name, picture in pictures.items():
         Image.fromarray(picture).save(folder / f"{inputs.name}_{name}.png")
     for mask, score in zip(masks, scores, strict=True):
-        coco.add(inputs.image_id, inputs.category_id, mask, float(score))
+        coco.add(inputs.image_id, inputs.category_id, encode(mask), float(score))
     results = folder / f"{inputs.name}_coco.json"
     write_atomically(results, "[\n" + ",\n".join(dumps(entry) for entry in coco.entries) + "\n]\n")
     return [*(folder / f"{inputs.name}_{name}.png" for name in pictures), results]

@@ -47,7 +47,6 @@ from refinelib.data.sources import (
     Masks,
     SceneError,
 )
-from refinelib.metrics.scoring import blind, score
 from refinelib.modeling.roi import labels_from_coverage
 
 # pycocotools 2.0 and NumPy 2 do not agree about an argument; only the reference decoder of these tests is concerned.
@@ -160,7 +159,10 @@ BROKEN = {
     "garbage string": {"size": [60, 70], "counts": "zzzzzzz"},
     "unending string": {"size": [60, 70], "counts": "o" * 50},
     "cut string": {"size": [60, 70], "counts": compressed(disc(60, 70, 30, 30, 20))["counts"][:-3]},
-    "string cut in a number": {"size": [60, 70], "counts": compressed(np.ones((60, 70), bool))["counts"][:-1]},
+    "string cut in a number": {
+        "size": [60, 70],
+        "counts": compressed(np.ones((60, 70), bool))["counts"][:-1],
+    },
     "unfinished number": {"size": [60, 70], "counts": compressed(disc(60, 70, 30, 30, 20))["counts"] + "P"},
     "not ASCII": {"size": [60, 70], "counts": "é€"},
     "nobody": {"size": [60, 70], "counts": [4200]},
@@ -286,7 +288,9 @@ def one_image(coco_files, tmp_path, picture, name, box=BOX, **save):
 
 
 RGB = np.random.default_rng(5).integers(0, 256, (80, 100, 3), dtype=np.uint8)
-SMOOTH = np.stack([np.add.outer(np.arange(80), np.arange(100)), np.full((80, 100), 90), np.full((80, 100), 200)], -1)
+SMOOTH = np.stack(
+    [np.add.outer(np.arange(80), np.arange(100)), np.full((80, 100), 90), np.full((80, 100), 200)], -1
+)
 CROP = (slice(10, 42), slice(20, 52))
 
 
@@ -432,7 +436,9 @@ def test_a_bad_person_is_counted_and_the_rest_is_used(coco_files, tmp_path, reas
     assert f"left out: {reason} (1)" in store.summary()
 
 
-@pytest.mark.parametrize("changes", [{"area": None}, {"area": "big"}, {"area": math.nan}, {"id": "a"}, {"id": 2**70}])
+@pytest.mark.parametrize(
+    "changes", [{"area": None}, {"area": "big"}, {"area": math.nan}, {"id": "a"}, {"id": 2**70}]
+)
 def test_odd_fields_that_matter_little(coco_files, tmp_path, changes):
     coco_files.person(coco_files.image(), BOX, **changes)
     store = build(coco_files, tmp_path)
@@ -481,7 +487,9 @@ def test_bad_images_are_counted_and_the_rest_is_used(coco_files, tmp_path):
 def test_paths_in_cocos_layout(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
-    with pytest.raises(DataError, match=r"one annotation file instances_val2017\*.json is needed .* no such file"):
+    with pytest.raises(
+        DataError, match=r"one annotation file instances_val2017\*.json is needed .* no such file"
+    ):
         coco_paths("val", tmp_path)
     persons = tmp_path / "annotations" / "instances_val2017_persons.json"
     persons.touch()
@@ -499,7 +507,7 @@ def test_paths_in_cocos_layout(tmp_path):
         coco_paths("train", tmp_path)
     with pytest.raises(DataError, match="there is neither .*: give train_images"):
         coco_paths("train", tmp_path, annotations=exact)
-    with pytest.raises(DataError, match="the val images of COCO are nowhere: give data_dir or val_images"):
+    with pytest.raises(DataError, match="no val images of COCO are given: give data_dir or val_images"):
         coco_paths("val", None, annotations=exact)
     with pytest.raises(DataError, match="there is no data folder .*nowhere"):
         coco_paths("val", tmp_path / "nowhere")
@@ -510,7 +518,9 @@ def test_paths_in_cocos_layout(tmp_path):
 def real_stores(real_coco, tmp_path_factory):
     root = tmp_path_factory.mktemp("real")
     how = dict(roi_size=(64, 64), mask_size=(64, 64), context=0.0, progress=False)
-    return {s: open_store(CocoPeople(*coco_paths(s, real_coco), s), root=root, **how) for s in ("train", "val")}
+    return {
+        s: open_store(CocoPeople(*coco_paths(s, real_coco), s), root=root, **how) for s in ("train", "val")
+    }
 
 
 @pytest.mark.real_data
@@ -569,7 +579,9 @@ def test_ids_that_say_nothing_are_not_believed(coco_files, tmp_path):
     coco_files.person(image, BOX)
     with pytest.raises(DataError, match="two images of id 1, 001.jpg and 002.jpg"):
         coco_files.source().instances()
-    coco_files.content["images"][-1].update(coco_files.content["images"][0])  # the very same one twice is no harm
+    coco_files.content["images"][-1].update(
+        coco_files.content["images"][0]
+    )  # the very same one twice is no harm
     assert len(coco_files.source().instances()) == 5 and again == 2
 
 
@@ -579,8 +591,7 @@ def test_images_may_have_negative_ids(coco_files, tmp_path):
         coco_files.content["images"][-1]["id"] = number
         coco_files.person(number, BOX)
     store = build(coco_files, tmp_path)
-    found = score(blind(torch.full((*store.mask_size, 2), 0.3)), store, device=torch.device("cpu"), mask_size=store.mask_size)
-    assert found.compute(intervals=True)["rois"] == 2 and sorted(store.image_ids.tolist()) == [-9, -7]
+    assert sorted(store.image_ids.tolist()) == [-9, -7]
 
 
 # -- files that are no files, names that are no names ------------------------------------------------------
@@ -699,7 +710,7 @@ def test_an_image_outside_its_folder_is_refused(coco_files, tmp_path, name):
         "leads out of the image folder" in store.examples[ELSEWHERE]
         and "set allow_images_outside to true" in store.examples[ELSEWHERE]
     )
-    assert not store.info["unread"]  # no other file would help
+    assert not store.info.unread  # no other file would help
     with pytest.raises(SceneError, match="leads out of the image folder"):
         coco_files.source().scene(1)
 
@@ -782,15 +793,14 @@ def test_masks_are_decoded_under_a_budget(coco_files, monkeypatch, people, side)
         masks = source.scene(0).masks
         anyone = masks.any(0)
         some = [masks[slot] for slot in (0, people - 1)]
-    assert len(masks) == people and anyone.shape == (side, side) and 0 < Masks._held <= 4 << 20
+    assert len(masks) == people and anyone.shape == (side, side)
     assert all(mask.dtype == bool and mask.any() and not (mask & ~anyone).any() for mask in some)
     for wrong in (-1, people):
         with pytest.raises(IndexError):
             masks[wrong]
     with pytest.raises(ValueError, match="axis 0"):
         masks.any(1)
-    del masks
-    assert Masks._held == 0
+    assert sum(mask.nbytes for mask in masks._kept.values()) <= 4 << 20
 
 
 @pytest.mark.parametrize("budget", [0, 50_000, 1 << 20])
@@ -918,42 +928,10 @@ assert decode_segmentation([zigzag], 480, 640).any()
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "item",
-    [
-        "[]",
-        "{}",
-        '{"a":0}',
-        '"ab"',
-        "0.5",
-        "999",
-        '"é"',
-        '"\\ud83d\\ude00"',
-        '{"a":[],"b":[],"c":[],"d":[],"e":[],"f":[]}',
-    ],
-)
-def test_an_annotation_file_that_takes_more_memory_than_it_may_is_refused(coco_files, monkeypatch, item):
-    source = coco_files.source()
-    text = ('{"images": [%s]}' % ",".join([item] * 20_000)).encode()
-    coco_files.annotations.write_bytes(text)
-    tracemalloc.start()
-    try:
-        json.loads(text)
-        taken = len(text) + tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    monkeypatch.setattr(coco, "MOST_PARSED", taken - 1)
-    with pytest.raises(DataError, match="would take 0 GB of memory, .* leave only persons"):
-        source.instances()
-    monkeypatch.setattr(coco, "MOST_PARSED", 12 * taken)
-    with pytest.raises(DataError, match="lacks the list annotations, categories"):
-        source.instances()
-
-
 def test_an_annotation_file_without_end(coco_files):
     source = coco_files.source()
     os.truncate(coco_files.annotations, 160 << 30)
-    with in_time(), in_memory(10), pytest.raises(DataError, match="would take 1031 GB of memory"):
+    with in_time(), in_memory(10), pytest.raises(DataError, match="has 172 GB, more than 2 GB"):
         source.instances()
 
 

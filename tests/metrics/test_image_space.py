@@ -21,10 +21,10 @@ from refinelib.data import sources as scenes
 from refinelib.data.sources import Masks
 from refinelib.metrics import boundary, image_space
 from refinelib.metrics import evaluate as evaluation
-from refinelib.metrics.coco_ap import CocoResults, average_precision, encode
+from refinelib.metrics.image_space import CocoResults, average_precision, encode
 from refinelib.metrics.evaluate import Evaluation, measure
-from refinelib.metrics.image_space import annotated_images, compare, pasted_grid, score_in_images
-from refinelib.metrics.paste import Pasted, paste_labels
+from refinelib.metrics.image_space import annotated_images, compare, resolution_bound, score_in_images
+from refinelib.metrics.predict import Pasted, paste_labels
 from refinelib.metrics.predict import Predictor
 from refinelib.modeling.roi import crop_rois
 from studies.box_jitter import box_iou, jitter_boxes, jitter_curve, noise
@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_whole_image(seed: int):
     inside = truth[top : top + rows, left : left + columns]
     expected = np.zeros((3, 3), int)
     np.add.at(expected, (inside.ravel(), labels.ravel()), 1)
-    assert got["confusion"].tolist() == expected.tolist()
+    assert got["confusion"].tolist() == [expected.tolist()]
 
 
 def test_no_mask_and_a_box_outside_the_image():
@@ -100,6 +100,7 @@ def test_no_mask_and_a_box_outside_the_image():
         got = compare(found, truth, where, 2)
         assert got["target_iou"] == got["boundary_iou"] == got["boundary_iou_image"] == 0
         assert got["hd95"] == got["surface_distance"] == pytest.approx(math.hypot(60, 84))
+        assert got["boundary_f1_1px"] == 0
     assert got["confusion"].sum() == 0 and got["nontarget_iou"].isnan()
 
 
@@ -108,11 +109,13 @@ def test_distances_of_points_are_those_of_the_transform(monkeypatch, pairs: int)
     monkeypatch.setattr(boundary, "_PAIRS", pairs)  # in one piece and in many
     for seed in range(4):
         pred, true = blobs(seed) == 1, blobs(seed + 50) == 1
-        there, back = boundary.outline_distances(torch.from_numpy(pred), torch.from_numpy(true))
-        for got, expected in zip((there, back), scipy_distances(pred, true)):
-            np.testing.assert_allclose(got.numpy(), expected)
-        surfaces = boundary.surfaces(torch.from_numpy(pred), torch.from_numpy(true))
-        assert boundary.hd95(surfaces).item() == pytest.approx(max(there.quantile(0.95), back.quantile(0.95)).item(), abs=1e-5)
+        masks = torch.from_numpy(np.stack([pred, true]))
+        points = boundary.point_surfaces(masks[:1], masks[1:], 100.0)
+        for got, expected in zip((points.to_true, points.to_pred), scipy_distances(pred, true), strict=True):
+            np.testing.assert_allclose(got[0].numpy(), expected)
+        whole = boundary.surfaces(*masks)
+        for figure in (boundary.hd95, boundary.surface_distance, lambda found: boundary.boundary_f1(found, 1)):
+            assert figure(points).item() == pytest.approx(figure(whole).item(), abs=1e-5)
 
 
 def test_pasted_labels_and_score():
@@ -187,7 +190,7 @@ def test_average_precision_is_that_of_pycocotools_on_the_file_itself(people, tmp
 
 def test_the_truth_itself_is_perfect(people):
     truth = CocoResults()
-    found = score_in_images({"grid": pasted_grid((96, 96)), "seeing": seeing()}, people.source(), device=CPU, truth=truth)
+    found = score_in_images({"grid": resolution_bound((96, 96)), "seeing": seeing()}, people.source(), device=CPU, truth=truth)
     assert average_precision(truth.entries, truth.entries)["AP"] == pytest.approx(1)
     for one in found.values():
         report = one.compute(intervals=True)
@@ -196,14 +199,14 @@ def test_the_truth_itself_is_perfect(people):
         assert low <= report["target_iou"] <= high
     small = sum(area < 1024 for area in found["grid"].table()["area"].tolist())
     assert [group["rois"] for group in report["by_size"].values()] == [small, 6 - small, 0] and 0 < small < 6
-    assert [group["rois"] for group in report["by_third"].values()] == [2, 2, 2]
+    assert [group["rois"] for group in report["by_tercile"].values()] == [2, 2, 2]
 
 
 # -- many people, large pictures ---------------------------------------------------------------------
 def figures_of(source, **how):
     truth = CocoResults()
     found = score_in_images(
-        {"shifted": seeing(3), "grid": pasted_grid((24, 24))},
+        {"shifted": seeing(3), "grid": resolution_bound((24, 24))},
         source,
         device=CPU,
         full=["grid"],
@@ -261,7 +264,7 @@ def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
 
     monkeypatch.setattr(image_space, "_labels", labels)
     with in_memory(30):  # all masks: 86 MB
-        found = score_in_images({"grid": pasted_grid((24, 24))}, source, device=CPU)["grid"]
+        found = score_in_images({"grid": resolution_bound((24, 24))}, source, device=CPU)["grid"]
     assert len(found.coco.entries) == len(made) == 60 and found.compute()["target_iou"] > 0.9
 
 

@@ -16,7 +16,8 @@ from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
 from refinelib.data import DataError, SyntheticPeople
 from refinelib.data.augment import normalise
-from refinelib.metrics.evaluate import evaluate, grid_ceiling
+from refinelib.metrics.evaluate import evaluate
+from refinelib.metrics.image_space import resolution_bound, score_in_images
 from refinelib.modeling.roi import centre_window, labels_from_coverage
 from refinelib.trainer import train
 
@@ -116,10 +117,10 @@ def test_where_the_best_checkpoint_is_damaged_the_whole_one_is_named(run, tmp_pa
 
 def test_evaluate_gives_the_model_beside_two_yardsticks(run, coco):
     report = evaluate(run.folder, images=coco, annotations=coco / "people.json")
-    for figures in (report, report["blind"], report["grid"]):
+    for figures in (report, report["mean_mask"], report["resolution_bound"]):
         assert {"miou", "iou", "target_iou", "boundary_iou", "rois"} <= figures.keys()
         assert figures["rois"] == report["rois"] > 0 and len(figures["iou"]) == 3
-    assert report["grid"]["target_iou"] > 0.9 > report["blind"]["target_iou"]
+    assert report["resolution_bound"]["target_iou"] > 0.9 > report["mean_mask"]["target_iou"]
     # The same images through the run's own validation path.
     trained = run.status()["metrics"]
     assert 0.2 < report["target_iou"] < 1 and abs(report["target_iou"] - trained["target_iou"]) < 0.25
@@ -134,9 +135,10 @@ def test_evaluate_from_the_shell_prints_one_json_object(run, coco):
     assert done.returncode == 2 and "none.json" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_grid_ceiling_of_finer_grids_is_higher():
-    source = SyntheticPeople(4, split="val")
-    coarse, fine = (grid_ceiling(source, mask_size=(n, n)).compute() for n in (16, 64))
+def test_the_resolution_bound_of_finer_grids_is_higher():
+    source, device = SyntheticPeople(4, split="val"), torch.device("cpu")
+    bounds = {n: resolution_bound((n, n)) for n in (16, 64)}
+    coarse, fine = (one.compute() for one in score_in_images(bounds, source, device=device).values())
     assert coarse["target_iou"] < fine["target_iou"] <= 1
     assert fine["target_iou"] > 0.97
 
@@ -148,7 +150,7 @@ def test_labels_from_coverage_ties_go_to_background():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_decision_weights_move_the_odds_and_nothing_else(flip):
-    from refinelib.metrics.scoring import predict_probs
+    from refinelib.metrics.predict import predict_probs
     from refinelib.modeling.unet import HierarchicalUNet
 
     torch.manual_seed(0)

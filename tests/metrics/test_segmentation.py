@@ -268,11 +268,11 @@ def test_compute_against_loops_over_rois():
     ranked = np.argsort(size, kind="stable")
     for third, members in zip(("smaller", "middle", "larger"), np.split(ranked, 3)):
         inside = np.isin(np.arange(12), members)
-        assert got["by_third"][third]["rois"] == 4
-        assert got["by_third"][third]["area"] == pytest.approx([size[members].min(), size[members].max()])
-        assert got["by_third"][third]["hd95"] == mean("hd95", inside & has_target)
+        assert got["by_tercile"][third]["rois"] == 4
+        assert got["by_tercile"][third]["area"] == pytest.approx([size[members].min(), size[members].max()])
+        assert got["by_tercile"][third]["hd95"] == mean("hd95", inside & has_target)
         pooled = [reference_iou(p[inside] == kind, t[inside] == kind) for kind in range(3)]
-        assert got["by_third"][third]["miou"] == pytest.approx(np.mean(pooled))
+        assert got["by_tercile"][third]["miou"] == pytest.approx(np.mean(pooled))
 
 
 def test_a_perfect_prediction():

@@ -177,8 +177,8 @@ def test_shapes_that_do_not_fit_are_refused():
         crop_rois(image, boxes[0], (4, 4))
     with pytest.raises(ValueError, match="each of 3 channels, not 2"):
         crop_rois(image, boxes, (4, 4), fill=(1, 2))
-    with pytest.raises(ValueError, match=r"\[N, h, w\] grids"):
-        paste_rois(torch.zeros(2, 4, 4), boxes, (9, 9))
+    with pytest.raises(ValueError, match=r"\[N, ..., h, w\] grids"):
+        list(paste_patches(torch.zeros(2, 4, 4), boxes, (9, 9)))
 
 
 def paste_rois(grids, boxes, image_size):

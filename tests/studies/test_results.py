@@ -16,9 +16,9 @@ from refinelib.config import SettingsError, resolve
 from refinelib.data import SyntheticPeople
 from refinelib.data.augment import normalise
 from refinelib.data.sources import box_of
-from refinelib.metrics.coco_ap import encode
+from refinelib.metrics.image_space import encode
 from refinelib.metrics.evaluate import Evaluation, evaluate, measure
-from refinelib.metrics.scoring import predict_probs
+from refinelib.metrics.predict import predict_probs
 from refinelib.metrics.segmentation import iou_from_confusion
 from refinelib.runs import Run
 from refinelib.workflows import examples
@@ -63,11 +63,11 @@ def test_report_rows_and_results_agree(scored):
         assert report["image"][name] == pytest.approx(np.nanmean(people[f"image_{name}"]))
     pooled = iou_from_confusion(torch.from_numpy(evaluation.confusion).sum(0))
     assert report["iou"] == pytest.approx(pooled.tolist())
-    figures = {"miou", "iou", "miou_roi", "target_iou", "nontarget_iou", "boundary_iou", "rois", "intervals", "by_size", "by_third"}
-    for part in (report, report["blind"], report["grid"], report["image"], report["image"]["blind"]):
+    figures = {"miou", "iou", "miou_roi", "target_iou", "nontarget_iou", "boundary_iou", "rois", "intervals", "by_size", "by_tercile"}
+    for part in (report, report["mean_mask"], report["resolution_bound"], report["image"], report["image"]["mean_mask"]):
         assert figures <= part.keys() and part["rois"] == report["rois"]
-    assert report["grid"]["target_iou"] > 0.9 > report["image"]["blind"]["target_iou"] > 0.3
-    assert report["coco"]["grid"]["AP50"] == 1 and 0 <= report["coco"]["AP"] <= report["coco"]["AP50"] < 1
+    assert report["resolution_bound"]["target_iou"] > 0.9 > report["image"]["mean_mask"]["target_iou"] > 0.3
+    assert report["coco"]["resolution_bound"]["AP50"] == 1 and 0 <= report["coco"]["AP"] <= report["coco"]["AP50"] < 1
     assert [point["sigma"] for point in report["jitter"]] == [0, 0.1]
     assert report["jitter"][0]["target_iou"] == pytest.approx(report["image"]["target_iou"])
 
@@ -230,7 +230,7 @@ def test_a_gain_is_bold_only_where_it_is_sure():
         text = results_tables.paired_table([made_up("on", base + change)], [made_up("off", base)], ["target_iou"])
         (row,) = [line for line in text.splitlines() if line.startswith("| all")]
         assert ("**" in row) is bold
-    assert "| large (COCO) |" in text and "| larger third | 13 |" in text
+    assert "| large (COCO) |" in text and "| larger tercile | 13 |" in text
 
 
 def test_an_ablation_compares_each_kind_with_the_first_and_begins_with_what_costs_most():
@@ -290,7 +290,7 @@ def test_tables_and_figures_of_real_runs(scored, source, tmp_path):
     groups = {"refinement on": on, "refinement off": off}
     table = results_tables.runs_table(groups).splitlines()
     assert len(table) == 6 and f"{on[0].evaluation.report['target_iou']:.3f}" in table[2]
-    assert f"{on[0].evaluation.report['blind']['target_iou']:.3f}" in table[4]
+    assert f"{on[0].evaluation.report['mean_mask']['target_iou']:.3f}" in table[4]
     assert "| refined |" in results_tables.every_run_table(groups)
     curves = {"on": on[0].evaluation.report["jitter"]}
     drawn = {
