@@ -163,7 +163,7 @@ def scale(store: Any, rows: int, folder: Path) -> dict[str, Any]:
     columns = {name: np.resize(column, (rows, *column.shape[1:])) for name, column in columns.items()}
     columns["image_index"] = (columns["image_index"] + copies * (store.image_index.max() + 1)).astype(np.int32)
     np.savez(folder / "index.npz", mean_coverage=mean, **columns)
-    (folder / "store.json").write_text(json.dumps({**store.info, "rois": rows}))
+    (folder / "store.json").write_text(json.dumps({**store.info.model_dump(), "rois": rows}))
     written = time.perf_counter() - started
     size = sum(file.stat().st_size for file in folder.iterdir())
     return {"rois": rows, "bytes": size, "write_s": round(written, 1), **_fresh(SERVE, str(folder))}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from refinelib.data import augment
-from refinelib.data import Store
+from refinelib.data.store import Store
 from refinelib.modeling.roi import labels_from_coverage
 
 
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A whole epoch's order and augmentation; depends on nothing but the seed and the epoch."""
+    """A whole epoch's order and augmentation; depends on the seed and the epoch only."""
 
     rois: Tensor  # int64 [steps, micro-batches, B], on the CPU
     augment_params: Tensor  # float32 [steps, micro-batches, B, columns], on the device
@@ -36,12 +37,22 @@ class BatchLoader:
 
     Args:
         store: of decoded ROIs.
-        device: where batches are wanted.
-        batch_size: ROIs a micro-batch.
-        accumulate: micro-batches a step.
-        mode: augmentation, see :func:`augment.draw`.
+        device: of the batches.
+        batch_size: ROIs in a micro-batch.
+        accumulate: micro-batches in a step.
+        mode: augmentation, see :func:`refinelib.data.augment.draw`.
         seed: of order and augmentation.
         resident: false: stream in any case.
+
+    Example:
+        >>> from refinelib.config import Settings
+        >>> from refinelib.data import open_split
+        >>> import tempfile
+        >>> settings = Settings(store_dir=tempfile.mkdtemp(), max_images=4, roi_size=32, mask_size=32)
+        >>> store = open_split(settings, "val", progress=False)
+        >>> loader = BatchLoader(store, device=torch.device("cpu"), batch_size=2)
+        >>> loader.batch(loader.plan(epoch=0), step=0).images.shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(
@@ -55,61 +66,57 @@ class BatchLoader:
         seed: int = 0,
         resident: bool = True,
     ) -> None:
-        self.store = store
-        self.device = device
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.mode = mode
-        self.seed = seed
-        self.window = tuple(box / whole for box, whole in zip(store.roi_size, store.canvas))
+        self.store, self.device, self.mode, self.seed = store, device, mode, seed
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.window = store.roi_size[0] / store.canvas[0], store.roi_size[1] / store.canvas[1]
         self.steps_per_epoch = max(1, len(store) // (batch_size * accumulate))
-        self._augmented = self.augmented
-        self.resident: tuple[Tensor, Tensor] | None = None
+        self._augmented: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = self.augmented
+        self.resident: tuple[Tensor, ...] | None = None
         if resident and device.type == "cuda":
             size = len(store) * (store.images[0].nbytes + store.coverage[0].nbytes)
             if size < torch.cuda.get_device_properties(device).total_memory / 4:
                 self.resident = tuple(x.to(device) for x in store.as_tensors())
 
     def plan(self, epoch: int) -> Plan:
-        """Order and augmentation of one epoch (from 0). ROIs beyond the last whole step wait for another epoch."""
+        """Order and augmentation of one epoch (from 0); ROIs beyond its last whole step are left out."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        step_size = self.batch_size * self.accumulate
-        count = self.steps_per_epoch * step_size
+        shape = (self.steps_per_epoch, self.accumulate, self.batch_size)
+        count = self.steps_per_epoch * self.accumulate * self.batch_size
         order = torch.randperm(len(self.store), generator=generator)
         order = order.repeat(-(-count // len(order)))[:count]  # a store smaller than one step is repeated
-        table = augment.draw(count, mode=self.mode, generator=generator)
-        shape = (self.steps_per_epoch, self.accumulate, self.batch_size)
+        params = augment.draw(count, mode=self.mode, generator=generator)
         rois = order.view(shape)
-        return Plan(rois, table.view(*shape, -1).to(self.device), rois.to(self.device))
+        return Plan(rois, params.view(*shape, -1).to(self.device), rois.to(self.device))
 
     def inputs(self, plan: Plan, step: int, micro: int = 0) -> tuple[Tensor, ...]:
         """What micro-batch ``micro`` of step ``step`` of a planned epoch is made from, on the device.
 
-        The places in the resident store, or where it streams the pixels themselves (uint8 ``[B, Hc, Wc, 3]`` and
-        ``[B, Hm, Wm, 2]``); then the augmentation's parameters.
+        These are the places in the resident store, or the streamed pixels themselves (uint8 ``[B, Hc, Wc,
+        3]`` and ``[B, Hm, Wm, 2]``), then the augmentation's parameters.
         """
-        table = plan.augment_params[step, micro]
+        params = plan.augment_params[step, micro]
         if self.resident is not None:
-            return plan.device_rois[step, micro], table
-        pixels = self.store.gather(plan.rois[step, micro])
+            return plan.device_rois[step, micro], params
+        pixels: tuple[Tensor, ...] = self.store.gather(plan.rois[step, micro])
         if self.device.type == "cuda":
             pixels = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in pixels)
-        return *pixels, table
+        return *pixels, params
 
-    @torch.no_grad()  # always: compiled kernels belong to one mode, and whoever looks at a step's batch once more shall see what it saw
+    @torch.no_grad()  # always: compiled kernels belong to one mode
     def make(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels from :meth:`inputs`, without the host: see :class:`Batch`."""
-        *source, table = inputs
-        images, coverage = (x.index_select(0, source[0]) for x in self.resident) if self.resident is not None else source
-        return self._augmented(images, coverage, table)
+        *source, params = inputs
+        if self.resident is not None:
+            source = [x.index_select(0, source[0]) for x in self.resident]
+        return self._augmented(source[0], source[1], params)
 
-    def augmented(self, images: Tensor, coverage: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels from crops as they lie in the store; also what is compiled."""
-        pixels, shares = augment.apply(images, coverage, table, mode=self.mode, window=self.window)
-        return pixels, labels_from_coverage(shares.round().permute(0, 2, 3, 1))
+    def augmented(self, images: Tensor, coverage: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels from crops as they lie in the store; this is what :meth:`compile` compiles."""
+        pixels, fractions = augment.apply(images, coverage, params, mode=self.mode, window=self.window)
+        return pixels, labels_from_coverage(fractions.round().permute(0, 2, 3, 1))
 
-    def compile(self, options: dict[str, object] | None = None) -> None:
-        """Make batches by compiled kernels, a few in place of some sixty; the same batches but for rounding. On a CPU the augmentation takes next to nothing of a step.
+    def compile(self, options: dict[str, Any] | None = None) -> None:
+        """On CUDA, make batches by a few compiled kernels in place of some sixty; equal but for rounding.
 
         Args:
             options: of PyTorch's compiler.
@@ -118,6 +125,7 @@ class BatchLoader:
             self._augmented = torch.compile(self.augmented, dynamic=False, options=options)
 
     def uncompile(self) -> None:
+        """Go back to plain kernels."""
         self._augmented = self.augmented
 
     def batch(self, plan: Plan, step: int, micro: int = 0) -> Batch:

@@ -1,8 +1,7 @@
-"""What a source of people gives: an index of ROIs, and scenes.
+"""What a source of persons gives: an index of ROIs, and images with masks.
 
-A source knows its people before any pixel is decoded (``people``) and decodes one image with
-everybody's mask at a time (``scene``). ``SyntheticPeople``, ``CocoPeople`` and
-``PennFudanPeople`` are sources.
+A source lists its ROIs before any image is decoded (``instances``), and decodes one image with the mask of
+every person at a time (``scene``).
 """
 
 from __future__ import annotations
@@ -10,21 +9,24 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Callable, Iterator, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from refinelib.data.errors import SceneError, printable
+Mask = NDArray[np.bool_]
 
-#: A person whose box has a side under this many pixels is no ROI (but still other people).
+#: A person whose box has a side under this many pixels is no ROI, but still a non-target for the others.
 MIN_SIDE = 16
-#: The largest so many people of an image are ROIs.
-MAX_PEOPLE = 10
-#: Bytes of decoded masks that a process keeps at a time; those beyond are decoded again when they are used.
+#: The largest so many persons of an image are ROIs.
+MAX_INSTANCES = 10
+#: Bytes of decoded masks that a scene keeps.
 MASK_BYTES = 256 << 20
 #: Pixels of an image that are converted to RGB at a time.
 _BAND = 1 << 24
@@ -32,93 +34,130 @@ _BAND = 1 << 24
 NO_AREA = "box of no area"
 OUTSIDE = "box outside the image"
 SMALL = f"box with a side under {MIN_SIDE} px"
-CROWDED = f"person beyond the {MAX_PEOPLE} largest of an image"
+CROWDED = f"person beyond the {MAX_INSTANCES} largest of an image"
 NO_MASK = "annotation without mask"
 MISSING = "missing image"
 UNREADABLE = "unreadable image"
 OTHER_SIZE = "image of another size than its annotation"
 
 
-class Masks:
-    """Masks of an image's persons, decoded when used: ``masks[slot]`` and ``masks.any(0)``, bool [H, W].
+class DataError(ValueError):
+    """The data cannot be used; the message says what is wrong, where, and what would be right."""
 
-    All objects of a process together keep at most ``MASK_BYTES``.
+
+class SceneError(DataError):
+    """One image cannot be used; a build counts it and goes on.
+
+    Args:
+        reason: under which it is counted, such as ``MISSING``.
+        message: what is wrong with it.
+        file: the file at fault, where another file of that name would help.
+    """
+
+    def __init__(self, reason: str, message: str, file: Path | None = None) -> None:
+        super().__init__(printable(message))
+        self.reason, self.file = reason, file
+
+
+def printable(text: object, limit: int = 1000) -> str:
+    r"""Text for any terminal and file: other characters as escapes, without the middle of a long one.
+
+    Example:
+        >>> printable("a\0b"), printable("x" * 99, limit=4)
+        ('a\\x00b', 'xx ... xx')
+    """
+    words = str(text)
+    if len(words) > limit:
+        words = f"{words[: limit // 2]} ... {words[-(limit // 2) :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
+class Masks:
+    """Masks of an image's persons, decoded when used: ``masks[slot]`` and ``masks.any(0)``, bool ``[H, W]``.
+
+    At most ``MASK_BYTES`` of decoded masks are kept; the others are decoded again for every use.
 
     Args:
         count: number of persons.
         size: (h, w) of the image.
-        decode: from a person's slot to its mask; None: an empty one.
+        decode: from a person's slot to its mask; None stands for an empty mask.
+
+    Example:
+        >>> masks = Masks(3, (2, 2), lambda slot: np.eye(2, dtype=bool) if slot else None)
+        >>> masks[0].sum(), masks.any(0).sum()
+        (np.int64(0), np.int64(2))
     """
 
-    _held = 0
-
-    def __init__(self, count: int, size: tuple[int, int], decode: Callable[[int], np.ndarray | None]) -> None:
-        self._kept: dict[int | None, np.ndarray] = {}
+    def __init__(self, count: int, size: tuple[int, int], decode: Callable[[int], Mask | None]) -> None:
         self._count, self._size, self._decode = count, size, decode
+        self._kept: dict[int, Mask] = {}
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, slot: int) -> np.ndarray:
+    def __getitem__(self, slot: int) -> Mask:
         if not 0 <= slot < self._count:
             raise IndexError(f"there is no mask {slot}: they are 0 to {self._count - 1}")
-        return self._once(slot, self._mask)
+        mask = self._kept.get(slot)
+        if mask is None:
+            decoded = self._decode(slot)
+            mask = np.zeros(self._size, bool) if decoded is None else np.ascontiguousarray(decoded)
+            if (len(self._kept) + 1) * mask.nbytes <= MASK_BYTES:
+                self._kept[slot] = mask
+        return mask
 
-    def any(self, axis: int) -> np.ndarray:
-        """Where anybody is; ``axis`` is 0, as for an array [P, H, W]."""
+    def any(self, axis: int) -> Mask:
+        """Pixels of any person; ``axis`` is 0, as for an array ``[P, H, W]``."""
         if axis != 0:
             raise ValueError(f"masks are united over persons, axis 0, not {axis}")
-        return self._once(None, self._union)
+        return self._union
 
-    def _mask(self, slot: int) -> np.ndarray:
-        mask = self._decode(slot)
-        return np.zeros(self._size, bool) if mask is None else np.ascontiguousarray(mask)
-
-    def _union(self, _: None) -> np.ndarray:
-        anyone = np.zeros(self._size, bool)
-        for mask in self:
-            anyone |= mask
-        return anyone
-
-    def _once(self, key: int | None, make: Callable) -> np.ndarray:
-        made = self._kept.get(key)
-        if made is None:
-            made = make(key)
-            if Masks._held + made.nbytes <= MASK_BYTES:
-                self._kept[key] = made
-                Masks._held += made.nbytes
-        return made
-
-    def __del__(self) -> None:
-        type(self)._held -= sum(mask.nbytes for mask in self._kept.values())
+    @cached_property
+    def _union(self) -> Mask:
+        union = np.zeros(self._size, bool)
+        for slot in range(self._count):
+            union |= self[slot]
+        return union
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image: ``image`` uint8 [H, W, 3]; ``masks`` bool [P, H, W], one a person, small ones too."""
+    """One image and the masks of all its persons, also of those that are no ROI.
 
-    image: np.ndarray
-    masks: np.ndarray | Masks
+    Attributes:
+        image: uint8 ``[H, W, 3]``.
+        masks: bool ``[P, H, W]``.
+    """
+
+    image: NDArray[np.uint8]
+    masks: Mask | Masks
 
 
 @dataclass(frozen=True)
 class Instances:
     """The ROIs of a source as columns, one row a ROI, ROIs of an image side by side.
 
-    ``image_index`` int32: argument of ``scene``; ``slots`` int32: the person's place in its
-    ``masks``; ``image_ids``, ``annotation_ids`` int64: the data set's own; ``boxes`` float32
-    [N, 4] xyxy; ``areas`` float32: pixels of the mask; ``image_sizes`` int32 [N, 2]: (h, w).
-    ``images``: number of images with a ROI. ``skipped``: who was left out, by reason. ``starts``: where several
-    data sets are joined, the first ``image_index`` of each, by its name.
+    Attributes:
+        image_index: int32 ``[N]``, argument of ``scene``.
+        slots: int32 ``[N]``, the person's place in the scene's masks.
+        image_ids: int64 ``[N]``, the data set's own.
+        annotation_ids: int64 ``[N]``, the data set's own.
+        boxes: float32 ``[N, 4]``, xyxy in pixels.
+        areas: float32 ``[N]``, pixels of the mask.
+        image_sizes: int32 ``[N, 2]``, (h, w).
+        images: number of images with a ROI.
+        skipped: number of persons and images left out, by reason.
+        examples: the first of each reason, in words.
+        starts: where several data sets are joined, the first ``image_index`` of each, by its name.
     """
 
-    image_index: np.ndarray
-    slots: np.ndarray
-    image_ids: np.ndarray
-    annotation_ids: np.ndarray
-    boxes: np.ndarray
-    areas: np.ndarray
-    image_sizes: np.ndarray
+    image_index: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    image_ids: NDArray[np.int64]
+    annotation_ids: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+    areas: NDArray[np.float32]
+    image_sizes: NDArray[np.int32]
     images: int
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
@@ -128,10 +167,27 @@ class Instances:
         return len(self.image_index)
 
 
-class Source(Protocol):
-    """Where people come from."""
+#: Columns of :class:`Instances` and their types.
+COLUMNS = {
+    "image_index": np.int32,
+    "slots": np.int32,
+    "image_ids": np.int64,
+    "annotation_ids": np.int64,
+    "boxes": np.float32,
+    "areas": np.float32,
+    "image_sizes": np.int32,
+}
 
-    name: str  # of the data set: synthetic, coco, pennfudan
+
+class Source(Protocol):
+    """A data set's split.
+
+    Attributes:
+        name: of the data set, as ``settings.data`` has it.
+        split: ``train``, ``val``, or another name.
+    """
+
+    name: str
     split: str
 
     def __len__(self) -> int:
@@ -144,37 +200,54 @@ class Source(Protocol):
         """Decode one image and its masks. Raises ``SceneError`` for an image that cannot be used."""
 
     def fingerprint(self) -> str:
-        """Changes when the data may have; cheap, whatever the size of the data set."""
-
-
-COLUMNS = {"image_index": np.int32, "slots": np.int32, "image_ids": np.int64, "annotation_ids": np.int64,
-           "boxes": np.float32, "areas": np.float32, "image_sizes": np.int32}
-assert set(COLUMNS) < {f.name for f in fields(Instances)}
+        """A text that changes when the data may have changed; cheap, whatever the size of the data set."""
 
 
 class InstancesBuilder:
-    """Collects ROIs image by image and turns them into compact columns."""
+    """Collects ROIs image by image and turns them into compact columns.
+
+    Example:
+        >>> builder = InstancesBuilder()
+        >>> builder.add("image 7", 7, (50, 60), [3, 4], [[0, 0, 20, 40], [0, 0, 9, 9]], [800, 81])
+        True
+        >>> found = builder.instances("the data set")
+        >>> found.boxes.tolist(), found.skipped
+        ([[0.0, 0.0, 20.0, 40.0]], {'box with a side under 16 px': 1})
+    """
 
     def __init__(self) -> None:
-        self._rows: dict[str, list] = {name: [] for name in COLUMNS}
+        self._rows: list[tuple[object, ...]] = []
         self.images = 0
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
     def skip(self, reason: str, example: str) -> None:
+        """Count a person or an image that is left out."""
         self.skipped[reason] += 1
         if reason not in self.examples:
             self.examples[reason] = printable(example)
 
-    def add(self, image_id: int, size: tuple[int, int], annotation_ids: list[int], slots: list[int],
-            boxes: np.ndarray, areas: np.ndarray, where: str) -> bool:
-        """Keep the ROIs among an image's people; False where there is none, and no image is used up."""
+    def add(
+        self, where: str, image_id: int, size: tuple[int, int], ids: Sequence[int], boxes: Any, areas: Any
+    ) -> bool:
+        """Keep the ROIs among an image's persons.
+
+        Args:
+            where: names the image in examples.
+            image_id: the data set's own.
+            size: (h, w) of the image.
+            ids: ``[P]``, the data set's annotation ids, in the order of the scene's masks.
+            boxes: ``[P, 4]``, xyxy.
+            areas: ``[P]``, pixels.
+
+        Returns:
+            Whether the image has a ROI; without one it takes no ``image_index``.
+        """
+        corners = np.asarray(boxes, np.float64).reshape(-1, 4)
+        finite = [max(map(abs, box)) < 1e38 for box in corners.tolist()]  # stored as float32
         kept = []
-        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-        with np.errstate(over="ignore"):  # they are stored as float32
-            finite = np.isfinite(boxes.astype(np.float32)).all(1)
-        for i, (x0, y0, x1, y1) in enumerate(boxes):
-            person = f"{where}, annotation {annotation_ids[i]}, box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy)"
+        for i, (x0, y0, x1, y1) in enumerate(corners):
+            person = f"{where}, annotation {ids[i]}, box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy)"
             if not (finite[i] and x1 > x0 and y1 > y0):
                 self.skip(NO_AREA, person)
             elif min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0):
@@ -183,45 +256,68 @@ class InstancesBuilder:
                 self.skip(SMALL, person)
             else:
                 kept.append(i)
-        largest = sorted(kept, key=lambda i: -areas[i])[:MAX_PEOPLE]
-        for i in sorted(set(kept) - set(largest)):
-            self.skip(CROWDED, f"{where}, annotation {annotation_ids[i]}")
-        for i in sorted(largest):
-            values = (self.images, slots[i], image_id, annotation_ids[i], boxes[i], areas[i], size)
-            for column, value in zip(self._rows.values(), values):
-                column.append(value)
+        largest = set(sorted(kept, key=lambda i: -areas[i])[:MAX_INSTANCES])
+        for i in kept:
+            if i in largest:
+                self._rows.append((self.images, i, image_id, ids[i], corners[i], areas[i], size))
+            else:
+                self.skip(CROWDED, f"{where}, annotation {ids[i]}")
         self.images += bool(largest)
         return bool(largest)
 
-    def instances(self) -> Instances:
-        shapes = {"boxes": (-1, 4), "image_sizes": (-1, 2)}
-        columns = {
-            name: np.asarray(self._rows[name], dtype).reshape(shapes.get(name, -1)) for name, dtype in COLUMNS.items()
-        }
-        return Instances(**columns, images=self.images, skipped=dict(self.skipped), examples=dict(self.examples))
+    def instances(self, data: str, otherwise: str = "it is empty") -> Instances:
+        """All ROIs so far.
+
+        Args:
+            data: names the data in the message.
+            otherwise: why there is no ROI where nothing was left out.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not self._rows:
+            raise DataError(f"{data} has no person that can be used: {counted(self.skipped) or otherwise}")
+        columns: dict[str, Any] = {}
+        for name, values in zip(COLUMNS, zip(*self._rows, strict=True), strict=True):
+            columns[name] = np.array(values, COLUMNS[name])
+        return Instances(**columns, images=self.images, skipped=dict(self.skipped), examples=self.examples)
 
 
 def counted(skipped: dict[str, int]) -> str:
-    """Who was left out, in one line."""
+    """What was left out, in one line.
+
+    Example:
+        >>> counted({"missing image": 2, "crowd annotation": 1})
+        'crowd annotation (1), missing image (2)'
+    """
     return ", ".join(f"{reason} ({count})" for reason, count in sorted(skipped.items()))
 
 
-def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """xyxy of the smallest box around the true pixels of bool [H, W], of which there must be one."""
+def box_of(mask: Mask) -> tuple[int, int, int, int]:
+    """Smallest box (xyxy) around the true pixels of bool ``[H, W]``, of which there must be one.
+
+    Example:
+        >>> box_of(np.array([[0, 0, 0], [0, 1, 1]], bool))
+        (1, 1, 3, 2)
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def as_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode but float as uint8 [H, W, 3].
+def as_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """A PIL image of any mode but float as uint8 ``[H, W, 3]``.
 
     Raises:
         ValueError: its pixels are floats: from black to white may be 0 to 1, 0 to 255 or anything.
+
+    Example:
+        >>> as_rgb(Image.new("L", (2, 1), 9)).tolist()
+        [[[9, 9, 9], [9, 9, 9]]]
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats, which have no agreed range: save it with 8 or 16 bits")
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, _BAND // max(1, image.width))  # all at once, a large image would be in memory five times
+    rows = max(1, _BAND // max(1, image.width))  # in one piece, a large image would be in memory five times
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
         if band.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
@@ -229,7 +325,7 @@ def as_rgb(image: Image.Image) -> np.ndarray:
             band = Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8))
         elif band.mode == "P" and "transparency" in band.info:
             band = band.convert("RGBA")
-        pixels[top : top + rows] = band if band.mode == "RGB" else band.convert("RGB")
+        pixels[top : top + rows] = np.asarray(band.convert("RGB"))
     return pixels
 
 
@@ -238,12 +334,12 @@ def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
     """An image file, for reading its pixels.
 
     Raises:
-        SceneError: it is missing or no regular file, or it cannot be decoded; also where the caller finds so.
+        SceneError: it is missing or no regular file, or the block cannot decode it.
     """
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO waits for its writer, for ever
-            told = f"{file} is no regular file: put the {what} there or take it out"
-            raise SceneError(UNREADABLE, told, file)
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for its writer
+            message = f"{file} is no regular file: put the {what} there or take it out"
+            raise SceneError(UNREADABLE, message, file)
         with Image.open(file) as image:
             yield image
     except FileNotFoundError:
@@ -252,29 +348,30 @@ def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, its own...
         why = str(error) or type(error).__name__
-        told = f"{file} cannot be decoded ({why}): fetch it again or take it out"
-        raise SceneError(UNREADABLE, told, file) from None
+        message = f"{file} cannot be decoded ({why}): fetch it again or take it out"
+        raise SceneError(UNREADABLE, message, file) from None
 
 
-def decode_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file as uint8 [H, W, 3], in the frame its annotations are in.
+def decode_image(file: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """An image file as uint8 ``[H, W, 3]``, in the frame its annotations are in.
 
-    COCO annotates the pixels as stored, so an EXIF orientation is not applied; where the stored
-    size differs from ``size`` and the upright one agrees, the annotations were made on the
-    upright image and it is. Greyscale, palette, CMYK, 16-bit and transparent images become RGB.
+    COCO annotates the pixels as stored, so an EXIF orientation is not applied. Where the stored size differs
+    from ``size`` and the upright one agrees, the annotations were made on the upright image, and the
+    orientation is applied. Greyscale, palette, CMYK, 16-bit and transparent images become RGB.
 
     Args:
-        size: ``(h, w)`` that the annotation says; None: whatever the file has.
+        file: to read.
+        size: ``(h, w)`` that the annotation says; None: any.
 
     Raises:
         SceneError: missing, unreadable or truncated file, or another size.
     """
     with opened(file) as image:
+        picture: Image.Image = image
         if size is not None and (image.height, image.width) != tuple(size):
-            # Only a picture that lies on its side is decoded to turn it.
-            upright = ImageOps.exif_transpose(image) if (image.width, image.height) == tuple(size) else image
-            if (upright.height, upright.width) != tuple(size):
+            if (image.width, image.height) == tuple(size):  # only then can turning it help
+                picture = ImageOps.exif_transpose(image)
+            if (picture.height, picture.width) != tuple(size):
                 found, wanted = f"{image.width}x{image.height}", f"{size[1]}x{size[0]}"
                 raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}", file)
-            image = upright
-        return as_rgb(image)
+        return as_rgb(picture)

@@ -1,31 +1,37 @@
-"""From settings to the stores of training and validation people."""
+"""From settings to the stores of the train and the val split; the data sets by name."""
 
 from __future__ import annotations
 
+import io
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from refinelib.guard import faults
+import numpy as np
+from PIL import Image
+
 from refinelib.config import Settings
-from refinelib.data.store_build import open_store, sampling
 from refinelib.data.coco import CocoPeople, coco_paths
-from refinelib.data.errors import DataError
-from refinelib.data.joined import JoinedSources
 from refinelib.data.pennfudan import PennFudanPeople
-from refinelib.data.sources import Source
-from refinelib.data.spoilt import CorruptedImages
+from refinelib.data.sources import COLUMNS, DataError, Instances, Scene, Source, decode_image
 from refinelib.data.store import Store, read_info
+from refinelib.data.store_build import open_store, store_sizes
 from refinelib.data.synthetic import SyntheticPeople
+from refinelib.guard import faults
+from refinelib.registry import DATASETS, Option
 
-#: Images of the synthetic splits: the same people in every run, whatever its seed.
+#: Images of the synthetic splits: the same in every run, whatever its seed.
 SYNTHETIC = {"train": 240, "val": 60}
 
 
 def open_splits(settings: Settings, *, progress: bool = True) -> tuple[Store, Store]:
     """The train and the val store that the settings ask for, built where they don't exist yet.
 
-    Stores lie in ``store_dir``, else in ``output_dir/stores``. Where the images are not at hand
-    (no ``data_dir``, or not on this machine) a store in ``store_dir`` of the same data, split
-    and sizes serves in their place.
+    Stores lie in ``store_dir``, else in ``output_dir/stores``. Where the images are not at hand (no
+    ``data_dir``, or not on this machine) a store in ``store_dir`` of the same data, split and sizes is used
+    instead.
 
     Raises:
         DataError: neither the data nor a store of it is there, or it cannot be used.
@@ -34,23 +40,21 @@ def open_splits(settings: Settings, *, progress: bool = True) -> tuple[Store, St
 
 
 def open_split(settings: Settings, split: str, *, progress: bool = True) -> Store:
-    """One of ``open_splits``: ``train`` or ``val``."""
+    """One of :func:`open_splits`: ``train`` or ``val``."""
     root = settings.path(settings.store_dir or f"{settings.output_dir}/stores")
-    spoilt = [fault for fault in faults.parse(settings.inject or "") if fault.what == "file" and split == "train"]
     try:
         source = make_source(settings, split)
-        source = CorruptedImages(source, spoilt) if spoilt else source
     except DataError as missing:
-        travelled = find_store(root, settings, split) if settings.store_dir else None
-        if travelled is None:
-            if settings.store_dir:
-                raise DataError(f"{missing}; and {root} holds no store {_wanted(settings, split)}") from None
-            raise
+        found = find_store(root, settings, split) if settings.store_dir else None
+        if found is None:
+            lacks = f"; and {root} holds no store {_wanted(settings, split)}" if settings.store_dir else ""
+            raise DataError(f"{missing}{lacks}") from None
         if progress:
-            print(f"images are not at hand, using the store {travelled.folder}: {travelled.summary()}", flush=True)
-        return travelled
+            print(f"images are not at hand, using the store {found.folder}: {found.summary()}", flush=True)
+        return found
+    corrupted = [fault for fault in faults.parse(settings.inject or "") if fault.what == "file"]
     return open_store(
-        source,
+        CorruptedImages(source, corrupted) if corrupted and split == "train" else source,
         roi_size=settings.roi_size,
         mask_size=settings.mask_size,
         context=settings.context,
@@ -62,77 +66,185 @@ def open_split(settings: Settings, split: str, *, progress: bool = True) -> Stor
 
 
 def make_source(settings: Settings, split: str) -> Source:
-    """The source of scenes of a split, as the settings say; reads no pixel and parses no file.
+    """The source of a split, as the settings say; reads no pixel and parses no file.
 
     Raises:
         DataError: a file or folder is missing.
     """
-    own = _own_source(settings, split)
+    source: Source = DATASETS[settings.data](settings, split)
     if settings.add_pennfudan and split == "train":
-        return JoinedSources([own, PennFudanPeople(settings.path(settings.add_pennfudan), split)], split)
-    return own
-
-
-def source_name(settings: Settings, split: str) -> str:
-    """What the stores of a split say they were made from."""
-    return f"{settings.data}+pennfudan" if settings.add_pennfudan and split == "train" else settings.data
-
-
-def _own_source(settings: Settings, split: str) -> Source:
-    if settings.data == "synthetic":
-        return SyntheticPeople(SYNTHETIC[split], split=split)
-    data_dir = settings.path(settings.data_dir) if settings.data_dir else None
-    if settings.data == "pennfudan":
-        if data_dir is None:
-            raise DataError("data = pennfudan needs data_dir, the folder that holds PNGImages and PedMasks")
-        return PennFudanPeople(data_dir, split)
-    given = {
-        "train": (settings.train_annotations, settings.train_images),
-        "val": (settings.val_annotations, settings.val_images),
-    }
-    annotations, images = (settings.path(path) if path else None for path in given[split])
-    paths = coco_paths(split, data_dir, annotations, images)
-    return CocoPeople(*paths, split, allow_outside=settings.allow_images_outside)
+        return JoinedSources([source, PennFudanPeople(settings.path(settings.add_pennfudan), split)], split)
+    return source
 
 
 def find_store(root: Path, settings: Settings, split: str) -> Store | None:
     """The store in ``root`` that fits the settings without a look at the data; None: there is none.
 
-    ``root`` may be the store's own folder. A store of more images than ``max_images`` serves with
-    its first ones.
+    ``root`` may be the store's own folder. A store of more images than ``max_images`` serves with its first
+    ones.
 
     Raises:
         DataError: stores of different data fit, or the one that fits is damaged.
     """
-    sizes = sampling(settings.roi_size, settings.mask_size, settings.context)
-    fitting, unreadable = {}, []
+    wanted: dict[str, Any] = {"source": _name(settings, split), "split": split}
+    wanted |= store_sizes(settings.roi_size, settings.mask_size, settings.context)
+    fitting: dict[str, Path] = {}
+    unreadable = None
     for file in sorted([*root.glob("*/store.json"), *root.glob("store.json")]):
         try:
             info = read_info(file.parent)
         except DataError as error:
-            if file.parent.name.startswith(f"{source_name(settings, split)}-{split}-"):
-                unreadable.append(error)
+            if file.parent.name.startswith(f"{wanted['source']}-{split}-"):
+                unreadable = error
             continue
-        same = (info["source"], info["split"]) == (source_name(settings, split), split)
-        same = same and all(info[name] == size for name, size in sizes.items())
-        limit = info["max_images"]
-        if same and (limit is None or (settings.max_images is not None and limit >= settings.max_images)):
-            fitting.setdefault(info.get("fingerprint"), []).append(file.parent)
+        enough = info.max_images is None or (settings.max_images or info.max_images + 1) <= info.max_images
+        if enough and all(getattr(info, name) == value for name, value in wanted.items()):
+            fitting.setdefault(info.fingerprint, file.parent)
     if len(fitting) > 1:
-        names = ", ".join(folder.name for folders in fitting.values() for folder in folders)
-        raise DataError(
-            f"{root} holds stores of different data, and each is one {_wanted(settings, split)}: {names}; "
-            f"leave one there or give data_dir"
-        )
-    if not fitting:
-        if unreadable:
-            raise unreadable[0]
-        return None
-    (folders,) = fitting.values()
-    return Store.open(folders[0]).first_images(settings.max_images)
+        names = ", ".join(folder.name for folder in fitting.values())
+        several = f"stores of different data, and each is one {_wanted(settings, split)}"
+        raise DataError(f"{root} holds {several}: {names}; leave one there or give data_dir")
+    if not fitting and unreadable:
+        raise unreadable
+    for folder in fitting.values():
+        return Store.open(folder).first_images(settings.max_images)
+    return None
+
+
+def _name(settings: Settings, split: str) -> str:
+    """The source's name in the stores of a split."""
+    return f"{settings.data}+pennfudan" if settings.add_pennfudan and split == "train" else settings.data
 
 
 def _wanted(settings: Settings, split: str) -> str:
-    (h, w), (mh, mw) = settings.roi_size, settings.mask_size
+    roi, mask = ("x".join(map(str, size)) for size in (settings.roi_size, settings.mask_size))
     limit = "" if settings.max_images is None else f", at least {settings.max_images} images"
-    return f"of {source_name(settings, split)} {split} with roi_size {h}x{w}, mask_size {mh}x{mw}, context {settings.context:g}{limit}"
+    sizes = f"roi_size {roi}, mask_size {mask}, context {settings.context:g}"
+    return f"of {_name(settings, split)} {split} with {sizes}{limit}"
+
+
+class JoinedSources:
+    """The images of all ``sources``, one data set after the other; ``max_images`` counts from the first.
+
+    Images and persons keep the ids of their own data sets, so one id may be there twice; the store knows the
+    data set of each.
+    """
+
+    def __init__(self, sources: Sequence[Source], split: str) -> None:
+        self.sources, self.split = list(sources), split
+        self.name = "+".join(source.name for source in sources)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def instances(self, max_images: int | None = None) -> Instances:
+        """Every ROI of the first ``max_images`` images."""
+        parts: list[Instances] = []
+        starts = [0]
+        for source in self.sources:
+            if max_images is None or starts[-1] < max_images:
+                parts.append(source.instances(None if max_images is None else max_images - starts[-1]))
+                starts.append(starts[-1] + parts[-1].images)
+        columns: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS
+        }
+        columns["image_index"] += np.repeat(np.array(starts[:-1], np.int32), [len(part) for part in parts])
+        examples = {reason: words for part in reversed(parts) for reason, words in part.examples.items()}
+        skipped = dict(sum((Counter(part.skipped) for part in parts), Counter()))
+        by_name = dict(zip([source.name for source in self.sources], starts[:-1], strict=False))
+        return Instances(**columns, images=starts[-1], skipped=skipped, examples=examples, starts=by_name)
+
+    def scene(self, index: int) -> Scene:
+        """Image ``index`` of ``instances()`` and the masks of all its persons."""
+        for source in self.sources:
+            if index < len(source):
+                return source.scene(index)
+            index -= len(source)
+        raise IndexError(f"{self.name} {self.split} has {len(self)} images")
+
+    def fingerprint(self) -> str:
+        """Of all parts."""
+        return "; ".join(source.fingerprint() for source in self.sources)
+
+
+class CorruptedImages:
+    """``source`` with the bad image files that the setting ``inject`` plants.
+
+    The faults ``file:truncated@N`` and ``file:missing@N`` name images, from 1. The bad file is a real one,
+    cut in half, and goes through the reader that all files go through.
+    """
+
+    def __init__(self, source: Source, planted: Sequence[faults.Fault]) -> None:
+        self.source, self.name, self.split = source, source.name, source.split
+        self.bad = {fault.step - 1: fault.value for fault in planted}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def instances(self, max_images: int | None = None) -> Instances:
+        """Those of the source."""
+        return self.source.instances(max_images)
+
+    def fingerprint(self) -> str:
+        """Of the source and the faults."""
+        return f"{self.source.fingerprint()} but for {sorted(self.bad.items())}"
+
+    def scene(self, index: int) -> Scene:
+        """The source's scene; for an image with a fault ``SceneError``."""
+        scene = self.source.scene(index)
+        if index not in self.bad:
+            return scene
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"image {index + 1} of {self.name} {self.split}.jpg"
+            if self.bad[index] == "truncated":
+                buffer = io.BytesIO()
+                Image.fromarray(scene.image).save(buffer, "JPEG")
+                file.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+            return Scene(decode_image(file), scene.masks)
+
+
+# -- the data sets by name -----------------------------------------------------------------------------
+def _synthetic(settings: Settings, split: str) -> Source:
+    return SyntheticPeople(SYNTHETIC[split], split=split)
+
+
+def _pennfudan(settings: Settings, split: str) -> Source:
+    if not settings.data_dir:
+        raise DataError("data = pennfudan needs data_dir, the folder that holds PNGImages and PedMasks")
+    return PennFudanPeople(settings.path(settings.data_dir), split)
+
+
+def _coco(settings: Settings, split: str) -> Source:
+    places = (
+        settings.data_dir,
+        getattr(settings, f"{split}_annotations"),
+        getattr(settings, f"{split}_images"),
+    )
+    paths = coco_paths(split, *(settings.path(place) if place else None for place in places))
+    return CocoPeople(*paths, split, allow_outside=settings.allow_images_outside)
+
+
+def _place(name: str, description: str) -> Option:
+    return Option(name, None, description, role="run")
+
+
+_FOLDER = _place("data_dir", "folder of the data set in its published layout")
+DATASETS.add("synthetic", _synthetic)
+DATASETS.add(
+    "coco",
+    _coco,
+    _FOLDER,
+    _place(
+        "train_annotations", "COCO JSON to train on; none: data_dir/annotations/instances_train2017*.json"
+    ),
+    _place("train_images", "folder of its images; none: data_dir/images/train2017 or data_dir/train2017"),
+    _place("val_annotations", "COCO JSON to validate on; none: data_dir/annotations/instances_val2017*.json"),
+    _place("val_images", "folder of its images; none: data_dir/images/val2017 or data_dir/val2017"),
+    Option(
+        "allow_images_outside",
+        False,
+        "also read images that a COCO file names outside its image folder",
+        role="run",
+    ),
+)
+DATASETS.add("pennfudan", _pennfudan, _FOLDER)

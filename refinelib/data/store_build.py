@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -13,36 +12,47 @@ import signal
 import sys
 import threading
 import time
-import warnings
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from tqdm import tqdm
 
-from refinelib.data.store_lock import building_folder, only_builder
-from refinelib.data.errors import DataError
-from refinelib.data.store_rows import RowWriter, Written, stamp
-from refinelib.data.sources import COLUMNS, MAX_PEOPLE, MIN_SIDE, Source, counted
-from refinelib.data.store import FORMAT, Store, read_info
-from refinelib.progress import Progress
-from refinelib.modeling.roi import canvas_size, mask_canvas_size
+from refinelib.data.augment import MEAN
+from refinelib.data.sources import (
+    COLUMNS,
+    MAX_INSTANCES,
+    MIN_SIDE,
+    NO_MASK,
+    UNREADABLE,
+    DataError,
+    Instances,
+    SceneError,
+    Source,
+    counted,
+)
+from refinelib.data.store import FORMAT, Store, StoreInfo, read_info
+from refinelib.modeling.roi import canvas_size, centre_window, crop_rois, expand_boxes, mask_canvas_size
 
-
-#: Files that could not be used, of which a store notes what they were.
+#: Files that could not be used, of which a store notes the names.
 MOST_UNREAD = 1000
+Sizes = dict[str, Any]
 
 
-def sampling(roi_size: tuple[int, int], mask_size: tuple[int, int], context: float) -> dict[str, list[int]]:
-    """What decides a store's pixels beside the data, as ``store.json`` has it."""
+def store_sizes(roi_size: tuple[int, int], mask_size: tuple[int, int], context: float) -> Sizes:
+    """Sizes of a store's rows, as ``store.json`` has them."""
     canvas = canvas_size(roi_size, context)
     mask_canvas = mask_canvas_size(mask_size, roi_size, canvas)
-    sizes = {"roi_size": roi_size, "mask_size": mask_size, "canvas": canvas, "mask_canvas": mask_canvas}
-    return {name: list(size) for name, size in sizes.items()}
+    return {"roi_size": roi_size, "mask_size": mask_size, "canvas": canvas, "mask_canvas": mask_canvas}
 
 
 def open_store(
@@ -58,104 +68,132 @@ def open_store(
 ) -> Store:
     """The store of a source, built where it does not exist yet.
 
-    It lies in ``root/<source>-<split>-<key>``; the key changes with the data, the sizes and
-    ``max_images``. It is built in a hidden folder beside it and renamed when whole: a folder of
-    this name is a whole store, whoever was killed. Where two processes want it, one waits for
-    the other.
+    It lies in ``root/<source>-<split>-<key>``; the key changes with the data, the sizes and ``max_images``.
+    It is built in a hidden folder beside it and renamed when whole: a folder of this name is a whole store,
+    whatever was killed. Of two processes that want it, one waits for the other.
 
     Args:
-        source: of scenes.
-        roi_size, mask_size: (h, w) that the person's box gets, of image and mask.
-        context: see ``roi.canvas_size``.
+        source: of images and masks.
+        roi_size: (h, w) pixels of the image across the person's box.
+        mask_size: (h, w) cells of the mask across the person's box.
+        context: margin around the box, in box sizes; see :func:`refinelib.modeling.roi.canvas_size`.
         root: folder of stores; made where absent.
         workers: processes; None: one a core.
         max_images: only the first so many images of the source.
-        progress: show how the build goes on, and its outcome in one line.
+        progress: show the build's progress, and its outcome in one line.
 
     Raises:
         DataError: no image of the source could be used, no room on the disk, a worker died.
     """
-    root = Path(root)
-    sizes = sampling(tuple(roi_size), tuple(mask_size), context)
-    fingerprint = source.fingerprint()
+    root, sizes, fingerprint = Path(root), store_sizes(roi_size, mask_size, context), source.fingerprint()
 
     def place(limit: int | None) -> Path:
-        made_of = [fingerprint, sizes, limit, FORMAT, MIN_SIDE, MAX_PEOPLE]
+        made_of = [fingerprint, sizes, limit, FORMAT, MIN_SIDE, MAX_INSTANCES]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
         return root / f"{source.name}-{source.split}-{key}"
 
     whole, folder = place(None), place(max_images)
     for store in {whole, folder}:
-        _make_room_if_repaired(store, progress)
-    if not folder.exists() and whole.exists():
-        return Store.open(whole).first_images(max_images)
+        _remove_if_repaired(store)
     if folder.exists():
         return Store.open(folder)
+    if whole.exists():
+        return Store.open(whole).first_images(max_images)
+    info = StoreInfo(
+        source=source.name, split=source.split, **sizes, max_images=max_images, fingerprint=fingerprint
+    )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with only_builder(folder, progress):
+        with _only_builder(folder, progress):
             if not folder.exists():
-                info = {"format": FORMAT, "source": source.name, "split": source.split, **sizes, "context": context,
-                        "max_images": max_images, "fingerprint": fingerprint,
-                        "min_side": MIN_SIDE, "max_people": MAX_PEOPLE}
                 _build(source, folder, info, workers, progress)
     except OSError as error:
         raise DataError(f"the store {folder} cannot be written: {error}") from error
-    store = Store.open(folder)
+    built = Store.open(folder)
     if progress:
-        print(store.summary(), flush=True)
-    return store
+        print(built.summary(), flush=True)
+    return built
 
 
-def _make_room_if_repaired(folder: Path, progress: bool) -> None:
-    """Remove a store that left out files which are others by now: who fetched one again, as the message said, wants its people."""
+# -- one builder at a time -----------------------------------------------------------------------------
+@contextmanager
+def _only_builder(folder: Path, progress: bool = False) -> Iterator[None]:
+    """Wait until no other process builds this store, then remove what killed builders left.
 
-    def repaired() -> bool:
+    On a file system without locks builders race, and the first to finish wins.
+    """
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    with suppress(OSError):
         try:
-            return folder.exists() and any(stamp(file) != was for file, was in read_info(folder).get("unread", {}).items())
-        except DataError:  # whoever opens it says what is wrong
-            return False
+            lock.acquire(timeout=0)
+        except Timeout:
+            if progress:
+                print(f"another process is building {folder.name}; waiting for it", flush=True)
+            lock.acquire()
+        for half in folder.parent.glob(".*.building-*"):
+            age = time.time() - max(file.stat().st_mtime for file in (half, *half.iterdir()))
+            if half.name.startswith(f".{folder.name}.") or age > 3600:  # a builder writes all the time
+                shutil.rmtree(half, ignore_errors=True)
+    try:
+        yield
+    finally:
+        lock.release()
 
-    with contextlib.suppress(OSError):  # it may not be changed: then it is used as it is
-        if repaired():
-            with only_builder(folder, progress):
-                if repaired():
-                    shutil.rmtree(folder)
+
+def _remove_if_repaired(folder: Path) -> None:
+    """Remove a store that left out a file which was written since: the file may be usable now."""
+    with suppress(OSError, DataError):  # a store that cannot be read or removed is left to Store.open
+        built, unread = os.stat(folder / "store.json").st_mtime, read_info(folder).unread
+        if any(os.path.exists(file) and os.stat(file).st_ctime > built for file in unread):
+            with _only_builder(folder):
+                shutil.rmtree(folder)
 
 
-# -- the whole store -------------------------------------------------------------------------------
-def _build(source: Source, folder: Path, info: dict[str, Any], workers: int | None, progress: bool) -> None:
-    started = time.perf_counter()
-    people = source.instances(info["max_images"])
-    row_bytes = (int(np.prod(info["canvas"])) * 3, int(np.prod(info["mask_canvas"])) * 2)
-    needed, free = len(people) * sum(row_bytes), shutil.disk_usage(folder.parent).free
+# -- the whole store -----------------------------------------------------------------------------------
+def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, progress: bool) -> None:
+    started, instances = time.perf_counter(), source.instances(info.max_images)
+    row_bytes = {"images.u8": 3 * math.prod(info.canvas), "coverage.u8": 2 * math.prod(info.mask_canvas)}
+    needed, free = len(instances) * sum(row_bytes.values()), shutil.disk_usage(folder.parent).free
     if needed > free:
-        raise DataError(f"the store needs {needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free: "
-                        f"set store_dir to a larger disk")
-    temporary = building_folder(folder)
+        room = f"{needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free"
+        raise DataError(f"the store needs {room}: set store_dir to a larger disk")
+    temporary = folder.parent / f".{folder.name}.building-{os.getpid()}-{time.time_ns():x}"
     temporary.mkdir()
     try:
-        for name, size in zip(("images.u8", "coverage.u8"), row_bytes):
+        for name, size in row_bytes.items():
             with open(temporary / name, "wb") as file:
-                file.truncate(len(people) * size)
-        done = _run((source, people, temporary, info), workers, progress)
-        reasons, examples = done.reasons + Counter(people.skipped), {**done.examples, **people.examples}
-        kept = np.ones(len(people), bool)
-        kept[done.empty] = False
+                file.truncate(len(instances) * size)
+        kept, coverage = np.ones(len(instances), bool), np.zeros((*info.mask_canvas, 2), np.int64)
+        reasons, examples = Counter(instances.skipped), dict(instances.examples)
+        title = f"{info.source} {info.split}: decoding"
+        bar = tqdm(
+            desc=title, total=instances.images, unit=" images", file=sys.stdout, delay=2, disable=not progress
+        )
+        with bar:
+            for part in _decoded(_RowWriter(source, instances, temporary, info), workers):
+                coverage += part.coverage
+                kept[part.empty] = False
+                info.unread = [*info.unread, *part.unread][:MOST_UNREAD]
+                for reason, example in part.left_out:
+                    reasons[reason] += 1
+                    examples.setdefault(reason, example)
+                bar.update(part.images)
         if not kept.any():
             such = "; ".join(f"{reason}: {example}" for reason, example in examples.items())
-            raise DataError(f"none of the {people.images} images of {source.name} {source.split} could be used: "
-                            f"{counted(reasons)}; such as {such}")
-        for name, size in zip(("images.u8", "coverage.u8"), row_bytes):
+            none = f"none of the {instances.images} images of {info.source} {info.split} could be used"
+            raise DataError(f"{none}: {counted(reasons)}; such as {such}")
+        for name, size in row_bytes.items():
             _close_gaps(temporary / name, size, kept)
-        count = int(kept.sum())
-        mean = (done.coverage / (255 * count)).astype(np.float32)
-        columns = {name: getattr(people, name)[kept] for name in COLUMNS}
+        columns = {name: getattr(instances, name)[kept] for name in COLUMNS}
+        mean = (coverage / (255 * kept.sum())).astype(np.float32)
         np.savez(temporary / "index.npz", mean_coverage=mean, **columns)
-        unread = dict(itertools.islice(done.unread.items(), MOST_UNREAD))
-        info.update(rois=count, starts=people.starts, unread=unread, skipped=dict(sorted(reasons.items())), examples=dict(sorted(examples.items())),
-                    seconds=round(time.perf_counter() - started, 3))
-        (temporary / "store.json").write_text(json.dumps(info, indent=1))
+        info.rois, info.starts, info.seconds = (
+            int(kept.sum()),
+            instances.starts,
+            time.perf_counter() - started,
+        )
+        info.skipped, info.examples = dict(sorted(reasons.items())), dict(sorted(examples.items()))
+        (temporary / "store.json").write_text(json.dumps(info.model_dump(), indent=1))
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -165,79 +203,134 @@ def _build(source: Source, folder: Path, info: dict[str, Any], workers: int | No
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _run(arguments: tuple, workers: int | None, progress: bool) -> Written:
-    """All images through one process or several."""
-    people, info = arguments[1], arguments[3]
-    workers = min(workers or _cores(), -(-people.images // 8))
-    size = max(1, min(32, people.images // (workers * 8)))
-    parts = [range(at, min(at + size, people.images)) for at in range(0, people.images, size)]
-    total: Written | None = None
-    with Progress(people.images, f"{info['source']} {info['split']}: decoding", "images", show=progress) as bar:
-        for part, written in zip(parts, _each(arguments, parts, workers)):
-            total = written if total is None else total.add(written)
-            bar.add(len(part))
-    return total
-
-
-def _each(arguments: tuple, parts: list[range], workers: int) -> Iterator[Written]:
-    """What became of each part, in order: an example is the same however many processes there are."""
-    if workers <= 1:
-        with closing(RowWriter(*arguments)) as rows:
-            for part in parts:
-                yield rows.write(part)
+def _decoded(writer: _RowWriter, workers: int | None) -> Iterator[_Written]:
+    """All images, part by part, in order: an example is the same however many processes there are."""
+    images = writer.instances.images
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, -(-images // 8))
+    size = max(1, min(32, images // (workers * 8)))
+    parts = [range(at, min(at + size, images)) for at in range(0, images, size)]
+    if workers == 1:
+        yield from map(writer.write, parts)
         return
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin" else "spawn"
-    context = multiprocessing.get_context(method)
-    initial = (os.getpid(), *arguments)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=initial)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with warnings.catch_warnings():
-            # Workers touch no thread pool of the parent: one torch thread each, no CUDA.
-            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            waiting = deque(pool.submit(_work, part) for part in parts)
-        while waiting:
-            yield waiting.popleft().result()
+        with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), writer)) as pool:
+            yield from pool.map(_work, parts)
     except BrokenProcessPool:
-        raise DataError("a process that builds the store was ended from outside, most likely for lack of memory: "
-                        "give a smaller number of workers") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        ended = "a process that builds the store was ended from outside, most likely for lack of memory"
+        raise DataError(f"{ended}: give a smaller number of workers") from None
 
 
-_rows: RowWriter  # of a worker process
+_writer: _RowWriter  # of a worker process
 
 
-def _start_worker(parent: int, *arguments: Any) -> None:
-    global _rows
+def _start_worker(parent: int, writer: _RowWriter) -> None:
+    global _writer
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is of the training loop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler belongs to the training loop
 
-    def follow() -> None:  # a killed parent leaves its pool waiting for ever
+    def end_with_parent() -> None:  # the pool of a killed parent would wait for ever
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
-    _rows = RowWriter(*arguments)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _writer = writer
 
 
-def _work(some: range) -> Written:
-    return _rows.write(some)
+def _work(images: range) -> _Written:
+    return _writer.write(images)
 
 
-def _close_gaps(file: Path, row_bytes: int, kept: np.ndarray) -> None:
-    """Move the kept rows of a file together, in order, and cut it: afterwards a ROI's row is its place."""
-    if not kept.all():
-        rows = np.memmap(file, np.uint8, "r+", shape=(len(kept), row_bytes))
-        sources = np.flatnonzero(kept)
-        first = int(np.argmin(kept))
-        for at in range(first, len(sources), 1024):
-            some = sources[at : at + 1024]
-            rows[at : at + len(some)] = rows[some]
-        rows.flush()
-        del rows
-        os.truncate(file, int(kept.sum()) * row_bytes)
+def _close_gaps(file: Path, row_bytes: int, kept: NDArray[np.bool_]) -> None:
+    """Move the kept rows of a file together, in order, and cut the file behind them."""
+    if kept.all():
+        return
+    rows = np.memmap(file, np.uint8, "r+", shape=(len(kept), row_bytes))
+    places = np.flatnonzero(kept)
+    for at in range(int(np.argmin(kept)), len(places), 1024):
+        some = places[at : at + 1024]
+        rows[at : at + len(some)] = rows[some]
+    rows.flush()
+    del rows
+    os.truncate(file, len(places) * row_bytes)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# -- one image -----------------------------------------------------------------------------------------
+@dataclass
+class _Written:
+    """What became of some images."""
+
+    images: int
+    coverage: NDArray[np.int64]  # [Hm, Wm, 2], the sum over all rows with a ROI
+    empty: list[int] = field(default_factory=list)  # rows without a ROI
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # reason and example
+    unread: list[str] = field(default_factory=list)  # files that could not be used
+
+
+class _RowWriter:
+    """Writes images into the rows of their ROIs; one in each process. ROI ``i`` is row ``i``."""
+
+    def __init__(self, source: Source, instances: Instances, folder: Path, info: StoreInfo) -> None:
+        self.source, self.instances, self.folder, self.info = source, instances, folder, info
+        self.starts = np.searchsorted(instances.image_index, np.arange(instances.images + 1)).tolist()
+
+    def write(self, images: range) -> _Written:
+        """All ROIs of some images; an image that cannot be used is noted.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
+        done = _Written(len(images), np.zeros((*self.info.mask_canvas, 2), np.int64))
+        for index in images:
+            rows = slice(self.starts[index], self.starts[index + 1])
+            try:
+                crops, coverage = self._crops(index, rows)
+            except SceneError as error:
+                done.empty += range(rows.start, rows.stop)
+                done.left_out.append((error.reason, str(error)))
+                if error.file is not None and len(str(error.file)) < 1000:  # store.json must stay small
+                    done.unread.append(str(error.file))
+                continue
+            window = centre_window(torch.from_numpy(coverage[..., 0]), self.info.mask_size)
+            covered = (window > 0).flatten(1).any(1).numpy()
+            for row in (np.flatnonzero(~covered) + rows.start).tolist():
+                done.empty.append(row)
+                example = f"annotation {self.instances.annotation_ids[row]} has no mask inside its box"
+                done.left_out.append((NO_MASK, example))
+            done.coverage += coverage[covered].sum(0, dtype=np.int64)
+            for name, block in (("images.u8", crops), ("coverage.u8", coverage)):
+                with open(self.folder / name, "r+b") as file:
+                    file.seek(rows.start * block[0].nbytes)
+                    file.write(block.tobytes())
+        return done
+
+    def _crops(self, index: int, rows: slice) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Crops uint8 ``[n, Hc, Wc, 3]`` and coverage uint8 ``[n, Hm, Wm, 2]`` of an image's ROIs."""
+        try:
+            scene = self.source.scene(index)
+        except OSError as error:  # a name too long, a folder that may not be read, a disk that fails
+            message = f"image {index} of {self.source.name} cannot be read: {error}"
+            raise SceneError(UNREADABLE, message) from None
+        boxes, info = torch.from_numpy(self.instances.boxes[rows]).double(), self.info
+
+        def regions(canvas: tuple[int, int], box: tuple[int, int]) -> torch.Tensor:
+            return expand_boxes(boxes, (canvas[0] / box[0], canvas[1] / box[1]))
+
+        pixels = torch.from_numpy(scene.image).permute(2, 0, 1)
+        crops = crop_rois(pixels, regions(info.canvas, info.roi_size), info.canvas, fill=MEAN)
+        anyone, fractions = scene.masks.any(0), []
+        for slot, region in zip(
+            self.instances.slots[rows], regions(info.mask_canvas, info.mask_size), strict=True
+        ):
+            mine = scene.masks[slot]
+            both = torch.from_numpy(np.stack([mine, anyone & ~mine]))
+            fractions.append(crop_rois(both, region[None], info.mask_canvas)[0])
+        return _bytes(crops), _bytes(255 * torch.stack(fractions))
+
+
+def _bytes(planes: torch.Tensor) -> NDArray[np.uint8]:
+    """``[n, C, H, W]`` in 0..255 as uint8 ``[n, H, W, C]``."""
+    rounded = planes.round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).numpy())

@@ -13,11 +13,15 @@ def disc(size, count=4):
     """A white disc on black, as crops and as coverage of another resolution."""
 
     def draw(height, width):
-        rows, columns = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        rows, columns = torch.meshgrid(
+            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+        )
         return (((rows - 0.4) / 0.3) ** 2 + ((columns - 0.6) / 0.2) ** 2 < 1).float() * 255
 
     image = draw(64, 64)[None, :, :, None].expand(count, -1, -1, 3).to(torch.uint8)
-    cover = torch.stack([draw(*size), torch.zeros(size)], dim=-1)[None].expand(count, -1, -1, -1).to(torch.uint8)
+    cover = (
+        torch.stack([draw(*size), torch.zeros(size)], dim=-1)[None].expand(count, -1, -1, -1).to(torch.uint8)
+    )
     return image, cover
 
 
@@ -40,7 +44,9 @@ def test_flip_takes_image_and_mask_along_and_about_half_of_all():
     pixels, shares = augment.apply(image, cover, drawn, mode="flip")
     plain = augment.apply(image, cover, drawn, mode="off")
     for now, then in zip((pixels, shares), plain):
-        assert torch.equal(now[flipped], then[flipped].flip(-1)) and torch.equal(now[~flipped], then[~flipped])
+        assert torch.equal(now[flipped], then[flipped].flip(-1)) and torch.equal(
+            now[~flipped], then[~flipped]
+        )
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 32), (64, 32), (96, 64)])
@@ -52,36 +58,55 @@ def test_warped_mask_stays_on_the_warped_image(size):
     pixels, shares = augment.apply(image, cover, drawn, mode="full")
     mean, std = augment.MEAN[0], augment.STD[0]
     seen = (pixels[:, :1] * std + mean) / 255
-    mask = F.interpolate(shares.sum(dim=1, keepdim=True) / 255, size=(64, 64), mode="bilinear", align_corners=False)
+    mask = F.interpolate(
+        shares.sum(dim=1, keepdim=True) / 255, size=(64, 64), mode="bilinear", align_corners=False
+    )
     apart = (seen - mask).abs().sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
     assert apart.max() < 0.15, apart.max()  # blur of the coarser edge only
     assert (seen[0] - seen[-1]).abs().mean() > 0.01  # and it did move
 
 
 def test_draw_depends_on_the_seed_alone_and_stays_in_range():
-    assert torch.equal(table("full", 100), table("full", 100)) and not torch.equal(table("full", 100), table("full", 100, seed=1))
+    assert torch.equal(table("full", 100), table("full", 100)) and not torch.equal(
+        table("full", 100), table("full", 100, seed=1)
+    )
     drawn = table("full", 1000)
-    assert drawn[:, augment.ANGLE].abs().max() <= 0.1746 and 0.86 < drawn[:, augment.SCALE].min() and drawn[:, augment.SCALE].max() < 1.16
+    assert (
+        drawn[:, augment.ANGLE].abs().max() <= 0.1746
+        and 0.86 < drawn[:, augment.SCALE].min()
+        and drawn[:, augment.SCALE].max() < 1.16
+    )
     assert drawn[:, augment.BRIGHTNESS].min() >= 0.7 and drawn[:, augment.BRIGHTNESS].max() <= 1.3
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    augment.draw(10, mode="off", generator=generators[0]), augment.draw(10, mode="full", generator=generators[1])
+    (
+        augment.draw(10, mode="off", generator=generators[0]),
+        augment.draw(10, mode="full", generator=generators[1]),
+    )
     assert torch.equal(*(torch.rand(3, generator=g) for g in generators))  # a mode changes no later draw
 
 
 def test_nothing_comes_from_the_host():
     """A step is recorded as a CUDA graph: nothing in it may copy a number or an index from the host, but for what is kept on the device."""
     image, cover = disc((64, 64))
-    graph = make_fx(lambda *given: augment.apply(*given, mode="strong", window=(0.5, 0.5)))(image, cover, table("strong"))
-    held = [getattr(graph, node.target).flatten().tolist() for node in graph.graph.nodes if node.op == "get_attr"]
+    graph = make_fx(lambda *given: augment.apply(*given, mode="strong", window=(0.5, 0.5)))(
+        image, cover, table("strong")
+    )
+    held = [
+        getattr(graph, node.target).flatten().tolist() for node in graph.graph.nodes if node.op == "get_attr"
+    ]
     assert held == [pytest.approx(augment.MEAN), pytest.approx(augment.STD)]
 
 
 @pytest.mark.parametrize("mode", ["off", "flip", "full", "strong"])
 def test_compiled_it_holds_no_constant_and_gives_the_same(mode, monkeypatch):
-    image, cover = (torch.randint(0, high, (4, 32, 32, last), dtype=torch.uint8) for high, last in ((256, 3), (128, 2)))
+    image, cover = (
+        torch.randint(0, high, (4, 32, 32, last), dtype=torch.uint8) for high, last in ((256, 3), (128, 2))
+    )
     plain = augment.apply(image, cover, table(mode), mode=mode, window=(0.5, 0.5))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    graph = make_fx(lambda *given: augment.apply(*given, mode=mode, window=(0.5, 0.5)))(image, cover, table(mode))
+    graph = make_fx(lambda *given: augment.apply(*given, mode=mode, window=(0.5, 0.5)))(
+        image, cover, table(mode)
+    )
     assert not [node for node in graph.graph.nodes if node.op == "get_attr"]
     for mine, its in zip(graph(image, cover, table(mode)), plain):
         torch.testing.assert_close(mine, its)
@@ -106,7 +131,9 @@ def test_compiled_batches_are_the_plain_ones_but_for_rounding(tiny, mode):
 
 def test_colours_stay_in_range():
     image = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8)
-    pixels, _ = augment.apply(image, torch.zeros(8, 16, 16, 2, dtype=torch.uint8), table("full", 8), mode="full")
+    pixels, _ = augment.apply(
+        image, torch.zeros(8, 16, 16, 2, dtype=torch.uint8), table("full", 8), mode="full"
+    )
     low, high = (augment.normalise(torch.full((1, 3, 1, 1), value)) for value in (0, 255))
     assert (pixels >= low - 1e-4).all() and (pixels <= high + 1e-4).all()
 
@@ -149,13 +176,17 @@ def test_somebody_in_front_hides_part_of_the_target_and_is_a_non_target(size):
     torch.testing.assert_close(target.sum(dim=(1, 2)), torch.full((8,), 32 * 16.0), atol=12.0, rtol=0)
     torch.testing.assert_close(rest, torch.full((8,), 32 * 24.0), atol=12.0, rtol=0)  # up to the crop's edge
     neighbour = (100 + 10 * torch.arange(8.0)).roll(1)
-    torch.testing.assert_close(seen(pixels)[:, 32, 48], neighbour, atol=0.01, rtol=0)  # where both stood, the one in front is seen
+    torch.testing.assert_close(
+        seen(pixels)[:, 32, 48], neighbour, atol=0.01, rtol=0
+    )  # where both stood, the one in front is seen
     torch.testing.assert_close(seen(pixels)[:, 32, 32], 100 + 10 * torch.arange(8.0), atol=0.01, rtol=0)
 
 
 def test_somebody_behind_hides_nothing_of_the_target():
     image, cover = two_people()
-    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(8), augment.BEHIND, x=0.25), mode="strong", window=WINDOW)
+    pixels, shares = augment.apply(
+        image, cover, pasting(torch.zeros(8), augment.BEHIND, x=0.25), mode="strong", window=WINDOW
+    )
     target, other = (shares.sum(dim=(2, 3)) / 255).unbind(1)
     torch.testing.assert_close(target, torch.full((8,), 32 * 16.0))
     torch.testing.assert_close(other, torch.full((8,), 32 * 8.0))
@@ -164,8 +195,12 @@ def test_somebody_behind_hides_nothing_of_the_target():
 
 def test_nobody_hides_more_than_half_of_the_target():
     image, cover = two_people()
-    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(8), augment.IN_FRONT), mode="strong", window=WINDOW)  # exactly on top
-    torch.testing.assert_close(shares, cover.permute(0, 3, 1, 2).float(), atol=0.1, rtol=0)  # a resampled edge is off by a rounding
+    pixels, shares = augment.apply(
+        image, cover, pasting(torch.zeros(8), augment.IN_FRONT), mode="strong", window=WINDOW
+    )  # exactly on top
+    torch.testing.assert_close(
+        shares, cover.permute(0, 3, 1, 2).float(), atol=0.1, rtol=0
+    )  # a resampled edge is off by a rounding
     torch.testing.assert_close(seen(pixels)[:, 32, 32], 100 + 10 * torch.arange(8.0), atol=0.01, rtol=0)
 
 
@@ -182,7 +217,9 @@ def test_strong_shares_never_exceed_the_cell_and_about_half_get_company():
 
 def test_nobody_is_his_own_neighbour():
     image, cover = two_people(1)
-    pixels, shares = augment.apply(image, cover, pasting(torch.zeros(1), augment.BEHIND, x=0.5), mode="strong")
+    pixels, shares = augment.apply(
+        image, cover, pasting(torch.zeros(1), augment.BEHIND, x=0.5), mode="strong"
+    )
     assert shares[:, 1].sum() == 0
 
 

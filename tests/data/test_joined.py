@@ -10,7 +10,7 @@ from PIL import Image
 from refinelib.config import SettingsError, resolve
 from refinelib.data import PennFudanPeople, Store, SyntheticPeople, open_split, open_store
 from refinelib.data.coco import ELSEWHERE
-from refinelib.data.joined import JoinedSources
+from refinelib.data.splits import JoinedSources
 from refinelib.data.sources import UNREADABLE
 from refinelib.data.splits import SYNTHETIC
 
@@ -40,9 +40,13 @@ def test_each_part_is_what_it_is_alone(pennfudan, tmp_path):
     both = open_store(JoinedSources(parts, "train"), root=tmp_path / "both", **how)
     cut = len(alone[0])
     assert len(both) == cut + len(alone[1]) == cut + 10
-    assert content(both, slice(cut)) == content(alone[0], slice(None)) and content(both, slice(cut, None)) == content(alone[1], slice(None))
+    assert content(both, slice(cut)) == content(alone[0], slice(None)) and content(
+        both, slice(cut, None)
+    ) == content(alone[1], slice(None))
     assert both.image_index[cut] == both.image_index[cut - 1] + 1 and both.source == "synthetic+pennfudan"
-    assert [both.instance(row)["source"] for row in (0, cut - 1, cut, len(both) - 1)] == ["synthetic"] * 2 + ["pennfudan"] * 2  # whose ids these are
+    assert [both.instance(row)["source"] for row in (0, cut - 1, cut, len(both) - 1)] == ["synthetic"] * 2 + [
+        "pennfudan"
+    ] * 2  # whose ids these are
     few = open_store(JoinedSources(parts, "train"), root=tmp_path / "few", max_images=4, **how)
     assert len(few) == cut + 2 and content(few, slice(cut, None)) == content(both, slice(cut, cut + 2))
     for index in (-9, 8):
@@ -55,7 +59,9 @@ def test_only_the_training_people_are_joined_and_a_store_travels(pennfudan, tmp_
     monkeypatch.setitem(SYNTHETIC, "val", 2)
 
     def settings(**more):
-        return resolve("demo", roi_size=16, mask_size=16, workers=1, store_dir=str(tmp_path / "stores"), **more)
+        return resolve(
+            "demo", roi_size=16, mask_size=16, workers=1, store_dir=str(tmp_path / "stores"), **more
+        )
 
     joined = settings(add_pennfudan=str(pennfudan))
     train, val = (open_split(joined, split, progress=False) for split in ("train", "val"))
