@@ -1,29 +1,33 @@
 """Checkpoints: complete, written in one step, with a checksum of what is inside.
 
-A checkpoint is one file that ``torch.load(file, weights_only=True)`` opens: a dictionary of plain
-values and tensors. Its ``checksum`` is the SHA-256 of all of them in a fixed order, so that a file
-that was cut short or changed is told from a whole one.
+A checkpoint is one file that ``torch.load(file, weights_only=True)`` opens: a dictionary of plain values and
+tensors. Its ``checksum`` is the SHA-256 of all of them in a fixed order, which tells a whole file from one
+that was cut short or changed.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import pickletools
 import threading
 import zipfile
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Callable, Collection
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from refinelib.config import absolute
 from refinelib.files import opened_zip, reason, replacing, shown
+from refinelib.runs import Run, RunError
 
-#: 3: the model has self-attention; 4: that and channel attention are made of matrix products, and weights of before are not read.
+#: Version of the content; others are refused. 4: attention is made of matrix products.
 FORMAT = 4
 
 
@@ -31,6 +35,7 @@ class CheckpointError(RuntimeError):
     """No usable checkpoint; the message names the file, what is wrong with it and what to do."""
 
 
+# -- writing -----------------------------------------------------------------------------------------
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` to ``path`` atomically: a crash leaves the old file or the new one.
 
@@ -48,94 +53,107 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 class Writer:
-    """Writes checkpoints in the background, one after the other; training goes on meanwhile.
+    """Writes checkpoints in the background, one after the other, while training continues.
 
-    ``save`` copies the content before it returns, so that later steps don't touch it. A write that fails (a full
-    disk) leaves the old file, and its content waits for the next ``save`` or ``flush`` to be tried again.
+    ``save`` copies the content before it returns, so that later steps do not change it. A write that fails (a
+    full disk) leaves the old file; its content waits for the next ``save`` or ``flush`` to be tried again.
+
+    Attributes:
+        failing: what is wrong with each file whose newest content is not on disk, in a sentence.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Path, dict[str, Any]] = {}  # the newest content of each file that is not written yet
-        self._failed: dict[Path, dict[str, Any]] = {}  # content that could not be written
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._problems: list[str] = []
-        #: What is wrong with each file whose newest content is not on disk, in a sentence.
         self.failing: dict[Path, str] = {}
+        self._waiting: dict[Path, dict[str, Any]] = {}  # the newest content of each file that is not on disk
+        self._lock = threading.Lock()
+        self._problems: list[str] = []
+        self._worker = ThreadPoolExecutor(1, "checkpoints")  # the interpreter waits for it before it ends
 
     def save(self, path: Path, content: dict[str, Any], *, copy: bool = True) -> None:
-        """Have ``content`` written to ``path``; where an older one still waits, the newer takes its place.
+        """Have ``content`` written to ``path``; it replaces an older one that still waits.
 
         Args:
+            path: file to replace.
+            content: see :func:`save`.
             copy: false: it is a copy on the CPU already, which nobody changes.
         """
         content = to_cpu(content) if copy else content
-        with self._wake:
-            self._waiting = {**self._failed, **self._waiting, path: content}
-            self._failed = {}
-            self._start()
+        with self._lock:
+            self._waiting.pop(path, None)
+            self._waiting[path] = content  # at the end: files are written in the order of their saving
+        self._worker.submit(self._write_waiting)
 
     def flush(self) -> None:
         """Wait until everything is on disk, or has failed once more."""
-        self._join()
-        with self._wake:
-            self._waiting, self._failed = self._failed, {}
-            if self._waiting:
-                self._start()
-        self._join()
+        self._worker.submit(self._write_waiting).result()
 
-    def close(self) -> None:
-        """Wait for what is being written, whatever ended the run."""
-        self.flush()
+    close = flush
 
     def problems(self) -> list[str]:
-        """What failed since the last call, in sentences; a file that goes on failing is told of once."""
-        with self._wake:
-            found, self._problems = self._problems, []
+        """What failed since the last call, in sentences; a file that fails again and again is named once."""
+        found, self._problems = self._problems, []
         return found
 
-    def _start(self) -> None:
-        if self._thread is None:
-            # Not a daemon: the interpreter waits for a checkpoint that is being written.
-            self._thread = threading.Thread(target=self._run, name="checkpoints")
-            self._thread.start()
-
-    def _join(self) -> None:
-        thread = self._thread
-        if thread is not None:
-            thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                if not self._waiting:
-                    self._thread = None
-                    return
-                path = next(iter(self._waiting))
-                content = self._waiting.pop(path)
+    def _write_waiting(self) -> None:
+        for path in list(self._waiting):
+            content = self._waiting[path]
             try:
                 _write(path, content)
-            except Exception as error:  # torch.save turns a full disk into a RuntimeError; a thread that dies would lose all that follow
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+            except Exception as error:  # torch.save turns a full disk into a RuntimeError
                 old = "the one before it stays" if path.exists() else "there is none before it"
-                with self._wake:
-                    self._failed[path] = content
-                    if path not in self.failing:
-                        self._problems.append(f"the checkpoint {path.name} could not be written ({reason}); {old}")
-                    self.failing[path] = f"the checkpoint {path.name} could not be written ({reason}); {old}"
-            else:
-                with self._wake:
-                    self._failed.pop(path, None)
-                    if self.failing.pop(path, None) is not None and path not in self._waiting:
-                        self._problems.append(f"the checkpoint {path.name} could be written after all")
+                message = f"the checkpoint {path.name} could not be written ({reason(error)}); {old}"
+                if path not in self.failing:
+                    self._problems.append(message)
+                self.failing[path] = message
+                continue
+            with self._lock:
+                if self._waiting[path] is content:  # else a newer one came, with a call of its own
+                    del self._waiting[path]
+            if self.failing.pop(path, None) is not None:
+                self._problems.append(f"the checkpoint {path.name} could be written after all")
 
 
-def load(path: str | os.PathLike, *, needs: Collection[str] = ()) -> dict[str, Any]:
+def to_cpu(value: Any) -> Any:
+    """A copy that later training steps do not change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    return [to_cpu(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def checksum(content: Any) -> str:
+    """SHA-256 of nested plain values and tensors, in a fixed order."""
+    digest = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous()
+            digest.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+            digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                digest.update(f"{key!r}:".encode())
+                feed(value[key])
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"[{len(value)}]".encode())
+            for item in value:
+                feed(item)
+        else:
+            digest.update(json.dumps(value).encode())
+
+    feed(content)
+    return digest.hexdigest()
+
+
+# -- reading -----------------------------------------------------------------------------------------
+def load(path: str | os.PathLike[str], *, needs: Collection[str] = ()) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, verified.
 
     Whatever the file holds, this takes no more memory than twice its size and 300 MiB.
 
     Args:
+        path: the file.
         needs: parts that must be in it.
 
     Raises:
@@ -146,10 +164,11 @@ def load(path: str | os.PathLike, *, needs: Collection[str] = ()) -> dict[str, A
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         with opened_zip(path) as (file, archive):
-            _refuse_claims(file, archive)
+            size = os.fstat(file.fileno()).st_size
+            _refuse_claims(file, archive, size)
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-            _refuse_types(content, [os.fstat(file.fileno()).st_size])
+            _refuse_types(content, [size])
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise CheckpointError(f"{path} is not a whole checkpoint ({reason(error)})") from None
     if not isinstance(content, dict) or "checksum" not in content:
@@ -160,9 +179,9 @@ def load(path: str | os.PathLike, *, needs: Collection[str] = ()) -> dict[str, A
         raise CheckpointError(f"{path} has format {shown(form)}, {why}")
     if checksum(content) != str(expected):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
-    lacking = sorted(set(needs) - content.keys())
-    if lacking:
-        raise CheckpointError(f"{path} is not the checkpoint that is needed: it lacks {', '.join(lacking)}")
+    missing = sorted(set(needs) - content.keys())
+    if missing:
+        raise CheckpointError(f"{path} is not the checkpoint that is needed: it lacks {', '.join(missing)}")
     for name, fits in _PARTS.items():
         if name in content and not fits(content[name]):
             raise CheckpointError(f"{path} is no checkpoint of this version: {name}: {shown(content[name])}")
@@ -184,51 +203,52 @@ _NAMING = ("MARK", "BINUNICODE", "GLOBAL", "BINUNICODE", "BINUNICODE", "INT", "T
 _PICKLE, _DEPTH = 2 << 20, 32
 
 
-def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile) -> None:
+def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None:
     """Refuse a file that holds other types, or would take more memory than its size, before torch opens it.
 
-    ``torch.save`` writes a zip whose members are not packed: a pickle, and the bytes of each tensor. So all
-    sizes are known before: the members' add up to the file's, and what the pickle claims are the members'.
+    ``torch.save`` writes a zip whose members are not compressed: a pickle, and the bytes of each tensor. So
+    all sizes are known before: the members' add up to the file's, and the pickle claims the members'.
 
     Raises:
         ValueError: says what is wrong.
     """
     file.seek(0)
-    if file.read(4) != b"PK\x03\x04":  # torch would read it as a file of before 2020
-        raise ValueError("it is no zip file")
     members = archive.infolist()
-    root = members[0].filename.partition("/")[0] + "/"  # torch looks there, and takes no notice of capitals
+    root = members[0].filename.partition("/")[0] + "/"  # torch looks there, whatever the capitals
     sizes = {member.filename.removeprefix(root): member.file_size for member in members}
     plain = all(
-        member.filename == member.orig_filename and member.filename.startswith(root)
-        and member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+        member.filename == member.orig_filename
+        and member.filename.startswith(root)
+        and member.compress_type == zipfile.ZIP_STORED
+        and member.compress_size == member.file_size
         for member in members
-    )  # fmt: skip
-    if not plain or len({name.lower() for name in sizes}) < len(members):
-        raise ValueError("its members are not those that torch.save writes")
-    if sum(sizes.values()) > os.fstat(file.fileno()).st_size:
+    )
+    # Without the zip's mark in front, torch would read the file as one of before 2020.
+    if file.read(4) != b"PK\x03\x04" or not plain or len({name.lower() for name in sizes}) < len(members):
+        raise ValueError("it is not a zip as torch.save writes it")
+    if sum(sizes.values()) > size:
         raise ValueError("its members claim more bytes than it has")
     if sizes["data.pkl"] > _PICKLE:
         raise ValueError(f"its names and plain values take {sizes['data.pkl']} bytes, more than {_PICKLE}")
     memo: dict[int, tuple[str, Any]] = {}
     last: collections.deque[tuple[str, Any]] = collections.deque(maxlen=len(_NAMING))
-    open_types = 0
+    unused_types = 0
     for code, value, _ in pickletools.genops(archive.read(root + "data.pkl")):
         if code.name in ("BINPUT", "LONG_BINPUT"):
-            memo[value] = last[-1]
+            memo[int(value or 0)] = last[-1]
         elif code.name == "BINPERSID":
-            operations, (_, _, kind, member, _, count, _) = zip(*last)
+            operations, (_, _, kind, member, _, count, _) = zip(*last, strict=True)
             if operations != _NAMING or sizes.get(f"data/{member}") != count * _STORAGES.get(kind, -1):
                 raise ValueError(f"it claims {shown(count)} values of {shown(kind)} that it does not hold")
-            open_types -= 1
+            unused_types -= 1
         else:
             name = "INT" if code.name in ("BININT", "BININT1", "BININT2", "LONG1") else code.name
-            last.append(memo[value] if code.name in ("BINGET", "LONG_BINGET") else (name, value))
+            last.append(memo[int(value or 0)] if code.name in ("BINGET", "LONG_BINGET") else (name, value))
             name, value = last[-1]
             if name == "GLOBAL" and value not in _STORAGES and value not in _OTHERS:
                 raise ValueError(f"it holds {shown(value)}, which refinelib does not write")
-            open_types += name == "GLOBAL" and value in _STORAGES
-    if open_types:  # a type that names no storage could be called with a size
+            unused_types += name == "GLOBAL" and value in _STORAGES
+    if unused_types:  # a type that names no storage could be called with a size
         raise ValueError("it makes tensors in another way than torch.save")
 
 
@@ -236,8 +256,10 @@ def _refuse_types(value: Any, room: list[int], depth: int = 0) -> None:
     """Refuse what :func:`save` does not write.
 
     Args:
+        value: part of a file's content.
         room: bytes that are left of the file's; a value takes one, a tensor those of its elements. So a part
-            that stands in many places, or in itself, is not gone through for ever.
+            that stands in many places, or in itself, is not visited for ever.
+        depth: of the nesting.
 
     Raises:
         ValueError: says what it is.
@@ -251,9 +273,9 @@ def _refuse_types(value: Any, room: list[int], depth: int = 0) -> None:
     elif type(value) in (dict, list, tuple):
         if depth > _DEPTH:
             raise ValueError(f"it is nested more than {_DEPTH} deep")
-        odd = [key for key in value if type(key) not in (str, int)] if isinstance(value, dict) else []
-        if odd:
-            raise ValueError(f"it has the key {shown(odd[0])}")
+        for key in value if isinstance(value, dict) else ():
+            if type(key) not in (str, int):
+                raise ValueError(f"it has the key {shown(key)}")
         for item in value.values() if isinstance(value, dict) else value:
             _refuse_types(item, room, depth + 1)
     elif value is not None and type(value) not in (str, int, float, bool):
@@ -279,44 +301,43 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def readable(path: str | os.PathLike) -> bool:
+def readable(path: str | os.PathLike[str]) -> bool:
     """Whether :func:`load` takes a file: it is whole, and of this version."""
-    try:
+    with contextlib.suppress(CheckpointError):
         load(path)
-    except CheckpointError:
-        return False
-    return True
+        return True
+    return False
 
 
 def newest_whole(
-    folder: Path, names: tuple[str, ...] = ("last.pt", "best.pt"), *, check: Callable[[Path, dict[str, Any]], None] = lambda path, content: None
+    folder: Path, *, check: Callable[[Path, dict[str, Any]], None] = lambda path, content: None
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """The checkpoint of the latest step that is whole, and what was wrong with the others.
 
     Args:
         folder: a run's ``checkpoints/``.
-        names: files to consider.
-        check: called with path and content; raises CheckpointError for one that this run cannot go on from.
+        check: called with path and content; raises CheckpointError for one that cannot be resumed from.
 
     Returns:
-        path, content, and one sentence for each file that could not be used.
+        Path, content, and one sentence for each file that could not be used.
 
     Raises:
         CheckpointError: none of them can be used.
     """
     usable, problems = [], []
-    for file in (folder / name for name in names if (folder / name).exists()):
-        try:
-            content = load(file)
-            step = content["position"]["step"]
-            check(file, content)
-            usable.append((step, file, content))
-        except CheckpointError as error:
-            problems.append(str(error))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:  # whole, and yet no checkpoint of a run
-            problems.append(f"{file} is not a run's checkpoint ({type(error).__name__}: {error})")
+    for file in (folder / "last.pt", folder / "best.pt"):
+        if file.exists():
+            try:
+                content = load(file)
+                check(file, content)
+                usable.append((content["position"]["step"], file, content))
+            except CheckpointError as error:
+                problems.append(str(error))
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                problems.append(f"{file} is not a run's checkpoint ({type(error).__name__}: {error})")
     if not usable:
-        raise CheckpointError(f"no usable checkpoint in {folder}: {'; '.join(problems) or 'none was written yet'}")
+        wrong = "; ".join(problems) or "none was written yet"
+        raise CheckpointError(f"no usable checkpoint in {folder}: {wrong}")
     _, path, content = max(usable, key=lambda item: item[0])
     return path, content, problems
 
@@ -326,17 +347,18 @@ def nonfinite(content: Any, name: str = "") -> list[str]:
     if isinstance(content, Tensor):
         return [] if bool(content.isfinite().all()) else [name]
     items = content.items() if isinstance(content, dict) else ()
-    return [found for key, value in items for found in nonfinite(value, f"{name}.{key}" if name else str(key))]
+    return [found for key, value in items for found in nonfinite(value, f"{name}.{key}".lstrip("."))]
 
 
-def find(source: str | os.PathLike, *, output_dir: str = "outputs") -> Path:
+def find(source: str | os.PathLike[str], *, output_dir: str = "outputs") -> Path:
     """The checkpoint file meant by a run's name, a run's folder or a file's own path.
 
     Of a run, the best one, else the last.
-    """
-    from refinelib.runs import Run, RunError
 
-    for path in (Path(source).expanduser(), absolute(source)):
+    Raises:
+        CheckpointError: there is none.
+    """
+    for path in (Path(source), absolute(source)):
         if path.is_file():
             return path
     try:
@@ -347,38 +369,3 @@ def find(source: str | os.PathLike, *, output_dir: str = "outputs") -> Path:
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(f"{folder} holds no checkpoint yet")
-
-
-def checksum(content: Any) -> str:
-    """SHA-256 of nested plain values and tensors, in a fixed order."""
-    digest = hashlib.sha256()
-    _feed(content, digest)
-    return digest.hexdigest()
-
-
-def _feed(value: Any, digest) -> None:
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous()
-        digest.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
-        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            digest.update(f"{key!r}:".encode())
-            _feed(value[key], digest)
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}]".encode())
-        for item in value:
-            _feed(item, digest)
-    else:
-        digest.update(json.dumps(value).encode())
-
-
-def to_cpu(value: Any) -> Any:
-    """A copy that later training steps do not touch."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_cpu(item) for item in value]
-    return value

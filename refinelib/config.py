@@ -28,17 +28,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    create_model,
-    field_validator,
-    model_validator,
-)
+import pydantic
 from pydantic.fields import FieldInfo
 
 from refinelib.files import parse_yaml, read_yaml, reason, shown
@@ -79,16 +69,16 @@ def absolute(value: str | os.PathLike[str]) -> Path:
 
 
 # -- the settings ------------------------------------------------------------------------------------
-class _Values(BaseModel):
+class _Values(pydantic.BaseModel):
     """Values as papermill, YAML or a command line bring them, read as their fields mean them."""
 
-    model_config = ConfigDict(
+    model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, coerce_numbers_to_str=True
     )
 
-    @field_validator("*", mode="before")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_meant(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, str):
             value = value.strip()
@@ -102,11 +92,11 @@ class _Values(BaseModel):
 
 
 def _setting(role: str, default: Any, description: str, **limits: Any) -> Any:
-    return Field(default, description=description, json_schema_extra={"role": role}, **limits)
+    return pydantic.Field(default, description=description, json_schema_extra={"role": role}, **limits)
 
 
 _run, _data, _model, _train, _infer = (functools.partial(_setting, role) for role in ROLES)
-Side = Annotated[int, Field(ge=16, le=512)]
+Side = Annotated[int, pydantic.Field(ge=16, le=512)]
 
 
 V = TypeVar("V", bound=_Values)
@@ -125,17 +115,13 @@ class Settings(_Values):
 
     # -- the run
     recipe: str = _run("demo", "name of a file in params/ (without .yaml) or a path to one")
-    run: str | None = _run(
-        None, "name of the run's folder; none: the recipe's name", pattern=r"^[A-Za-z0-9._-]+$"
-    )
+    run: str | None = _run(None, "name of the run's folder; none: the recipe's", pattern=r"^[A-Za-z0-9._-]+$")
     output_dir: str = _run("outputs", "folder of all runs; a relative path starts at the project's root")
     store_dir: str | None = _run(None, "folder of the prepared crops; none: output_dir/stores")
     resume: bool = _run(False, "continue the newest run of this name from its newest whole checkpoint")
     device: Literal["auto", "cpu", "cuda"] = _run("auto", "auto: CUDA where there is one")
     workers: int | None = _run(None, "processes that build the store; none: one a core", ge=1, le=256)
-    compile: Literal["auto", "on", "off"] = _run(
-        "auto", "compile model and loss; auto: on CUDA, in runs long enough to gain by it"
-    )
+    compile: Literal["auto", "on", "off"] = _run("auto", "compile the step; auto: in long runs on CUDA")
     cuda_graphs: bool = _run(True, "on CUDA, capture a step as a CUDA graph and replay it")
     validate_every: int = _run(1, "epochs between validations (the last epoch always is)", ge=1)
     log_every: int = _run(20, "steps between lines in metrics.jsonl and TensorBoard", ge=1)
@@ -147,32 +133,10 @@ class Settings(_Values):
 
     # -- data
     data: str = _data("synthetic", "name of the data set: synthetic, coco, pennfudan")
-    data_dir: str | None = _run(None, "folder of the data set in its published layout")
-    train_annotations: str | None = _run(
-        None, "COCO JSON to train on; none: data_dir/annotations/instances_train2017*.json"
-    )
-    train_images: str | None = _run(
-        None, "folder of its images; none: data_dir/images/train2017 or data_dir/train2017"
-    )
-    val_annotations: str | None = _run(
-        None, "COCO JSON to validate on; none: data_dir/annotations/instances_val2017*.json"
-    )
-    val_images: str | None = _run(
-        None, "folder of its images; none: data_dir/images/val2017 or data_dir/val2017"
-    )
-    allow_images_outside: bool = _run(
-        False, "also read images that a COCO file names outside its image folder"
-    )
-    add_pennfudan: str | None = _data(
-        None, "folder of Penn-Fudan, whose training images are added to those of data"
-    )
+    add_pennfudan: str | None = _data(None, "folder of Penn-Fudan, whose training images are added")
     max_images: int | None = _data(None, "use only the first so many images of each split", ge=1)
-    roi_size: tuple[Side, Side] = _data(
-        (64, 64), "input pixels across the box: one number or [height, width], 16 to 512"
-    )
-    mask_size: tuple[Side, Side] = _data(
-        (64, 64), "mask pixels across the box: one number or [height, width], 16 to 512"
-    )
+    roi_size: tuple[Side, Side] = _data((64, 64), "input pixels of a crop, [height, width], each 16 to 512")
+    mask_size: tuple[Side, Side] = _data((64, 64), "mask pixels of a crop, [height, width], each 16 to 512")
     context: float = _data(0.0, "margin added around the box, in box sizes", ge=0.0, le=2.0)
     augment: Literal["off", "flip", "full", "strong"] = _data(
         "flip", "full: flip, affine, colour; strong: more of these, copy-paste, re-fitted boxes"
@@ -180,105 +144,50 @@ class Settings(_Values):
 
     # -- model
     width: float = _model(1.0, "channels relative to the full model of 24 M parameters", ge=0.0625, le=2.0)
-    coarse_width: float = _model(
-        1.0, "channels of the two coarsest scales relative to those of width", ge=0.25, le=4.0
-    )
+    coarse_width: float = _model(1.0, "extra factor on the two coarsest scales' channels", ge=0.25, le=4.0)
     coarse_depth: int = _model(1, "residual blocks of each scale below full resolution", ge=1, le=8)
-    use_boundary_refinement: bool = _model(True, "residual on the mask, gated by edge strength")
-    use_progressive_upsampling: bool = _model(True, "coarse-to-fine resize-convolution decoder")
-    use_subpixel_conv: bool = _model(
-        False, "pixel-shuffle decoder, the alternative to progressive upsampling"
-    )
-    use_contour_detection: bool = _model(True, "contour head, fused into the mask")
-    use_distance_transform: bool = _model(True, "signed distance head, fused into the mask")
-    blend_init: float = _model(
-        0.1, "blending weight of each refinement at the start (learned)", gt=0.0, le=1.0
-    )
-    edge_gain_init: float = _model(
-        1.0, "initial gain of the edge convolution that writes the boundary residual", gt=0.0, le=10.0
-    )
-    distance_threshold_init: float = _model(
-        0.5, "level of the distance map, in 0..1, taken as the edge at the start (learned)", gt=0.0, lt=1.0
-    )
+    blend_init: float = _model(0.1, "first blending weight of each refinement (learned)", gt=0.0, le=1.0)
 
-    # -- losses
-    ce_weight: float = _train(1.0, "weight of the cross-entropy over three classes", ge=0.0, le=100.0)
-    dice_weight: float = _train(1.0, "weight of the Dice loss over the classes present", ge=0.0, le=100.0)
-    use_active_contour_loss: bool = _train(True, "region and length term of the mask's own contour")
-    use_boundary_aware_loss: bool = _train(True, "cross-entropy weighted towards the true boundary")
-    active_contour_weight: float = _train(0.1, "weight of the active contour loss", ge=0.0, le=100.0)
-    active_contour_smoothness: float = _train(
-        0.1, "weight of the length term inside the active contour loss", ge=0.0, le=10.0
-    )
-    boundary_aware_weight: float = _train(0.1, "weight of the boundary-aware loss", ge=0.0, le=100.0)
-    boundary_weight: float = _train(
-        5.0, "extra weight of boundary pixels inside the boundary-aware loss", ge=0.0, le=100.0
-    )
-    contour_weight: float = _train(
-        0.1, "weight of the contour loss (with use_contour_detection)", ge=0.0, le=100.0
-    )
-    distance_weight: float = _train(
-        0.1, "weight of the distance loss (with use_distance_transform)", ge=0.0, le=100.0
-    )
-    refinement_loss_cap: float | None = _train(
-        None, "cap on each refinement loss before its weight; none: no cap", gt=0.0, le=1e6
-    )
-
-    # -- optimisation
+    # -- training
     seed: int = _train(0, "seeds weights, data order and augmentation", ge=0, lt=2**31)
     deterministic: bool = _train(False, "bitwise repeatable on CUDA too, slower (the CPU always is)")
-    init_from: str | None = _train(
-        None, "start from the weights of this run (name or folder) or checkpoint file"
-    )
+    init_from: str | None = _train(None, "start from the weights of this run or checkpoint file")
     epochs: int = _train(100, "passes over the training set", ge=1, le=100_000)
     batch_size: int = _train(2, "ROIs in a micro-batch", ge=1, le=65_536)
     accumulate: int = _train(1, "micro-batches averaged into one optimizer step", ge=1, le=4096)
     optimizer: Literal["adamw", "adam"] = _train("adamw", "adam: weight decay enters as an L2 penalty")
     lr: float = _train(5e-5, "peak learning rate", gt=0.0, le=1.0)
     min_lr: float = _train(1e-6, "learning rate at the end of the cosine; at most lr", ge=0.0, le=1.0)
-    warmup_epochs: float = _train(
-        5.0, "epochs of linear warm-up; at most half the run is used for it", ge=0.0, le=1e5
-    )
-    weight_decay: float = _train(
-        1e-3, "decay of matrices and kernels; norms, biases and scalars have none", ge=0.0, le=1.0
-    )
+    warmup_epochs: float = _train(5.0, "epochs of linear warm-up, at most half of all", ge=0.0, le=1e5)
+    weight_decay: float = _train(1e-3, "decay of matrices and kernels, not of biases", ge=0.0, le=1.0)
     grad_clip: float = _train(5.0, "largest L2 norm of the gradient after clipping", gt=0.0, le=1e6)
-    ema_decay: float = _train(
-        0.0, "decay of the weights' moving average, which is validated and kept; 0: off", ge=0.0, lt=1.0
-    )
+    ema_decay: float = _train(0.0, "decay of the moving average of the weights; 0: none", ge=0.0, lt=1.0)
     amp: Literal["auto", "off", "bf16", "fp16"] = _train(
-        "auto", "mixed precision; auto: bf16 on GPUs that have it, off elsewhere"
+        "auto", "mixed precision; auto: bf16 where it is fast"
     )
     loss_scale_init: float = _train(65536.0, "fp16 loss scale at the start", ge=1.0, le=2.0**24)
     loss_scale_floor: float = _train(1.0, "lowest fp16 loss scale", gt=0.0, le=2.0**24)
-    fused_optimizer: bool = _train(
-        True, "one kernel that can skip a step on the device; false: one host read a step"
+    fused_optimizer: bool = _train(True, "skip a step on the device; false: one host read a step")
+    refinement_loss_cap: float | None = _train(
+        None, "cap on each refinement loss; none: no cap", gt=0.0, le=1e6
     )
-    on_spike: Literal["skip", "clip", "note"] = _train(
-        "clip", "skip a step whose loss or gradient norm spikes, clip it, or only note it"
-    )
+    on_spike: Literal["skip", "clip", "note"] = _train("clip", "what to do with a spike of loss or gradient")
     spike_sigma: float = _train(
-        6.0, "standard deviations above the running mean of the logarithm: a spike", ge=2.0, le=100.0
+        6.0, "deviations above the running mean log that are a spike", ge=2.0, le=100.0
     )
-    max_consecutive_skips: int = _train(
-        20, "skips in a row after which the run rewinds to its last stable state", ge=2, le=10_000
-    )
+    max_consecutive_skips: int = _train(20, "skips in a row after which the run rewinds", ge=2, le=10_000)
     max_rewinds: int = _train(3, "rewinds after which the run stops as diverged", ge=0, le=100)
 
     # -- inference
     flip_test: bool = _infer(False, "average each crop's probabilities with its mirror image's")
-    target_decision_weight: float = _infer(
-        1.0, "factor on the target's probability before the likeliest class is taken", ge=0.1, le=10.0
-    )
-    nontarget_decision_weight: float = _infer(
-        1.0, "factor on the probability of other people", ge=0.1, le=10.0
-    )
+    target_decision_weight: float = _infer(1.0, "factor on the target's probability", ge=0.1, le=10.0)
+    nontarget_decision_weight: float = _infer(1.0, "factor on other people's probability", ge=0.1, le=10.0)
 
     def __new__(cls, **_: Any) -> Settings:
         """An instance of the class that has the registered parts' settings as well."""
         return super().__new__(settings_class() if cls is Settings else cls)
 
-    @field_validator("roi_size", "mask_size", mode="before")
+    @pydantic.field_validator("roi_size", "mask_size", mode="before")
     @classmethod
     def _pair(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -288,46 +197,34 @@ class Settings(_Values):
             raise ValueError("give one whole number or [height, width]")
         return tuple(pair)
 
-    @field_validator("data")
+    @pydantic.field_validator("data")
     @classmethod
     def _known_data_set(cls, value: str) -> str:
-        names = list(DATASETS) or ["synthetic", "coco", "pennfudan"]
-        if value not in names:
-            raise ValueError(f"give one of {', '.join(names)}{_nearest(value, names)}")
+        if value not in DATASETS:
+            raise ValueError(f"give one of {', '.join(DATASETS)}{_nearest(value, DATASETS)}")
         return value
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _fit_together(self) -> Settings:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}: give at most {self.lr:g}")
-        if self.loss_scale_floor > self.loss_scale_init:
-            floor, first = self.loss_scale_floor, self.loss_scale_init
-            raise ValueError(f"loss_scale_floor = {floor:g} is above loss_scale_init = {first:g}")
-        if self.use_subpixel_conv and self.use_progressive_upsampling:
-            raise ValueError(
-                "use_subpixel_conv is the alternative to use_progressive_upsampling: switch one of them off"
-            )
-        if self.data != "synthetic" and not (self.data_dir or self.store_dir or self.train_annotations):
-            raise ValueError(
-                f"data = {self.data} needs data_dir, its folder, or store_dir, a store built before"
-            )
-        places = ("data_dir", "train_annotations", "train_images", "val_annotations", "val_images")
-        given = [name for name in places if getattr(self, name)]
-        if self.data == "synthetic" and given:
-            raise ValueError(
-                f"{given[0]} is given, and data = synthetic makes its own images: "
-                f"give data = coco or pennfudan too, or leave {given[0]} out"
-            )
-        if self.add_pennfudan and self.data == "pennfudan":
-            raise ValueError("data = pennfudan has Penn-Fudan's images already: leave add_pennfudan out")
-        if self.ce_weight == 0 and self.dice_weight == 0:
-            raise ValueError(
-                "ce_weight and dice_weight are both 0: nothing would teach the mask; set one of them"
-            )
-        if self.resume and self.init_from:
-            raise ValueError(
-                "resume continues a run, init_from starts a new one from weights: give one of them"
-            )
+        own = list(DATASETS.options(self.data))
+        others = [o.name for o in DATASETS.options() if o not in own and getattr(self, o.name) != o.default]
+        places = [option.name for option in own if option.default is None]
+        nowhere = places and not (self.store_dir or any(getattr(self, name) for name in places))
+        both = self.use_subpixel_conv and self.use_progressive_upsampling
+        untaught = self.ce_weight == self.dice_weight == 0
+        wrong = {
+            f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}": self.min_lr > self.lr,
+            "loss_scale_floor is above loss_scale_init": self.loss_scale_floor > self.loss_scale_init,
+            "use_subpixel_conv is the alternative to use_progressive_upsampling: switch one off": both,
+            f"data = {self.data} needs {' or '.join(places[:2])}, or store_dir, a built store": nowhere,
+            f"data = {self.data} does not use {', '.join(others)}: leave it out or give another data": others,
+            "data = pennfudan: leave add_pennfudan out": self.data == "pennfudan" and self.add_pennfudan,
+            "ce_weight and dice_weight are 0: nothing would teach the mask": untaught,
+            "resume and init_from exclude each other: give one of them": self.resume and self.init_from,
+        }
+        for message, found in wrong.items():
+            if found:
+                raise ValueError(message)
         return self
 
     @property
@@ -349,12 +246,12 @@ class Settings(_Values):
 def _class_with(options: tuple[Option, ...]) -> type[Settings]:
     fields: dict[str, Any] = {}
     for name, option in {option.name: option for option in options}.items():
-        if any(other.name == name and other != option for other in options):
-            raise ValueError(f"two parts bring a setting {name!r} that differs: rename one of them")
+        if name in Settings.model_fields or any(o.name == name and o != option for o in options):
+            raise ValueError(f"there is another setting {name!r} already: give yours another name")
         default = str | None if option.default is None else type(option.default)
         field = _setting(option.role, option.default, option.description, **option.limits)
         fields[name] = (option.annotation or default, field)
-    return create_model("Settings", __base__=Settings, __module__=__name__, **fields)
+    return pydantic.create_model("Settings", __base__=Settings, __module__=__name__, **fields)
 
 
 def settings_class() -> type[Settings]:
@@ -401,8 +298,10 @@ def resolve(recipe: str | None = None, /, **overrides: Any) -> Settings:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             lowest = values.get("min_lr", Settings.model_fields["min_lr"].default)
             values["min_lr"] = min(float(lowest), float(values["lr"]))
+    if os.environ.get(SMOKE_VARIABLE):
+        values["smoke"] = os.environ[SMOKE_VARIABLE]
     settings = read_values(settings_class(), values)
-    if settings.smoke or _smoke_wanted():
+    if settings.smoke:
         settings = read_values(settings_class(), {**settings.model_dump(), **_smoke(settings)})
     return settings
 
@@ -411,7 +310,8 @@ def from_notebook(namespace: Mapping[str, Any]) -> Settings:
     """The settings that a notebook's parameter cells left in its name space.
 
     Every plain value (number, text, bool, list, none) under a public name is taken for a setting. A name that
-    is no setting, as after ``papermill -p learning_rate 1e-3``, is refused with the nearest right one.
+    is no setting, as after ``papermill -p learning_rate 1e-3``, is refused with the nearest right one; a
+    variable of the notebook's own needs a leading underscore.
 
     Args:
         namespace: the notebook's ``globals()``, before it made any variable of its own.
@@ -423,24 +323,17 @@ def from_notebook(namespace: Mapping[str, Any]) -> Settings:
         for name, value in namespace.items()
         if not name.startswith("_") and name not in history and isinstance(value, plain)
     }
-    try:
-        return resolve(**given)
-    except SettingsError as error:
-        if "there is no setting" not in str(error):
-            raise
-        hint = "a variable of your own? restart the kernel, or name it with a leading underscore"
-        raise SettingsError(f"{error} ({hint})") from None
+    return resolve(**given)
 
 
 def load_recipe(recipe: str) -> dict[str, Any]:
     """The raw mapping in ``params/<recipe>.yaml``, or in the YAML file at that path."""
     if recipe.endswith((".yaml", ".yml")):
-        file = Path(os.path.expanduser(recipe))
-        file = file if os.path.exists(file) else project_root() / file
+        file = Path(recipe) if os.path.exists(recipe) else absolute(recipe)
     else:
         file = project_root() / "params" / f"{recipe}.yaml"
+    known = recipe_names()
     if not os.path.isfile(file):
-        known = recipe_names()
         nearest = _nearest(recipe, [*known, *RECIPE_ALIASES])
         raise SettingsError(f"there is no recipe {shown(recipe)}{nearest}; there are {', '.join(known)}")
     try:
@@ -455,14 +348,6 @@ def load_recipe(recipe: str) -> dict[str, Any]:
 def recipe_names() -> list[str]:
     """Names of all recipes in ``params/``."""
     return sorted(file.stem for file in (project_root() / "params").glob("*.yaml"))
-
-
-def _smoke_wanted() -> bool:
-    word = os.environ.get(SMOKE_VARIABLE, "").strip() or "false"
-    try:
-        return TypeAdapter(bool).validate_python(word)
-    except ValidationError:
-        raise SettingsError(f"{SMOKE_VARIABLE} = {shown(word)}: give true or false") from None
 
 
 def _smoke(settings: Settings) -> dict[str, Any]:
@@ -493,7 +378,7 @@ class _Parameters(_Values):
     annotations: str | None = None
     flip: bool | None = None
     jitter: bool | None = None
-    max_images: int | None = Field(None, ge=1)
+    max_images: int | None = pydantic.Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] | None = None
 
 
@@ -517,16 +402,10 @@ def describe(settings: Settings) -> str:
     lines = []
     for name, field in fields().items():
         value = getattr(settings, name)
-        text = "x".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else value
-        text = f"{text:g}" if isinstance(value, float) else str(text)
-        start = f"{'*' if value != field.default else ' '} {name:26} {text:15} "
-        if len(start) > 45:
-            lines.append(start.rstrip())
-            start = ""
-        indent = " " * 45
-        lines += textwrap.wrap(
-            str(field.description), 100, initial_indent=start.ljust(45), subsequent_indent=indent
-        )
+        shape = "x".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else value
+        text = f"{shape:g}" if isinstance(shape, float) else str(shape)
+        line = f"{'*' if value != field.default else ' '} {name:26} {text:15} {_meaning(field)}"
+        lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 45, break_long_words=False))
     return "\n".join(lines)
 
 
@@ -535,8 +414,13 @@ def parameters_cell() -> str:
     lines = ["# none: as the recipe says. Set any of them here or with papermill -p NAME VALUE."]
     for name, field in fields().items():
         default = repr(field.default) if name == "recipe" else "None"
-        lines.append(f"{name}: {_type_name(field.annotation)} = {default}  # {field.description}")
+        lines.append(f"{name}: {_type_name(field.annotation)} = {default}  # {_meaning(field)}")
     return "\n".join(lines)
+
+
+def _meaning(field: FieldInfo) -> str:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return f"{', '.join(choices)}; {field.description}" if choices else str(field.description)
 
 
 def _type_name(annotation: Any) -> str:
@@ -561,7 +445,7 @@ def read_values(model: type[V], values: Mapping[str, Any]) -> V:
         raise SettingsError("; ".join([*wrong, *[f"and {len(unknown) - 10} more"] * (len(unknown) > 10)]))
     try:
         return model(**{name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         problems = {str(problem["loc"][:1]): problem for problem in reversed(error.errors())}
         raise SettingsError(
             "; ".join(_sentence(names, problem) for problem in reversed(problems.values()))
@@ -595,16 +479,7 @@ def _kind(annotation: Any) -> str:
 
 
 #: Names used elsewhere that are far from ours letter by letter.
-_SYNONYMS = {
-    "learning_rate": "lr",
-    "bs": "batch_size",
-    "wd": "weight_decay",
-    "precision": "amp",
-    "mixed_precision": "amp",
-    "name": "run",
-    "max_grad_norm": "grad_clip",
-    "gradient_accumulation_steps": "accumulate",
-}
+_SYNONYMS = {"learning_rate": "lr", "bs": "batch_size", "wd": "weight_decay", "precision": "amp"}
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:

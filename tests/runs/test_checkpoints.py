@@ -359,9 +359,10 @@ def test_what_is_saved_is_the_content_at_the_time_of_saving(tmp_path, monkeypatc
 
 
 def test_saving_does_not_wait_and_the_newest_wins(tmp_path, monkeypatch):
-    go, real, written = threading.Event(), checkpoints._write, []
+    go, started_writing, real, written = threading.Event(), threading.Event(), checkpoints._write, []
 
     def slow(path, content):
+        started_writing.set()
         go.wait(10)
         written.append((path.name, content["position"]["step"]))
         real(path, content)
@@ -372,8 +373,7 @@ def test_saving_does_not_wait_and_the_newest_wins(tmp_path, monkeypatch):
         writer.save(tmp_path / "last.pt", content(step=step))
         if step == 1:
             writer.save(tmp_path / "best.pt", content(step=step))
-            while writer._waiting.keys() != {tmp_path / "best.pt"}:  # until the first is being written
-                time.sleep(0.001)
+            assert started_writing.wait(10)
     assert time.perf_counter() - started < 5 and not list(tmp_path.glob("*.pt"))
     go.set()
     writer.flush()
@@ -381,7 +381,6 @@ def test_saving_does_not_wait_and_the_newest_wins(tmp_path, monkeypatch):
     assert checkpoints.load(tmp_path / "last.pt")["position"]["step"] == 5
     assert checkpoints.load(tmp_path / "best.pt")["position"]["step"] == 1
     assert writer.problems() == [] and not writer.failing
-    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoints"]
 
 
 def test_what_failed_is_told_once_and_tried_again_with_the_newest_content(tmp_path, monkeypatch):
@@ -702,17 +701,12 @@ def test_hostile_lines_are_passed_over_counted_and_gone_after_a_rewind(tmp_path)
         assert run.steps() == [good]
     with pytest.warns(UserWarning):
         assert [line["epoch"] for line in run.validations()] == [1]
-    (run.folder / "gradients").mkdir()
-    for name in ("samples/epoch_x.npz", "samples/epoch_0003.npz", "gradients/epoch_.npz"):
-        (run.folder / name).touch()
+    for name in ("epoch_x.npz", "epoch_0003.npz"):
+        (run.folder / "samples" / name).touch()
     run.rewind_records(2, epoch=1)
     events = [event["message"] for event in run.events() if event["kind"] == "damaged"]
-    assert len(events) == 4 and all("files of no epoch were passed over (1, as epoch_" in event for event in events[:2])
-    assert (
-        "metrics.jsonl" in events[2]
-        and "(19, the first is line 2)" in events[2]
-        and "events.jsonl" in events[3]
-    )
+    assert len(events) == 2 and "events.jsonl" in events[1]
+    assert "metrics.jsonl" in events[0] and "(19, the first is line 2)" in events[0]
     assert [file.name for file in (run.folder / "samples").iterdir()] == ["epoch_x.npz"]
     assert run.steps() == [good] and len(run.epochs()) == 1  # and no warning any more
 
