@@ -21,7 +21,9 @@ def overfit(folder: str | os.PathLike[str]) -> Figure:
     iou, share = found["enough"]
     for axes, key, color in ((left, "loss", BLACK), (right, "target_iou", BLUE)):
         limit = iou if axes is right else share * (found["loss"][0] or 1)
-        style.draw_line(axes, range(1, len(found[key]) + 1), found[key], color, label=style.words(key))
+        style.draw_line(
+            axes, range(1, len(found[key]) + 1), found[key], color, label=key.replace("_iou", " IoU")
+        )
         axes.axhline(limit, color=GREY, linestyle="--", gid="limit", label=f"to cross: {limit:.3g}")
     left.set_yscale("log")
     right.set_ylim(0, 1.02)

@@ -90,7 +90,7 @@ def overview(run: RunLike) -> Figure:
     """Losses times their weights, gradient norm, learning rate and scores on one page."""
     run = style.opened(run)
     figure = style.run_figure(run, "overview", 7.0)
-    draw = (loss_panel, gradient_panel, learning_rate_panel, score_panel)
+    draw: list[Callable[[Axes, Run], None]] = [loss_panel, gradient_panel, learning_rate_panel, score_panel]
     for panel, axes in zip(draw, figure.subplots(2, 2).ravel(), strict=True):
         panel(axes, run)
     return figure
@@ -103,12 +103,10 @@ def metrics_table(run: RunLike) -> str:
         return "No epoch has been validated yet."
     best = max(epochs, key=lambda line: line["metrics"].get("target_iou") or -1.0)
     rows = []
-    for name, metric in METRICS.items():
+    for name, title, unit, better in _metrics():
         values = [line["metrics"].get(name) for line in (epochs[-1], best)]
         cells = [None if value is None else f"{value:.3f}" for value in values]
-        if any(cells):
-            better = "more" if metric.higher_is_better else "less"
-            rows.append([style.words(name), *cells, metric.unit, better])
+        rows += [[title, *cells, unit, better]] if any(cells) else []
     heads = [f"last (epoch {epochs[-1]['epoch']})", f"best (epoch {best['epoch']})"]
     return style.table(rows, ["", *heads, "unit", "better is"])
 
@@ -158,18 +156,24 @@ def score_panel(axes: Axes, run: Run, offset: float = 0.0) -> None:
     """Scores between 0 and 1 of every validation; the star is the epoch in ``checkpoints/best.pt``."""
     epochs = run.validations()
     x = [offset + line["epoch"] for line in epochs]
-    names = [name for name in METRICS if epochs and all(name in line["metrics"] for line in epochs)]
-    for name, color in zip(names, (*style.PALETTE, BLACK), strict=False):
-        draw_line(axes, x, [line["metrics"][name] for line in epochs], color, label=style.words(name))
+    shares = [one for one in _metrics() if not one[2] and all(one[0] in line["metrics"] for line in epochs)]
+    for (name, title, *_), color in zip(shares, (BLACK, *style.PALETTE), strict=False):
+        draw_line(axes, x, [line["metrics"][name] for line in epochs], color, label=title)
     scores = [line["metrics"].get("target_iou") or 0.0 for line in epochs]
     if any(scores):
         at = x[scores.index(max(scores))], max(scores)  # the first of equals, as the trainer keeps it
-        axes.plot(*at, "*", markersize=13, color=BLUE, markeredgecolor="white", zorder=5)
+        axes.plot(*at, "*", markersize=13, color=VERMILLION, markeredgecolor="white", zorder=5)
         axes.annotate(f"best {at[1]:.3f}", at, (0, 9), textcoords="offset points", fontsize=8, ha="center")
     axes.set_ylim(0, 1)
     axes.margins(x=0.08)
     style.style_axes(axes, "scores on the validation instances", "epoch", "0 to 1")
     style.legend(axes)
+
+
+def _metrics() -> list[tuple[str, str, str, str]]:
+    """Name, title, unit and better direction of the metrics: mIoU of all pixels, and those registered."""
+    found = [(name, m.title, m.unit, "more" if m.higher_is_better else "less") for name, m in METRICS.items()]
+    return [("miou", "mIoU", "", "more"), *found]
 
 
 def _parts(run: Run) -> tuple[list[dict[str, Any]], list[str]]:

@@ -26,7 +26,6 @@ PALETTE = (BLUE, ORANGE, GREEN, SKY, PURPLE, VERMILLION, YELLOW, GREY)
 CLASSES = {"background": GREY, "target": BLUE, "other people": ORANGE}
 ERRORS = {"missed": VERMILLION, "too much": SKY, "other people or background": YELLOW}
 WIDTH, DPI = 10.0, 100  # inches, pixels an inch
-_WORDS = {"iou": "IoU", "miou": "mIoU", "ce": "cross-entropy", "dice": "Dice", "hd95": "HD95", "f1": "F1"}
 
 AnyFigure = TypeVar("AnyFigure", bound=_Figure)
 RunLike = Run | str | os.PathLike[str]
@@ -68,8 +67,8 @@ def table(rows: Iterable[Sequence[Any]], columns: Sequence[Any]) -> str:
 
 # -- names and colours -----------------------------------------------------------------------------
 def words(name: str) -> str:
-    """A recorded name as a heading says it, such as ``target IoU`` for ``target_iou``."""
-    return " ".join(_WORDS.get(word, word) for word in name.split("_"))
+    """A loss's name as a heading says it."""
+    return {"ce": "cross-entropy", "dice": "Dice"}.get(name, name.replace("_", " "))
 
 
 def loss_color(name: str) -> str:
