@@ -1,4 +1,4 @@
-"""``python -m refinelib``: train recipes in a row, and what one does with a finished run, from the shell."""
+"""``python -m refinelib``: train recipes in a row, score, summarise or replay from the shell."""
 
 from __future__ import annotations
 
@@ -6,44 +6,54 @@ import argparse
 import contextlib
 import sys
 
+DEVICES = ["auto", "cpu", "cuda"]
+
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m refinelib", description="Boundary-refined person masks.")
     commands = parser.add_subparsers(dest="command", required=True)
+    switch = argparse.BooleanOptionalAction  # where it is not given, the run's own setting holds
 
     score = commands.add_parser("evaluate", help="score a run on annotated images; prints one JSON object")
+    score.set_defaults(execute=_evaluate)
     score.add_argument("run", help="a run's name or folder, or a checkpoint file")
     score.add_argument("--images", help="folder of the images")
     score.add_argument("--annotations", help="COCO JSON of the people in them")
-    score.add_argument("--pennfudan", help="in place of both, the folder of the Penn-Fudan set (its validation images)")
-    score.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    score.add_argument("--max-images", type=int, help="score only the first so many images")
-    score.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image, or not (the run's own setting otherwise)")
     score.add_argument(
-        "--allow-images-outside",
-        action=argparse.BooleanOptionalAction,
-        help="read images that the JSON names outside the folder (the run's own setting otherwise)",
+        "--pennfudan", help="in place of both, the folder of Penn-Fudan (its validation images)"
     )
-    score.add_argument("--save", metavar="DIR", help="write report.json, people.csv (a row a person) and coco_results.json there")
+    score.add_argument("--device", default="auto", choices=DEVICES)
+    score.add_argument("--max-images", type=int, help="score only the first so many images")
+    score.add_argument("--flip", action=switch, help="average with the mirror image, or not")
+    score.add_argument("--allow-images-outside", action=switch, help="images outside the folder, too, or not")
+    score.add_argument("--save", metavar="DIR", help="write report.json, people.csv, coco_results.json there")
     score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
 
     summary = commands.add_parser("summary", help="print a run's metrics and where its figures lie")
+    summary.set_defaults(execute=_summary)
     summary.add_argument("run", help="a run's name or folder, or `latest`")
 
-    again = commands.add_parser("replay", help="take an incident's step again and name what was not finite first; prints one JSON object")
+    again = commands.add_parser("replay", help="replay an incident; prints one JSON object")
+    again.set_defaults(execute=_replay)
     again.add_argument("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
-    again.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    again.add_argument("--device", default="auto", choices=DEVICES)
 
-    batch = commands.add_parser("run", help="train recipes one after the other, each through notebooks/train.ipynb")
-    batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths to some")
-    batch.add_argument("--epochs", type=int, help="passes over the training people, for all of them")
-    batch.add_argument("--batch-size", type=int, help="ROIs a micro-batch, for all of them")
-    batch.add_argument("--debug", action="store_true", help="a rehearsal: a handful of images, two epochs, a small model")
-    batch.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
+    batch = commands.add_parser(
+        "run", help="train recipes one after the other, through notebooks/train.ipynb"
+    )
+    batch.set_defaults(execute=_run)
+    batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths")
+    batch.add_argument("--epochs", type=int, help="passes over the training set, for all of them")
+    batch.add_argument("--batch-size", type=int, help="ROIs in a micro-batch, for all of them")
+    batch.add_argument("--debug", action="store_true", help="a few images, two epochs, a small model")
+    batch.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting"
+    )
 
     options = parser.parse_args(arguments)
     try:
-        return {"evaluate": _evaluate, "summary": _summary, "replay": _replay, "run": _run}[options.command](options)
+        return int(options.execute(options))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{options.command}: {error}", file=sys.stderr)
         return 2
@@ -52,21 +62,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from refinelib.metrics.evaluate import checked_folder, measure
     from refinelib.metrics.predict import load
-    from refinelib.runs import dumps
+    from refinelib.files import dumps
 
     if options.save:
         checked_folder(options.save)  # before the work, not after it
     predictor = load(options.run, device=options.device, output_dir=options.output_dir, flip=options.flip)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
-        found = measure(
-            predictor,
-            images=options.images,
-            annotations=options.annotations,
-            pennfudan=options.pennfudan,
-            max_images=options.max_images,
-            allow_images_outside=options.allow_images_outside,
-            progress=sys.stderr.isatty(),
-        )
+        names = ("images", "annotations", "pennfudan", "max_images", "allow_images_outside")
+        chosen = {name: getattr(options, name) for name in names}
+        found = measure(predictor, **chosen, progress=sys.stderr.isatty())
     print(dumps(found.report, indent=2), flush=True)  # first: it is worth more than the files
     if options.save:
         for file in found.save(options.save):
@@ -76,7 +80,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     from refinelib.incidents import replay
-    from refinelib.runs import dumps
+    from refinelib.files import dumps
 
     finding = replay(options.incident, device=options.device)
     print(dumps(finding.as_dict(), indent=2))

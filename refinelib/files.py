@@ -122,6 +122,25 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
 
 
+def strict(value: Any, found: dict[str, str], at: str = "") -> Any:
+    """``value`` as strict JSON: what is not finite becomes null; ``found[path]`` says what it was."""
+    if isinstance(value, float) and not math.isfinite(value):
+        found[at] = str(value)
+        return None
+    if isinstance(value, dict):
+        return {str(k): strict(v, found, f"{at}.{k}" if at else str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v, found, f"{at}[{i}]") for i, v in enumerate(value)]
+    return value
+
+
+def dumps(record: dict[str, Any], *, indent: int | None = None) -> str:
+    """One strict JSON object; ``nonfinite`` names the values that were not finite."""
+    found: dict[str, str] = {}
+    clean = strict(record, found)
+    return json.dumps({**clean, "nonfinite": found} if found else clean, indent=indent, allow_nan=False)
+
+
 def read_json(path: str | os.PathLike[str], *, limit: int = JSON) -> Any:
     """What a JSON file of at most ``limit`` bytes holds."""
     try:

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from refinelib import checkpoints
 from refinelib.build import StepParts, autocast, build_device, build_loss, build_model
 from refinelib.config import Settings, absolute
-from refinelib.files import read_json, write_atomically
+from refinelib.files import dumps, read_json, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
 from refinelib.guard.faults import Injector
 from refinelib.guard.monitor import Row
 from refinelib.modeling.losses import MaskLoss
-from refinelib.runs import dumps, find_runs
+from refinelib.runs import find_runs
 
 #: Of the folder's layout, and of the weights in it: an incident goes with the checkpoints of its time.
 FORMAT = 10 * checkpoints.FORMAT + 2
@@ -167,13 +167,17 @@ def _step(
     scale: float,
     recorded: tuple[float, Sequence[float]],
 ) -> Step:
+    def forward(images: Tensor) -> Any:
+        with autocast(settings, images.device):
+            return model(images.contiguous(memory_format=torch.channels_last))
+
     return Step(
         model=model,
         loss=loss,
         per_sample=loss.per_sample,
         batches=batches,
         samples=samples,
-        autocast=functools.partial(autocast, settings, next(model.parameters()).device),
+        forward=forward,
         injector=injector,
         number=number,
         scale=scale,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import platform
 import re
@@ -22,7 +21,7 @@ from typing import Any
 
 from refinelib import files
 from refinelib.config import Settings, absolute, fields, project_root
-from refinelib.files import exclusive, read_json, reason, write_atomically
+from refinelib.files import dumps, exclusive, read_json, reason, write_atomically
 
 
 class RunError(RuntimeError):
@@ -30,25 +29,6 @@ class RunError(RuntimeError):
 
 
 # -- records -----------------------------------------------------------------------------------------
-def strict(value: Any, found: dict[str, str], at: str = "") -> Any:
-    """``value`` as strict JSON: what is not finite becomes null; ``found[path]`` says what it was."""
-    if isinstance(value, float) and not math.isfinite(value):
-        found[at] = str(value)
-        return None
-    if isinstance(value, dict):
-        return {str(k): strict(v, found, f"{at}.{k}" if at else str(k)) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(v, found, f"{at}[{i}]") for i, v in enumerate(value)]
-    return value
-
-
-def dumps(record: dict[str, Any], *, indent: int | None = None) -> str:
-    """One strict JSON object; ``nonfinite`` names the values that were not finite."""
-    found: dict[str, str] = {}
-    clean = strict(record, found)
-    return json.dumps({**clean, "nonfinite": found} if found else clean, indent=indent, allow_nan=False)
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON-lines file that may be growing; other lines are skipped, with a warning."""
     records, damaged = files.read_lines(path, _is_record)
@@ -152,8 +132,8 @@ class Run:
         for folder in (Path(run), absolute(output_dir) / run, absolute(run)):
             if (folder / "status.json").is_file():
                 return cls(folder)
-        known = ", ".join(sorted(found.name for found in find_runs(output_dir))) or "none yet: train first"
-        raise RunError(f"there is no run {str(run)!r}: give a folder with status.json, or one of {known}")
+        known = ", ".join(sorted(found.name for found in find_runs(output_dir))) or "none: train first"
+        raise RunError(f"there is no run {str(run)!r}: give a folder with status.json; there are {known}")
 
     # -- writing
     def record_settings(self, settings: Settings, device: str) -> None:
@@ -195,9 +175,13 @@ class Run:
             return  # no room for TensorBoard's copy either
         prefix = "train" if record["kind"] == "step" else "epoch"
         try:
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+                self._tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=self._purge_step)
             for name, value in _scalars(record):
                 if name not in ("step", "epoch"):
-                    self.tensorboard.add_scalar(f"{prefix}/{name}", value, record["step"])
+                    self._tensorboard.add_scalar(f"{prefix}/{name}", value, record["step"])
         except OSError as error:
             self._close_tensorboard()
             self._warn(error)
@@ -251,15 +235,6 @@ class Run:
                 names = ", ".join(folder.name for folder in unfinished)
                 self.event("damaged", f"unfinished incidents of a killed process were removed: {names}")
             yield
-
-    @property
-    def tensorboard(self) -> Any:
-        """TensorBoard's writer; its file is made with the first scalar."""
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=self._purge_step)
-        return self._tensorboard
 
     def _close_tensorboard(self) -> None:
         writer, self._tensorboard = self._tensorboard, None

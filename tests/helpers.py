@@ -16,7 +16,8 @@ import torch
 
 from refinelib import checkpoints, resolve
 from refinelib.config import project_root
-from refinelib.runs import Run, dumps
+from refinelib.files import dumps
+from refinelib.runs import Run
 
 
 def final_weights(run):

@@ -13,7 +13,8 @@ import refinelib.trainer as loop
 from refinelib.guard.diagnose import Step, examine
 from refinelib.guard.faults import Injector
 from refinelib.incidents import FORMAT, IncidentError, find, load, replay
-from refinelib.runs import Run, dumps
+from refinelib.files import dumps
+from refinelib.runs import Run
 from refinelib.trainer import train
 
 
@@ -93,7 +94,7 @@ class Root(nn.Module):
 
 
 def test_a_gradient_born_in_the_backward_pass_is_traced_to_module_operation_and_sample(tiny):
-    from refinelib.build import autocast, build_device, build_loss, build_model
+    from refinelib.build import build_loss, build_model
 
     settings = tiny()
     model = Bare(build_model(settings))
@@ -104,7 +105,7 @@ def test_a_gradient_born_in_the_backward_pass_is_traced_to_module_operation_and_
     people = [dict(source="mine", image_id=10 + i, annotation_id=100 + i) for i in range(3)]
     loss = build_loss(settings)
     step = Step(
-        model, loss, loss.per_sample, [(images, labels)], people, lambda: autocast(settings, build_device(settings)), Injector("", model), 7
+        model, loss, loss.per_sample, [(images, labels)], people, model, Injector("", model), 7
     )
     finding = examine(step)
     assert (finding.phase, finding.module) == ("backward", "root")
@@ -117,14 +118,14 @@ def test_a_gradient_born_in_the_backward_pass_is_traced_to_module_operation_and_
 
 
 def test_weights_that_are_not_finite_are_told_as_such(tiny):
-    from refinelib.build import autocast, build_device, build_loss, build_model
+    from refinelib.build import build_loss, build_model
 
     settings = tiny()
     model = build_model(settings)
     with torch.no_grad():
         model.merge.weight[0, 0] = torch.nan
     batch = torch.zeros(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.int64)
-    finding = examine(Step(model, build_loss(settings), dict, [batch], [], lambda: autocast(settings, build_device(settings)), Injector("", model), 1))
+    finding = examine(Step(model, build_loss(settings), dict, [batch], [], model, Injector("", model), 1))
     assert (finding.phase, finding.module) == ("weights", "merge") and "weights themselves" in finding.sentence
 
 
@@ -224,7 +225,7 @@ class WithStatistics(nn.Module):
 def test_a_look_at_an_incident_leaves_running_statistics_and_random_state(tiny):
     run = train(tiny(inject="grad:nan@3:boundary", epochs=1))
     _, _, step = load(run.folder / "incidents" / "000003")
-    step.model = WithStatistics(step.model).train()
+    step.model = step.forward = WithStatistics(step.model).train()
     before = [*(b.clone() for b in step.model.buffers()), torch.get_rng_state()]
     examine(step)
     after = [*step.model.buffers(), torch.get_rng_state()]

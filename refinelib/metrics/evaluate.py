@@ -14,7 +14,7 @@ import numpy as np
 
 from refinelib.config import Settings
 from refinelib.data import CocoPeople, PennFudanPeople, Source, Store, open_store
-from refinelib.files import read_json, read_npz, replacing, write_atomically
+from refinelib.files import dumps, read_json, read_npz, replacing, write_atomically
 from refinelib.metrics.image_space import (
     CocoResults,
     ImageMetrics,
@@ -26,7 +26,6 @@ from refinelib.metrics.image_space import (
 from refinelib.metrics.predict import Predictor, load, mean_mask, one_thread, score
 from refinelib.metrics.segmentation import KEYS, SegmentationMetrics
 from refinelib.modeling.roi import centre_window
-from refinelib.runs import dumps
 
 #: Bytes of the largest JSON file of an evaluation that is read; COCO's 5000 val images make some 15 MB.
 MOST_JSON = 256 << 20

@@ -22,12 +22,12 @@ from refinelib.config import Settings
 from refinelib.data import open_splits
 from refinelib.data.augment import normalise
 from refinelib.data.loader import Batch, BatchLoader
-from refinelib.files import reason, write_atomically
+from refinelib.files import dumps, reason, write_atomically
 from refinelib.guard.guard import Guard
 from refinelib.metrics import predict
 from refinelib.modeling import NON_TARGET, TARGET
 from refinelib.plots.masks import read_samples
-from refinelib.runs import Run, dumps
+from refinelib.runs import Run
 from refinelib.trainer import train
 
 PACKAGE = Path(__file__).resolve().parents[1]

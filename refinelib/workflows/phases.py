@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refinelib.config import Settings, SettingsError, absolute, names_with_role, resolve
-from refinelib.files import exclusive, parse_yaml, read_json, shown, write_atomically
-from refinelib.runs import Run, RunError, dumps
+from refinelib.files import dumps, exclusive, parse_yaml, read_json, shown, write_atomically
+from refinelib.runs import Run, RunError
 
 #: What each phase adds to the one before.
 ADDS = {
@@ -256,7 +256,7 @@ def _starting_scores(settings: Settings, source: str) -> dict[str, Any]:
     """Scores of a checkpoint, in its own crop size, on the phase's validation split."""
     from refinelib.data import open_splits
     from refinelib.metrics import predict
-    from refinelib.metrics.scoring import score
+    from refinelib.metrics.predict import score
 
     predictor = predict.load(source, device=settings.device)
     size = {key: getattr(predictor.settings, key) for key in ("roi_size", "mask_size", "context")}

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from refinelib import checkpoints
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
-from refinelib.runs import Run, RunError, dumps, latest, read_lines
+from refinelib.files import dumps
+from refinelib.runs import Run, RunError, latest, read_lines
 from refinelib.trainer import train
 
 

@@ -13,8 +13,8 @@ import torch
 import refinelib.trainer as loop
 from refinelib import checkpoints
 from refinelib.config import SettingsError
-from refinelib.files import exclusive
-from refinelib.runs import Run, RunError, dumps
+from refinelib.files import dumps, exclusive
+from refinelib.runs import Run, RunError
 from refinelib.workflows import phases
 from refinelib.workflows.phases import ADDS, from_notebook, plan
 
