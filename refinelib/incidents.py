@@ -73,8 +73,8 @@ def capture(
     model, loss = parts.model, parts.loss
     device = next(model.parameters()).device
     scale, recorded = row.report["loss_scale"], (row.report["loss"], row.norms.tolist())
-    step = _step(settings, model, loss, parts.injector, batches, samples, row.step, scale, recorded)
-    finding = examine(step)
+    given = {"batches": batches, "samples": samples, "number": row.step, "scale": scale, "recorded": recorded}
+    finding = examine(_step(settings, model, loss, parts.injector, **given))
     if finding.kind in known:
         return finding
     report = {
@@ -152,38 +152,30 @@ def load(incident: str | os.PathLike[str], *, device: str = "auto") -> tuple[dic
     batches = [(x.to(target), y.to(target)) for x, y in zip(batch["images"], batch["labels"], strict=True)]
     recorded = number(report, "recorded", "loss"), gradient_norms(report)
     loss, injector = build_loss(settings).to(target), Injector(settings.inject, model)
-    parts = settings, model, loss, injector, batches, report["people"]
-    return report, settings, _step(*parts, report["step"], state["scale"], recorded)
+    given = {
+        "batches": batches,
+        "samples": report["people"],
+        "number": report["step"],
+        "scale": state["scale"],
+    }
+    return report, settings, _step(settings, model, loss, injector, recorded=recorded, **given)
 
 
-def _step(
-    settings: Settings,
-    model: nn.Module,
-    loss: MaskLoss,
-    injector: Injector,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    samples: Sequence[dict[str, Any]],
-    number: int,
-    scale: float,
-    recorded: tuple[float, Sequence[float]],
-) -> Step:
+def _step(settings: Settings, model: nn.Module, loss: MaskLoss, injector: Injector, **given: Any) -> Step:
     def forward(images: Tensor) -> Any:
         with autocast(settings, images.device):
             return model(images.contiguous(memory_format=torch.channels_last))
 
-    return Step(
-        model=model,
-        loss=loss,
-        per_sample=loss.per_sample,
-        batches=batches,
-        samples=samples,
-        forward=forward,
-        injector=injector,
-        number=number,
-        scale=scale,
-        recorded=recorded,
-        describe=lambda at: f"annotation {at['annotation_id']} in image {at['image_id']} of {at['source']}",
-    )
+    def describe(sample: dict[str, Any]) -> str:
+        return f"annotation {sample['annotation_id']} in image {sample['image_id']} of {sample['source']}"
+
+    parts: dict[str, Any] = {
+        "model": model,
+        "loss": loss,
+        "per_sample": loss.per_sample,
+        "injector": injector,
+    }
+    return Step(forward=forward, describe=describe, **parts, **given)
 
 
 def find(incident: str | os.PathLike[str] | None = None, *, output_dir: str = "outputs") -> Path | None:
@@ -254,35 +246,21 @@ class Layer:
     Attributes:
         name: as in ``model.named_modules()``, or ``input``, ``loss: ce`` (before its weight), ``loss``.
         largest: largest finite magnitude of the output.
+        nonfinite: share of the output's elements that is not finite, 0..1.
         gradient: L2 norm of the finite part of the loss's gradient by the output, unscaled; none: none came.
-        bad: elements of the output that are not finite.
-        elements: of the output.
-        gradient_bad: elements of that gradient that are not finite.
-        gradient_elements: of that gradient.
+        gradient_nonfinite: share of that gradient's elements that is not finite, 0..1.
     """
 
     name: str
     largest: float = 0.0
+    nonfinite: float = 0.0
     gradient: float | None = None
-    bad: int = 0
-    elements: int = 0
-    gradient_bad: int = 0
-    gradient_elements: int = 0
+    gradient_nonfinite: float = 0.0
 
     @property
     def part(self) -> str:
         """The part of the model it belongs to: the name's first word."""
         return self.name.partition(".")[0].partition(":")[0]
-
-    @property
-    def nonfinite(self) -> float:
-        """Share of the output's elements that is not finite, 0..1."""
-        return self.bad / max(1, self.elements)
-
-    @property
-    def gradient_nonfinite(self) -> float:
-        """Share of that gradient's elements that is not finite, 0..1."""
-        return self.gradient_bad / max(1, self.gradient_elements)
 
 
 @dataclass
@@ -302,12 +280,12 @@ class Layers:
     @property
     def first_bad(self) -> Layer | None:
         """The first place, in forward order, whose output is not finite."""
-        return next((layer for layer in self.forward if layer.bad), None)
+        return next((layer for layer in self.forward if layer.nonfinite), None)
 
     @property
     def first_bad_gradient(self) -> Layer | None:
         """The first place of the backward pass, from the loss on, where the gradient is not finite."""
-        return next((layer for layer in reversed(self.forward) if layer.gradient_bad), None)
+        return next((layer for layer in reversed(self.forward) if layer.gradient_nonfinite), None)
 
 
 def layers(step: Step) -> Layers:
@@ -318,13 +296,12 @@ def layers(step: Step) -> Layers:
     found: dict[str, Layer] = {}
     seen: list[Tensor] = []  # outputs of this micro-batch; held, so that no two are mistaken for one
 
-    def on_gradient(layer: Layer, gradient: Tensor) -> None:
+    def on_gradient(layer: Layer, size: int, gradient: Tensor) -> None:
         finite = gradient.isfinite()
         # float64: squares of finite float32 may overflow
         norm = float(torch.where(finite, gradient, 0.0).double().norm()) / step.scale
         layer.gradient = math.hypot(layer.gradient or 0.0, norm)
-        layer.gradient_bad += int((~finite).sum())
-        layer.gradient_elements += gradient.numel()
+        layer.gradient_nonfinite += int((~finite).sum()) / size
 
     def measure(name: str, output: Any) -> None:
         given = tensors(output)
@@ -332,13 +309,13 @@ def layers(step: Step) -> Layers:
             return
         seen.extend(given)
         layer = found.setdefault(name, Layer(name))
+        size = sum(x.numel() for x in given) * len(step.batches)
         for x in given:
             finite = x.isfinite()
             layer.largest = max(layer.largest, float(torch.where(finite, x, 0.0).detach().abs().amax()))
-            layer.bad += int((~finite).sum())
-            layer.elements += x.numel()
+            layer.nonfinite += int((~finite).sum()) / size
             if x.requires_grad:
-                x.register_hook(functools.partial(on_gradient, layer))
+                x.register_hook(functools.partial(on_gradient, layer, size))
 
     def on_start(module: nn.Module, inputs: Any) -> None:
         seen.clear()
@@ -350,17 +327,15 @@ def layers(step: Step) -> Layers:
 
     handles = [step.model.register_forward_pre_hook(on_start), step.loss.register_forward_hook(on_loss)]
     # Registered after the planted faults' own, these see what a fault made of an output.
-    for name, module in step.model.named_modules():
-        if name:
-            hook = lambda _, inputs, output, name=name: measure(name, output)  # noqa: E731
-            handles.append(module.register_forward_hook(hook))
+    names = {module: name for name, module in step.model.named_modules() if name}
+    for module in names:
+        handles.append(module.register_forward_hook(lambda own, inputs, output: measure(names[own], output)))
     try:
         with step.replaying():
             loss, norms = take(step)
     finally:
         for handle in handles:
             handle.remove()
-    bad = not math.isfinite(loss)
-    found["loss"] = Layer("loss", 0.0 if bad else abs(loss), bad=int(bad), elements=1)
-    names = [name for name, p in step.model.named_parameters() if p.requires_grad]
-    return Layers(list(found.values()), dict(zip(names, norms, strict=True)), loss)
+    found["loss"] = Layer("loss", abs(loss)) if math.isfinite(loss) else Layer("loss", nonfinite=1.0)
+    trained = [name for name, p in step.model.named_parameters() if p.requires_grad]
+    return Layers(list(found.values()), dict(zip(trained, norms, strict=True)), loss)

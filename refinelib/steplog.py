@@ -42,14 +42,7 @@ class StepLog:
         self, run: Run, loss: MaskLoss, guard: Guard, *, every: int, probe: Rows | None = None
     ) -> None:
         self.run, self.names, self.every, self.probe = run, loss.names, every, probe
-        self.monitor = StepMonitor(
-            run.event,
-            losses=loss.names,
-            parameters=guard.names,
-            caps=loss.caps,
-            scale_floor=guard.scale_floor if guard.scaled else None,
-            on_spike=guard.on_spike,
-        )
+        self.monitor = StepMonitor(run.event, guard, losses=loss.names, caps=loss.caps)
         self.pending: list[tuple[Tensor, int, int]] = []  # reports on the device, step, epoch
         self.travelling: tuple[Tensor, Any, list[tuple[int, int]]] | None = None
         self.line_rows: list[Row] = []

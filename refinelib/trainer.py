@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import checkpoints
-from refinelib.build import autocast, build_device, build_model, build_step, settled
+from refinelib.build import autocast, build_device, build_model, build_step, resolve_auto
 from refinelib.config import Settings, names_with_role
 from refinelib.data import open_splits
 from refinelib.incidents import capture
-from refinelib.gradients.probe import Probe
+from refinelib.gradients.record import Probe
 from refinelib.progress import Progress
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError, Rewinder, Snapshot, diverged
@@ -116,7 +116,7 @@ class Trainer:
         )
         self.writer = checkpoints.Writer()
         self.probe = Probe(
-            run.folder / "gradients", guard=self.guard, loss=self.loss, loader=self.loader, model=self.forward, every=settings.probe_every,
+            run.folder / "gradients", self.parts, self.forward, every=settings.probe_every,
             say=lambda message: run.event("damaged", message, step=self.step),
         )  # fmt: skip
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
@@ -266,7 +266,7 @@ class Trainer:
             finding = capture(
                 folder,
                 row,
-                settings=settled(self.settings, self.device),  # taken again elsewhere, it is the same step
+                settings=resolve_auto(self.settings, self.device),  # taken again elsewhere, it is the same step
                 parts=self.parts,
                 batches=[(batch.images, batch.labels) for batch in batches],
                 samples=self.people(plan, row.step),
@@ -320,7 +320,7 @@ class Trainer:
         self.step = snapshot.step
         self.log.forget()
         self.log.load_state_dict(snapshot.host["log"])
-        self.probe.go_back(self.step)
+        self.probe.rewind(self.step)
         self.run.rewind_records(self.step, self.step // self.loader.steps_per_epoch, events=False)
         return True
 

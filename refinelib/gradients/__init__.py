@@ -1,1 +1,1 @@
-"""Gradient norms by module: written while training, read back by the notebooks."""
+"""Gradient norms: written while a run trains, read back, and what they say of an instability."""

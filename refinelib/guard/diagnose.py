@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,7 +93,7 @@ class Step:
         per_sample: gives each loss term's cost by sample, ``[B]`` by name, for the same.
         batches: micro-batches: images float32 ``[B, ...]``, labels ``[B, ...]``.
         samples: describe each sample, as plain values.
-        autocast: makes the precision's context.
+        forward: the model's output for images, as training computes it (in its precision, say).
         injector: of planted faults.
         number: of the step.
         scale: loss scale.
@@ -106,7 +106,7 @@ class Step:
     per_sample: Callable[[Any, Tensor], Mapping[str, Tensor]]
     batches: Sequence[tuple[Tensor, Tensor]]
     samples: Sequence[dict[str, Any]]
-    autocast: Callable[[], AbstractContextManager[Any]]
+    forward: Callable[[Tensor], Any]
     injector: Injector
     number: int
     scale: float = 1.0
@@ -116,13 +116,6 @@ class Step:
     def micro_batches(self) -> list[tuple[Tensor, Tensor]]:
         """The micro-batches with the planted faults in them."""
         return [self.injector.batch(*batch) for batch in self.batches]
-
-    def forward(self, images: Tensor) -> Any:
-        """The model's output."""
-        with self.autocast():
-            return self.model(
-                images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
-            )
 
     def total(self, output: Any, labels: Tensor) -> Tensor:
         """The loss of a micro-batch."""
@@ -161,7 +154,7 @@ def examine(step: Step) -> Finding:
         >>> batch = torch.ones(1, 2), torch.zeros(1)
         >>> injector = Injector("activation:nan@7:1", model)
         >>> terms = lambda output, labels: {"mean": output.mean(1)}
-        >>> step = Step(model, Mean(), terms, [batch], [], torch.enable_grad, injector, 7)
+        >>> step = Step(model, Mean(), terms, [batch], [], model, injector, 7)
         >>> finding = examine(step)
         >>> finding.phase, finding.module, finding.places
         ('forward', '1', [0])
@@ -247,15 +240,9 @@ class _FirstNonFinite(TorchDispatchMode):
                 self.phase, node = "backward", torch._C._current_autograd_node()
                 self.node = node.name() if node is not None else ""
             elif not self.operation.endswith("_to_copy"):  # that may be the weights, cast
-                self.rows = self._bad_rows(out)
+                parts = [x for x in tensors(out) if x.ndim > 1 and len(x) == self.batch]
+                self.rows = _not_finite(*parts[:1]) if parts else []
         return out
-
-    def _bad_rows(self, output: Any) -> list[int]:
-        """Samples whose part of an output is not finite, where its first dimension is the batch."""
-        for x in tensors(output):
-            if x.ndim and len(x) == self.batch:
-                return _not_finite(x).nonzero().flatten().tolist() if x.ndim > 1 else []
-        return []
 
 
 def _watch(step: Step, finding: Finding) -> list[int]:
@@ -277,12 +264,11 @@ def _watch(step: Step, finding: Finding) -> list[int]:
             if tensor.requires_grad:  # what comes after its gradient is this module's backward pass
                 tensor.register_hook(lambda gradient: mode.modules.__setitem__(0, names[module]))
 
-    handles = []
-    for module, name in names.items():
-        handles.append(
-            module.register_forward_pre_hook(lambda _, inputs, name=name: mode.modules.append(name))
-        )
-        handles.append(module.register_forward_hook(leave))
+    def enter(module: nn.Module, inputs: Any) -> None:
+        mode.modules.append(names[module])
+
+    handles = [module.register_forward_pre_hook(enter) for module in names]
+    handles += [module.register_forward_hook(leave) for module in names]
     step.model.zero_grad(set_to_none=True)
     before = 0
     try:
@@ -301,8 +287,8 @@ def _watch(step: Step, finding: Finding) -> list[int]:
         for handle in handles:
             handle.remove()
     if mode.operation:
-        finding.operation, finding.module, finding.node = mode.operation, mode.module, mode.node
-        finding.phase = mode.phase
+        finding.phase, finding.module = mode.phase, mode.module
+        finding.operation, finding.node = mode.operation, mode.node
     elif finding.parameters:  # every operation was finite, and yet a gradient is not: it was written there
         finding.phase, finding.module = "gradient", _owner(finding.parameters[0])
     return [before + row for row in mode.rows]
@@ -317,23 +303,22 @@ def _find_terms_and_places(step: Step, finding: Finding) -> None:
         flat, spec = tree_flatten(output)
         flat = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in flat]
         leaves = [x for x in flat if isinstance(x, Tensor)]
-        bad = _not_finite(images)
-        for x in leaves:
-            bad |= _not_finite(x)
+        bad = set(_not_finite(images, *leaves))
         with torch.autocast(labels.device.type, enabled=False):
             for name, cost in step.per_sample(tree_unflatten(flat, spec), labels).items():
-                wrong = _not_finite(cost)
-                for gradient in torch.autograd.grad(cost.sum(), leaves, retain_graph=True, allow_unused=True):
-                    wrong |= _not_finite(gradient) if gradient is not None else False
-                bad |= wrong
-                if bool(wrong.any()) and name not in finding.terms:
+                wrong = _not_finite(cost, *_gradients(cost.sum(), leaves))
+                bad |= set(wrong)
+                if wrong and name not in finding.terms:
                     finding.terms.append(name)
-        if not bool(bad.any()) and finding.phase == "backward":  # inside the model, where samples do not meet
+        if not bad and finding.phase == "backward":  # inside the model, where samples do not meet
             loss = step.loss(output, labels)[0] * step.scale
-            (gradient,) = torch.autograd.grad(loss, images, allow_unused=True)
-            bad |= _not_finite(gradient) if gradient is not None else False
-        finding.places += [offset + place for place in bad.nonzero().flatten().tolist()]
+            bad = set(_not_finite(*_gradients(loss, [images])))
+        finding.places += [offset + place for place in sorted(bad)]
         offset += len(images)
+
+
+def _gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 def _sentence(step: Step, finding: Finding, parameters: int) -> str:
@@ -384,6 +369,7 @@ def _finite(value: Any) -> bool:
     return all(bool(torch.isfinite(x.detach()).all()) for x in tensors(value))
 
 
-def _not_finite(x: Tensor) -> Tensor:
-    """Samples of ``[B, ...]`` that are not finite, bool ``[B]``."""
-    return ~x.detach().reshape(len(x), -1).isfinite().all(1)
+def _not_finite(*values: Tensor) -> list[int]:
+    """Samples for which any of some ``[B, ...]`` is not finite."""
+    bad = [~x.detach().reshape(len(x), -1).isfinite().all(1) for x in values]
+    return [int(place) for place in torch.stack(bad).any(0).nonzero()]

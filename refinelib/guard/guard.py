@@ -47,6 +47,10 @@ _OUT_OF_MEMORY = (
 )
 
 
+State = dict[str, Tensor]
+Pair = tuple[Tensor, Tensor]
+
+
 class StepDecision(NamedTuple):
     """What happens to one step; tensors on the device.
 
@@ -218,16 +222,18 @@ class Guard:
         norms, largest = unscaled(norms.double(), largest.double(), scale, self.root_sizes)
         norm, peak = norms.square().sum().sqrt(), largest.amax()
 
-        loss_spike, loss_center, loss_spread = self._spike(
-            loss, state["loss_center"], state["loss_spread"], seen
-        )
-        norm_spike, norm_center, norm_spread = self._spike(
-            norm, state["norm_center"], state["norm_spread"], seen
-        )
+        values = torch.stack([loss.double(), norm])
+        center = torch.stack([state["loss_center"], state["norm_center"]])
+        spread = torch.stack([state["loss_spread"], state["norm_spread"]])
+        sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
+        limit = (self.spike_sigma * sigma).clamp(math.log(LEAST_SPIKE), math.log(MOST_SPIKE))
+        limit = torch.where(seen < EARLY_STEPS, math.log(EARLY_SPIKE), limit)
+        spike, center, spread = compare_with_past(values, center, spread, seen, limit=limit, window=WINDOW)
+
         clip = torch.full_like(norm, self.grad_clip)
         if self.on_spike == "clip":
             usual = torch.minimum(clip, state["norm_center"].exp())
-            clip = torch.where(loss_spike | norm_spike, usual, clip)
+            clip = torch.where(spike.any(), usual, clip)
         divisor = (scale / (clip / norm.clamp(min=1e-12)).clamp(max=1.0)).float()
         lr_factor = torch.where(applied < state["lr_factor_until"], state["lr_factor"], 1.0)
         lr = self.schedule(applied) * lr_factor.float()
@@ -237,16 +243,16 @@ class Guard:
         # infinity would turn it into zeros, and infinity times zero into NaN in every weight.
         bad_grad = ~(torch.isfinite(largest).all() & torch.isfinite(norm.float()) & torch.isfinite(divisor))
         bad = bad_loss | bad_grad | ~torch.isfinite(lr)
-        loss_spike, norm_spike = loss_spike & ~bad, norm_spike & ~bad
+        spike = spike & ~bad
         skip = bad | suspended | damaged
         if self.on_spike == "skip":
-            skip = skip | loss_spike | norm_spike
+            skip = skip | spike.any()
         incident = (state["capture_enabled"] != 0) & bad & ~suspended & ~damaged
         overflow = bad_grad & ~bad_loss
         if self.scaled:
             incident = incident & ~(overflow & self._searches_scale(state))
 
-        flags = (bad_loss, bad_grad, skip & ~suspended, loss_spike, norm_spike, incident, suspended, damaged)
+        flags = (bad_loss, bad_grad, skip & ~suspended, *spike, incident, suspended, damaged)
         report = torch.stack([x.float() for x in (loss, norm, peak, lr, scale, *flags)])
 
         # The memory after the step, for each of three outcomes. A step that is void because updates are
@@ -257,29 +263,19 @@ class Guard:
         if_skipped = after | {"skipped": state["skipped"] + 1, "skips_in_a_row": state["skips_in_a_row"] + 1}
         if_applied = after | {
             **{"applied": applied + 1, "seen": seen + 1, "skips_in_a_row": torch.zeros_like(applied)},
-            **{"loss_center": loss_center, "loss_spread": loss_spread},
-            **{"norm_center": norm_center, "norm_spread": norm_spread},
+            **{"loss_center": center[0], "norm_center": center[1]},
+            **{"loss_spread": spread[0], "norm_spread": spread[1]},
         }
         if_suspended = state | {"updates_suspended": torch.ones_like(applied)}
-        void, skipped, taken = (
-            torch.stack(list(each.values())) for each in (if_suspended, if_skipped, if_applied)
-        )
+        outcomes = (if_suspended, if_skipped, if_applied)
+        void, skipped, taken = (torch.stack(list(outcome.values())) for outcome in outcomes)
         memory = torch.where(suspended, void, torch.where(skip, skipped, taken))
 
         decay = ((1.0 + applied) / (10.0 + applied)).clamp(max=self.ema_decay)
         ema_weight = torch.where(skip, 0.0, 1.0 - decay).float()
         return StepDecision(skip, divisor, lr, ema_weight, report, norms.float(), memory)
 
-    def _spike(
-        self, value: Tensor, center: Tensor, spread: Tensor, seen: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :func:`compare_with_past`."""
-        sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
-        limit = (self.spike_sigma * sigma).clamp(math.log(LEAST_SPIKE), math.log(MOST_SPIKE))
-        limit = torch.where(seen < EARLY_STEPS, math.log(EARLY_SPIKE), limit)
-        return compare_with_past(value.double(), center, spread, seen, limit=limit, window=WINDOW)
-
-    def _searches_scale(self, state: dict[str, Tensor]) -> Tensor:
+    def _searches_scale(self, state: State) -> Tensor:
         """Whether an overflow of float16 is how its loss scale is found.
 
         It is not where good steps have shown that there is room, nor after several overflows in a row.
@@ -288,9 +284,7 @@ class Guard:
         above_floor = state["scale"].float() > self.scale_floor
         return above_floor & ~room & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
 
-    def _next_scale(
-        self, state: dict[str, Tensor], skip: Tensor, overflow: Tensor, largest: Tensor
-    ) -> dict[str, Tensor]:
+    def _next_scale(self, state: State, skip: Tensor, overflow: Tensor, largest: Tensor) -> State:
         """The loss scale's next value: back before float16 overflows, and up only where there is room.
 
         An overflow halves it, down to the floor; a bad loss is no overflow. It also halves when the largest
@@ -298,9 +292,8 @@ class Guard:
         would cost a step. It doubles after ``growth_interval`` good steps, if their largest gradient leaves
         room for it.
         """
-        good = torch.where(
-            skip, torch.where(overflow, 0.0, state["good_in_a_row"]), state["good_in_a_row"] + 1
-        )
+        good = state["good_in_a_row"]
+        good = torch.where(skip, torch.where(overflow, 0.0, good), good + 1)
         peak = torch.where(skip, state["headroom_peak"], torch.maximum(state["headroom_peak"], largest))
         near = peak * HEADROOM > FLOAT16_MAX
         grown = (good >= self.growth_interval) & ~near
@@ -451,9 +444,7 @@ def measured(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return norms, largest
 
 
-def unscaled(
-    norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor
-) -> tuple[Tensor, Tensor]:
+def unscaled(norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor) -> Pair:
     """Norms and largest magnitudes of the gradients without their loss scale.
 
     Args:

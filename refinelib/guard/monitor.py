@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from refinelib.guard.guard import compare_with_past
+from refinelib.guard.guard import Guard, compare_with_past
 
 #: Gradient norms above the first are noted, above the second warned of.
 HIGH_NORM, UNSTABLE_NORM = 50.0, 100.0
@@ -46,25 +46,16 @@ class StepMonitor:
 
     Args:
         event: called with the event's kind, a sentence, and fields (``step``, ``epoch``, ...).
+        guard: which makes the reports.
         losses: names of the loss components.
-        parameters: names of the parameters.
         caps: values at which loss components are held, by name.
-        scale_floor: least loss scale; none: no scale is in use.
-        on_spike: what the guard does with a spike, see :class:`~refinelib.guard.guard.Guard`.
     """
 
     def __init__(
-        self,
-        event: Callable[..., object],
-        *,
-        losses: Sequence[str],
-        parameters: Sequence[str],
-        caps: Mapping[str, float] | None = None,
-        scale_floor: float | None = None,
-        on_spike: str = "note",
+        self, event: Callable[..., object], guard: Guard, *, losses: Sequence[str], caps: Mapping[str, float]
     ) -> None:
-        self.event, self.losses, self.parameters = event, losses, parameters
-        self.caps, self.scale_floor, self.on_spike = caps or {}, scale_floor, on_spike
+        self.event, self.guard, self.losses, self.caps = event, guard, losses, caps
+        self.floor = guard.scale_floor if guard.scaled else -math.inf
         #: Describes the samples in a step's batch, as plain values; set by the training loop.
         self.batch_instances: Callable[[int], list[dict[str, Any]]] = lambda step: []
         #: First step, last step, count and largest value of each kind of event in this epoch.
@@ -79,16 +70,14 @@ class StepMonitor:
             self._skip(row)
             return
         self._gradient(row)
-        floor = self.scale_floor
-        if floor is not None and report["loss_scale"] <= floor:
-            self._once(row, "scale_floor", "loss_scale", f"the loss scale is at its floor {floor:g}")
-        means = self.center.exp().tolist()
-        for name, value, mean, unusual in zip(
-            self.losses, row.components.tolist(), means, self._unusual(row.components), strict=True
-        ):
-            if unusual:
-                text = f"the {name} loss is {value:.3g}, {value / mean:.3g} times its usual value"
-                self._once(row, "unusual", name, text, value, people=self._samples(row))
+        if report["loss_scale"] <= self.floor:
+            self._once(row, "scale_floor", "loss_scale", f"the loss scale is at its floor {self.floor:g}")
+        times = (row.components / self.center.exp().numpy()).tolist()
+        values, unusual = row.components.tolist(), self._unusual(row.components)
+        for name, value, factor, bad in zip(self.losses, values, times, unusual, strict=True):
+            if bad:
+                text = f"the {name} loss is {value:.3g}, {factor:.3g} times its usual value"
+                self._once(row, "unusual", name, text, value)
             if value >= 0.999 * self.caps.get(name, math.inf):
                 self._once(row, "capped", name, f"the {name} loss is at its cap {self.caps[name]:g}", value)
 
@@ -106,17 +95,19 @@ class StepMonitor:
         values = torch.from_numpy(components).double().clamp(min=1e-12)
         # 1.2533: a normal distribution's standard deviation over its mean absolute deviation
         limit = (UNUSUAL_SIGMA * 1.2533 * self.spread).clamp(min=math.log(UNUSUAL_FACTOR))
-        past = self.center, self.spread, self.count
-        unusual, self.center, self.spread = compare_with_past(
-            values, *past, limit=limit, window=UNUSUAL_WINDOW
+        past = compare_with_past(
+            values, self.center, self.spread, self.count, limit=limit, window=UNUSUAL_WINDOW
         )
+        unusual, self.center, self.spread = past
         self.count = self.count + 1
         return (unusual & (self.count > UNUSUAL_AFTER)).tolist()
 
     def _skip(self, row: Row) -> None:
         report = row.report
         terms = [name for name, x in zip(self.losses, row.components, strict=True) if not math.isfinite(x)]
-        bad = [name for name, norm in zip(self.parameters, row.norms, strict=True) if not math.isfinite(norm)]
+        bad = [
+            name for name, norm in zip(self.guard.names, row.norms, strict=True) if not math.isfinite(norm)
+        ]
         subject = "the loss" if report["bad_loss"] else "the gradient"
         text = f"skipped: {subject} was not finite"
         if not report["bad_loss"] and math.isfinite(report["grad_max"]):
@@ -127,19 +118,18 @@ class StepMonitor:
             text += f" (terms: {', '.join(terms)})"
         if bad:
             text += f" in {len(bad)} of {len(row.norms)} parameters, first {bad[0]}"
-            floor = self.scale_floor
-            if floor is not None and report["loss_scale"] <= floor and not report["bad_loss"]:
+            if report["loss_scale"] <= self.floor and not report["bad_loss"]:
                 # The module nearest the loss; those before it only inherit.
-                text += f", with the loss scale at its floor {floor:g}: "
+                text += f", with the loss scale at its floor {self.floor:g}: "
                 text += f"float16 overflows in {bad[-1].partition('.')[0]} by itself"
-        fields: dict[str, Any] = {"terms": terms, "parameters": bad[:8], "loss_scale": report["loss_scale"]}
-        self._once(row, "skip", subject, text, people=self._samples(row), **fields)
+        scale = report["loss_scale"]
+        self._once(row, "skip", subject, text, terms=terms, parameters=bad[:8], loss_scale=scale)
 
     def _gradient(self, row: Row) -> None:
         """Spikes of loss and gradient norm, and gradient norms that are high in themselves."""
         report, norm = row.report, row.report["grad_norm"]
-        largest = self.parameters[int(row.norms.argmax())]
-        done = {"clip": "clipped to the usual norm", "note": "applied as it is"}.get(self.on_spike, "")
+        largest = self.guard.names[int(row.norms.argmax())]
+        done = {"clip": "clipped to the usual norm", "note": "applied as it is"}.get(self.guard.on_spike, "")
         done = "skipped" if report["skipped"] else done
         fields: dict[str, Any] = {"skipped": bool(report["skipped"])}
         if report["spike_loss"]:
@@ -153,22 +143,16 @@ class StepMonitor:
             text = f"gradient norm {norm:.3g} is {kind} (above {limit:g}), most of it in {largest}"
             self._once(row, kind, "gradient", text, norm)
 
-    def _samples(self, row: Row) -> list[dict[str, Any]]:
-        return self.batch_instances(row.step)[:NAMED_SAMPLES]
-
     def _once(
         self, row: Row, kind: str, subject: str, text: str, size: float = math.nan, **fields: Any
     ) -> None:
         first, _, count, worst = self.seen.get((kind, subject), (row.step, row.step, 0, size))
         self.seen[kind, subject] = first, row.step, count + 1, max(worst, size)
-        if not count:
-            self.event(
-                kind,
-                f"step {row.step}{'' if kind == 'skip' else ':'} {text}",
-                step=row.step,
-                epoch=row.epoch,
-                **fields,
-            )
+        if count == 0:
+            if kind in ("skip", "unusual"):  # the record calls the samples people
+                fields["people"] = self.batch_instances(row.step)[:NAMED_SAMPLES]
+            text = f"step {row.step}{'' if kind == 'skip' else ':'} {text}"
+            self.event(kind, text, step=row.step, epoch=row.epoch, **fields)
 
 
 # -- divergence --------------------------------------------------------------------------------------

@@ -57,12 +57,7 @@ class Snapshot:
     @torch.no_grad()
     def take(cls, step: int, guard: Guard) -> Snapshot:
         """Copy the state after step number ``step``."""
-        live = guard.tensors()
-        copies = {name: torch.empty_like(tensor) for name, tensor in live.items()}
-        for dtype in {tensor.dtype for tensor in live.values()}:  # one kernel copies tensors of one type
-            names = [name for name, tensor in live.items() if tensor.dtype == dtype]
-            torch._foreach_copy_([copies[name] for name in names], [live[name] for name in names])
-        return cls(step, copies, guard.memory.clone())
+        return cls(step, {name: x.clone() for name, x in guard.tensors().items()}, guard.memory.clone())
 
     @torch.no_grad()
     def restore(self, guard: Guard) -> None:

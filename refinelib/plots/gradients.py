@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm
 from numpy.typing import NDArray
 
 from refinelib.gradients.instability import Episode, episodes, levels, rounded
-from refinelib.gradients.read import Gradients, read
+from refinelib.gradients.record import Gradients, read
 from refinelib.plots import style
 from refinelib.plots.style import BLACK, BLUE, GREEN, ORANGE, VERMILLION, Figure, RunLike
 from refinelib.runs import Run, RunError
@@ -46,7 +46,7 @@ def _from_disk(draw: Draw[P]) -> Callable[Concatenate[RunLike, P], Figure]:
 def heat(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     """Gradient norm by layer and step, and below it how many times its usual level each was.
 
-    ``layers`` are those of :meth:`refinelib.gradients.read.Gradients.select`.
+    ``layers`` are those of :meth:`refinelib.gradients.record.Gradients.select`.
     """
     rows = found.select(layers)
     norms = np.stack([found.of(places) for places in rows.values()])
@@ -90,8 +90,8 @@ def module_norms(run: Run, found: Gradients, layers: Layers = None) -> Figure:
 def updates(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     """Length of Adam's update over that of the weight: by epoch, and for each parameter in the last one."""
     epoch, look = _statistics(found, None)
-    rows, epochs = found.select(layers), sorted(found.looks)
-    ratios = np.array([[_ratio(found.looks[epoch], places) for epoch in epochs] for places in rows.values()])
+    rows, epochs = found.select(layers), sorted(found.epoch_statistics)
+    ratios = np.array([[_ratio(found.epoch_statistics[epoch], places) for epoch in epochs] for places in rows.values()])
     figure = style.run_figure(run, "update-to-weight ratio", max(3.2, 0.19 * len(rows) + 1.3))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
     left.set_yscale("log")
@@ -163,11 +163,11 @@ def episodes_table(seen: Sequence[Episode], most: int = 10) -> str:
 # -- helpers ---------------------------------------------------------------------------------------
 def _statistics(found: Gradients, epoch: int | None) -> tuple[int, dict[str, NDArray[Any]]]:
     """The statistics of an epoch's end, and which it is; by default the last."""
-    epoch = epoch or max(found.looks, default=0)
-    if epoch not in found.looks:
-        known = ", ".join(map(str, sorted(found.looks))) or "none is on disk yet"
+    epoch = epoch or max(found.epoch_statistics, default=0)
+    if epoch not in found.epoch_statistics:
+        known = ", ".join(map(str, sorted(found.epoch_statistics))) or "none is on disk yet"
         raise RunError(f"there are no statistics of epoch {epoch}; whole epochs: {known}")
-    return epoch, found.looks[epoch]
+    return epoch, found.epoch_statistics[epoch]
 
 
 def _ratio(look: dict[str, NDArray[Any]], places: NDArray[Any]) -> float:

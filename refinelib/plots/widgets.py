@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from refinelib.gradients.read import read
+from refinelib.gradients.record import read
 from refinelib.plots.curves import overview
 from refinelib.plots.gradients import module_norms
 from refinelib.plots.masks import Pixels, boxes_figure, sample_epochs, sample_grid, thresholded

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from refinelib.config import absolute, resolve
-from refinelib.gradients import read as gradients
+from refinelib.gradients import record as gradients
 from refinelib.runs import Run, newest
 
 

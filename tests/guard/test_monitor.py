@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,15 @@ def events():
     return []
 
 
+def watching(events, *, scaled=True, **caps):
+    guard = SimpleNamespace(names=["stem.weight", "contour.weight"], scaled=scaled, scale_floor=1.0, on_spike="note")
+    record = lambda kind, message, **fields: events.append({"kind": kind, "message": message, **fields})  # noqa: E731
+    return StepMonitor(record, guard, losses=["ce", "contour"], caps=caps)
+
+
 @pytest.fixture
 def monitor(events):
-    return StepMonitor(
-        lambda kind, message, **fields: events.append({"kind": kind, "message": message, **fields}),
-        losses=["ce", "contour"], parameters=["stem.weight", "contour.weight"], caps={"contour": 10.0}, scale_floor=1.0,
-    )  # fmt: skip
+    return watching(events, contour=10.0)
 
 
 def take(monitor, step, components=(1.0, 1.0), norms=NORMS, *, epoch=1, **report):
@@ -83,7 +87,7 @@ def test_cap_and_floor_are_events(monitor, events):
     [("skip", "skipped"), ("clip", "clipped to the usual norm"), ("note", "applied as it is")],
 )
 def test_a_spike_says_what_stood_out_where_and_what_was_done(monitor, events, on_spike, done):
-    monitor.on_spike = on_spike
+    monitor.guard.on_spike = on_spike
     skipped = int(on_spike == "skip")
     take(monitor, 9, [80.0, 1.0], loss=80.0, spike_loss=1, spike_grad=1, grad_norm=40.0, skipped=skipped)
     loss, gradient = events  # a spike that was skipped is not called "not finite"
@@ -113,8 +117,7 @@ def test_at_the_floor_of_the_loss_scale_the_module_nearest_the_loss_is_named(mon
 
 
 def test_without_a_loss_scale_there_is_no_floor(events):
-    monitor = StepMonitor(lambda *_, **__: events.append(1), losses=["ce"], parameters=["stem.weight"])
-    take(monitor, 1, [1e6], [1.0], loss_scale=1.0)
+    take(watching(events, scaled=False), 1, [1e6, 1e6], loss_scale=1.0)
     assert events == []
 
 

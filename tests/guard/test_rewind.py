@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refinelib import checkpoints
-from refinelib.gradients.read import read
+from refinelib.gradients.record import read
 from refinelib.guard.monitor import LossMonitor, Row
 from refinelib.guard.rewind import GENERATIONS, DivergedError, Rewinder, Snapshot
 from refinelib.runs import Run, latest

@@ -11,7 +11,7 @@ import pytest
 from helpers import make_run
 
 import refinelib
-from refinelib.gradients.read import read
+from refinelib.gradients.record import read
 from refinelib.plots import curves as plots
 from refinelib.plots import gradients as gradient_plots
 from refinelib.plots import masks as pictures
@@ -110,16 +110,6 @@ def test_the_live_panel_is_shown_once_and_then_replaced_in_place(tmp_path, watch
     assert len(shown) == len(updated) == 2 and shown[0] != updated[0] and shown[1] != updated[1]
     assert run.status()["state"] == "ok"
     assert all(part.startswith(b"\x89PNG") for part in shown + updated)
-
-
-def test_the_live_figure_holds_weighted_losses_and_the_norms_lines(tmp_path):
-    run = make_run(tmp_path / "run")
-    left, right = plots.live(run).axes
-    steps, settings = run.steps(), run.settings()
-    lines = {line.get_label(): line for line in left.lines}
-    assert lines["total"].get_ydata().tolist() == [step["loss"] for step in steps]
-    assert lines["contour"].get_ydata() == pytest.approx([step["losses"]["contour"] * settings.contour_weight for step in steps])
-    assert [line.get_ydata()[0] for line in right.lines if line.get_gid() == "limit"] == [10, 50, 100, settings.grad_clip]
 
 
 def test_the_newest_fit_run_is_taken(tmp_path):
