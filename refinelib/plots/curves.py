@@ -156,7 +156,8 @@ def score_panel(axes: Axes, run: Run, offset: float = 0.0) -> None:
     """Scores between 0 and 1 of every validation; the star is the epoch in ``checkpoints/best.pt``."""
     epochs = run.validations()
     x = [offset + line["epoch"] for line in epochs]
-    shares = [one for one in _metrics() if not one[2] and all(one[0] in line["metrics"] for line in epochs)]
+    always = set.intersection(*(set(line["metrics"]) for line in epochs)) if epochs else set()
+    shares = [one for one in _metrics() if one[0] in always and not one[2]]
     for (name, title, *_), color in zip(shares, (BLACK, *style.PALETTE), strict=False):
         draw_line(axes, x, [line["metrics"][name] for line in epochs], color, label=title)
     scores = [line["metrics"].get("target_iou") or 0.0 for line in epochs]
