@@ -30,7 +30,7 @@ import torch
 from refinelib import resolve
 from refinelib.config import SettingsError, absolute
 from studies.results import REFINEMENT_OFF
-from studies.results_tables import table as markdown
+from refinelib.plots.style import table as markdown
 from refinelib.trainer import Trainer, train
 
 #: The last is of all crops' pixels together, as in mIoU; the one before it is a mean over the crops that have others in them.
@@ -168,7 +168,7 @@ def table(finished: dict[str, dict], variants: list[str], seeds: list[int]) -> s
             sides = [[run if group == "all" else run["groups"][group] for run in pair] for pair in pairs]
             cells = [_spread([None if None in (a[name], b[name]) else 100 * (a[name] - b[name]) for a, b in sides], digits=1) for name in FIGURES]
             gains.append([variant, group, len(pairs), *cells])
-    return "\n\n".join(markdown(head, rows) for head, *rows in (lines, gains) if rows)
+    return "\n\n".join(markdown(rows, head) for head, *rows in (lines, gains) if rows)
 
 
 def _spread(values: list[float | None], digits: int = 3) -> str:

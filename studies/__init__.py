@@ -1,1 +1,1 @@
-"""Studies that stand on refinelib: the first attempt taken apart, the tables and figures of the results notebook."""
+"""Studies that use refinelib: the first attempt, extra losses, the results notebook."""

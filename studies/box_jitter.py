@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ def jitter_curve(
         device: where masks are compared.
         sigmas: see :func:`jitter_boxes`.
         seed: of the noise.
-        max_images, only: see :func:`refinelib.metrics.image_space.annotated_images`.
+        max_images: see :func:`refinelib.metrics.image_space.annotated_images`.
+        only: likewise.
 
     Returns:
         for each sigma ``sigma``, ``box_iou`` (mean overlap of the moved and the true boxes), ``target_iou``,
@@ -91,7 +93,11 @@ def jitter_curve(
         return predict
 
     found = score_in_images(
-        {str(sigma): moved(sigma) for sigma in sigmas}, source, device=device, max_images=max_images, only=only
+        {str(sigma): moved(sigma) for sigma in sigmas},
+        source,
+        device=device,
+        max_images=max_images,
+        only=only,
     )
     curve = []
     for sigma in sigmas:

@@ -1,4 +1,4 @@
-"""The first attempt's formulations, kept alive to show what they do; imported by rootcause.ipynb and its tests only.
+"""The first attempt's formulations, kept to show what they do; for rootcause.ipynb and its tests only.
 
 Do not use anything here. Each piece says what it did, why it fails, and what we do instead. Nothing in it
 plants a NaN: :func:`attempt` trains our model on real crops, and what goes wrong goes wrong by itself.
@@ -10,25 +10,26 @@ import math
 import multiprocessing
 import os
 import pickle
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812  # as PyTorch's documentation writes it
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.overrides import TorchFunctionMode
 
-from refinelib.data.augment import normalise
-from refinelib.modeling.layers import Head
 from refinelib.build import autocast, build_device, build_guard, build_loss, build_model
 from refinelib.config import Settings
 from refinelib.data import make_source
+from refinelib.data.augment import normalise
 from refinelib.guard.guard import REPORT
 from refinelib.guard.optim import WarmupCosine
+from refinelib.modeling.layers import Head
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.refinements import BoundaryRefinement, bounded
 from refinelib.modeling.roi import crop_rois, labels_from_coverage
@@ -59,7 +60,9 @@ def one_bin_crop(image: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
     Instead: :func:`~refinelib.modeling.roi.crop_rois`, tested on ramps and against exact areas.
     """
     places = []
-    for low, high, cells, pixels in zip(box[:2].tolist(), box[2:].tolist(), reversed(size), reversed(image.shape[1:])):
+    for low, high, cells, pixels in zip(
+        box[:2].tolist(), box[2:].tolist(), reversed(size), reversed(image.shape[1:])
+    ):
         at = low + (torch.linspace(0, 1, cells, dtype=torch.float64) + 0.5) * (high - low) / cells
         places.append(at / (pixels - 1) * 2 - 1)
     grid = torch.stack(torch.meshgrid(*places, indexing="xy"), dim=-1)
@@ -110,7 +113,9 @@ def bare_edges(probs: Tensor) -> Tensor:
 def network_probs(logits: Tensor) -> Tensor:
     """Mask probabilities in the precision that the network computes in: half, under autocast."""
     kind = logits.device.type
-    return torch.sigmoid(logits.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else logits)
+    return torch.sigmoid(
+        logits.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else logits
+    )
 
 
 class BatchGate(BoundaryRefinement):
@@ -201,14 +206,26 @@ class FirstLoop:
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, schedule: WarmupCosine, *, floor: float = 0.0, guarded: bool = False
+        self,
+        model: nn.Module,
+        settings: Settings,
+        schedule: WarmupCosine,
+        *,
+        floor: float = 0.0,
+        guarded: bool = False,
     ) -> None:
         self.parameters = list(model.parameters())
         rates = dict(lr=settings.lr, weight_decay=settings.weight_decay)
         self.optimizer = torch.optim.AdamW(self.parameters, **rates, foreach=True)
         kind, mixed = self.parameters[0].device.type, settings.amp == "fp16"
         self.scaler = torch.amp.GradScaler(kind, init_scale=settings.loss_scale_init, enabled=mixed)
-        self.schedule, self.clip, self.floor, self.guarded, self.count = schedule, settings.grad_clip, floor, guarded, 0
+        self.schedule, self.clip, self.floor, self.guarded, self.count = (
+            schedule,
+            settings.grad_clip,
+            floor,
+            guarded,
+            0,
+        )
 
     def step(self, loss: Tensor) -> dict[str, Any]:
         """Backward and update; what there is to know of it."""
@@ -222,7 +239,9 @@ class FirstLoop:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
         judge = whole_guard if self.guarded else half_guard
-        take, reported = judge(loss.detach(), parameters, clip=self.clip, **({} if self.guarded else {"mixed": mixed}))
+        take, reported = judge(
+            loss.detach(), parameters, clip=self.clip, **({} if self.guarded else {"mixed": mixed})
+        )
         if take:
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -237,7 +256,9 @@ class OurLoop:
     """The guard as the trainer uses it, with what :class:`FirstLoop` tells of a step."""
 
     def __init__(self, model: nn.Module, settings: Settings, *, steps: int) -> None:
-        self.guard = build_guard(settings, model, None, steps_per_epoch=max(1, round(steps / settings.epochs)))
+        self.guard = build_guard(
+            settings, model, None, steps_per_epoch=max(1, round(steps / settings.epochs))
+        )
 
     def step(self, loss: Tensor) -> dict[str, Any]:
         scale = float(self.guard.state["scale"])
@@ -260,10 +281,15 @@ def guard_trial(settings: Settings, spoil: str, *, mixed: bool, ours: bool) -> d
         ``skipped``, ``reported`` (the norm that was logged) and ``finite`` (the weights after the step).
     """
     amp, scale = "fp16" if mixed else "off", 2.0**-130 if spoil == "tiny scale" else settings.loss_scale_init
-    settings, device = settings.model_copy(update=dict(amp=amp, loss_scale_init=scale)), build_device(settings)
+    settings, device = (
+        settings.model_copy(update=dict(amp=amp, loss_scale_init=scale)),
+        build_device(settings),
+    )
     torch.manual_seed(settings.seed)
     model = nn.Linear(4, 2).to(device)
-    loop = OurLoop(model, settings, steps=1) if ours else FirstLoop(model, settings, first_build(settings, 1)[1])
+    loop = (
+        OurLoop(model, settings, steps=1) if ours else FirstLoop(model, settings, first_build(settings, 1)[1])
+    )
     loss = model(torch.ones(3, 4, device=device)).square().mean()
     value, _, place = spoil.partition(" ")
     if place == "gradient":
@@ -301,7 +327,9 @@ class LoweredLoss(MaskLoss):
 
 def first_build(settings: Settings, steps: int) -> tuple[MaskLoss, WarmupCosine]:
     """Did: built loss and schedule; the weights are written out, the warm-up is left out."""
-    loss = LoweredLoss(active_contour_weight=0.1, boundary_aware_weight=0.1, contour_weight=0.1, distance_weight=0.1)
+    loss = LoweredLoss(
+        active_contour_weight=0.1, boundary_aware_weight=0.1, contour_weight=0.1, distance_weight=0.1
+    )
     return loss, WarmupCosine(lr=settings.lr, min_lr=settings.min_lr, warmup_steps=0, total_steps=steps)
 
 
@@ -313,7 +341,11 @@ class HalfLayers(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (F.conv2d, F.linear) and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
+        if (
+            func in (F.conv2d, F.linear)
+            and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.float16
+        ):
             args = [x.half().float() if isinstance(x, Tensor) else x for x in args]
             with torch.autocast("cpu", enabled=False):
                 return func(*args, **(kwargs or {})).half()
@@ -364,7 +396,9 @@ def attempt(
     if {"scale", "guard"} & set(faults):
         floor = 0.0 if "scale" in faults else settings.loss_scale_floor
         loop = FirstLoop(model, settings, loop.guard.schedule, floor=floor, guarded="guard" not in faults)
-    images, labels = (x.to(device) for x in (learn.one_bin if "sampler" in faults else learn.whole, learn.labels))
+    images, labels = (
+        x.to(device) for x in (learn.one_bin if "sampler" in faults else learn.whole, learn.labels)
+    )
     generator = torch.Generator().manual_seed(settings.seed)
     rounds = range(math.ceil(steps * settings.batch_size / len(labels)))
     order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in rounds])
@@ -393,7 +427,9 @@ def attempts(
     # Bytes, not tensors: those would travel through shared memory, of which a container has little.
     parcels = [pickle.dumps((settings, learn, judge, job)) for job in jobs.values()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ProcessPoolExecutor(min(cores, len(jobs), 4), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(cores, len(jobs), 4), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         yield from zip(jobs, pool.map(_attempt, parcels))
 
 

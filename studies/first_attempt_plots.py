@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import math
 import statistics
-from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
 
-from refinelib.plots.style import BLACK, BLUE, CLASSES, GREEN, GREY, ORANGE, PURPLE, SKY, WIDTH
-from refinelib.plots.style import VERMILLION, Figure, save_in
+from refinelib.plots.masks import class_picture
+from refinelib.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    Figure,
+    new_figure,
+    style_axes,
+    table,
+)
+from refinelib.plots.style import save as save
 
 Record = Mapping[str, Any]
 #: Colours of the two sides, and of the runs with a remedy.
@@ -23,24 +37,20 @@ SERIES = (VERMILLION, ORANGE, PURPLE, SKY, GREEN, BLACK, BLUE)
 SMALLEST = 2.0**-128
 
 
-def save(figure: Figure, folder: Path, name: str) -> Figure:
-    """Write ``<folder>/<name>.png`` and return the figure, to be shown."""
-    return save_in(folder, figure, name)
-
-
 # -- figures ---------------------------------------------------------------------------------------
-def sampler(people: Sequence[tuple[np.ndarray, Sequence[float], np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
+def sampler(
+    people: Sequence[tuple[np.ndarray, Sequence[float], np.ndarray, np.ndarray, np.ndarray]],
+) -> Figure:
     """One row a person: the image with the box and what was sampled, both crops, the labels.
 
     Args:
         people: image uint8 [H, W, 3], box xyxy, crop of one bin and of the box uint8 [h, w, 3], labels [h, w].
     """
-    figure = _figure("what the sampler saw of the box", height=0.5 + 2.35 * len(people))
+    figure = new_figure("what the sampler saw of the box", 0.5 + 2.35 * len(people))
     tiles = figure.subplots(len(people), 4, squeeze=False, width_ratios=[1.5, 1, 1, 1])
-    colors = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in CLASSES.values()], np.uint8)
     for row, (image, box, one_bin, whole, labels) in zip(tiles, people):
         (x0, y0, x1, y1), (h, w) = box, labels.shape
-        for axes, picture in zip(row, (image, one_bin, whole, colors[labels])):
+        for axes, picture in zip(row, (image, one_bin, whole, class_picture(labels))):
             aspect = "equal" if picture is image else (y1 - y0) / (x1 - x0) * w / h
             axes.imshow(picture, interpolation="nearest", aspect=aspect)
             axes.set_xticks([])
@@ -59,7 +69,7 @@ def sampler(people: Sequence[tuple[np.ndarray, Sequence[float], np.ndarray, np.n
 
 def nan_share(table: Mapping[str, Mapping[str, float]]) -> Figure:
     """Share of batches whose edge map's gradient is not finite: ``{series: {precision: share}}``."""
-    figure = _figure("batches that make the edge map's gradient NaN", height=3.4)
+    figure = new_figure("batches that make the edge map's gradient NaN", 3.4)
     axes = figure.subplots()
     colors = dict(zip(table, (VERMILLION, ORANGE, BLUE, SKY)))
     width = 0.8 / len(table)
@@ -67,11 +77,13 @@ def nan_share(table: Mapping[str, Mapping[str, float]]) -> Figure:
         at = np.arange(len(shares)) + (i - (len(table) - 1) / 2) * width
         axes.bar(at, list(shares.values()), width * 0.92, color=colors[name], label=name)
         for x, share in zip(at, shares.values()):
-            axes.annotate(f"{share:.0%}", (x, share), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                f"{share:.0%}", (x, share), (0, 2), textcoords="offset points", ha="center", fontsize=8
+            )
     axes.set_xticks(range(len(shares)), list(shares))
     axes.set_ylim(0, 1.12)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _dress(axes, "", "precision of the network", "share of batches")
+    style_axes(axes, "", "precision of the network", "share of batches")
     axes.xaxis.grid(False)
     axes.legend(fontsize=8, frameon=False, ncols=len(table), loc="lower left", bbox_to_anchor=(-0.01, 1.0))
     return figure
@@ -79,7 +91,7 @@ def nan_share(table: Mapping[str, Mapping[str, float]]) -> Figure:
 
 def scale_fall(records: Sequence[Record]) -> Figure:
     """The loss scale by step, its inverse below, and the step that wrote into the weights what is not finite."""
-    figure = _figure("the loss scale's way down, and its inverse", height=5.6)
+    figure = new_figure("the loss scale's way down, and its inverse", 5.6)
     above, below = figure.subplots(2, 1, sharex=True)
     steps = np.arange(1, len(records) + 1)
     scales = np.array([record["loss_scale"] for record in records])
@@ -88,8 +100,13 @@ def scale_fall(records: Sequence[Record]) -> Figure:
     healthy = np.array([not record["skipped"] for record in records])
     shown = np.where(scales > 0, scales, 2.0**-151)  # 0 has no place on the axis: under the last number
     above.plot(steps, shown, color=BLACK, linewidth=1.2, drawstyle="steps-post", zorder=1)
-    for which, color, name in ((~healthy, ORANGE, "skipped: NaN gradient"), (healthy, GREEN, "healthy: taken")):
-        above.plot(steps[which], shown[which], "o", color=color, markersize=2.5, label=f"{name} ({which.sum()})")
+    for which, color, name in (
+        (~healthy, ORANGE, "skipped: NaN gradient"),
+        (healthy, GREEN, "healthy: taken"),
+    ):
+        above.plot(
+            steps[which], shown[which], "o", color=color, markersize=2.5, label=f"{name} ({which.sum()})"
+        )
     finite = np.isfinite(inverses)
     below.plot(steps[finite], inverses[finite], color=BLACK, linewidth=1.5)
     below.plot(steps[~finite], np.full((~finite).sum(), 2.0**142), "x", color=VERMILLION, markersize=4)
@@ -104,8 +121,8 @@ def scale_fall(records: Sequence[Record]) -> Figure:
             axes.plot(steps[-1:], [y], "*", color=VERMILLION, markersize=15, label=label)
     _powers(above, -151, 20, zero=True)
     _powers(below, -20, 150)
-    _dress(above, "fp16 loss scale", "", "factor")
-    _dress(below, "its inverse, by which gradients are multiplied after the check", "step", "factor")
+    style_axes(above, "fp16 loss scale", "", "factor")
+    style_axes(below, "its inverse, by which gradients are multiplied after the check", "step", "factor")
     above.legend(fontsize=8, frameon=False, loc="upper right")
     below.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
@@ -113,7 +130,7 @@ def scale_fall(records: Sequence[Record]) -> Figure:
 
 def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
     """Both runs by step: loss, loss scale, parameter tensors with NaN, steps skipped so far."""
-    figure = _figure("the same recipe: first attempt and ours", height=6.6)
+    figure = new_figure("the same recipe: first attempt and ours", 6.6)
     panels = figure.subplots(2, 2, sharex=True).ravel()
     for records, color, name in ((first, FIRST, "first attempt"), (ours, OURS, "ours")):
         steps = np.arange(1, len(records) + 1)
@@ -138,7 +155,7 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
         "steps skipped so far",
     )
     for axes, title, unit in zip(panels, titles, ("loss", "factor", "tensors", "steps")):
-        _dress(axes, title, "step" if axes in panels[2:] else "", unit)
+        style_axes(axes, title, "step" if axes in panels[2:] else "", unit)
     handles, labels = panels[0].get_legend_handles_labels()
     place = dict(loc="upper right", bbox_to_anchor=(0.995, 1.005), ncols=len(labels))  # beside the title
     figure.legend(handles, labels, fontsize=9, frameon=False, **place)
@@ -147,7 +164,7 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
 
 def remedies(runs: Mapping[str, Sequence[Record]]) -> Figure:
     """Loss scale by step of each run, and the share of its steps that were skipped; a cross is death."""
-    figure = _figure("each old remedy by itself, against all faults", height=4.4)
+    figure = new_figure("each old remedy by itself, against all faults", 4.4)
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
     for i, (name, records) in enumerate(runs.items()):
         steps = np.arange(1, len(records) + 1)
@@ -155,20 +172,24 @@ def remedies(runs: Mapping[str, Sequence[Record]]) -> Figure:
         end = died(records)
         # The first is drawn broad, so that a run that is exactly like it does not hide it.
         width, alpha, size = (5, 0.6, 13) if i == 0 else (1.6, 1, 8)
-        left.plot(steps[:end], scales[:end], color=SERIES[i], linewidth=width, alpha=alpha, drawstyle="steps-post")
+        left.plot(
+            steps[:end], scales[:end], color=SERIES[i], linewidth=width, alpha=alpha, drawstyle="steps-post"
+        )
         if end is not None:
-            left.plot([end], scales[end - 1 : end], "X", color=SERIES[i], markersize=size, markeredgecolor="white")
+            left.plot(
+                [end], scales[end - 1 : end], "X", color=SERIES[i], markersize=size, markeredgecolor="white"
+            )
         share = skipped_share(records)
         right.barh(i, share, color=SERIES[i], height=0.7)
         place = dict(textcoords="offset points", va="center", fontsize=8)
         right.annotate(f"{share:.0%}, {fate(records)}", (share, i), (4, 0), **place)
     left.axhline(SMALLEST, color=GREY, linestyle="--", linewidth=1)
     _powers(left, -151, 20, zero=True)
-    _dress(left, "loss scale (cross: NaN in the weights; flat at 1: no fp16)", "step", "factor")
+    style_axes(left, "loss scale (cross: NaN in the weights; flat at 1: no fp16)", "step", "factor")
     right.set_yticks(range(len(runs)), list(runs))
     right.invert_yaxis()
     right.set_xlim(0, 1.45)
-    _dress(right, "steps skipped while alive", "share of steps", "")
+    style_axes(right, "steps skipped while alive", "share of steps", "")
     right.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
     right.xaxis.set_major_formatter(PercentFormatter(1.0))
     right.yaxis.grid(False)
@@ -245,18 +266,13 @@ CAUSES = {
 
 
 # -- tables ----------------------------------------------------------------------------------------
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *rows))
-
-
 def fate(records: Sequence[Record]) -> str:
     """What became of a run, in a word."""
     end = died(records)
     return f"NaN at step {end}" if end else "stands still" if skipped_share(records) > 0.5 else "alive"
 
 
-def thirds_table(records: Sequence[Record], tensors: int) -> str:
+def parts_table(records: Sequence[Record], tensors: int) -> str:
     """The run in three parts, as its log would have told it."""
     rows = []
     for part, places in enumerate(np.array_split(np.arange(len(records)), 3), 1):
@@ -265,8 +281,14 @@ def thirds_table(records: Sequence[Record], tensors: int) -> str:
         last = some[-1]
         found = f"{last['nan_tensors']} of {tensors}"
         rows.append([part, f"{loss:.3f}", f"{norm:.3g}", f"{last['loss_scale']:.1e}", found])
-    head = ["third of the run", "train loss", "logged gradient norm", "loss scale after it", "parameter tensors with NaN"]
-    return table(head, rows)
+    head = [
+        "part of the run",
+        "train loss",
+        "logged gradient norm",
+        "loss scale after it",
+        "parameter tensors with NaN",
+    ]
+    return table(rows, head)
 
 
 def runs_table(runs: Mapping[str, Any], *, masks: bool = True) -> str:
@@ -283,11 +305,15 @@ def runs_table(runs: Mapping[str, Any], *, masks: bool = True) -> str:
         measures = [cause.shown(cause.measure(records)) for cause in CAUSES.values()]
         rows.append([name, fate(records), f"{skipped_share(records):.0%}", *measures])
         if masks:
-            rows[-1] += ["NaN" if math.isnan(iou) else f"{iou:.3f}" for iou in (run.target_iou, run.swapped_iou)]
-    return table(head, rows)
+            rows[-1] += [
+                "NaN" if math.isnan(iou) else f"{iou:.3f}" for iou in (run.target_iou, run.swapped_iou)
+            ]
+    return table(rows, head)
 
 
-def closing_table(first: Sequence[Record], ours: Sequence[Record], treated: Mapping[str, Sequence[Record]]) -> str:
+def closing_table(
+    first: Sequence[Record], ours: Sequence[Record], treated: Mapping[str, Sequence[Record]]
+) -> str:
     """Cause, symptom, measurement, what we do, and which remedies helped, all from the runs."""
     rows = []
     for name, cause in CAUSES.items():
@@ -295,30 +321,19 @@ def closing_table(first: Sequence[Record], ours: Sequence[Record], treated: Mapp
         helped = [remedy for remedy, records in treated.items() if cause.cured(cause.measure(records), after)]
         measured = cause.how, cause.shown(before), cause.shown(after), ", ".join(helped) or "none"
         rows.append([name, cause.symptom, *measured, cause.instead])
-    head = ["cause", "symptom", "how we measured it", "first attempt", "ours", "old remedies that helped", "what we do instead"]
-    return table(head, rows)
+    head = [
+        "cause",
+        "symptom",
+        "how we measured it",
+        "first attempt",
+        "ours",
+        "old remedies that helped",
+        "what we do instead",
+    ]
+    return table(rows, head)
 
 
 # -- helpers ---------------------------------------------------------------------------------------
-def _figure(title: str, *, height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    return figure
-
-
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(which="both", labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    if x == "step":
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-
-
 def _powers(axes: Axes, low: int, high: int, *, zero: bool = False) -> None:
     """A logarithmic axis over powers of two; with ``zero`` its foot stands for 0."""
     axes.set_yscale("log", base=2)

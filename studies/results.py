@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,41 +13,31 @@ from torch import Tensor
 
 from refinelib.config import Settings, SettingsError, absolute, names_with_role
 from refinelib.data import CocoPeople, Source, SyntheticPeople
-from refinelib.metrics.evaluate import Evaluation, measure
 from refinelib.metrics.bootstrap import ImageBootstrap
-from refinelib.metrics.segmentation import coco_groups, iou_from_confusion, tercile_groups
+from refinelib.metrics.evaluate import Evaluation, measure
 from refinelib.metrics.predict import load
+from refinelib.metrics.segmentation import coco_groups, iou_from_confusion, tercile_groups
+from refinelib.registry import LOSSES, METRICS, REFINEMENTS
+from refinelib.workflows import examples
 from studies.box_jitter import SIGMAS, jitter_curve
 
-#: Figures of the comparison by key in an evaluation's rows.
-FIGURES = {
-    "target_iou": "target IoU",
-    "boundary_iou": "Boundary IoU",
-    "miou": "mIoU",
-    "nontarget_iou": "non-target IoU",
-    "boundary_f1_1px": "boundary F, 1 px",
-    "boundary_f1_2px": "boundary F, 2 px",
-    "hd95": "HD95, px",
-    "surface_distance": "surface distance, px",
-    "image_target_iou": "target IoU, in the image",
-    "image_boundary_iou": "Boundary IoU, in the image",
-    "image_boundary_iou_image": "Boundary IoU, 2 % of the diagonal",
-}
-#: Settings that take all refinement away: modules and their losses.
+#: Settings that take all refinement away: the switches of refinements and of losses.
 REFINEMENT_OFF = {
-    name: False
-    for name in (
-        "use_boundary_refinement",
-        "use_progressive_upsampling",
-        "use_subpixel_conv",
-        "use_contour_detection",
-        "use_distance_transform",
-        "use_active_contour_loss",
-        "use_boundary_aware_loss",
-    )
+    option.name: False
+    for option in (*REFINEMENTS.options(), *LOSSES.options())
+    if option.name.startswith("use_")
 }
-#: Settings that make no variant of a run: who it is, where things lie, how often it writes, what it computes its steps with.
+#: Settings that make no variant of a run, beside those of where it lies.
 _NO_VARIANT = {"seed", "fused_optimizer"}
+
+
+def title(key: str) -> str:
+    """Title of a column of an evaluation's rows, with its unit."""
+    if key == "miou":
+        return "mIoU"
+    metric = METRICS[key.removeprefix("image_")]
+    place = ", in the image" if key.startswith("image_") and not metric.needs_image else ""
+    return metric.title + (f", {metric.unit}" if metric.unit else "") + place
 
 
 class Result(NamedTuple):
@@ -57,7 +48,7 @@ class Result(NamedTuple):
     evaluation: Evaluation
 
 
-class Figure(NamedTuple):
+class Estimate(NamedTuple):
     """A mean over runs with its spread over them and its interval over images; none where it does not apply."""
 
     mean: float
@@ -70,8 +61,18 @@ class Figure(NamedTuple):
     def text(self, sign: str) -> str:
         """``mean ± spread [interval]``; ``sign`` is ``+`` for a difference."""
         spread = "" if self.spread is None else f" ± {self.spread:.3f}"
-        ends = "" if self.interval is None else f" [{self.interval[0]:{sign}.3f}, {self.interval[1]:{sign}.3f}]"
+        ends = (
+            "" if self.interval is None else f" [{self.interval[0]:{sign}.3f}, {self.interval[1]:{sign}.3f}]"
+        )
         return f"{self.mean:{sign}.3f}{spread}{ends}"
+
+
+def tiny_pair(output_dir: str = "outputs") -> tuple[list[str], list[str]]:
+    """Folders of two tiny runs, with and without refinement; they are trained where they are missing."""
+    pair = {"tiny-refined": {}, "tiny-plain": REFINEMENT_OFF}
+    find = functools.partial(examples.find, output_dir=output_dir, fits=examples.has_weights)
+    refined, plain = ([str(find(name=name, **changes).folder)] for name, changes in pair.items())
+    return refined, plain
 
 
 def names_of(runs: str | Iterable[str] | None) -> list[str]:
@@ -87,12 +88,12 @@ def source_of(
     synthetic_images: int = 60,
     allow_images_outside: bool = False,
 ) -> Source:
-    """Annotated images: a COCO file's, or drawn people where none is given.
+    """Annotated images: a COCO file's, or synthetic people where none is given.
 
     Args:
         images: folder of the COCO file's images.
         annotations: COCO file.
-        synthetic_images: number of images with drawn people.
+        synthetic_images: number of images with synthetic people.
         allow_images_outside: read images that the file names outside their folder, too.
 
     Raises:
@@ -100,7 +101,9 @@ def source_of(
         SettingsError: one of the two was given without the other.
     """
     if (images is None) != (annotations is None):
-        raise SettingsError("images and annotations belong together: give both, or neither for drawn people")
+        raise SettingsError(
+            "images and annotations belong together: give both, or neither for synthetic people"
+        )
     if images is None:
         return SyntheticPeople(synthetic_images, split="val")
     return CocoPeople(annotations, images, split="val", allow_outside=allow_images_outside)
@@ -133,17 +136,26 @@ def score_runs(
     """
     # Each is opened before anything is scored, so that a wrong name shows at once.
     opened = [_saved(run) or load(run, device=device, output_dir=output_dir) for run in runs]
-    _refuse_other_people([one for one in opened if isinstance(one, Evaluation)], source, options.get("max_images"))
+    _refuse_other_people(
+        [one for one in opened if isinstance(one, Evaluation)], source, options.get("max_images")
+    )
     results = []
     for one in opened:
         found = one if isinstance(one, Evaluation) else measure(one, source=source, **options)
         if jitter is not False and not isinstance(one, Evaluation):
-            where = dict(device=one.device, max_images=options.get("max_images"), only=found.people["annotation_id"])
+            where = dict(
+                device=one.device, max_images=options.get("max_images"), only=found.people["annotation_id"]
+            )
             sigmas = SIGMAS if jitter is True else jitter
             found.report["jitter"] = jitter_curve(one.probs, source, sigmas=sigmas, **where)
         result = Result(found.name, found.settings, found)
-        reached = ", ".join(f"{FIGURES[key]} {shown(found.report[key])}" for key in ("target_iou", "boundary_iou", "miou"))
-        print(f"{result.name} (recipe {result.settings.recipe}, seed {result.settings.seed}): {reached}", flush=True)
+        reached = ", ".join(
+            f"{title(key)} {shown(found.report[key])}" for key in ("target_iou", "boundary_iou", "miou")
+        )
+        print(
+            f"{result.name} (recipe {result.settings.recipe}, seed {result.settings.seed}): {reached}",
+            flush=True,
+        )
         results.append(result)
     return results
 
@@ -164,7 +176,9 @@ def _refuse_other_people(saved: Sequence[Evaluation], source: Source, max_images
     for one in saved:
         mine = set(one.people["annotation_id"].tolist())
         if not mine <= known:
-            raise ValueError(f"{one.name} was scored on other images ({len(mine - known)} of its {len(mine)} people are not among these): give the images it was scored on")
+            raise ValueError(
+                f"{one.name} was scored on other images ({len(mine - known)} of its {len(mine)} people are not among these): give the images it was scored on"
+            )
 
 
 def by_settings(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -189,22 +203,24 @@ def shown(value: float | None) -> str:
 
 
 # -- figures of several runs -----------------------------------------------------------------------
-def figure(results: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Figure | None:
+def estimate(results: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Estimate | None:
     """One figure of runs that were scored on the same people, ``inside`` (bool ``[N]``) or all; none: nobody to score.
 
     Raises:
         ValueError: the runs were scored on different people.
     """
     images = _images(results)
-    return _figure(_stack(results, key), images, key, inside)
+    return _estimate(_stack(results, key), images, key, inside)
 
 
-def difference(on: Sequence[Result], off: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Figure | None:
+def difference(
+    on: Sequence[Result], off: Sequence[Result], key: str, inside: np.ndarray | None = None
+) -> Estimate | None:
     """``on`` less ``off``, paired over images; the spread is that of independent runs' difference.
 
     Args:
         on, off: runs scored on the same people.
-        key: of :data:`FIGURES`.
+        key: of the rows.
         inside: bool ``[N]``, limits it to these people.
     """
     people = _images([*on, *off])
@@ -229,7 +245,7 @@ def difference(on: Sequence[Result], off: Sequence[Result], key: str, inside: np
         return None
     spreads = [_spread(_by_run(values, key)) for values in (first, second)]
     spread = None if None in spreads else float(np.hypot(*spreads))
-    return Figure(mean, spread, interval)
+    return Estimate(mean, spread, interval)
 
 
 def size_groups(results: Sequence[Result]) -> dict[str, np.ndarray]:
@@ -244,7 +260,11 @@ def size_groups(results: Sequence[Result]) -> dict[str, np.ndarray]:
 def _changes(first: Result, second: Result) -> dict[str, Any]:
     """Settings that decide what is learned, and differ."""
     then, now = first.settings.model_dump(), second.settings.model_dump()
-    return {name: now[name] for name in now if name not in _NO_VARIANT | names_with_role("run") and now[name] != then[name]}
+    return {
+        name: now[name]
+        for name in now
+        if name not in _NO_VARIANT | names_with_role("run") and now[name] != then[name]
+    }
 
 
 def _title(first: Result, changes: dict[str, Any]) -> str:
@@ -270,12 +290,16 @@ def _images(results: Sequence[Result]) -> np.ndarray:
         raise ValueError("no run to compare: give at least one")
     first = results[0]
     for run in results[1:]:
-        if not np.array_equal(run.evaluation.people["annotation_id"], first.evaluation.people["annotation_id"]):
-            raise ValueError(f"{run.name} and {first.name} were scored on different people: score both on the same images")
+        if not np.array_equal(
+            run.evaluation.people["annotation_id"], first.evaluation.people["annotation_id"]
+        ):
+            raise ValueError(
+                f"{run.name} and {first.name} were scored on different people: score both on the same images"
+            )
     return first.evaluation.people["image_id"]
 
 
-def _figure(values: Tensor, images: np.ndarray, key: str, inside: np.ndarray | None) -> Figure | None:
+def _estimate(values: Tensor, images: np.ndarray, key: str, inside: np.ndarray | None) -> Estimate | None:
     if inside is not None:
         values, images = values[inside], images[inside]
     if not len(images):
@@ -288,7 +312,7 @@ def _figure(values: Tensor, images: np.ndarray, key: str, inside: np.ndarray | N
         interval = draw.pooled(values, lambda sums: _miou(sums).mean(-1))
     else:
         interval = draw.mean(values.mean(1))
-    return Figure(float(each.mean()), _spread(each), interval)
+    return Estimate(float(each.mean()), _spread(each), interval)
 
 
 def _miou(counts: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,11 +11,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from refinelib.metrics.image_space import decode
 from refinelib.data import Source
-from refinelib.metrics.image_space import AnnotatedImage, annotated_images
-from refinelib.plots.style import BLACK, ERRORS, METRICS, METRIC_NAMES, PURPLE, WIDTH, Figure, save_in
-from studies.results import FIGURES, Result, difference, figure, size_groups
+from refinelib.metrics.image_space import AnnotatedImage, annotated_images, decode
+from refinelib.plots import style
+from refinelib.plots.masks import rgb
+from refinelib.plots.style import BLACK, BLUE, ERRORS, GREEN, PURPLE, Figure
+from refinelib.plots.style import save as save
+from studies.results import Result, difference, estimate, size_groups, title
 
 #: Refinement on and off.
 ON, OFF = PURPLE, BLACK
@@ -24,31 +25,31 @@ ON, OFF = PURPLE, BLACK
 MARGIN = 0.12
 
 
-def save(figure: Figure, folder: str | os.PathLike, name: str) -> Figure:
-    """Write ``<name>.png`` into a folder and return the figure, to be shown."""
-    return save_in(Path(folder), figure, name)
-
-
 # -- numbers ---------------------------------------------------------------------------------------
-def gains(on: Sequence[Result], off: Sequence[Result], keys: Sequence[str] = ("target_iou", "boundary_iou")) -> Figure:
+def gains(
+    on: Sequence[Result], off: Sequence[Result], keys: Sequence[str] = ("target_iou", "boundary_iou")
+) -> Figure:
     """By size: the figure with refinement on and off, and below their paired difference with its interval over images."""
     groups = {name: inside for name, inside in size_groups([*on, *off]).items() if inside.any()}
-    shown = Figure(figsize=(WIDTH, 6.2), layout="constrained")
+    shown = style.new_figure("refinement on against off; bars: 95 % interval over images", 6.2)
     panels = shown.subplots(2, len(keys), sharex=True, height_ratios=[1.3, 1], squeeze=False)
     places = np.arange(len(groups))
     for column, key in enumerate(keys):
         above, below = panels[:, column]
         for name, runs, color, shift in (("off", off, OFF, -0.12), ("on", on, ON, 0.12)):
-            found = [figure(runs, key, inside) for inside in groups.values()]
+            found = [estimate(runs, key, inside) for inside in groups.values()]
             _bars(above, places + shift, found, color, f"refinement {name}")
-        _bars(below, places, [difference(on, off, key, inside) for inside in groups.values()], ON, "on less off")
+        _bars(
+            below, places, [difference(on, off, key, inside) for inside in groups.values()], ON, "on less off"
+        )
         below.axhline(0, color=BLACK, linewidth=0.8)
         names = [f"{name}\n({int(inside.sum())})" for name, inside in groups.items()]
         below.set_xticks(places, [name.replace(" ", "\n", 1) for name in names])
-        _dress(above, FIGURES[key], "", f"{FIGURES[key]}, 0 to 1")
-        _dress(below, "gain, paired over images", "size of the person (number of people)", "difference")
+        style.style_axes(above, title(key), "", f"{title(key)}, 0 to 1")
+        style.style_axes(
+            below, "gain, paired over images", "size of the person (number of people)", "difference"
+        )
     panels[0, 0].legend(fontsize=8, frameon=False)
-    _title(shown, "refinement on against off; bars: 95 % interval over images")
     return shown
 
 
@@ -58,26 +59,33 @@ def jitter(curves: dict[str, list[dict[str, Any]]]) -> Figure:
     Args:
         curves: by name, of :func:`studies.box_jitter.jitter_curve`; the first is drawn solid, others broken.
     """
-    shown = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    shown = style.new_figure("box jitter; bands: 95 % interval over images", 4.4)
     panels = shown.subplots(1, 2, sharex=True)
-    for axes, key in zip(panels, ("target_iou", "boundary_iou")):
-        for (name, curve), style in zip(curves.items(), ("-", "--", ":", "-.")):
+    for axes, key, color in zip(panels, ("target_iou", "boundary_iou"), (BLUE, GREEN)):
+        for (name, curve), line in zip(curves.items(), ("-", "--", ":", "-."), strict=False):
             x = [100 * point["sigma"] for point in curve]
             ends = np.array([point["intervals"][key] for point in curve], dtype=float)
-            axes.plot(x, [point[key] for point in curve], style, color=METRICS[key], marker="o", markersize=4.5, label=name)
-            axes.fill_between(x, ends[:, 0], ends[:, 1], color=METRICS[key], alpha=0.15 if style == "-" else 0.07, linewidth=0)
-        _dress(axes, METRIC_NAMES[key] + ", in the image", "noise of centre and sides, % of the box's sides", "mean over people, 0 to 1")
+            axes.plot(x, [point[key] for point in curve], line, color=color, marker="o", label=name)
+            axes.fill_between(
+                x, ends[:, 0], ends[:, 1], color=color, alpha=0.15 if line == "-" else 0.07, linewidth=0
+            )
+        style.style_axes(
+            axes,
+            "",
+            "standard deviation of centre and sides, % of the box's sides",
+            f"{title(key)} in the image, 0 to 1",
+        )
         axes.set_ylim(bottom=0)
         points = next(iter(curves.values()))
         above = axes.secondary_xaxis("top")
-        above.set_xticks([100 * point["sigma"] for point in points], [f"{point['box_iou']:.2f}" for point in points])
+        above.set_xticks(
+            [100 * point["sigma"] for point in points], [f"{point['box_iou']:.2f}" for point in points]
+        )
         above.set_xlabel("overlap (IoU) of the moved box with the true one", fontsize=8)
         above.tick_params(labelsize=7)
-        axes.set_title("")
-        axes.set_ylabel(f"{METRIC_NAMES[key]} in the image, 0 to 1", fontsize=9)
         if len(curves) > 1:
-            axes.legend(fontsize=8, frameon=False, loc="lower left", handlelength=4)  # shorter, and the marker hides that it is broken
-    _title(shown, "boxes that are off; bands: 95 % interval over images")
+            # A shorter handle would hide behind its marker that the line is broken.
+            axes.legend(fontsize=8, frameon=False, loc="lower left", handlelength=4)
     return shown
 
 
@@ -91,7 +99,7 @@ def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images:
     rows = {"worst": ranked[:each], "best": ranked[-each:][::-1]}
     chosen = people["annotation_id"][np.concatenate(list(rows.values()))]
     crops = _crops(source, chosen, max_images)
-    shown = Figure(figsize=(WIDTH, 6.0), layout="constrained")
+    shown = style.new_figure(f"{result.name}: worst and best masks, at the image's own pixels", 6.0)
     panels = shown.subplots(2, each, squeeze=False)
     for (kind, members), tiles in zip(rows.items(), panels):
         for axes, row in zip(tiles, members):
@@ -102,7 +110,6 @@ def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images:
             axes.set_title(f"IoU {scores[row]:.2f}\nimage {people['image_id'][row]}", loc="left", fontsize=8)
         tiles[0].set_ylabel(kind, fontsize=10, fontweight="bold")
     _error_key(shown)
-    _title(shown, f"{result.name}: worst and best masks, at the image's own pixels")
     return shown
 
 
@@ -115,23 +122,32 @@ def closeups(on: Result, off: Result, source: Source, *, max_images: int | None 
     gain = people[key] - off.evaluation.people[key]
     ranked = np.argsort(-gain, kind="stable")[: int((~np.isnan(gain)).sum())]
     middle = max(0, len(ranked) // 2 - 1)
-    kinds = {"greatest gain": ranked[:2], "middle": ranked[middle : middle + 2], "greatest loss": ranked[-2:][::-1]}
+    kinds = {
+        "greatest gain": ranked[:2],
+        "middle": ranked[middle : middle + 2],
+        "greatest loss": ranked[-2:][::-1],
+    }
     rows = [(kind, row) for kind, members in kinds.items() for row in members]
     crops = _crops(source, people["annotation_id"][[row for _, row in rows]], max_images)
-    shown = Figure(figsize=(WIDTH, 2.1 * len(rows)), layout="constrained")
+    shown = style.new_figure(f"refinement off ({off.name}) and on ({on.name})", 2.1 * len(rows))
     panels = shown.subplots(len(rows), 4, squeeze=False)
     for (kind, row), tiles in zip(rows, panels):
         one = int(people["annotation_id"][row])
         image, person, window = crops[one]
         masks = [decode(run.evaluation.masks[one]) for run in (off, on)]
-        truth, zoom = image.masks[image.slots[person]], _where_they_differ(*masks, image.boxes[person].tolist())
+        truth, zoom = (
+            image.masks[image.slots[person]],
+            _where_they_differ(*masks, image.boxes[person].tolist()),
+        )
         _picture(tiles[0], image.pixels, window)
         x0, y0, x1, y1 = zoom
         for color, width in (("white", 2.4), (BLACK, 1.0)):
-            tiles[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=width))
+            tiles[0].add_patch(
+                Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=width)
+            )
         _picture(tiles[1], image.pixels, zoom)
-        for mask, color, style in ((truth, "white", "-"), (masks[0], OFF, "--"), (masks[1], ON, "-")):
-            _outline(tiles[1], mask, zoom, color, style)
+        for mask, color, line in ((truth, "white", "-"), (masks[0], OFF, "--"), (masks[1], ON, "-")):
+            _outline(tiles[1], mask, zoom, color, line)
         for axes, mask, run in zip(tiles[2:], masks, (off, on)):
             _masked(axes, image, person, mask, zoom)
             axes.set_title(f"Boundary IoU {run.evaluation.people[key][row]:.2f}", loc="left", fontsize=8)
@@ -139,15 +155,21 @@ def closeups(on: Result, off: Result, source: Source, *, max_images: int | None 
         tiles[0].set_ylabel(f"image {people['image_id'][row]}", fontsize=8)
     for axes, name in zip(panels[0], ("", "outlines", "off", "on")):
         title = axes.get_title(loc="left")
-        axes.set_title("  ".join(part for part in (name, title) if part), loc="left", fontsize=8, fontweight="bold")
-    lines = [Line2D([], [], color="#BBBBBB", label="truth"), Line2D([], [], color=OFF, linestyle="--", label="refinement off")]
+        axes.set_title(
+            "  ".join(part for part in (name, title) if part), loc="left", fontsize=8, fontweight="bold"
+        )
+    lines = [
+        Line2D([], [], color="#BBBBBB", label="truth"),
+        Line2D([], [], color=OFF, linestyle="--", label="refinement off"),
+    ]
     _error_key(shown, [*lines, Line2D([], [], color=ON, label="refinement on")])
-    _title(shown, f"refinement off ({off.name}) and on ({on.name})")
     return shown
 
 
 # -- drawing ---------------------------------------------------------------------------------------
-def _crops(source: Source, wanted: np.ndarray, max_images: int | None) -> dict[int, tuple[AnnotatedImage, int, tuple[int, ...]]]:
+def _crops(
+    source: Source, wanted: np.ndarray, max_images: int | None
+) -> dict[int, tuple[AnnotatedImage, int, tuple[int, ...]]]:
     """The image of each annotation id, the person's place in it, and the box with a margin, inside the image."""
     found = {}
     for image in annotated_images(source, max_images=max_images):
@@ -185,21 +207,25 @@ def _picture(axes: Axes, pixels: np.ndarray, window: Sequence[int]) -> None:
 def _masked(axes: Axes, image: AnnotatedImage, person: int, mask: np.ndarray, window: Sequence[int]) -> None:
     """The image in pale grey, what the mask missed and what it has too much in colour, the true outline in white."""
     truth = image.masks[image.slots[person]]
-    grey = np.broadcast_to(image.pixels.mean(-1, keepdims=True) * 0.45 + 120, image.pixels.shape).astype(np.uint8).copy()
+    grey = (
+        np.broadcast_to(image.pixels.mean(-1, keepdims=True) * 0.45 + 120, image.pixels.shape)
+        .astype(np.uint8)
+        .copy()
+    )
     grey[truth & mask] = (0.75 * grey[truth & mask] + 0.25 * 255).astype(np.uint8)
     for name, where in (("missed", truth & ~mask), ("too much", mask & ~truth)):
-        grey[where] = [int(ERRORS[name][i : i + 2], 16) for i in (1, 3, 5)]
+        grey[where] = rgb(ERRORS[name])
     _picture(axes, grey, window)
     _outline(axes, truth, window, "white", "-")
 
 
-def _outline(axes: Axes, mask: np.ndarray, window: Sequence[int], color: str, style: str) -> None:
+def _outline(axes: Axes, mask: np.ndarray, window: Sequence[int], color: str, line: str) -> None:
     x0, y0, x1, y1 = window
     part = np.pad(mask[y0:y1, x0:x1].astype(float), 1, mode="edge")
     if part.min() < part.max():
         x, y = np.arange(x0 - 1, x1 + 1) + 0.5, np.arange(y0 - 1, y1 + 1) + 0.5
         halo = [Stroke(linewidth=2.6, foreground=BLACK if color == "white" else "white"), Normal()]
-        lines = axes.contour(x, y, part, levels=[0.5], colors=[color], linestyles=[style], linewidths=1.4)
+        lines = axes.contour(x, y, part, levels=[0.5], colors=[color], linestyles=[line], linewidths=1.4)
         lines.set_path_effects(halo)
         axes.set_xlim(x0, x1)
         axes.set_ylim(y1, y0)
@@ -215,21 +241,6 @@ def _bars(axes: Axes, x: np.ndarray, found: Sequence[Any], color: str, label: st
     axes.plot([], [], "o-", color=color, markersize=5, label=label)
 
 
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
 def _error_key(shown: Figure, more: Sequence[Any] = ()) -> None:
-    names = ("missed", "too much")
-    entries = [Patch(facecolor=ERRORS[name], edgecolor="#555555", linewidth=0.5, label=name) for name in names]
-    shown.legend(handles=[*more, *entries], ncols=len(more) + 2, fontsize=9, frameon=False, loc="outside lower center")
-
-
-def _title(shown: Figure, text: str) -> None:
-    shown.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    wrong = [Patch(facecolor=ERRORS[name], label=name) for name in ("missed", "too much")]
+    style.figure_legend(shown, [*more, *wrong])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Sequence
 
-from studies.results import FIGURES, Figure, Result, by_settings, difference, figure, shown, size_groups
+from refinelib.plots.style import table
+from studies.results import Estimate, Result, by_settings, difference, estimate, shown, size_groups, title
 
 
 def runs_table(
@@ -15,29 +16,45 @@ def runs_table(
 ) -> str:
     """A row a group of runs (mean ± spread over runs [95 % interval over images]), then the two yardsticks."""
     keys = list(keys)
-    rows = [[name, len(runs), *(figure(runs, key) for key in keys)] for name, runs in groups.items() if runs]
+    rows = [
+        [name, len(runs), *(estimate(runs, key) for key in keys)] for name, runs in groups.items() if runs
+    ]
     report = next(iter(groups.values()))[0].evaluation.report
     inside = {key: key.removeprefix("image_") for key in keys}
-    yardsticks = {"mean-mask baseline": (report["mean_mask"], report["image"]["mean_mask"]), "resolution upper bound": (report["resolution_bound"],) * 2}
+    yardsticks = {
+        "mean-mask baseline": (report["mean_mask"], report["image"]["mean_mask"]),
+        "resolution upper bound": (report["resolution_bound"],) * 2,
+    }
     for name, (on_roi, in_image) in yardsticks.items():
         values = [(in_image if key.startswith("image_") else on_roi).get(inside[key]) for key in keys]
         rows.append([f"*{name}*", "", *(shown(value) for value in values)])
-    return table(["", "runs", *(FIGURES[key] for key in keys)], rows)
+    return table(rows, ["", "runs", *(title(key) for key in keys)])
 
 
 def every_run_table(groups: dict[str, Sequence[Result]]) -> str:
     """A row a run: its figures on the ROIs; below, in the image and by pycocotools. One table of all is wider than a notebook."""
-    keys = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "boundary_f1_1px", "boundary_f1_2px", "hd95", "surface_distance")
+    keys = (
+        "target_iou",
+        "boundary_iou",
+        "miou",
+        "nontarget_iou",
+        "boundary_f1_1px",
+        "boundary_f1_2px",
+        "hd95",
+        "surface_distance",
+    )
     on_roi, in_image = [], []
     for group, runs in groups.items():
         for run in runs:
             report = run.evaluation.report
             on_roi.append([run.name, group, run.settings.seed, *(shown(report[key]) for key in keys)])
             scores = (shown(report["coco"][key]) for key in ("AP", "AP50", "AP75"))
-            in_image.append([run.name, group, run.settings.seed, shown(report["image"]["boundary_iou_image"]), *scores])
+            in_image.append(
+                [run.name, group, run.settings.seed, shown(report["image"]["boundary_iou_image"]), *scores]
+            )
     who = ["run", "group", "seed"]
-    above = table([*who, *(FIGURES[key] for key in keys)], on_roi)
-    return above + "\n\n" + table([*who, FIGURES["image_boundary_iou_image"], "AP", "AP50", "AP75"], in_image)
+    above = table(on_roi, [*who, *(title(key) for key in keys)])
+    return above + "\n\n" + table(in_image, [*who, title("image_boundary_iou_image"), "AP", "AP50", "AP75"])
 
 
 def paired_table(
@@ -54,12 +71,11 @@ def paired_table(
     for name, inside in size_groups([*on, *off]).items():
         cells = [_gain(difference(on, off, key, inside)) for key in keys]
         rows.append([name, int(inside.sum()), *cells])
-    return table(["people", "number", *(FIGURES[key] for key in keys)], rows)
+    return table(rows, ["people", "number", *(title(key) for key in keys)])
 
 
 def ablation_table(
-    results: Iterable[Result],
-    keys: Iterable[str] = ("target_iou", "boundary_iou", "boundary_f1_1px", "miou"),
+    results: Iterable[Result], keys: Iterable[str] = ("target_iou", "boundary_iou", "boundary_f1_1px", "miou")
 ) -> str:
     """What runs of the first one's kind gain over every other kind, the most Boundary IoU first; cells as in :func:`paired_table`.
 
@@ -71,10 +87,24 @@ def ablation_table(
     keys = list(keys)
     (_, whole), *others = by_settings(results).items()
     pairs = {name: _of_shared_seeds(whole, runs) for name, runs in others}
-    gains = {name: {key: difference(*pair, key) for key in dict.fromkeys([*keys, "boundary_iou"])} for name, pair in pairs.items()}
-    order = sorted(gains, key=lambda name: -1.0 if (lost := gains[name]["boundary_iou"]) is None else lost.mean, reverse=True)
-    rows = [[name, ", ".join(map(str, sorted(_seeds(pairs[name][1])))), *(_gain(gains[name][key]) for key in keys)] for name in order]
-    return table([f"{whole[0].name} less the same with", "seeds", *(FIGURES[key] for key in keys)], rows)
+    gains = {
+        name: {key: difference(*pair, key) for key in dict.fromkeys([*keys, "boundary_iou"])}
+        for name, pair in pairs.items()
+    }
+    order = sorted(
+        gains,
+        key=lambda name: -1.0 if (lost := gains[name]["boundary_iou"]) is None else lost.mean,
+        reverse=True,
+    )
+    rows = [
+        [
+            name,
+            ", ".join(map(str, sorted(_seeds(pairs[name][1])))),
+            *(_gain(gains[name][key]) for key in keys),
+        ]
+        for name in order
+    ]
+    return table(rows, [f"{whole[0].name} less the same with", "seeds", *(title(key) for key in keys)])
 
 
 def _seeds(runs: Sequence[Result]) -> set[int]:
@@ -87,18 +117,12 @@ def _of_shared_seeds(*kinds: Sequence[Result]) -> list[Sequence[Result]]:
     return [[run for run in runs if run.settings.seed in shared] if shared else runs for runs in kinds]
 
 
-def _gain(gain: Figure | None) -> str:
+def _gain(gain: Estimate | None) -> str:
     """A difference; bold where its interval leaves out 0."""
     if gain is None:
         return "none"
     sure = gain.interval is not None and gain.interval[0] * gain.interval[1] > 0
     return f"**{gain.text('+')}**" if sure else gain.text("+")
-
-
-def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; an empty cell for None."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
 
 
 def save_all(groups: dict[str, Sequence[Result]], folder: str | os.PathLike) -> list[Path]:

@@ -101,22 +101,6 @@ def test_a_start_is_timed_from_the_process_on():
     assert 0 < lines[0]["seconds"] <= lines[-1]["seconds"]
 
 
-def test_variants_that_were_left_out_are_what_is_trained(tiny, monkeypatch):
-    """Were the package not to take them, all of them would be the same, and seem to help nothing."""
-    monkeypatch.syspath_prepend(str(project_root() / "bench"))
-    extras, settings = bench("extras"), tiny()
-    monkeypatch.setattr(build, "build_loss", build.build_loss)  # put back afterwards
-    monkeypatch.setattr(build, "build_model", build.build_model)
-    store, cpu = open_split(settings, "train"), torch.device("cpu")
-    extras.patch("base")
-    assert not isinstance(build.build_step(settings, store, cpu).loss, extras.WithLoss)
-    extras.patch("boundary_loss")
-    assert isinstance(build.build_step(settings, store, cpu).loss, extras.WithLoss)
-    extras.patch("point_refinement")
-    parts = build.build_step(settings, store, cpu)
-    assert isinstance(parts.model, extras.PointRefinement) and isinstance(parts.loss, extras.WithLoss)
-
-
 def test_a_bench_steps_at_the_rate_of_a_long_run_whatever_its_store(tiny):
     speed = bench("speed")
     settings = tiny(batch_size=2, warmup_epochs=0, lr=1e-3, epochs=100)

@@ -37,9 +37,13 @@ def crops(settings):
 def imports_faulty(source: str) -> bool:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            if (node.module or "").split(".")[-1] == "faulty" or any(name.name == "faulty" for name in node.names):
+            if (node.module or "").split(".")[-1] == "faulty" or any(
+                name.name == "faulty" for name in node.names
+            ):
                 return True
-        elif isinstance(node, ast.Import) and any(name.name.split(".")[-1] == "faulty" for name in node.names):
+        elif isinstance(node, ast.Import) and any(
+            name.name.split(".")[-1] == "faulty" for name in node.names
+        ):
             return True
     return False
 
@@ -59,7 +63,11 @@ def test_nothing_else_imports_it():
 
 
 def test_the_search_for_users_finds_every_way_to_import():
-    for line in ("import refinelib.faulty", "from refinelib import faulty as f", "from .faulty import attempt"):
+    for line in (
+        "import refinelib.faulty",
+        "from refinelib import faulty as f",
+        "from .faulty import attempt",
+    ):
         assert imports_faulty(line)
     assert not imports_faulty("faulty = 1\nfrom refinelib import plots")
 
@@ -109,7 +117,9 @@ def test_gate_and_length_pass_the_nan_on_to_the_network(settings, crops, part):
     only = dict(use_boundary_refinement=part == "gate", use_active_contour_loss=part == "length")
     settings = settings.model_copy(update=only)
     norms = {True: [], False: []}
-    for first, seed in itertools.product(norms, range(4)):  # whether neighbours share a number depends on the weights, and on rounding
+    for first, seed in itertools.product(
+        norms, range(4)
+    ):  # whether neighbours share a number depends on the weights, and on rounding
         torch.manual_seed(seed)
         model, criterion = build_model(settings), build_loss(settings)
         if first:
@@ -181,14 +191,19 @@ def test_settings_that_reach_nothing(settings):
     loss, schedule = faulty.first_build(changed, 100)
     ours, guard = build_loss(changed), build_guard(changed, torch.nn.Linear(2, 2), None, steps_per_epoch=10)
     for name in lowered:
-        assert (loss.weights[name.removesuffix("_weight")], ours.weights[name.removesuffix("_weight")]) == (0.1, 0.01)
+        assert (loss.weights[name.removesuffix("_weight")], ours.weights[name.removesuffix("_weight")]) == (
+            0.1,
+            0.01,
+        )
     start = torch.tensor(0)
     assert float(schedule(start)) == pytest.approx(changed.lr)
     assert float(guard.schedule(start)) == pytest.approx(changed.lr / 20)
 
 
 # -- the loop --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("layer", [torch.nn.Conv2d(8, 4, 3, padding=1), torch.nn.Linear(9, 4)], ids=["convolution", "linear"])
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Conv2d(8, 4, 3, padding=1), torch.nn.Linear(9, 4)], ids=["convolution", "linear"]
+)
 def test_half_layers_are_half_precision_layers(layer):
     x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.float16):
