@@ -1,10 +1,9 @@
-"""Notebooks as people run them: how they are stored, and papermill's traps, for real and in smoke size."""
+"""Notebooks as stored, and papermill's traps in one run of train.ipynb; nbval executes all of them."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+import itertools
 from pathlib import Path
 
 import nbformat
@@ -12,7 +11,7 @@ import pytest
 from helpers import papermill, read
 from papermill import inspect_notebook
 
-from refinelib.config import Settings, parameters_cell, project_root
+from refinelib.config import parameters_cell, project_root, settings_class
 from refinelib.runs import Run
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
@@ -21,8 +20,10 @@ TRAIN = project_root() / "notebooks" / "train.ipynb"
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-
-
+def parameters(path: Path) -> list[str]:
+    """Lines of the tagged parameters cell, without comments that stand alone."""
+    (cell,) = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    return [line for line in cell.source.splitlines() if line and not line.startswith("#")]
 
 
 # -- as stored -------------------------------------------------------------------------------------
@@ -39,7 +40,9 @@ def test_stored_clean(path: Path):
     assert "widgets" not in notebook.metadata
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            assert cell.outputs == [] and cell.execution_count is None, f"cell {cell.id} is stored with what it printed"
+            assert cell.outputs == [] and cell.execution_count is None, (
+                f"cell {cell.id} is stored with what it printed"
+            )
     ids = [cell.id for cell in notebook.cells]
     assert len(set(ids)) == len(ids)
 
@@ -50,7 +53,7 @@ def test_tells_a_story(path: Path):
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
     missing = [word for word in ("CPU", "GPU", "Needs") if word not in cells[0].source]
     assert not missing, "the first cell says how long it takes and what it needs"
-    for before, cell in zip(cells, cells[1:]):
+    for before, cell in itertools.pairwise(cells):
         if cell.cell_type == "code":
             assert before.cell_type == "markdown", f"no prose above {cell.id}"
 
@@ -67,138 +70,86 @@ def test_cells_are_short_and_hold_no_class(path: Path):
 
 
 @each_notebook
-def test_has_a_parameters_cell_with_types_and_comments(path: Path):
-    tagged = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    lines = [line for line in tagged[0].source.splitlines() if line and not line.startswith("#")]
-    assert lines and all(isinstance(ast.parse(line).body[0], ast.AnnAssign) and "  # " in line for line in lines)
-
-
-@each_notebook
 def test_papermill_reads_every_parameter(path: Path):
     """One that it cannot parse (an equals sign in the comment does it) is missing in ``--help-notebook``."""
-    tagged = next(cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", []))
+    lines = parameters(path)
+    assert lines and all(
+        isinstance(ast.parse(line).body[0], ast.AnnAssign) and "  # " in line for line in lines
+    )
     found = inspect_notebook(str(path))
-    assert set(found) == {node.target.id for node in ast.parse(tagged.source).body}
+    assert list(found) == [line.split(":")[0] for line in lines]
     assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in found.values())
 
 
 def test_train_offers_every_setting():
-    tagged = next(cell for cell in read(TRAIN).cells if "parameters" in cell.metadata.get("tags", []))
-    assert tagged.source == parameters_cell(), "settings changed: put config.parameters_cell() into train.ipynb again"
-    assert {node.target.id for node in ast.parse(tagged.source).body} == set(Settings.model_fields)
+    (cell,) = [cell for cell in read(TRAIN).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert cell.source == parameters_cell(), "settings changed: put config.parameters_cell() into train.ipynb"
+    assert {line.split(":")[0] for line in parameters(TRAIN)} == set(settings_class().model_fields)
 
 
-def test_train_refuses_settings_before_it_imports_torch():
+@pytest.mark.parametrize("name, own", [("debug", {"recipe"}), ("progressive", {"init_from"})])
+def test_a_parameter_that_is_a_setting_says_the_same_everywhere(name, own):
+    settings = {line.split(":")[0]: line for line in parameters_cell().splitlines()}
+    for line in parameters(TRAIN.with_name(f"{name}.ipynb")):
+        setting = line.split(":")[0]
+        assert setting in own or line == settings.get(setting, line)
+
+
+def test_train_checks_its_settings_before_anything_else():
     code = [cell for cell in read(TRAIN).cells if cell.cell_type == "code"]
     assert "parameters" in code[0].metadata.tags
-    assert code[1].source.startswith("from refinelib.config import") and "from_notebook(globals())" in code[1].source
-    loaded = "import sys\n" + code[1].source + "\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, cwd=project_root())
+    assert (
+        code[1].source.startswith("from refinelib.config import")
+        and "from_notebook(globals())" in code[1].source
+    )
 
 
 # -- as run ----------------------------------------------------------------------------------------
-def check_run(folder: Path, executed: Path, output: str) -> Run:
-    """The run finished in smoke size, its figures are on disk and shown, once each; nothing untidy is kept."""
-    run = Run(folder)
-    assert run.status()["state"] == "ok", output
-    assert run.settings().smoke
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with ``out.ipynb``, train.ipynb as executed by the command line, and ``runs/second``."""
+    folder = tmp_path_factory.mktemp("papermill")
+    notebook = read(TRAIN)
+    check = "again = from_notebook(globals())\nassert again == settings, (again, settings)"
+    notebook.cells.append(nbformat.v4.new_code_cell(check))
+    nbformat.write(notebook, folder / "train.ipynb")
+    done = papermill(
+        *(folder / "train.ipynb", folder / "out.ipynb", "-f", "../params/phase4.yaml", "-p", "lr", "5e-6"),
+        *("-p", "init_from", "none", "-p", "use_contour_detection", "false", "-p", "run", "second"),
+        *("-p", "output_dir", folder / "runs"),
+        cwd=TRAIN.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_number_a_flag_and_a_recipe_file_are_what_they_mean(trained: Path):
+    """Also: the settings cell gives the same settings when it is run again after all the others."""
+    run = Run(trained / "runs" / "second")
+    settings = run.settings()
+    assert run.status()["state"] == "ok" and settings.smoke and settings.lr == 5e-6
+    assert (settings.recipe, settings.use_contour_detection, settings.use_distance_transform) == (
+        "phase4", False, True
+    )  # fmt: skip
+    assert "contour" not in run.steps()[0]["losses"]
+
+
+def test_figures_are_saved_and_shown_once_and_nothing_untidy_is_kept(trained: Path):
     figures = {"overview", "losses", "gradient_norm", "learning_rate", "ious", "samples"}
-    assert {file.stem for file in (folder / "figures").glob("*.png")} == figures
-    notebook = read(executed)
+    assert {file.stem for file in (trained / "runs" / "second" / "figures").glob("*.png")} == figures
+    notebook = read(trained / "out.ipynb")
     outputs = [(cell.id, item) for cell in notebook.cells for item in cell.get("outputs", [])]
     pictures = [cell for cell, item in outputs if "image/png" in item.get("data", {})]
     assert sorted(pictures) == sorted({"data"} | {name.replace("_", "-") for name in figures})
     assert "widgets" not in notebook.metadata
-    return run
 
 
-def test_papermill_inside_notebooks_with_a_small_learning_rate(tmp_path: Path):
-    where = ("-p", "output_dir", tmp_path / "runs")
-    done = papermill("train.ipynb", tmp_path / "out.ipynb", "-p", "lr", "5e-6", *where, cwd=TRAIN.parent)
-    assert done.returncode == 0, done.stderr
-    run = check_run(tmp_path / "runs" / "demo", tmp_path / "out.ipynb", done.stderr)
-    assert run.settings().lr == 5e-6
-
-
-def test_papermill_from_the_root_with_a_recipe_file_and_a_flag(tmp_path: Path):
-    """Also: the settings cell gives the same settings when it is run again after all the others."""
-    notebook = read(TRAIN)
-    check = "again = from_notebook(globals())\nassert again == settings, (again, settings)"
-    notebook.cells.append(nbformat.v4.new_code_cell(check))
-    nbformat.write(notebook, tmp_path / "train.ipynb")
-    done = papermill(
-        *(tmp_path / "train.ipynb", tmp_path / "out.ipynb", "-f", "params/phase4.yaml"),
-        *("-p", "use_contour_detection", "false", "-p", "run", "second", "-p", "output_dir", tmp_path / "runs"),
-        cwd=project_root(),
-    )
-    assert done.returncode == 0, done.stderr
-    run = check_run(tmp_path / "runs" / "second", tmp_path / "out.ipynb", done.stderr)
-    settings = run.settings()
-    assert (settings.recipe, settings.use_contour_detection, settings.use_distance_transform) == ("phase4", False, True)
-    assert "contour" not in run.steps()[0]["losses"]
-
-
-def test_papermill_stops_at_once_with_a_sentence(tmp_path: Path):
+def test_a_wrong_parameter_stops_papermill_before_anything_is_trained(tmp_path: Path):
     """What else is refused, and how: test_config.py."""
     given = ("-p", "learning_rate", "1e-3", "-p", "output_dir", tmp_path / "runs")
-    done = papermill("train.ipynb", tmp_path / "out.ipynb", *given, cwd=TRAIN.parent)
+    done = papermill("notebooks/train.ipynb", tmp_path / "out.ipynb", *given, cwd=project_root())
     assert done.returncode != 0
     assert "there is no setting 'learning_rate'; did you mean 'lr'?" in done.stderr
     assert not (tmp_path / "runs").exists()
     reached = [cell.id for cell in read(tmp_path / "out.ipynb").cells if cell.get("execution_count")]
     assert reached[-1] == "settings"
-
-
-INCIDENT = project_root() / "notebooks" / "incident.ipynb"
-
-
-def test_incident_makes_its_own_where_there_is_none_and_finds_it_again(tmp_path: Path):
-    where = ("-p", "output_dir", tmp_path / "runs", "-p", "device", "cpu")
-    done = papermill("incident.ipynb", tmp_path / "out.ipynb", *where, cwd=INCIDENT.parent)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs" / "incident" / "incidents").iterdir()
-    assert {file.stem for file in (folder / "figures").glob("*.png")} == {"pictures", "activations", "gradients", "parameter_gradients"}
-    outputs = [(cell.id, item) for cell in read(tmp_path / "out.ipynb").cells for item in cell.get("outputs", [])]
-    assert sorted(cell for cell, item in outputs if "image/png" in item.get("data", {})) == ["activations", "gradients", "parameter-gradients", "pictures"]
-    text = "".join(item["text"] for cell, item in outputs if cell in ("words", "replay"))
-    assert "planted by inject: activation:nan@5:contour" in text and "same step: bit for bit" in text
-    assert "the first output that is not finite is that of contour: 1 of its" in text
-    # by its folder, which may have come from another machine: no run around it
-    travelled = (tmp_path / "elsewhere").with_suffix(".incident")
-    folder.rename(travelled)
-    done = papermill("notebooks/incident.ipynb", tmp_path / "out.ipynb", "-p", "incident", travelled, *where, cwd=project_root())
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "runs" / "incident-2").exists()
-
-
-def pictures(executed: Path) -> list[str]:
-    """Cells that show a picture; nothing untidy is kept."""
-    notebook = read(executed)
-    assert "widgets" not in notebook.metadata
-    outputs = [(cell.id, item) for cell in notebook.cells for item in cell.get("outputs", [])]
-    return [cell for cell, item in outputs if "image/png" in item.get("data", {})]
-
-
-def test_predict_and_results_run_with_nothing_given(tmp_path: Path):
-    """Each trains what it lacks; results leaves runs that predict then finds."""
-    where = ("-p", "output_dir", tmp_path / "runs")
-    done = papermill("results.ipynb", tmp_path / "results.ipynb", *where, cwd=TRAIN.parent)
-    assert done.returncode == 0, done.stderr
-    assert pictures(tmp_path / "results.ipynb") == ["gains", "jitter", "worst-and-best", "closeups"]
-    left = tmp_path / "runs" / "results"
-    assert {file.stem for file in left.glob("*.png")} == {"gains", "jitter", "worst_and_best", "closeups"}
-    assert "## Refinement on against off" in (left / "tables.md").read_text()
-    assert (left / "tiny-refined" / "coco_results.json").is_file() and (left / "tiny-plain" / "people.csv").is_file()
-
-    done = papermill("notebooks/predict.ipynb", tmp_path / "predict.ipynb", *where, cwd=project_root())
-    assert done.returncode == 0, done.stderr
-    assert pictures(tmp_path / "predict.ipynb") == ["boxes", "masks"]
-    saved = {file.name for file in (tmp_path / "runs" / "predictions" / "synthetic").iterdir()}
-    assert {"synthetic_overlay.png", "synthetic_coco.json", "synthetic_person0.png"} <= saved
-    assert not (tmp_path / "runs" / "tiny").exists()
-
-    runs = ("-p", "runs", f"{tmp_path}/runs/tiny-refined", "-p", "jitter", "false", "-p", "max_images", "4")
-    done = papermill("results.ipynb", tmp_path / "alone.ipynb", *where, *runs, cwd=TRAIN.parent)
-    assert done.returncode == 0, done.stderr
-    assert pictures(tmp_path / "alone.ipynb") == ["worst-and-best"]
