@@ -42,8 +42,8 @@ class Evaluation:
     Attributes:
         report: figures as plain numbers, see :func:`evaluate`.
         people: one row a ROI as columns ``[N]``: ``annotation_id``, ``image_id``, ``x0`` ... ``y1``,
-            ``area``, the figures of the ROI by name, those of the whole image with ``image_`` before it; nan where
-            one does not apply.
+            ``area``, the figures of the ROI by name, those of the whole image with ``image_`` before it; nan
+            where one does not apply.
         results: every person's mask in COCO's results format.
         masks: run lengths of the masks of the rows of ``people``, by annotation id.
         confusion: int64 ``[N, 3, 3]``, pixel counts of each ROI: row = truth, column = prediction.
@@ -188,8 +188,9 @@ def measure(
         CheckpointError, DataError: no usable checkpoint, or no usable data.
         ValueError: none or more than one kind of data was given, or a number out of range.
     """
-    coco = [given is not None for given in (images, annotations)]
-    if any(coco) + (pennfudan is not None) + (source is not None) != 1 or any(coco) != all(coco):
+    coco = None if images is None or annotations is None else (Path(annotations), Path(images))
+    half = coco is None and (images is not None or annotations is not None)
+    if half or sum(given is not None for given in (coco, pennfudan, source)) != 1:
         raise ValueError("give images and annotations (COCO), or pennfudan, the folder of that set, not both")
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images = {max_images}: give at least 1, or leave it out for all")
@@ -198,10 +199,11 @@ def measure(
         predictor = predictor.with_flip(flip)
     settings = predictor.settings
     if pennfudan is not None:
-        source = PennFudanPeople(pennfudan, split="val")
-    elif source is None:
+        source = PennFudanPeople(Path(pennfudan), split="val")
+    elif coco is not None:
         outside = settings.allow_images_outside if allow_images_outside is None else allow_images_outside
-        source = CocoPeople(annotations, images, split="val", allow_outside=outside)
+        source = CocoPeople(*coco, split="val", allow_outside=outside)
+    assert source is not None
     with tempfile.TemporaryDirectory() as temporary:
         store = open_store(
             source,
@@ -267,7 +269,7 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
 
 def _columns(on_roi: SegmentationMetrics, in_image: ImageMetrics, store: Store) -> dict[str, Any]:
     """One row a ROI: its ids and box, its figures on the ROI, its figures in the image."""
-    people = {"annotation_id": store.annotation_ids, "image_id": store.image_ids}
+    people: dict[str, Any] = {"annotation_id": store.annotation_ids, "image_id": store.image_ids}
     people |= {name: store.boxes[:, i] for i, name in enumerate(("x0", "y0", "x1", "y1"))}
     people["area"] = store.areas
     people |= {name: value.cpu().numpy() for name, value in on_roi.per_roi().items() if name not in KEYS}

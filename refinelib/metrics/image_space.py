@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,7 @@ class ImageMetrics:
             image: that it is in.
             person: its place among the image's.
             found: labels of its box.
-            truth: labels ``[H, W]`` on the device, 1 where the person is.
+            truth: labels ``[H, W]`` on the device, 1 where the person is; not looked at if it is not scored.
             extent: xyxy of the person's own pixels.
         """
         mask = (found.labels == TARGET).cpu().numpy()
@@ -250,8 +251,8 @@ def score_in_images(
         with one_thread():
             for person, (slot, *pasted) in enumerate(each):
                 mask = image.masks[slot]
-                extent = box_of(mask)
-                labels = _labels(torch.from_numpy(mask).to(device), anyone)
+                extent, scored = box_of(mask), image.scored[person]
+                labels = _labels(torch.from_numpy(mask).to(device), anyone) if scored else anyone
                 for one, figures in zip(pasted, found.values(), strict=True):
                     figures.add(image, person, one, labels, extent)
                 if truth is not None:
@@ -378,11 +379,11 @@ def average_precision(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    sizes = {entry["image_id"]: entry["segmentation"]["size"] for entry in truth}
     annotations = []
-    for number, entry in enumerate(truth, start=1):  # an id of 0 would count as no match
+    for number, entry in enumerate(_apart(truth, results), start=1):  # an id of 0 would count as no match
         box = coco_mask.toBbox(entry["segmentation"]).tolist()
         annotations.append({**entry, "id": number, "bbox": box, "iscrowd": 0})
+    sizes = {entry["image_id"]: entry["segmentation"]["size"] for entry in annotations}
     with contextlib.redirect_stdout(io.StringIO()):
         known = COCO()
         known.dataset = {
@@ -398,3 +399,24 @@ def average_precision(
         evaluation.summarize()
     found = zip(COCO_FIGURES, evaluation.stats[:6].tolist(), strict=True)
     return {name: None if value < 0 else value for name, value in found}
+
+
+def _apart(truth: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The truth, where those of a crowd that no result can match are in another image.
+
+    COCO counts the 100 surest results of an image, and compares each with everybody in it. A person whose IoU
+    with all of them is under 0.5 is missed in any case, in whatever image.
+    """
+    people, found = defaultdict(list), defaultdict(list)
+    for entry in truth:
+        people[entry["image_id"], entry["category_id"]].append(entry)
+    for entry in results:
+        found[entry["image_id"], entry["category_id"]].append(entry)
+    elsewhere = 1 + max((entry["image_id"] for entry in truth), default=0)
+    for place, entries in people.items():
+        surest = sorted(found[place], key=lambda entry: -entry["score"])[:100]
+        masks = [[entry["segmentation"] for entry in some] for some in (surest, entries)]
+        overlaps: Any = coco_mask.iou(*masks, [False] * len(entries))
+        near: Any = np.asarray(overlaps).reshape(-1, len(entries)) >= 0.5
+        for entry, matched in zip(entries, near.any(0), strict=True):
+            yield entry if matched or len(entries) <= 100 else {**entry, "image_id": elsewhere}

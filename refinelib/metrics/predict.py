@@ -146,8 +146,8 @@ class Predictor:
         Multiplied by the decision weights, after which they sum to 1 again (:func:`predict_probs`).
 
         Args:
-            image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file). The pixels as stored, as COCO
-                annotates them: a file's or a PIL image's EXIF orientation is not applied, and boxes made on
+            image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file). The pixels as stored, as
+                COCO annotates them: a file's or a PIL image's EXIF orientation is not applied, and boxes made on
                 the upright image need that (``PIL.ImageOps.exif_transpose``).
             boxes: ``[N, 4]`` xyxy in pixels; may reach outside the image.
             batch_size: ROIs at once.
