@@ -6,7 +6,8 @@
   the distance loss, of which it is a part already.
 - ``active_boundary_loss``: Wang et al., "Active Boundary Loss for Semantic Segmentation", AAAI 2022: the
   predicted boundary is pulled towards the true one, pixel by pixel, through the divergence of neighbours.
-- ``point_refinement``: Kirillov et al., PointRend, CVPR 2020, on the mask's own grid: a small per-pixel network
+- ``point_refinement``: Kirillov et al., PointRend, CVPR 2020, on the mask's own grid: a small per-pixel
+  network
   rewrites the least certain quarter of the pixels and is trained on those.
 
 Runs and tables are those of bench/quality.py. bench/quality.md holds the outcome.

@@ -53,15 +53,16 @@ REMEDIES: dict[str, dict[str, Any]] = {
 
 # -- 1: the sampler --------------------------------------------------------------------------------
 def one_bin_crop(image: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
-    """Did: sampled the box (xyxy) of an image ``[C, H, W]`` at ``size`` (h, w) positions, float32 ``[C, h, w]``.
+    """Did: sampled the box (xyxy) of an image ``[C, H, W]`` at ``size`` positions, float32 ``[C, h, w]``.
 
-    Fails: the positions run over one output bin of the box, ``x0 + (0..1 + 0.5) * bin``, where they should run over
-    all of it. They are also scaled for corner-aligned sampling and sampled without, a shift of half a pixel.
-    Instead: :func:`~refinelib.modeling.roi.crop_rois`, tested on ramps and against exact areas.
+    Fails: the positions run over one output bin of the box, ``x0 + (0..1 + 0.5) * bin``, where they should
+    run over all of it. They are also scaled for corner-aligned sampling and sampled without, a shift of
+    half a pixel. Instead: :func:`~refinelib.modeling.roi.crop_rois`, tested on ramps and against exact
+    areas.
     """
     places = []
     for low, high, cells, pixels in zip(
-        box[:2].tolist(), box[2:].tolist(), reversed(size), reversed(image.shape[1:])
+        box[:2].tolist(), box[2:].tolist(), reversed(size), reversed(image.shape[1:]), strict=False
     ):
         at = low + (torch.linspace(0, 1, cells, dtype=torch.float64) + 0.5) * (high - low) / cells
         places.append(at / (pixels - 1) * 2 - 1)
@@ -83,7 +84,9 @@ def crop_people(settings: Settings, split: str) -> Crops:
     source = make_source(settings, split)
     people = source.instances(settings.max_images)
     crops, scene, anyone, shown = [], None, None, None
-    for index, slot, box in zip(people.image_index, people.slots, torch.from_numpy(people.boxes)):
+    for index, slot, box in zip(
+        people.image_index, people.slots, torch.from_numpy(people.boxes), strict=False
+    ):
         if index != shown:
             scene, shown = source.scene(int(index)), index
             anyone = scene.masks.any(0)
@@ -93,17 +96,17 @@ def crop_people(settings: Settings, split: str) -> Crops:
         whole = crop_rois(image, box[None], settings.roi_size)[0]
         labels = labels_from_coverage(covered.permute(1, 2, 0))
         crops.append((one_bin_crop(image, box, settings.roi_size), whole, labels))
-    one_bin, whole, labels = (torch.stack(x) for x in zip(*crops))
+    one_bin, whole, labels = (torch.stack(x) for x in zip(*crops, strict=False))
     return Crops(normalise(one_bin), normalise(whole), labels)
 
 
 # -- 2: the edges ----------------------------------------------------------------------------------
 def bare_edges(probs: Tensor) -> Tensor:
-    """Did: edge magnitude ``sqrt(dx^2 + dy^2)`` of ``[..., H, W]``, in its own precision: ``[..., H - 1, W - 1]``.
+    """Did: edge magnitude ``sqrt(dx^2 + dy^2)`` in its own precision, one row and column less.
 
-    Fails: backward divides by the magnitude, 0/0 wherever three neighbours are equal. In half precision there are only
-    some 10,000 different probabilities, and neighbours are equal all the time.
-    Instead: :func:`~refinelib.modeling.geometry.edge_strength`, in float32 with a smooth foot.
+    Fails: backward divides by the magnitude, 0/0 wherever three neighbours are equal. In half precision
+    there are only some 10,000 different probabilities, and neighbours are equal all the time. Instead:
+    :func:`~refinelib.modeling.geometry.edge_strength`, in float32 with a smooth foot.
     """
     here = probs[..., :-1, :-1]
     dx, dy = probs[..., :-1, 1:] - here, probs[..., 1:, :-1] - here
@@ -119,13 +122,15 @@ def network_probs(logits: Tensor) -> Tensor:
 
 
 class BatchGate(BoundaryRefinement):
-    """Did: opened the boundary refinement by bare edges, scaled by the batch's least and largest, gradient and all.
+    """Did: gated the boundary refinement by bare edges, scaled by the batch's least and largest.
 
-    Fails: passes the NaN of :func:`bare_edges` on to every weight before it; one sample changes another's mask.
-    Instead: :class:`~refinelib.modeling.refinements.BoundaryRefinement`, each pixel by itself and no gradient through the gate.
+    Fails: passes the NaN of :func:`bare_edges` on to every weight before it; one sample changes another's
+    mask. Instead: :class:`~refinelib.modeling.refinements.BoundaryRefinement`, each pixel by itself and no
+    gradient through the gate.
     """
 
     def forward(self, logits: Tensor, features: Tensor, image: Tensor) -> Tensor:
+        """Return new logits float32 ``[B, 2, H, W]``."""
         probs = network_probs(logits)
         edges = F.pad(bare_edges(probs), (0, 1, 0, 1), mode="replicate").float().mean(dim=1, keepdim=True)
         gate = (edges - edges.min()) / (edges.max() - edges.min() + 1e-6)
@@ -134,7 +139,7 @@ class BatchGate(BoundaryRefinement):
 
 
 class BareLoss(MaskLoss):
-    """Did: our losses, the length term of the active contour from bare edges; with ``clamps`` each is cut at 10.
+    """Did: our losses, the contour's length from bare edges; with ``clamps`` each is cut at 10.
 
     Fails: as :func:`bare_edges`; ``clamp(max=10)`` lets NaN through and has no gradient above 10.
     Instead: :func:`~refinelib.modeling.losses.active_contour` and :func:`~refinelib.modeling.losses.capped`.
@@ -145,19 +150,21 @@ class BareLoss(MaskLoss):
         self.length_weight, self.clamps = whole.options["active_contour_smoothness"], clamps
 
     def per_sample(self, output, labels: Tensor) -> dict[str, Tensor]:
+        """Each loss, float32 ``[B]`` by name."""
         costs = super().per_sample(output, labels)
         if "active_contour" in costs:
             costs["active_contour"] = costs["active_contour"] + self.length_weight * self.length
         return {name: cost.clamp(max=10.0) for name, cost in costs.items()} if self.clamps else costs
 
     def forward(self, output, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Total and components, as our losses return them."""
         edges = bare_edges(network_probs(output.logits))  # before autocast is switched off for the rest
         self.length = (edges.clamp(max=10.0) if self.clamps else edges).float().mean(dim=(-3, -2, -1))
         return super().forward(output, labels)
 
 
 def use_bare_edges(model: nn.Module) -> None:
-    """Put the first gate into our model, and PyTorch's own initialisation into its last layers, as they had it."""
+    """Put the first gate and PyTorch's own initialisation of the last layers into our model."""
     if model.boundary is not None:
         model.boundary.__class__ = BatchGate  # the same layers and weights, another gate
     for layer in model.modules():
@@ -169,9 +176,9 @@ def use_bare_edges(model: nn.Module) -> None:
 def half_guard(loss: Tensor, parameters: list[Tensor], *, clip: float, mixed: bool) -> tuple[bool, float]:
     """Did: clipped, and said whether to take the step and what gradient norm to log.
 
-    Fails: under mixed precision it looks at nothing and logs 0. Elsewhere it looks for NaN, not Inf; and clipping by an
-    infinite norm multiplies Inf by 0, which is NaN.
-    Instead: :class:`~refinelib.guard.guard.Guard`, one path for every precision, which judges before it clips.
+    Fails: under mixed precision it looks at nothing and logs 0. Elsewhere it looks for NaN, not Inf; and
+    clipping by an infinite norm multiplies Inf by 0, which is NaN. Instead:
+    :class:`~refinelib.guard.guard.Guard`, one path for every precision, which decides before it clips.
     """
     if mixed:
         clip_grad_norm_(parameters, clip)
@@ -197,12 +204,12 @@ def gradient_norm(parameters: list[Tensor], scale: float = 1.0) -> float:
 
 
 class FirstLoop:
-    """Did: ``torch.amp.GradScaler`` as it comes, then the optimizer. ``floor`` and ``guarded`` put ours in its place.
+    """Did: ``torch.amp.GradScaler`` as it comes, then the optimizer; ``floor`` and ``guarded`` are ours.
 
-    Fails: every skipped step halves the scale and nothing holds it. From 2^-128 down its inverse is infinite in
-    float32. The scaler looks at gradients before it multiplies them with that: the first healthy step writes Inf
-    and NaN into the weights.
-    Instead: :class:`~refinelib.guard.guard.Guard` holds the scale at ``loss_scale_floor`` and divides.
+    Fails: every skipped step halves the scale and nothing holds it. From 2^-128 down its inverse is
+    infinite in float32. The scaler looks at gradients before it multiplies them with that: the first
+    healthy step writes Inf and NaN into the weights. Instead: :class:`~refinelib.guard.guard.Guard` holds
+    the scale at ``loss_scale_floor`` and divides.
     """
 
     def __init__(
@@ -261,20 +268,25 @@ class OurLoop:
         )
 
     def step(self, loss: Tensor) -> dict[str, Any]:
+        """Backward and update; the same record as that of :class:`FirstLoop`."""
         scale = float(self.guard.state["scale"])
         self.guard.zero_grad()
         self.guard.scale(loss).backward()
         norm = gradient_norm(self.guard.parameters, scale)
-        report = dict(zip(REPORT, self.guard.step(loss.detach()).tolist()))
+        report = dict(zip(REPORT, self.guard.step(loss.detach()).tolist(), strict=False))
         told = dict(reported=report["grad_norm"], skipped=bool(report["skipped"]), lr=report["lr"])
         return dict(told, grad_norm=norm, loss_scale=scale)
 
 
 def guard_trial(settings: Settings, spoil: str, *, mixed: bool, ours: bool) -> dict[str, Any]:
-    """One step of a one-layer network that is spoilt by hand, to see who notices; nothing else here does so.
+    """One step of a one-layer network with a planted fault, to see who notices.
 
     Args:
-        spoil: ``NaN`` or ``Inf``, then ``loss`` (the gradient stays finite) or ``gradient``; or ``tiny scale``, a
+        settings: of the step.
+        mixed: in mixed precision.
+        ours: with our guard.
+        spoil: ``NaN`` or ``Inf``, then ``loss`` (the gradient stays finite) or ``gradient``; or ``tiny
+            scale``, a
             healthy step at a loss scale of 2^-130.
 
     Returns:
@@ -303,8 +315,9 @@ def guard_trial(settings: Settings, spoil: str, *, mixed: bool, ours: bool) -> d
 class LoweredLoss(MaskLoss):
     """Did: lowered the refinement losses to 0.01 here, after the first NaN.
 
-    Fails: :func:`first_build` names every weight, so a default is never used, and its schedule reads no warm-up.
-    Instead: ``build.py`` is the one place where a setting meets its object, and a test changes each and looks for it.
+    Fails: :func:`first_build` names every weight, so a default is never used, and its schedule reads no
+    warm-up. Instead: ``build.py`` is the one place where a setting meets its object, and a test changes
+    each and looks for it.
     """
 
     def __init__(
@@ -335,7 +348,7 @@ def first_build(settings: Settings, steps: int) -> tuple[MaskLoss, WarmupCosine]
 
 # -- all together ----------------------------------------------------------------------------------
 class HalfLayers(TorchFunctionMode):
-    """float16 convolutions and matrix products of layers on a CPU as on a GPU: float16 in and out, sums in float32.
+    """float16 convolutions and matrix products on a CPU as on a GPU: float16 in and out, sums in float32.
 
     PyTorch's own take ten times as long on a CPU without float16 arithmetic.
     """
@@ -354,7 +367,7 @@ class HalfLayers(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Attempt:
-    """A run: one record a step, and the target IoU it reached, from each person's own crop and from another's.
+    """A run: a record a step, and its target IoU from each person's own crop and from another's.
 
     Where both are alike, the network does not look. NaN: its masks are NaN.
     """
@@ -374,13 +387,13 @@ def attempt(
     remedy: str | None = None,
     seed: int | None = None,
 ) -> Attempt:
-    """Train ``steps`` steps with some of the faults, and against them one of the remedies; without faults, it is ours.
+    """Train ``steps`` steps with some of the faults and one of the remedies; without faults, it is ours.
 
     ``seed`` takes the place of the settings' own.
 
-    A record holds loss, grad_norm (true, unscaled), reported (the norm that was logged), loss_scale, skipped, lr,
-    nan_tensors (parameter tensors with NaN after the step) and contrast (standard deviation inside a crop).
-    A run whose weights are NaN is given ten more steps.
+    A record holds loss, grad_norm (true, unscaled), reported (the norm that was logged), loss_scale,
+    skipped, lr, nan_tensors (parameter tensors with NaN after the step) and contrast (standard deviation
+    inside a crop). A run whose weights are NaN is given ten more steps.
     """
     changes = dict(REMEDIES[remedy]) if remedy else {}
     settings = settings.model_copy(update=changes | ({} if seed is None else {"seed": seed}))
@@ -430,7 +443,7 @@ def attempts(
     with ProcessPoolExecutor(
         min(cores, len(jobs), 4), mp_context=multiprocessing.get_context("spawn")
     ) as pool:
-        yield from zip(jobs, pool.map(_attempt, parcels))
+        yield from zip(jobs, pool.map(_attempt, parcels), strict=False)
 
 
 def _attempt(parcel: bytes) -> Attempt:
@@ -440,6 +453,7 @@ def _attempt(parcel: bytes) -> Attempt:
 
 
 def half_layers(device: torch.device):
+    """The context in which layers of a CPU compute in half precision."""
     return HalfLayers() if device.type == "cpu" else nullcontext()
 
 
@@ -447,7 +461,7 @@ def half_layers(device: torch.device):
 def target_iou(model: nn.Module, settings: Settings, images: Tensor, labels: Tensor) -> float:
     """Mean IoU of the target over crops that have one; NaN where the masks are."""
     device, found = build_device(settings), []
-    for x, y in zip(images.split(8), labels.split(8)):
+    for x, y in zip(images.split(8), labels.split(8), strict=False):
         with half_layers(device), autocast(settings, device):
             probs = model(x.to(device)).log_probs()
         if bool(probs.isnan().any()):

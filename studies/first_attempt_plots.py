@@ -44,13 +44,14 @@ def sampler(
     """One row a person: the image with the box and what was sampled, both crops, the labels.
 
     Args:
-        people: image uint8 [H, W, 3], box xyxy, crop of one bin and of the box uint8 [h, w, 3], labels [h, w].
+        people: image uint8 [H, W, 3], box xyxy, crop of one bin and of the box uint8 [h, w, 3], labels [h,
+            w].
     """
     figure = new_figure("what the sampler saw of the box", 0.5 + 2.35 * len(people))
     tiles = figure.subplots(len(people), 4, squeeze=False, width_ratios=[1.5, 1, 1, 1])
-    for row, (image, box, one_bin, whole, labels) in zip(tiles, people):
+    for row, (image, box, one_bin, whole, labels) in zip(tiles, people, strict=False):
         (x0, y0, x1, y1), (h, w) = box, labels.shape
-        for axes, picture in zip(row, (image, one_bin, whole, class_picture(labels))):
+        for axes, picture in zip(row, (image, one_bin, whole, class_picture(labels)), strict=False):
             aspect = "equal" if picture is image else (y1 - y0) / (x1 - x0) * w / h
             axes.imshow(picture, interpolation="nearest", aspect=aspect)
             axes.set_xticks([])
@@ -62,7 +63,7 @@ def sampler(
         arrow = dict(arrowstyle="->", color=VERMILLION, linewidth=1.8)
         row[0].annotate("", corner, (x0 + 0.33 * (x1 - x0), y0 + 0.22 * (y1 - y0)), arrowprops=arrow)
     heads = ("image, box (blue), what was sampled (red)", "first attempt's crop", "ours", "labels of the box")
-    for axes, head in zip(tiles[0], heads):
+    for axes, head in zip(tiles[0], heads, strict=False):
         axes.set_title(head, loc="left", fontsize=9)
     return figure
 
@@ -71,12 +72,12 @@ def nan_share(table: Mapping[str, Mapping[str, float]]) -> Figure:
     """Share of batches whose edge map's gradient is not finite: ``{series: {precision: share}}``."""
     figure = new_figure("batches that make the edge map's gradient NaN", 3.4)
     axes = figure.subplots()
-    colors = dict(zip(table, (VERMILLION, ORANGE, BLUE, SKY)))
+    colors = dict(zip(table, (VERMILLION, ORANGE, BLUE, SKY), strict=False))
     width = 0.8 / len(table)
     for i, (name, shares) in enumerate(table.items()):
         at = np.arange(len(shares)) + (i - (len(table) - 1) / 2) * width
         axes.bar(at, list(shares.values()), width * 0.92, color=colors[name], label=name)
-        for x, share in zip(at, shares.values()):
+        for x, share in zip(at, shares.values(), strict=False):
             axes.annotate(
                 f"{share:.0%}", (x, share), (0, 2), textcoords="offset points", ha="center", fontsize=8
             )
@@ -90,7 +91,7 @@ def nan_share(table: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def scale_fall(records: Sequence[Record]) -> Figure:
-    """The loss scale by step, its inverse below, and the step that wrote into the weights what is not finite."""
+    """The loss scale by step, its inverse below, and the step that made the weights not finite."""
     figure = new_figure("the loss scale's way down, and its inverse", 5.6)
     above, below = figure.subplots(2, 1, sharex=True)
     steps = np.arange(1, len(records) + 1)
@@ -144,7 +145,7 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
         scales = [max(record["loss_scale"], 2.0**-151) for record in records]
         broken = [record["nan_tensors"] for record in records]
         skips = np.cumsum([record["skipped"] for record in records])
-        for axes, values in zip(panels[1:], (scales, broken, skips)):
+        for axes, values in zip(panels[1:], (scales, broken, skips), strict=False):
             axes.plot(steps, values, color=color, linewidth=2, drawstyle="steps-post")
     panels[1].axhline(SMALLEST, color=GREY, linestyle="--", linewidth=1)
     _powers(panels[1], -151, 20, zero=True)
@@ -154,7 +155,7 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
         "parameter tensors with NaN",
         "steps skipped so far",
     )
-    for axes, title, unit in zip(panels, titles, ("loss", "factor", "tensors", "steps")):
+    for axes, title, unit in zip(panels, titles, ("loss", "factor", "tensors", "steps"), strict=False):
         style_axes(axes, title, "step" if axes in panels[2:] else "", unit)
     handles, labels = panels[0].get_legend_handles_labels()
     place = dict(loc="upper right", bbox_to_anchor=(0.995, 1.005), ncols=len(labels))  # beside the title
@@ -166,7 +167,7 @@ def remedies(runs: Mapping[str, Sequence[Record]]) -> Figure:
     """Loss scale by step of each run, and the share of its steps that were skipped; a cross is death."""
     figure = new_figure("each old remedy by itself, against all faults", 4.4)
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
-    for i, (name, records) in enumerate(runs.items()):
+    for i, (_name, records) in enumerate(runs.items()):
         steps = np.arange(1, len(records) + 1)
         scales = np.array([max(record["loss_scale"], 2.0**-151) for record in records])
         end = died(records)
@@ -208,10 +209,12 @@ def living(records: Sequence[Record]) -> Sequence[Record]:
 
 
 def skipped_share(records: Sequence[Record]) -> float:
+    """Share of the steps up to death that were skipped."""
     return statistics.fmean(bool(record["skipped"]) for record in living(records))
 
 
 def contrast(records: Sequence[Record]) -> float:
+    """Mean standard deviation inside a crop."""
     return statistics.fmean(record["contrast"] for record in records)
 
 
@@ -221,6 +224,7 @@ def nan_gradients(records: Sequence[Record]) -> float:
 
 
 def least_scale(records: Sequence[Record]) -> float:
+    """The least loss scale up to death."""
     return min(record["loss_scale"] for record in living(records))
 
 
@@ -248,21 +252,46 @@ class Cause(NamedTuple):
 
 CAUSES = {
     "1. one-bin sampler": Cause(
-        "learns nothing beyond an average mask", "standard deviation inside a crop", contrast, "{:.2f}".format,
-        lambda value, ours: value > 0.8 * ours, "`roi.crop_rois`: exact area average over the whole box"),
+        "learns nothing beyond an average mask",
+        "standard deviation inside a crop",
+        contrast,
+        "{:.2f}".format,
+        lambda value, ours: value > 0.8 * ours,
+        "`roi.crop_rois`: exact area average over the whole box",
+    ),
     "2. sqrt at 0": Cause(
-        "NaN gradients", "steps whose gradient is not finite", nan_gradients, "{:.0%}".format,
-        lambda value, ours: value < 0.02, "`geometry.edge_strength`: smooth at 0, float32; no gradient through the gate"),
+        "NaN gradients",
+        "steps whose gradient is not finite",
+        nan_gradients,
+        "{:.0%}".format,
+        lambda value, ours: value < 0.02,
+        "`geometry.edge_strength`: smooth at 0, float32; no gradient through the gate",
+    ),
     "3. scale without floor": Cause(
-        "the scale falls to 0, then every weight is NaN", "least loss scale while alive", least_scale, "{:.1e}".format,
-        lambda value, ours: value >= 1, "`guard.Guard`: a floor, and judges what it applies"),
+        "the scale falls to 0, then every weight is NaN",
+        "least loss scale while alive",
+        least_scale,
+        "{:.1e}".format,
+        lambda value, ours: value >= 1,
+        "`guard.Guard`: a floor, and a decision on what is applied",
+    ),
     "4. half guard": Cause(
-        "a logged gradient norm of 0; nobody warns", "healthy steps whose logged norm is the true one", true_norms, "{:.0%}".format,
-        lambda value, ours: value > 0.99, "`guard.Guard`: one path for every precision, NaN and Inf, judged before clipping"),
+        "a logged gradient norm of 0; nobody warns",
+        "healthy steps whose logged norm is the true one",
+        true_norms,
+        "{:.0%}".format,
+        lambda value, ours: value > 0.99,
+        "`guard.Guard`: one path for every precision, NaN and Inf, decided before clipping",
+    ),
     "5. settings that reach nothing": Cause(
-        "changes change nothing", "first learning rate, share of the peak", first_rate, "{:.0%}".format,
-        lambda value, ours: value < 0.5, "`build.py`: one place where settings meet objects, each tested"),
-}  # fmt: skip
+        "changes change nothing",
+        "first learning rate, share of the peak",
+        first_rate,
+        "{:.0%}".format,
+        lambda value, ours: value < 0.5,
+        "`build.py`: one place where settings meet objects, each tested",
+    ),
+}
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -295,6 +324,7 @@ def runs_table(runs: Mapping[str, Any], *, masks: bool = True) -> str:
     """One row a run: its fate, every cause's measure, and with ``masks`` what its masks are worth.
 
     Args:
+        masks: add the columns of target IoU.
         runs: by name; each has ``steps``, its records, ``target_iou`` and ``swapped_iou``.
     """
     head = ["run", "fate", "steps skipped", *(cause.how for cause in CAUSES.values())]

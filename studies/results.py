@@ -49,7 +49,7 @@ class Result(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean over runs with its spread over them and its interval over images; none where it does not apply."""
+    """A mean over runs with its spread over them and its interval over images; None: does not apply."""
 
     mean: float
     spread: float | None  # standard deviation over runs (n - 1); none for a single run
@@ -121,12 +121,14 @@ def score_runs(
     """Score each run on the same images, a line each.
 
     Args:
-        runs: names, folders or checkpoint files; or folders that ``python -m refinelib evaluate --save`` wrote, which are taken as
+        runs: names, folders or checkpoint files; or folders that ``python -m refinelib evaluate --save``
+            wrote, which are taken as
             they are: scored on another machine, say.
         source: of scenes.
         output_dir: where runs are looked for by name.
         device: ``auto``, ``cpu`` or ``cuda``.
-        jitter: also measure box jitter of :data:`studies.box_jitter.SIGMAS`, or of the shares given; the report has
+        jitter: also measure box jitter of :data:`studies.box_jitter.SIGMAS`, or of the shares given; the
+            report has
             the curve as ``jitter``.
         **options: of :func:`refinelib.metrics.evaluate.measure`, such as ``max_images``.
 
@@ -171,18 +173,19 @@ def _saved(folder: str | os.PathLike) -> Evaluation | None:
 
 
 def _refuse_other_people(saved: Sequence[Evaluation], source: Source, max_images: int | None) -> None:
-    """Raises ValueError where an evaluation is of people that the source does not have; the source is read only if there is one."""
+    """Raises ValueError where an evaluation is of people that the source does not have."""
     known = set(source.instances(max_images).annotation_ids.tolist()) if saved else set()
     for one in saved:
         mine = set(one.people["annotation_id"].tolist())
         if not mine <= known:
             raise ValueError(
-                f"{one.name} was scored on other images ({len(mine - known)} of its {len(mine)} people are not among these): give the images it was scored on"
+                f"{one.name} was scored on other images ({len(mine - known)} of its {len(mine)} people are "
+                "not among these): give the images it was scored on"
             )
 
 
 def by_settings(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Runs that differ in nothing but the seed, together; named by the settings that differ from the first run's."""
+    """Runs by variant: those that differ in the seed only; named by what differs from the first run."""
     groups: list[list[Result]] = []
     for result in results:
         mine = next((group for group in groups if not _changes(group[0], result)), None)
@@ -204,7 +207,7 @@ def shown(value: float | None) -> str:
 
 # -- figures of several runs -----------------------------------------------------------------------
 def estimate(results: Sequence[Result], key: str, inside: np.ndarray | None = None) -> Estimate | None:
-    """One figure of runs that were scored on the same people, ``inside`` (bool ``[N]``) or all; none: nobody to score.
+    """A metric of runs that were scored on the same people, ``inside`` (bool ``[N]``) or all.
 
     Raises:
         ValueError: the runs were scored on different people.
@@ -219,7 +222,8 @@ def difference(
     """``on`` less ``off``, paired over images; the spread is that of independent runs' difference.
 
     Args:
-        on, off: runs scored on the same people.
+        on: runs with it.
+        off: runs without, scored on the same people.
         key: of the rows.
         inside: bool ``[N]``, limits it to these people.
     """
@@ -249,7 +253,7 @@ def difference(
 
 
 def size_groups(results: Sequence[Result]) -> dict[str, np.ndarray]:
-    """Who belongs to which group of size, bool ``[N]`` by title: all, COCO's groups, terciles of the people."""
+    """Membership in groups of size, bool ``[N]`` by title: all, COCO's groups, terciles of the people."""
     areas = torch.as_tensor(results[0].evaluation.people["area"].astype(float))
     groups = {"all": np.ones(len(areas), dtype=bool)}
     groups |= {f"{name} (COCO)": inside.numpy() for name, (inside, _) in coco_groups(areas).items()}

@@ -29,7 +29,7 @@ MARGIN = 0.12
 def gains(
     on: Sequence[Result], off: Sequence[Result], keys: Sequence[str] = ("target_iou", "boundary_iou")
 ) -> Figure:
-    """By size: the figure with refinement on and off, and below their paired difference with its interval over images."""
+    """By size: the metric with and without refinement, and below their paired difference."""
     groups = {name: inside for name, inside in size_groups([*on, *off]).items() if inside.any()}
     shown = style.new_figure("refinement on against off; bars: 95 % interval over images", 6.2)
     panels = shown.subplots(2, len(keys), sharex=True, height_ratios=[1.3, 1], squeeze=False)
@@ -61,7 +61,7 @@ def jitter(curves: dict[str, list[dict[str, Any]]]) -> Figure:
     """
     shown = style.new_figure("box jitter; bands: 95 % interval over images", 4.4)
     panels = shown.subplots(1, 2, sharex=True)
-    for axes, key, color in zip(panels, ("target_iou", "boundary_iou"), (BLUE, GREEN)):
+    for axes, key, color in zip(panels, ("target_iou", "boundary_iou"), (BLUE, GREEN), strict=False):
         for (name, curve), line in zip(curves.items(), ("-", "--", ":", "-."), strict=False):
             x = [100 * point["sigma"] for point in curve]
             ends = np.array([point["intervals"][key] for point in curve], dtype=float)
@@ -91,7 +91,7 @@ def jitter(curves: dict[str, list[dict[str, Any]]]) -> Figure:
 
 # -- pictures --------------------------------------------------------------------------------------
 def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images: int | None = None) -> Figure:
-    """The people with the lowest and the highest target IoU in the image: mask against truth at full resolution."""
+    """The people with the lowest and the highest target IoU in the image, at full resolution."""
     people = result.evaluation.people
     scores = people["image_target_iou"]
     ranked = np.argsort(scores, kind="stable")[: int((~np.isnan(scores)).sum())]
@@ -101,8 +101,8 @@ def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images:
     crops = _crops(source, chosen, max_images)
     shown = style.new_figure(f"{result.name}: worst and best masks, at the image's own pixels", 6.0)
     panels = shown.subplots(2, each, squeeze=False)
-    for (kind, members), tiles in zip(rows.items(), panels):
-        for axes, row in zip(tiles, members):
+    for (kind, members), tiles in zip(rows.items(), panels, strict=False):
+        for axes, row in zip(tiles, members, strict=False):
             one = int(people["annotation_id"][row])
             image, person, window = crops[one]
             mask = decode(result.evaluation.masks[one])
@@ -114,7 +114,7 @@ def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images:
 
 
 def closeups(on: Result, off: Result, source: Source, *, max_images: int | None = None) -> Figure:
-    """Outlines close up where the two masks differ most: greatest gain, middle, greatest loss of Boundary IoU.
+    """Outlines close up where two masks differ most: greatest gain, middle, greatest loss of Boundary IoU.
 
     Two people each. The window is a third of the box, around the place with the most differing pixels.
     """
@@ -131,7 +131,7 @@ def closeups(on: Result, off: Result, source: Source, *, max_images: int | None 
     crops = _crops(source, people["annotation_id"][[row for _, row in rows]], max_images)
     shown = style.new_figure(f"refinement off ({off.name}) and on ({on.name})", 2.1 * len(rows))
     panels = shown.subplots(len(rows), 4, squeeze=False)
-    for (kind, row), tiles in zip(rows, panels):
+    for (kind, row), tiles in zip(rows, panels, strict=False):
         one = int(people["annotation_id"][row])
         image, person, window = crops[one]
         masks = [decode(run.evaluation.masks[one]) for run in (off, on)]
@@ -148,12 +148,12 @@ def closeups(on: Result, off: Result, source: Source, *, max_images: int | None 
         _picture(tiles[1], image.pixels, zoom)
         for mask, color, line in ((truth, "white", "-"), (masks[0], OFF, "--"), (masks[1], ON, "-")):
             _outline(tiles[1], mask, zoom, color, line)
-        for axes, mask, run in zip(tiles[2:], masks, (off, on)):
+        for axes, mask, run in zip(tiles[2:], masks, (off, on), strict=False):
             _masked(axes, image, person, mask, zoom)
             axes.set_title(f"Boundary IoU {run.evaluation.people[key][row]:.2f}", loc="left", fontsize=8)
         tiles[0].set_title(f"{kind}, {gain[row]:+.2f}", loc="left", fontsize=8, fontweight="bold")
         tiles[0].set_ylabel(f"image {people['image_id'][row]}", fontsize=8)
-    for axes, name in zip(panels[0], ("", "outlines", "off", "on")):
+    for axes, name in zip(panels[0], ("", "outlines", "off", "on"), strict=False):
         title = axes.get_title(loc="left")
         axes.set_title(
             "  ".join(part for part in (name, title) if part), loc="left", fontsize=8, fontweight="bold"
@@ -170,7 +170,7 @@ def closeups(on: Result, off: Result, source: Source, *, max_images: int | None 
 def _crops(
     source: Source, wanted: np.ndarray, max_images: int | None
 ) -> dict[int, tuple[AnnotatedImage, int, tuple[int, ...]]]:
-    """The image of each annotation id, the person's place in it, and the box with a margin, inside the image."""
+    """The image of each annotation id, the person's place in it, and the box with a margin."""
     found = {}
     for image in annotated_images(source, max_images=max_images):
         for person, one in enumerate(image.annotation_ids):
@@ -184,7 +184,7 @@ def _crops(
 
 
 def _where_they_differ(a: np.ndarray, b: np.ndarray, box: list[float]) -> tuple[int, int, int, int]:
-    """A square of a third of the box's longer side around the most differing pixels (the box's middle if none differ)."""
+    """A square of a third of the box's longer side around the most differing pixels, else its middle."""
     from scipy.ndimage import uniform_filter
 
     height, width = a.shape
@@ -205,7 +205,7 @@ def _picture(axes: Axes, pixels: np.ndarray, window: Sequence[int]) -> None:
 
 
 def _masked(axes: Axes, image: AnnotatedImage, person: int, mask: np.ndarray, window: Sequence[int]) -> None:
-    """The image in pale grey, what the mask missed and what it has too much in colour, the true outline in white."""
+    """The image in pale grey, missed and extra pixels in colour, the true outline in white."""
     truth = image.masks[image.slots[person]]
     grey = (
         np.broadcast_to(image.pixels.mean(-1, keepdims=True) * 0.45 + 120, image.pixels.shape)
@@ -232,7 +232,7 @@ def _outline(axes: Axes, mask: np.ndarray, window: Sequence[int], color: str, li
 
 
 def _bars(axes: Axes, x: np.ndarray, found: Sequence[Any], color: str, label: str) -> None:
-    for place, one in zip(x, found):
+    for place, one in zip(x, found, strict=False):
         if one is None:
             continue
         if one.interval is not None:

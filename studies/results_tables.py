@@ -14,7 +14,7 @@ def runs_table(
     groups: dict[str, Sequence[Result]],
     keys: Iterable[str] = ("target_iou", "boundary_iou", "miou", "nontarget_iou"),
 ) -> str:
-    """A row a group of runs (mean ± spread over runs [95 % interval over images]), then the two yardsticks."""
+    """A row a group of runs (mean ± spread over runs [95 % interval over images]), then two baselines."""
     keys = list(keys)
     rows = [
         [name, len(runs), *(estimate(runs, key) for key in keys)] for name, runs in groups.items() if runs
@@ -32,7 +32,7 @@ def runs_table(
 
 
 def every_run_table(groups: dict[str, Sequence[Result]]) -> str:
-    """A row a run: its figures on the ROIs; below, in the image and by pycocotools. One table of all is wider than a notebook."""
+    """A row a run: its metrics on the ROIs; below, in the image and by pycocotools."""
     keys = (
         "target_iou",
         "boundary_iou",
@@ -62,7 +62,7 @@ def paired_table(
     off: Sequence[Result],
     keys: Iterable[str] = ("target_iou", "boundary_iou", "boundary_f1_1px", "miou"),
 ) -> str:
-    """What ``on`` gains over ``off``, by size: difference ± spread over runs [95 % interval over images, paired].
+    """What ``on`` gains over ``off``, by size: difference ± spread [95 % interval over images, paired].
 
     Bold where the interval leaves out 0.
     """
@@ -77,12 +77,14 @@ def paired_table(
 def ablation_table(
     results: Iterable[Result], keys: Iterable[str] = ("target_iou", "boundary_iou", "boundary_f1_1px", "miou")
 ) -> str:
-    """What runs of the first one's kind gain over every other kind, the most Boundary IoU first; cells as in :func:`paired_table`.
+    """What the first variant gains over every other, the most Boundary IoU first; see :func:`paired_table`.
 
-    Only seeds that both kinds have are compared, if there are any: seeds differ by more than most parts are worth.
+    Only seeds that both kinds have are compared, if there are any: seeds differ by more than most parts are
+    worth.
 
     Args:
-        results: runs scored on the same people; those that differ in their seed only are one kind.
+        results: runs scored on the same people; those that differ in their seed only are one variant.
+        keys: of the metrics.
     """
     keys = list(keys)
     (_, whole), *others = by_settings(results).items()

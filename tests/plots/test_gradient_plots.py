@@ -29,8 +29,25 @@ def runs(tmp_path_factory):
     def run(inject: str | None = None, **keywords) -> Run:
         key = (inject, *keywords.items())
         if key not in made:
-            small = dict(max_images=24, width=0.0625, roi_size=32, mask_size=32, epochs=2, batch_size=3, device="cpu", seed=2)
-            made[key] = train(resolve("demo", output_dir=str(folder), run=f"run{len(made)}", inject=inject, **{**small, **keywords}))
+            small = dict(
+                max_images=24,
+                width=0.0625,
+                roi_size=32,
+                mask_size=32,
+                epochs=2,
+                batch_size=3,
+                device="cpu",
+                seed=2,
+            )
+            made[key] = train(
+                resolve(
+                    "demo",
+                    output_dir=str(folder),
+                    run=f"run{len(made)}",
+                    inject=inject,
+                    **{**small, **keywords},
+                )
+            )
         return made[key]
 
     return run
@@ -57,7 +74,10 @@ def test_a_planted_instability_is_named_with_its_step_and_size(runs, inject, mod
     assert (worst.module, worst.first, worst.arrived) == (module, 20, not inside)
     assert worst.parameter.startswith(module) and worst.count == 1 and not worst.open
     assert worst.times > 50 and (inside or len(worst.others) >= 3)
-    assert words.startswith(f"**`{module}` is where it starts**, since step 20 (epoch ") and f"`{worst.term}` loss" in words
+    assert (
+        words.startswith(f"**`{module}` is where it starts**, since step 20 (epoch ")
+        and f"`{worst.term}` loss" in words
+    )
     assert worst.term in ("ce", "dice") and 0 < worst.share < 1
 
 
@@ -86,8 +106,12 @@ def test_a_healthy_run_is_not_blamed(runs):
 
 
 def test_a_spoilt_loss_is_not_laid_on_a_module(runs):
-    assert judged(runs("loss:spike@20"))[1].startswith("**The loss itself is where it starts**, since step 20")
-    assert judged(runs("activation:nan@20:target"))[1].startswith("**The loss was not finite**, since step 20")
+    assert judged(runs("loss:spike@20"))[1].startswith(
+        "**The loss itself is where it starts**, since step 20"
+    )
+    assert judged(runs("activation:nan@20:target"))[1].startswith(
+        "**The loss was not finite**, since step 20"
+    )
 
 
 def test_the_dominating_term_is_named(runs):
@@ -100,16 +124,26 @@ def test_shares_add_up(runs):
     for epoch in found.epoch_statistics:
         np.testing.assert_allclose(found.shares(epoch).sum(axis=0), 1.0, rtol=1e-6)
     everything = found.of(np.arange(len(found.names)))
-    np.testing.assert_allclose(everything**2, sum(found.of(p) ** 2 for p in found.select().values()), rtol=1e-6)
+    np.testing.assert_allclose(
+        everything**2, sum(found.of(p) ** 2 for p in found.select().values()), rtol=1e-6
+    )
 
 
 def test_layers_are_chosen_by_how_they_begin(runs):
     found = gradients.read(runs())
     assert list(found.select("modules")) == found.modules
-    assert set(found.select("boundary, contour.fuse")) >= {"boundary.blend", "boundary.edge_conv", "contour.fuse.1"}
-    assert all(name.startswith(("boundary", "contour.fuse")) for name in found.select(["boundary", "contour.fuse"]))
+    assert set(found.select("boundary, contour.fuse")) >= {
+        "boundary.blend",
+        "boundary.edge_conv",
+        "contour.fuse.1",
+    }
+    assert all(
+        name.startswith(("boundary", "contour.fuse")) for name in found.select(["boundary", "contour.fuse"])
+    )
     assert sum(map(len, found.select("all").values())) == len(found.names)
-    with pytest.raises(ValueError, match=r"no layer begins with 'bundary'; give modules, all, or beginnings such as stem"):
+    with pytest.raises(
+        ValueError, match=r"no layer begins with 'bundary'; give modules, all, or beginnings such as stem"
+    ):
         found.select("bundary")
 
 
@@ -142,7 +176,9 @@ def test_every_figure_is_whole(runs, inject):
             assert all((side == 255).all() for side in frame), f"{name}: something touches the figure's edge"
             title = figure._suptitle.get_window_extent()
             assert title.x1 <= figure.bbox.x1
-            assert not any(text.get_text() == "nothing recorded yet" for axes in figure.axes for text in axes.texts)
+            assert not any(
+                text.get_text() == "nothing recorded yet" for axes in figure.axes for text in axes.texts
+            )
             for axes in figure.axes:
                 head = axes._left_title
                 assert head.get_window_extent().y1 <= title.y0 or not head.get_text(), name
@@ -183,7 +219,9 @@ def test_damaged_files_are_passed_over_and_named_where_nothing_is_left(runs, tmp
     everything, data = gradients.read(folder), second.read_bytes()
     for content in (data[: len(data) // 2], b"", b"hello"):
         second.write_bytes(content)
-        with pytest.warns(UserWarning, match=r"gradients were passed over \(1\): .*epoch_0002.npz is damaged"):
+        with pytest.warns(
+            UserWarning, match=r"gradients were passed over \(1\): .*epoch_0002.npz is damaged"
+        ):
             found = gradients.read(folder)
         assert len(found.steps) == len(everything.steps) // 2 and list(found.epoch_statistics) == [1]
     with np.load(first) as opened:
@@ -207,8 +245,15 @@ def execute(tmp_path, *arguments) -> dict:
     done = papermill("gradients.ipynb", tmp_path / "out.ipynb", *arguments, cwd=project_root() / "notebooks")
     assert done.returncode == 0, done.stderr
     notebook = read(tmp_path / "out.ipynb")
-    assert "widgets" not in notebook.metadata and not next(cell for cell in notebook.cells if cell.id == "picker").outputs
-    return {cell.id: cell.outputs[-1].get("data", cell.outputs[-1]) for cell in notebook.cells if cell.get("outputs")}
+    assert (
+        "widgets" not in notebook.metadata
+        and not next(cell for cell in notebook.cells if cell.id == "picker").outputs
+    )
+    return {
+        cell.id: cell.outputs[-1].get("data", cell.outputs[-1])
+        for cell in notebook.cells
+        if cell.get("outputs")
+    }
 
 
 def test_the_notebook_names_the_planted_module(runs, tmp_path):

@@ -42,7 +42,9 @@ def any_run(request, tmp_path: Path) -> Run:
     if request.param in ("first steps", "nothing yet", "no config"):
         kept = 1 if request.param == "first steps" else 0
         lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (run.folder / "metrics.jsonl").write_text("".join(lines[:kept]) + lines[kept][:20])  # a line half written
+        (run.folder / "metrics.jsonl").write_text(
+            "".join(lines[:kept]) + lines[kept][:20]
+        )  # a line half written
         for file in (run.folder / "samples").iterdir():
             file.unlink()
         (run.folder / "status.json").write_text(json.dumps({"state": "running", "epoch": 0, "step": 0}))
@@ -91,7 +93,9 @@ def test_lines_hold_the_recorded_numbers(finished: Run):
 
 def test_a_loss_and_a_metric_that_are_registered_are_drawn(finished: Run, request):
     LOSSES.add("roughness", object())
-    METRICS.add("smoothness", type("Metric", (), {"title": "smoothness", "unit": "", "higher_is_better": True}))
+    METRICS.add(
+        "smoothness", type("Metric", (), {"title": "smoothness", "unit": "", "higher_is_better": True})
+    )
     request.addfinalizer(lambda: (LOSSES.remove("roughness"), METRICS.remove("smoothness")))
     file = finished.folder / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -99,7 +103,9 @@ def test_a_loss_and_a_metric_that_are_registered_are_drawn(finished: Run, reques
         record["losses"]["roughness"] = 0.5
         record.get("metrics", {})["smoothness"] = 0.25
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert "roughness, before its weight" in [axes.get_title(loc="left") for axes in plots.losses(finished).axes]
+    assert "roughness, before its weight" in [
+        axes.get_title(loc="left") for axes in plots.losses(finished).axes
+    ]
     assert style.loss_color("roughness") not in {style.loss_color(name) for name in list(LOSSES)[:-1]}
     lines = {line.get_label(): line for line in plots.ious(finished).axes[0].lines}
     assert lines["smoothness"].get_ydata().tolist() == [0.25] * 3
@@ -119,7 +125,9 @@ def test_gradient_norm_has_a_log_axis_with_its_three_lines(finished: Run):
 def test_skipped_steps_and_lost_values_are_marked(tmp_path: Path):
     run = make_run(tmp_path / "diverged", bad_from=70, skips=(69, 70, 76))
     (axes,) = plots.gradient_norm(run).axes
-    marks = {line.get_gid(): line.get_xdata() for line in axes.lines if line.get_gid() in ("skips", "nonfinite")}
+    marks = {
+        line.get_gid(): line.get_xdata() for line in axes.lines if line.get_gid() in ("skips", "nonfinite")
+    }
     assert list(marks["skips"]) == [69, 70, 76]  # counted as in metrics.jsonl, from 1
     assert list(marks["nonfinite"]) == list(range(70, 181, 10))
     assert {"skipped", "not finite"} <= {text.get_text() for text in axes.get_legend().get_texts()}
@@ -130,7 +138,10 @@ def test_epochs_count_from_one_and_the_best_is_marked(finished: Run):
     assert left.lines[0].get_xdata().tolist() == [1, 2, 3]
     star = next(line for line in left.lines if line.get_marker() == "*")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([3], [pytest.approx(0.9 - 0.5 / 3)])
-    assert [line.get_color() for line in right.lines[:2]] == [style.CLASSES["background"], style.CLASSES["target"]]
+    assert [line.get_color() for line in right.lines[:2]] == [
+        style.CLASSES["background"],
+        style.CLASSES["target"],
+    ]
 
 
 def test_loss_scale_is_shown_under_fp16_only(tmp_path: Path):
@@ -147,9 +158,13 @@ def test_samples_show_truth_prediction_and_error_in_the_class_colours(finished: 
         labels, predicted = file["labels"][0], file["probs"][0].argmax(0)
         assert (shown[0] == file["image"][0]).all()
     colors = style.CLASSES | style.ERRORS
-    rgb = {name: tuple(round(255 * x) for x in matplotlib.colors.to_rgb(color)) for name, color in colors.items()}
+    rgb = {
+        name: tuple(round(255 * x) for x in matplotlib.colors.to_rgb(color)) for name, color in colors.items()
+    }
     for value, name in enumerate(("background", "target", "other people")):
-        assert (shown[1][labels == value] == rgb[name]).all() and (shown[2][predicted == value] == rgb[name]).all()
+        assert (shown[1][labels == value] == rgb[name]).all() and (
+            shown[2][predicted == value] == rgb[name]
+        ).all()
     missed, extra = (labels == 1) & (predicted != 1), (labels != 1) & (predicted == 1)
     assert missed.any() and extra.any()
     assert (shown[3][missed] == rgb["missed"]).all() and (shown[3][extra] == rgb["too much"]).all()
@@ -174,7 +189,9 @@ def test_save_writes_the_figure_into_the_run_and_returns_it(finished: Run):
     figure = plots.ious(finished)
     assert plots.save(finished, figure, "ious") is figure
     assert [file.name for file in (finished.folder / "figures").iterdir()] == ["ious.png"]
-    assert (np.asarray(Image.open(finished.folder / "figures" / "ious.png").convert("RGB")) == pixels(figure)).all()
+    assert (
+        np.asarray(Image.open(finished.folder / "figures" / "ious.png").convert("RGB")) == pixels(figure)
+    ).all()
 
 
 def test_a_run_is_found_by_folder_too(finished: Run):
@@ -183,7 +200,9 @@ def test_a_run_is_found_by_folder_too(finished: Run):
 
 def test_table_names_last_and_best_epoch(finished: Run):
     table = plots.metrics_table(finished)
-    assert "last (epoch 3)" in table and "best (epoch 3)" in table and "| target IoU | 0.733 | 0.733 |" in table
+    assert (
+        "last (epoch 3)" in table and "best (epoch 3)" in table and "| target IoU | 0.733 | 0.733 |" in table
+    )
 
 
 def test_no_pyplot_is_loaded():

@@ -12,7 +12,6 @@ from helpers import make_run
 
 import refinelib
 from refinelib.gradients.record import read
-from refinelib.plots import curves as plots
 from refinelib.plots import gradients as gradient_plots
 from refinelib.plots import masks as pictures
 from refinelib.plots import widgets
@@ -39,7 +38,10 @@ def test_nothing_is_made_where_nobody_watches(trained, monkeypatch):
 
     monkeypatch.setattr(ipywidgets.Widget, "__init__", forbidden)
     assert widgets.live_panel() is None
-    assert all(make(trained) is None for make in (widgets.epoch_slider, widgets.threshold_slider, widgets.layer_picker))
+    assert all(
+        make(trained) is None
+        for make in (widgets.epoch_slider, widgets.threshold_slider, widgets.layer_picker)
+    )
 
 
 def test_the_epoch_slider_shows_the_masks_of_its_epoch(tmp_path, watched):
@@ -87,7 +89,10 @@ def test_the_layer_picker_shows_the_layers_of_a_module(trained, watched):
 def test_a_run_with_nothing_on_disk_yet_has_no_widgets(tmp_path, watched):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "status.json").write_text(json.dumps({"state": "running"}))
-    assert all(make(tmp_path / "new") is None for make in (widgets.epoch_slider, widgets.threshold_slider, widgets.layer_picker))
+    assert all(
+        make(tmp_path / "new") is None
+        for make in (widgets.epoch_slider, widgets.threshold_slider, widgets.layer_picker)
+    )
 
 
 def test_the_live_panel_is_shown_once_and_then_replaced_in_place(tmp_path, watched, monkeypatch):
@@ -132,7 +137,12 @@ from refinelib.plots import widgets
 settings = refinelib.resolve("debug", output_dir={str(tmp_path / "runs")!r}, smoke=True)
 run = refinelib.train(settings, on_epoch=widgets.live_panel())
 """
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (source, "widgets.epoch_slider(run)", "widgets.layer_picker(run)")])
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(text)
+            for text in (source, "widgets.epoch_slider(run)", "widgets.layer_picker(run)")
+        ]
+    )
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     pictures = [item for item in notebook.cells[0].outputs if "image/png" in item.get("data", {})]
     assert len(pictures) == 2  # replaced in place: two epochs do not make four

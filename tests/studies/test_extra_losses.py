@@ -1,4 +1,4 @@
-"""The losses and the module that were tried and left out are what is trained, through the registries alone."""
+"""Losses and a module that were tried and left out are trained through the registries alone."""
 
 from __future__ import annotations
 
