@@ -1,7 +1,6 @@
-"""refinelib: boundary-refined person masks whose training stays finite by construction.
+"""refinelib: boundary-refined person masks with NaN-safe training.
 
-The names below are the public ones; they load what they need when first used, so that wrong
-settings are refused before torch is imported.
+The names below are the public ones; each is imported when it is first used.
 """
 
 from __future__ import annotations

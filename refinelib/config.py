@@ -86,7 +86,7 @@ class _Values(pydantic.BaseModel):
                 return None
         if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             value = "on" if value else "off"  # YAML 1.1 reads these words as truth values
-            if value not in get_args(annotation):
+            if value not in _choices(annotation):
                 raise ValueError(f"give {_kind(annotation)}, not a truth value")
         return value
 
@@ -419,8 +419,13 @@ def parameters_cell() -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    choices = _choices(field.annotation)
     return f"{', '.join(choices)}; {field.description}" if choices else str(field.description)
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    found = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    return get_args(found[0]) if found else ()
 
 
 def _type_name(annotation: Any) -> str:
@@ -461,7 +466,7 @@ def _sentence(names: Mapping[str, FieldInfo], problem: Mapping[str, Any]) -> str
     if kind == "value_error":
         rule = reason(context["error"], 600)
     elif kind == "literal_error":
-        choices = get_args(annotation)
+        choices = _choices(annotation)
         rule = f"give one of {', '.join(choices)}{_nearest(str(value), choices)}"
     elif kind == "string_pattern_mismatch":
         rule = "use letters, digits, dot, dash and underscore only"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
 import tracemalloc
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +41,40 @@ def in_memory(megabytes: float) -> Iterator[None]:
     finally:
         tracemalloc.stop()
     assert peak < megabytes, f"{peak:.0f} MB"
+
+
+READ = """
+import json, pathlib, resource, sys
+{prepare}
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + ({megabytes} << 20),) * 2)
+for file in pathlib.Path(sys.argv[1]).iterdir():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        {read}
+        found = "read", ""
+    except BaseException as error:
+        found = type(error).__name__, str(error)
+    print(json.dumps([file.stem, [*found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]]))
+"""
+
+
+def read_in_little_memory(
+    folder: Path, prepare: str, read: str, megabytes: int
+) -> dict[str, tuple[str, str, int]]:
+    """What reading each file of a folder gives, in a process that has room for so many MB more.
+
+    Args:
+        folder: of hostile files.
+        prepare: code that imports what reads, and reads something once.
+        read: code that reads ``file``.
+        megabytes: room.
+
+    Returns:
+        By the file's stem: name of the error or "read", its text, kilobytes by which the process grew.
+    """
+    code = READ.format(prepare=prepare, read=read, megabytes=megabytes)
+    command = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))

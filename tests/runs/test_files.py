@@ -1,17 +1,15 @@
-"""Side files: written whole or not at all, and whatever they hold answered in a sentence, within the stated memory."""
+"""Side files: written whole or not at all; read in the stated memory, or refused in a sentence."""
 
 import io
 import json
 import os
-import subprocess
-import sys
-import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limits import in_memory, read_in_little_memory
 
 from refinelib import files
 
@@ -42,20 +40,29 @@ def test_a_file_is_replaced_once_it_is_on_disk(tmp_path, monkeypatch, mode, old,
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, error):
     file = tmp_path / "a.txt"
     files.write_atomically(file, "old")
-    with pytest.raises(type(error)):
-        with files.replacing(file) as half:
-            half.write("ne")
-            raise error
+    with pytest.raises(type(error)), files.replacing(file) as half:
+        half.write("ne")
+        raise error
     assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_held_by_one_process_and_free_afterwards(tmp_path):
+    busy = ValueError("busy")
+    first, second = files.exclusive(tmp_path, busy), files.exclusive(tmp_path, busy)
+    with first, pytest.raises(ValueError, match="busy"), second:
+        pass
+    with files.exclusive(tmp_path, busy):
+        pass
+    (tmp_path / "file").touch()
+    with files.exclusive(tmp_path / "file", busy):  # no lock can be made there: it is done without
+        pass
 
 
 def test_nothing_is_replaced_in_another_way():
     """One place for temporary files; the store's builder replaces a folder."""
     root = files.Path(files.__file__).parent
-    found = {
-        file.relative_to(root).as_posix() for file in root.rglob("*.py") if "os.replace(" in file.read_text()
-    }
-    assert found <= {"files.py", "data/building.py", "data/store.py"}
+    found = {str(file.relative_to(root)) for file in root.rglob("*.py") if "os.replace(" in file.read_text()}
+    assert found <= {"files.py", "data/store_build.py", "data/store.py"}
 
 
 # -- JSON ------------------------------------------------------------------------------------------
@@ -125,34 +132,18 @@ def test_a_long_line_takes_no_memory(tmp_path):
     file = tmp_path / "m.jsonl"
     with open(file, "wb") as out:
         out.truncate(200 << 20)  # zeros, and no end of a line
-    tracemalloc.start()
-    try:
+    with in_memory(8 * files.LINE / 1e6):
         assert files.read_lines(file) == ([], [1])
-        assert tracemalloc.get_traced_memory()[1] < 8 * files.LINE
-    finally:
-        tracemalloc.stop()
 
 
 # -- YAML ------------------------------------------------------------------------------------------
-LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
-    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
-)
-MERGES = "a: &a {k: 1}\n" + "".join(
-    f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi")
-)
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("lr: [1, 2", "in line"),
         ("lr: " + "[" * 20_000, "nested too deep"),
-        ("lr: " + "7" * 5000, "a number of 5000"),
-        ("lr: 0x" + "f" * 5000, "a number of 5002"),
-        ("lr: " + ":".join(["59"] * 5000), "a number of"),
-        ("lr: 1." + "7" * 5000, "a number of"),
-        (LAUGHS, "aliases"),
-        (MERGES, "aliases"),
+        ("lr: " + "7" * 5000, "digits"),
+        ("a: &a [1]\nb: [*a, *a]", "aliases"),
         ("a: &a [*a]", "aliases"),
         ("a: 1\n" * 20_000, "more than"),
         ("a: !!python/object/apply:os.system [x]", "could not determine a constructor"),
@@ -171,11 +162,8 @@ def test_hostile_yaml_is_told_in_a_sentence(tmp_path, text, words):
     assert words in str(caught.value) and len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
-def test_plain_yaml_and_a_few_aliases_are_read():
-    assert files.parse_yaml("a: &x {lr: 1e-3, on: off}\nb: {<<: *x, c: [1, *x]}\n")["b"]["c"][1] == {
-        "lr": "1e-3",
-        True: False,
-    }
+def test_plain_yaml_is_read():
+    assert files.parse_yaml("a: {lr: 1e-3, on: off}\nb: [1]") == {"a": {"lr": "1e-3", True: False}, "b": [1]}
     assert files.parse_yaml("") is None and files.parse_yaml("[64, 48]") == [64, 48]
 
 
@@ -265,34 +253,17 @@ HOSTILE = {
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """Hostile files by name, and what reading each gave in a process that has room for 400 MB more."""
+    """What reading each hostile file gave."""
     folder = tmp_path_factory.mktemp("hostile")
     for name, write in HOSTILE.items():
         write(folder / f"{name}.npz")
-    code = """
-import json, resource, sys, pathlib
-import numpy as np
-from numpy.lib import format
-from refinelib import files
-size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + (400 << 20),) * 2)
-for file in pathlib.Path(sys.argv[1]).iterdir():
-    try:
-        found = files.read_npz(file, {"norms": "f n"})
-    except BaseException as error:
-        found = [type(error).__name__, str(error)]
-    print(json.dumps([file.stem, found if isinstance(found, list) else "read"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(folder)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(map(json.loads, done.stdout.splitlines()))
+    prepare = "import numpy as np; from numpy.lib import format; from refinelib import files"
+    return read_in_little_memory(folder, prepare, "files.read_npz(file, {'norms': 'f n'})", megabytes=400)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_arrays_are_told_in_a_sentence_and_take_no_memory(hostile, name):
-    kind, sentence = hostile[name]
+    kind, sentence, _ = hostile[name]
     assert kind == "ValueError" and f"{name}.npz is damaged: " in sentence and len(sentence) < 400
     assert (
         "allocate" not in sentence and sentence.rpartition(": ")[2] != "MemoryError"
@@ -368,12 +339,9 @@ def test_files_by_epoch_and_what_only_looks_like_one(tmp_path):
     ):
         (tmp_path / name).touch()
     (tmp_path / "epoch_0007.npz").mkdir()
-    found, others = files.by_epoch(tmp_path)
+    found = files.by_epoch(tmp_path)
     assert list(found) == [1, 2, 12345] and found[2].name == "epoch_0002.npz"
-    assert others == sorted(
-        ["epoch_x.npz", "epoch_00003.npz", "epoch_3.npz", "epoch_.npz", "epoch_٣٣٣٣.npz", "epoch_0007.npz"]
-    )
-    assert files.by_epoch(tmp_path / "nowhere") == ({}, [])
+    assert files.by_epoch(tmp_path / "nowhere") == {}
 
 
 def test_damaged_masks_are_passed_over_for_the_last_that_are_whole(tmp_path):

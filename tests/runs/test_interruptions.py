@@ -44,9 +44,17 @@ def test_a_signal_leaves_an_interrupted_run(small, monkeypatch, number, before):
 
 def test_an_ignored_signal_stays_ignored(small):
     """As under nohup."""
-    code = "import sys, json; from refinelib.config import Settings; from refinelib.trainer import train; train(Settings(**json.loads(sys.argv[1])))"
+    code = (
+        "import sys, json; from refinelib.config import Settings; from refinelib.trainer import train; "
+        "train(Settings(**json.loads(sys.argv[1])))"
+    )
     script = f"trap '' HUP; {sys.executable} -c '{code}' \"$1\" & sleep 6; kill -HUP $!; wait $!"
-    done = subprocess.run(["bash", "-c", script, "-", small(epochs=2).model_dump_json()], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        ["bash", "-c", script, "-", small(epochs=2).model_dump_json()],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert latest(small().output_dir).status()["state"] == "ok"
 
@@ -76,7 +84,10 @@ def changed(file, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: c["model"].__setitem__("stem.0.0.weight", c["model"]["stem.0.0.weight"] * torch.nan), "are not finite"),
+        (
+            lambda c: c["model"].__setitem__("stem.0.0.weight", c["model"]["stem.0.0.weight"] * torch.nan),
+            "are not finite",
+        ),
         (lambda c: next(iter(c["average"].values())).fill_(torch.inf), "not finite"),
         (lambda c: c["guard"]["optimizer"]["state"][0]["exp_avg"].fill_(torch.nan), "not finite"),
         (lambda c: c["guard"]["state"]["loss_center"].fill_(torch.nan), "not finite"),
@@ -92,11 +103,14 @@ def test_a_last_checkpoint_that_cannot_be_used_is_passed_over(small, monkeypatch
     run = train(small(epochs=6, ema_decay=0.9, resume=True))
     assert run.status()["state"] == "ok" and run.status()["step"] == run.status()["steps"]
     assert any(event["kind"] == "checkpoint" and words in event["message"] for event in run.events())
-    assert all(not checkpoints.nonfinite(checkpoints.load(run.folder / "checkpoints" / name)["average"]) for name in ("last.pt", "best.pt"))
+    assert all(
+        not checkpoints.nonfinite(checkpoints.load(run.folder / "checkpoints" / name)["average"])
+        for name in ("last.pt", "best.pt")
+    )
 
 
 def test_killed_between_the_two_checkpoints_of_the_last_epoch(small):
-    """The best one is of the last step, the last one is an epoch older: the resumed run has nothing to train, and leaves both whole."""
+    """The best one is of the last step, the last one an epoch older: the resumed run leaves both whole."""
     run = train(small(epochs=3))
     folder = run.folder / "checkpoints"
     shutil.copy(folder / "last.pt", folder / "best.pt")
