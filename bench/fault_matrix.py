@@ -114,7 +114,7 @@ def advance(trainer: Trainer) -> None:
     report = trainer.train_step(plan, at_step)
     trainer.step += 1
     trainer.log.add(report, trainer.step, epoch + 1)
-    trainer.oversee(plan, wait=True)
+    trainer.process_reports(plan, wait=True)
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -133,7 +133,7 @@ def step_cost(settings: Settings, rois: Store, device: torch.device) -> dict[str
     try:
         stepper = speed.stepper(settings, rois, device)
         speed.take(stepper, speed.WARM_UP + 1)
-        if stepper.pieces > 1:  # it took smaller pieces to make the batch fit
+        if stepper.chunks > 1:  # it took smaller pieces to make the batch fit
             return None
         count = max(2, int(0.3 / speed.seconds_a_step(stepper, 2, device)))
         times = [speed.seconds_a_step(stepper, count, device) for _ in range(3)]

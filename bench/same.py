@@ -27,8 +27,8 @@ import torch
 
 from refinelib.config import resolve
 from refinelib.data import open_split
-from refinelib.step_kernels import keeping_graphs
 from refinelib.guard.guard import REPORT
+from refinelib.step import compile_cache
 
 import speed
 
@@ -97,7 +97,7 @@ def gradient(settings, store, device, weights: dict, batch: tuple | None = None)
     stepper = speed.stepper(settings, store, device)
     stepper.model.load_state_dict(weights)
     images, labels = batch or stepper.loader.make(*stepper.loader.inputs(stepper.plan, 0))
-    with keeping_graphs(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+    with compile_cache(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         loss, _ = stepper.forward(images.contiguous(memory_format=torch.channels_last), labels)
         factor = stepper.guard.scale(torch.ones((), device=device))
         (loss * factor).backward()

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refinelib import step_kernels as kernels, step as stepping
+from refinelib import step as stepping
 from refinelib.build import build_step
 from refinelib.config import resolve
 from refinelib.data import open_split
@@ -57,10 +56,9 @@ def synchronize(device) -> None:
 
 
 def compiler_options(options: dict | None):
-    """A context in which PyTorch's compiler has these options in place of the package's, to see what they are worth: with kernels of its own, that no run takes up."""
+    """A context in which PyTorch's compiler has these options in place of the package's."""
     if options is None:
         return contextlib.nullcontext()
-    os.environ[kernels.KERNELS_VARIABLE] = str(kernels.kernels_folder() / "-".join(["with", *sorted(options)]))
     return mock.patch.object(stepping, "compiler_options", lambda *_: options or None)
 
 

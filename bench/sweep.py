@@ -585,7 +585,7 @@ class Rig:
         with patch.object(build, "build_model", functools.partial(small_model, buffers=key["buffers"])):
             self.trainer = trainer = Trainer(long, self.run)
         trainer.settings = self.settings
-        trainer.look_at_people = lambda epoch, final: dict(target_iou=0.0, boundary_iou=0.0, miou=0.0)
+        trainer.evaluate_epoch = lambda epoch, final: dict(target_iou=0.0, boundary_iou=0.0, miou=0.0)
         trainer.writer, self.taps = Disk(), taps(trainer)
         if device == "cuda" or compiled:
             self.taps = {place: [built_in(*tap) for tap in few(found)] for place, found in self.taps.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,12 +12,12 @@ from torch import nn
 from refinelib.config import Settings
 from refinelib.data import Store
 from refinelib.data.loader import BatchLoader
-from refinelib.guard.guard import Guard
 from refinelib.guard.faults import Injector
-from refinelib.modeling.losses import MaskLoss
-from refinelib.modeling.unet import HierarchicalUNet
+from refinelib.guard.guard import Guard
 from refinelib.guard.optim import WarmupCosine, build_optimizer
+from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.roi import canvas_size, mask_canvas_size
+from refinelib.modeling.unet import HierarchicalUNet
 from refinelib.registry import LOSSES, REFINEMENTS
 
 
@@ -37,28 +38,34 @@ def build_step(
     device: torch.device,
     *,
     prepare: Callable[[nn.Module], None] | None = None,
-    resident: bool = True,
     steps_per_epoch: int | None = None,
 ) -> StepParts:
     """The parts of a run's steps, on the device.
 
     Args:
         settings: of the run.
-        store: it trains on.
-        device: it runs on.
+        store: of the training ROIs.
+        device: of model and batches.
         prepare: gives the fresh model other weights, before the moving average starts from them.
-        resident: false: the store streams in any case, see :class:`~refinelib.data.loader.BatchLoader`.
         steps_per_epoch: of the schedule; none: as many as the store gives.
     """
-    model = build_model(settings).to(device, memory_format=torch.channels_last)
+    # mypy does not know the memory format's overload.
+    model = build_model(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if prepare is not None:
         prepare(model)
     average = copy.deepcopy(model).requires_grad_(False) if settings.ema_decay else None
     loader = BatchLoader(
-        store, device=device, batch_size=settings.batch_size, accumulate=settings.accumulate, mode=settings.augment, seed=settings.seed, resident=resident
+        store,
+        device=device,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        mode=settings.augment,
+        seed=settings.seed,
     )
     guard = build_guard(settings, model, average, steps_per_epoch=steps_per_epoch or loader.steps_per_epoch)
-    return StepParts(model, average, build_loss(settings).to(device), guard, Injector(settings.inject, model), loader)
+    return StepParts(
+        model, average, build_loss(settings).to(device), guard, Injector(settings.inject, model), loader
+    )
 
 
 def build_model(settings: Settings) -> HierarchicalUNet:
@@ -77,7 +84,7 @@ def build_model(settings: Settings) -> HierarchicalUNet:
 
 
 def build_loss(settings: Settings) -> MaskLoss:
-    """The sum of losses a run minimises; a loss whose switch or module is off has no weight in it."""
+    """The weighted sum of the losses that are switched on."""
     weights = {
         name: getattr(settings, f"{name}_weight")
         for name, term in LOSSES.items()
@@ -87,7 +94,9 @@ def build_loss(settings: Settings) -> MaskLoss:
     return MaskLoss(weights, options, cap=settings.refinement_loss_cap)
 
 
-def build_guard(settings: Settings, model: nn.Module, average: nn.Module | None, *, steps_per_epoch: int) -> Guard:
+def build_guard(
+    settings: Settings, model: nn.Module, average: nn.Module | None, *, steps_per_epoch: int
+) -> Guard:
     """Optimizer, schedule and guard of a run."""
     total = settings.epochs * steps_per_epoch
     schedule = WarmupCosine(
@@ -131,7 +140,7 @@ def build_device(settings: Settings) -> torch.device:
     return torch.device(settings.device)
 
 
-def settled(settings: Settings, device: torch.device) -> Settings:
+def resolve_auto(settings: Settings, device: torch.device) -> Settings:
     """The settings with what ``auto`` means on this device in its place."""
     return settings.model_copy(update={"amp": precision(settings, device)})
 
@@ -149,4 +158,6 @@ def precision(settings: Settings, device: torch.device) -> str:
 def autocast(settings: Settings, device: torch.device) -> torch.autocast:
     """Mixed precision as the settings ask for it."""
     amp = precision(settings, device)
-    return torch.autocast(device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
+    return torch.autocast(
+        device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off"
+    )

@@ -1,53 +1,64 @@
-"""One training step as fast as the device allows: compiled where that pays, and on CUDA replayed as one graph.
+"""One training step: compiled where that pays, and on CUDA replayed as one CUDA graph.
 
     host                         device (captured once as a CUDA graph, then replayed)
     which ROIs, which faults ->  crops -> augmentation -> model -> loss -> backward -> guard -> report
                                           `------------------- compiled -----------------'
 
-The whole step, the guard's decision included, lies in the graph: it reads nothing back, so safety costs no launch and no wait.
-Where no kernels are kept from an earlier run another process makes them (kernels.py), and steps are taken without meanwhile.
+The graph holds the whole step, the guard's decision included, without host-device synchronisation.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import os
 import warnings
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from refinelib.build import StepParts, autocast, settled
-from refinelib.config import Settings
+from refinelib import modeling
+from refinelib.build import StepParts, autocast, resolve_auto
+from refinelib.config import Settings, absolute
 from refinelib.data.loader import Plan
-from refinelib.step_kernels import Precompile, keep_note, keeping_graphs, kernels_folder, note
 from refinelib.guard.guard import ran_out
-from refinelib.guard.guard import Guard
-from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.roi import canvas_size
 
-#: Steps before a graph is captured: kernels are chosen and the optimizer makes its state.
+#: Steps before a CUDA graph is captured: libraries choose kernels, the optimizer makes its state.
 WARM_UP = 3
-#: Bytes of the device's memory to leave alone.
-SPARE = 2 * 2**30
-#: Seconds that compiling takes, beside the training or before it, where no kernels are kept from an earlier run, and seconds that compiled kernels save: in any step, and
-#: for each ROI of 64 x 64 at ``width`` 1. Measured on an H100 and an H200 (bench/speed.md).
-COMPILING, SAVED_A_STEP, SAVED_A_ROI = 120.0, 3.5e-3, 1.8e-3
-#: Options of PyTorch's compiler on CUDA (bench/speed.md). A micro-batch worth less than ``FEW`` of those ROIs waits for launches: kernels that do not depend on each
-#: other become one (from the release on in which that was measured). From there on it waits for memory: fewer results in between are written down, more are computed where they are needed.
-FEW = 8.0
+#: Seconds that a compilation takes with an empty cache, and seconds that compiled code saves: in any step,
+#: and for each ROI of 64 x 64 at ``width`` 1. Measured on an H100 and an H200 (bench/speed.md).
+COMPILE_SECONDS, SAVED_A_STEP, SAVED_A_ROI = 120.0, 3.5e-3, 1.8e-3
+#: The compiler keeps its code here, unless this variable names another folder.
+CACHE_VARIABLE, CACHE = "TORCHINDUCTOR_CACHE_DIR", "outputs/compiled"
+#: Options of the compiler (bench/speed.md). A micro-batch below this many of those ROIs waits for launches:
+#: independent kernels become one (measured from this release on). Above it a step is bandwidth-bound: fewer
+#: results are written to memory, more are computed again.
+LARGE = 8.0
 FEWER_KERNELS, FEWER_KERNELS_SINCE = {"combo_kernels": True}, (2, 11)
-LESS_TRAFFIC = {"realize_opcount_threshold": 100, "realize_reads_threshold": 8, "realize_acc_reads_threshold": 16}
+LESS_TRAFFIC = {
+    "realize_opcount_threshold": 100,
+    "realize_reads_threshold": 8,
+    "realize_acc_reads_threshold": 16,
+}
+
+#: The tensors that a micro-batch is made from: see :meth:`~refinelib.data.loader.BatchLoader.inputs`.
+Inputs = tuple[Tensor, ...]
 
 
 class Stepper:
-    """Takes steps.
+    """Takes training steps.
 
     Args:
-        settings: precision, ``accumulate`` and ``compile``: ``on`` waits for the kernels; ``auto`` trains while they are made.
+        settings: precision, ``accumulate``, ``compile`` and ``cuda_graphs``.
         parts: of the run's steps.
-        device: they are on.
-        steps: the run has; a short one is not compiled.
-        say: told in a sentence what could not be done.
+        device: of the parts.
+        steps: of the run; with ``compile: auto`` a short run is not compiled.
+        say: receives messages about speed and memory.
     """
 
     def __init__(
@@ -59,231 +70,197 @@ class Stepper:
         steps: int,
         say: Callable[[str], None] = print,
     ) -> None:
-        # Settled here: asking a GPU what it can do in the middle of a step would break the compiled graph in two.
-        self.settings, self.device, self.say = settled(settings, device), device, say
-        self.model, self.loss, self.guard, self.injector, self.loader = parts.model, parts.loss, parts.guard, parts.injector, parts.loader
+        # Resolved here: asking a GPU what it can do would break the compiled graph in two.
+        self.settings, self.device, self.say = resolve_auto(settings, device), device, say
+        self.model, _, self.loss, self.guard, self.injector, self.loader = parts
         self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self.eager
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[tuple[Tensor, ...]] = []  # what the graph reads, a tuple a micro-batch
-        self.report: Tensor | None = None
-        self.taken = 0
-        self.pieces = 1  # that each micro-batch is taken in; more where it does not fit into memory
-        self.compiled = False
-        self.beside = False  # whether another process is to make the kernels
-        self.meanwhile: Precompile | None = None  # which does
-        self.captures = device.type == "cuda" and settings.cuda_graphs and self.guard.fused  # another optimizer asks the host
-        if settings.compile == "on":
-            self._compile()
-        elif settings.compile == "auto" and device.type == "cuda" and worth_compiling(settings, steps):
-            if settings.deterministic or note(self.settings).exists():  # when other kernels take over is chance
-                self._compile()
-            else:
-                self.beside = True
-
-    def close(self) -> None:
-        """End what goes on beside the training."""
-        if self.meanwhile is not None:
-            self.meanwhile.close()
-            self.meanwhile = None
+        self.inputs: list[Inputs] = []  # what the graph reads, a tuple for each micro-batch
+        self.report = torch.empty(0)  # what the graph writes
+        self.taken = 0  # steps without the graph
+        self.chunks = 1  # of each micro-batch; more where it does not fit into memory
+        on_gpu = device.type == "cuda"
+        # Only fused optimizers run without the host.
+        self.captures = on_gpu and settings.cuda_graphs and self.guard.fused
+        pays = on_gpu and worth_compiling(settings, steps)
+        self.compiled = settings.compile == "on" or (settings.compile == "auto" and pays)
+        if self.compiled:
+            os.environ.setdefault(CACHE_VARIABLE, str(absolute(CACHE)))
+            options = compiler_options(self.settings, device)
+            self.forward = torch.compile(self.eager, dynamic=False, options=options)
+            self.loader.compile(options)
+            self.guard.compile()
 
     def step(self, plan: Plan, at: int, number: int) -> Tensor:
-        """Step ``at`` of a planned epoch, the run's step ``number`` (from 1); its report, still on the device."""
-        if self.beside:
-            self._beside()
+        """Step ``at`` of a planned epoch, the run's step ``number`` (from 1).
+
+        Returns:
+            Loss components and the guard's report, float32, still on the device.
+        """
         self.injector.start(number)
-        given = [self.loader.inputs(plan, at, micro) for micro in range(self.settings.accumulate)]
+        batches = [self.loader.inputs(plan, at, micro) for micro in range(self.settings.accumulate)]
         if self.graph is not None:
-            for mine, new in zip(self.inputs, given):
-                for target, source in zip(mine, new):
+            for mine, new in zip(self.inputs, batches, strict=True):
+                for target, source in zip(mine, new, strict=True):
                     target.copy_(source, non_blocking=True)
             self.graph.replay()
-            report = self.report.clone()
-        else:
-            report = self._first(given)
-            self.taken += 1
-            if self.captures and self.taken == WARM_UP:
-                self._capture(given)
+            return self.report.clone()
+        with compile_cache() if self.compiled else contextlib.nullcontext():
+            report = self.run_with_oom_retry(batches) if self.taken else self._first(batches)
+        self.taken += 1
+        if self.captures and self.taken == WARM_UP:
+            self._capture(batches)
         return report
 
     def eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Total and components of one micro-batch; also what is compiled."""
+        """Total loss and components of one micro-batch; the function that is compiled."""
         with autocast(self.settings, self.device):
             output = self.model(images)
-        return self.loss(output, labels)
+        total, components = self.loss(output, labels)
+        return total, components
 
-    def compute(self, given: list[tuple[Tensor, ...]]) -> Tensor:
-        """Everything of a step that happens on the device."""
-        return self._finish(*self._gradient(given))
-
-    def _gradient(self, given: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-        """Loss components and total of a step, whose gradient is left with the parameters."""
-        totals, components = [], []
+    def gradient(self, inputs: list[Inputs]) -> tuple[Tensor, Tensor]:
+        """Loss components and total loss of a step; leaves the gradient with the parameters."""
         self.guard.zero_grad()
-        batches = [self.injector.batch(*self.loader.make(*inputs)) for inputs in given]
+        batches = [self.injector.batch(*self.loader.make(*each)) for each in inputs]
         samples = sum(len(labels) for _, labels in batches)
-        for images, labels in _in_pieces(batches, self.pieces):
-            share = len(labels) / samples  # every loss is a mean over samples
-            loss, parts = self.forward(images.contiguous(memory_format=torch.channels_last), labels)
-            loss, parts = (x if share == 1 else x * share for x in (self.injector.loss(loss), parts))
-            self.guard.scale(loss).backward()
-            totals.append(loss.detach())
-            components.append(parts)
+        results = []
+        for images, labels in _split(batches, self.chunks):
+            loss, components = self.forward(images.contiguous(memory_format=torch.channels_last), labels)
+            loss = self.injector.loss(loss)
+            if len(labels) != samples:  # every loss is a mean over samples
+                loss, components = loss * (len(labels) / samples), components * (len(labels) / samples)
+            torch.autograd.backward(self.guard.scale(loss))
+            results.append((components, loss.detach()))
         self.injector.after_backward()
-        return sum(components[1:], components[0]), sum(totals[1:], totals[0])
+        components, total = results[0]
+        for more_components, more_loss in results[1:]:
+            components, total = components + more_components, total + more_loss
+        return components, total
 
-    def _finish(self, components: Tensor, total: Tensor) -> Tensor:
-        return torch.cat([components, self.guard.step(total)])
-
-    def _compile(self) -> None:
-        kernels_folder()  # says where they are kept
-        self.compiled = True
-        options = compiler_options(self.settings, self.device)
-        self.forward = torch.compile(self.eager, dynamic=False, options=options)
-        self.loader.compile(options)
-        self.guard.compile()
-
-    def _beside(self) -> None:
-        """Have another process make the kernels, and go over to them once they are there."""
-        if self.meanwhile is None:
-            if self.taken < WARM_UP:  # until then nobody knows how much memory a step takes
-                return
-            if not self._room_for_another():
-                self.say("waits for its kernels to be compiled: the device's memory does not hold the run twice")
-                self._go_over()
-                return
-            try:
-                self.meanwhile = Precompile(self.settings, store=self.loader.store.folder)
-            except OSError as error:  # no more processes, no room for its messages
-                self.say(f"waits for its kernels to be compiled: no other process could be started ({error})")
-                self._go_over()
-                return
-            self.say("compiles its kernels beside the training, which goes on without them until they are there")
-        problem = self.meanwhile.poll()
-        if problem is None:
-            return
-        self.close()
-        # What another process lacked (memory, most likely) this one may have by itself; what it lacks too, its own attempt will tell.
-        self.say(f"waits for its kernels to be compiled: another process could not ({problem})" if problem else "goes over to compiled kernels")
-        self._go_over()
-
-    def _room_for_another(self) -> bool:
-        """Whether a process that takes the same steps fits into the device's memory beside this one."""
-        if self.device.type != "cuda":
-            return True
-        with torch.cuda.device(self.device):
-            free, _ = torch.cuda.mem_get_info()
-        # What the run has yet to take (validation, copies of its state), and what a process takes on a device just by being there.
-        return free > 1.2 * torch.cuda.memory_reserved(self.device) + SPARE
-
-    def _go_over(self) -> None:
-        """Leave plain kernels and their graph; the next step is compiled."""
-        self.beside = False
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # no graph goes while it runs
-        self.graph, self.report, self.inputs, self.taken = None, None, [], 0
-        self.pieces = 1  # compiled, it takes less memory
-        self._let_go()
-        self._compile()
-
-    def _let_go(self) -> None:
-        """Give back the memory of the step before: its gradients, and what PyTorch keeps for the next."""
-        self.guard.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _first(self, given: list[tuple[Tensor, ...]]) -> Tensor:
-        """A step before the graph stands. What cannot be compiled here is done without."""
-        if not self.compiled:
-            return self._fitting(given)
-        with keeping_graphs():
-            return self._fitting(given) if self.taken else self._compiling(given)
-
-    def _compiling(self, given: list[tuple[Tensor, ...]]) -> Tensor:
-        """The step that compiles."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # advice for whoever writes the compiled code
-                report = self._fitting(given)
-            if self.pieces == 1 and type(self.guard) is Guard and type(self.loss) is MaskLoss:  # another run's kernels exactly
-                keep_note(self.settings)
-            return report
-        except Exception as error:  # no C compiler, no Triton, an operation it does not know: many kinds
-            if ran_out(error):
-                raise
-            self.say(f"could not compile ({(str(error) or type(error).__name__).splitlines()[0]}): trains without, more slowly")
-            self.compiled, self.forward = False, self.eager
-            self.loader.uncompile()
-            self.guard.uncompile()
-            return self._fitting(given)
-
-    def _fitting(self, given: list[tuple[Tensor, ...]]) -> Tensor:
-        """:meth:`compute`, in ever smaller pieces until they fit into memory; the step is the same but for rounding.
+    def run_with_oom_retry(self, inputs: list[Inputs]) -> Tensor:
+        """A whole step, in more and more chunks until it fits into memory; equal but for rounding.
 
         Raises:
-            RuntimeError: one ROI alone does not fit (:func:`refinelib.guard.guard.ran_out`).
+            RuntimeError: a single ROI does not fit (:func:`~refinelib.guard.guard.ran_out`).
         """
         while True:
             try:
-                found = self._gradient(given)
+                components, total = self.gradient(inputs)
                 break
             except RuntimeError as error:
-                if not (ran_out(error) and self._smaller(len(given[0][-1]))):
+                if not (ran_out(error) and self.split_batch(len(inputs[0][-1]))):
                     raise
-        return self._finish(*found)  # never twice: half an update cannot be taken back
+        # Outside the loop: half an update cannot be taken back.
+        return torch.cat([components, self.guard.step(total)])
 
-    def _smaller(self, batch: int) -> bool:
-        """Take micro-batches in twice as many pieces; whether that can still be done."""
-        self._let_go()
-        if self.pieces >= batch:
+    def split_batch(self, size: int) -> bool:
+        """Free memory, take micro-batches of ``size`` in twice as many chunks; whether that is possible."""
+        self.guard.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.chunks >= size:
             return False
-        self.pieces = min(2 * self.pieces, batch)
-        self.say(f"a batch of {batch} does not fit into memory: it is taken in {self.pieces} pieces, with the same result")
+        self.chunks = min(2 * self.chunks, size)
+        self.say(f"a batch of {size} does not fit into memory: it is split into {self.chunks} chunks")
         return True
 
-    def _capture(self, given: list[tuple[Tensor, ...]]) -> None:
-        """Record a step as a graph; recording runs nothing."""
-        self.inputs = [tuple(x.clone() for x in inputs) for inputs in given]
+    def _first(self, inputs: list[Inputs]) -> Tensor:
+        """The first step, which compiles; where that is not possible, training goes on uncompiled."""
+        if not self.compiled:
+            return self.run_with_oom_retry(inputs)
+        self.say("compiles the training step: about two minutes on a GPU, less where the cache holds it")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice for the authors of compiled code
+                return self.run_with_oom_retry(inputs)
+        except Exception as error:  # no C compiler, no Triton, an unknown operation: many kinds
+            if ran_out(error):
+                raise
+            cause = (str(error) or type(error).__name__).splitlines()[0]
+            self.say(f"could not compile ({cause}): trains uncompiled, more slowly")
+        self.compiled, self.forward = False, self.eager
+        self.loader.uncompile()
+        self.guard.uncompile()
+        return self.run_with_oom_retry(inputs)
+
+    def _capture(self, inputs: list[Inputs]) -> None:
+        """Record a step as a CUDA graph; recording runs nothing."""
+        self.inputs = [tuple(x.clone() for x in each) for each in inputs]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                report = self.compute(self.inputs)
+                components, total = self.gradient(self.inputs)
+                self.report = torch.cat([components, self.guard.step(total)])
+            self.graph = graph
         except RuntimeError as error:
-            if ran_out(error):  # a graph keeps its memory to itself: there was room for the step, not for both
-                self.captures, self.taken = self._smaller(len(given[0][-1])), 0  # smaller pieces are taken, and compiled, before they are recorded
+            if ran_out(error):  # a graph has memory of its own: the chunks need steps of their own before it
+                self.captures, self.taken = self.split_batch(len(inputs[0][-1])), 0
                 return
             torch.cuda.synchronize()
-            self.say(f"could not capture a CUDA graph ({str(error).splitlines()[0]}): trains without, more slowly")
             self.captures = False
-            return
-        self.graph, self.report = graph, report
+            self.say(f"could not capture a CUDA graph ({str(error).splitlines()[0]}): trains more slowly")
 
 
 def worth_compiling(settings: Settings, steps: int) -> bool:
-    """Whether a run of so many steps saves more time by compiled kernels on a GPU than compiling takes.
+    """Whether so many steps on a GPU gain more time by compiled code than its compilation takes.
 
-    Kernels that an earlier run left count for nothing: whether a run is compiled must not depend on what ran before it, only when.
+    A cache does not count: whether a run is compiled must not depend on earlier runs.
     """
-    return steps * (SAVED_A_STEP + SAVED_A_ROI * settings.accumulate * _worth(settings)) > COMPILING
+    saved = SAVED_A_STEP + SAVED_A_ROI * settings.accumulate * _relative_size(settings)
+    return steps * saved > COMPILE_SECONDS
 
 
-def compiler_options(settings: Settings, device: torch.device) -> dict[str, object] | None:
-    """What PyTorch's compiler is told beyond its own choice, for augmentation, model and losses; the guard's decision is compiled as ever."""
+def compiler_options(settings: Settings, device: torch.device) -> dict[str, Any] | None:
+    """Options of the compiler for augmentation, model and losses; none on a CPU."""
     if device.type != "cuda":
         return None
+    from torch._inductor import config  # takes seconds; not needed where nothing is compiled
+
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    wanted = LESS_TRAFFIC if _worth(settings) >= FEW else FEWER_KERNELS if release >= FEWER_KERNELS_SINCE else {}
-    from torch._inductor import config  # seconds to import, and not needed where nothing is compiled
+    small: dict[str, Any] = dict(FEWER_KERNELS) if release >= FEWER_KERNELS_SINCE else {}
+    options = LESS_TRAFFIC if _relative_size(settings) >= LARGE else small
+    return {name: value for name, value in options.items() if hasattr(config, name)} or None
 
-    return {name: value for name, value in wanted.items() if hasattr(config, name)} or None  # another release may know others
+
+@contextlib.contextmanager
+def compile_cache() -> Iterator[None]:
+    """Let the compiler's disk cache keep gradients too, so that the next process need not trace them.
+
+    By default it refuses graphs that change precision or have a gradient by hand. The graph describes both
+    completely; the sources of the model are part of the key as well.
+    """
+    from torch._functorch import config as tracing
+    from torch._inductor import config as compiler
+
+    functions = dict.fromkeys(
+        (f"torch.amp.autocast_mode.{name}" for name in ("_enter_autocast", "_exit_autocast")), _sources()
+    )
+    wanted = (
+        (compiler, "unsafe_marked_cacheable_functions", functions),
+        (tracing, "autograd_cache_allow_custom_autograd_functions", True),
+    )
+    with contextlib.ExitStack() as stack:
+        for config, name, value in wanted:
+            if hasattr(config, name):  # since PyTorch 2.7
+                stack.enter_context(config.patch({name: value}))
+        yield
 
 
-def _worth(settings: Settings) -> float:
-    """A micro-batch in ROIs of 64 x 64 at ``width`` 1, by its arithmetic's share."""
+@functools.cache
+def _sources() -> str:
+    """Hash of the sources of the model and its losses."""
+    files = sorted(Path(str(modeling.__file__)).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _relative_size(settings: Settings) -> float:
+    """Size of a micro-batch in ROIs of 64 x 64 at ``width`` 1, by the arithmetic of a step."""
     height, width = canvas_size(settings.roi_size, settings.context)
     return settings.batch_size * settings.width * height * width / 64**2
 
 
-def _in_pieces(batches: list[tuple[Tensor, Tensor]], pieces: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _split(batches: list[tuple[Tensor, Tensor]], chunks: int) -> Iterator[tuple[Tensor, Tensor]]:
     for images, labels in batches:
-        yield from zip(images.tensor_split(pieces), labels.tensor_split(pieces))
+        yield from zip(images.tensor_split(chunks), labels.tensor_split(chunks), strict=True)

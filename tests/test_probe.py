@@ -58,7 +58,9 @@ def test_a_look_leaves_gradients_optimizer_weights_and_random_state_as_they_were
 
     def state():
         grads = [p.grad.clone() for p in trainer.guard.parameters]
-        return checkpoints.checksum([grads, trainer.model.state_dict(), trainer.guard.state_dict(), torch.get_rng_state()])
+        return checkpoints.checksum(
+            [grads, trainer.model.state_dict(), trainer.guard.state_dict(), torch.get_rng_state()]
+        )
 
     before = state()
     assert trainer.probe.end_epoch(1).is_file()
@@ -72,8 +74,12 @@ def test_norms_are_those_of_the_steps(tiny):
     steps = np.concatenate([first["steps"], second["steps"]])
     assert steps.tolist() == [line["step"] for line in run.steps()]
     norms = np.concatenate([first["norms"], second["norms"]]).astype(np.float64)
-    np.testing.assert_allclose(np.sqrt((norms**2).sum(1)), [line["grad_norm"] for line in run.steps()], rtol=2e-3)
-    assert first["names"][first["module_of"] == list(first["modules"]).index("boundary")][0].startswith("boundary.")
+    np.testing.assert_allclose(
+        np.sqrt((norms**2).sum(1)), [line["grad_norm"] for line in run.steps()], rtol=2e-3
+    )
+    assert first["names"][first["module_of"] == list(first["modules"]).index("boundary")][0].startswith(
+        "boundary."
+    )
     assert not first["skipped"].any()
     weighted = (first["components"] * first["term_weights"]).sum(1)
     np.testing.assert_allclose(first["loss"], weighted, rtol=1e-5)
@@ -95,19 +101,32 @@ def test_the_look_holds_true_numbers(tiny):
         expected = float(update.norm() / p.detach().double().norm())
         assert look["update_ratios"][place] == pytest.approx(expected, rel=1e-3)
     # Every element is in one bin, and the clipped gradients are shown as long as they were before.
-    for name, shown in (("weight_counts", weights), ("gradient_counts", [p.grad for p in trainer.guard.parameters])):
+    for name, shown in (
+        ("weight_counts", weights),
+        ("gradient_counts", [p.grad for p in trainer.guard.parameters]),
+    ):
         assert look[name].sum() == sum(x.numel() for x in shown)
         assert look[name].shape == (len(look["modules"]), len(look["edges"]) + 1)
     factor = float(report[REPORT.index("grad_norm")]) / 0.1
     assert factor > 2
     everything = torch.cat([p.grad.flatten() for p in trainer.guard.parameters]) * factor
     above = int((everything.abs() >= 1e-3).sum())
-    assert look["gradient_counts"][:, 1 + list(look["edges"]).index(-3.0) :].sum() == pytest.approx(above, abs=3)
+    assert look["gradient_counts"][:, 1 + list(look["edges"]).index(-3.0) :].sum() == pytest.approx(
+        above, abs=3
+    )
 
 
 def test_terms_add_up_to_the_gradient_of_the_whole_loss(tiny):
     """Each term's gradient, summed as vectors, is the total's: so with one term only its norm is the total's."""
-    trainer, report = trained(tiny(use_active_contour_loss=False, use_boundary_aware_loss=False, contour_weight=0, distance_weight=0, dice_weight=0))
+    trainer, report = trained(
+        tiny(
+            use_active_contour_loss=False,
+            use_boundary_aware_loss=False,
+            contour_weight=0,
+            distance_weight=0,
+            dice_weight=0,
+        )
+    )
     batch = trainer.loader.batch(trainer.loader.plan(0), 0)
     trainer.guard.zero_grad()
     trainer.loss(trainer.forward(batch.images), batch.labels)[0].backward()
@@ -121,7 +140,9 @@ def test_a_heavier_term_has_a_heavier_share(tiny):
     light, heavy = (trained(tiny(distance_weight=weight), steps=1)[0] for weight in (0.1, 10.0))
     row = light.loss.names.index("distance")
     a, b = (trainer.probe._terms()[row] for trainer in (light, heavy))
-    assert float(b.norm() / a.norm()) == pytest.approx(100, rel=0.5)  # weights differ by one step of the optimizer
+    assert float(b.norm() / a.norm()) == pytest.approx(
+        100, rel=0.5
+    )  # weights differ by one step of the optimizer
     distance = [name.startswith("distance.") for name in light.guard.names]
     contour = [name.startswith("contour.head") for name in light.guard.names]
     assert a[contour].max() < 1e-3 * a[distance].max()  # it reaches the contour head through the mask alone
@@ -132,12 +153,17 @@ def test_a_planted_nan_is_in_its_row_and_nowhere_else(tiny):
     found = read(run, 1)
     assert found["skipped"].tolist() == [step == 2 for step in found["steps"].tolist()]
     bad = ~np.isfinite(found["norms"])
-    assert {found["names"][p].split(".")[0] for p in np.flatnonzero(bad.any(0))} == {"boundary"} and bad.sum() == 1
+    assert {found["names"][p].split(".")[0] for p in np.flatnonzero(bad.any(0))} == {
+        "boundary"
+    } and bad.sum() == 1
 
 
 def test_files_come_every_so_many_epochs_and_leave_out_no_step(tiny):
     run = train(tiny(probe_every=2, epochs=5))
-    assert sorted(file.name for file in (run.folder / "gradients").iterdir()) == ["epoch_0002.npz", "epoch_0004.npz"]
+    assert sorted(file.name for file in (run.folder / "gradients").iterdir()) == [
+        "epoch_0002.npz",
+        "epoch_0004.npz",
+    ]
     per_epoch = run.status()["step"] // 5
     assert read(run, 4)["steps"].tolist() == list(range(2 * per_epoch + 1, 4 * per_epoch + 1))
 
@@ -206,7 +232,7 @@ def test_what_is_written_is_on_disk_before_it_takes_the_old_ones_place(tiny, mon
     monkeypatch.setattr(files.os, "fsync", lambda number: order.append("fsync"))
     monkeypatch.setattr(files.os, "replace", lambda a, b: (order.append(b.name), real(a, b)))
     trainer.probe.end_epoch(1)
-    trainer.look_at_people(0, final=True)
+    trainer.evaluate_epoch(0, final=True)
     assert [name for name in order if name != "status.json"] == ["fsync", "epoch_0001.npz"] * 2
 
 

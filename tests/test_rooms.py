@@ -20,6 +20,7 @@ ORDER = [
     {"build"},
     {"step"},
     {"metrics", "incidents", "gradients"},
+    {"state"},
     {"trainer"},
     {"plots"},
     {"workflows"},

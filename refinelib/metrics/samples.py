@@ -1,16 +1,16 @@
-"""Masks of some validation ROIs, kept after every validation for whoever looks at the run later."""
+"""Masks of some validation ROIs, kept after every validation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from refinelib.data.augment import normalise
 from refinelib.data import Store
+from refinelib.data.augment import normalise
 from refinelib.files import replacing
 from refinelib.modeling.roi import labels_from_coverage
 
@@ -31,15 +31,15 @@ def write_samples(
     """Write ``SAMPLES`` fixed ROIs and this epoch's worst, middle and best to a compressed ``.npz``.
 
     It holds ``image`` uint8 ``[K, Hc, Wc, 3]``, ``labels`` uint8 ``[K, Hm, Wm]``, ``probs`` float16
-    ``[K, 3, Hm, Wm]``, ``target_iou`` float32, ``roi``, ``image_id``, ``annotation_id`` int64 and ``kind`` (``fixed``,
-    ``worst``, ``median``, ``best``), all ``[K]``, and ``mask_size``.
+    ``[K, 3, Hm, Wm]``, ``target_iou`` float32, ``roi``, ``image_id``, ``annotation_id`` int64 and ``kind``
+    (``fixed``, ``worst``, ``median``, ``best``), all ``[K]``, and ``mask_size``.
 
     Args:
         file: to write.
-        store: of the validation people.
+        store: of the validation ROIs.
         predict: normalised crops to class probabilities.
-        target_iou: float ``[len(store)]``; nan where the truth has no target.
-        device: where ``predict`` wants its crops.
+        target_iou: float ``[len(store)]``; nan where there is no target.
+        device: of the crops for ``predict``.
         mask_size: pixels across the box.
 
     Raises:
@@ -58,16 +58,16 @@ def write_samples(
     rois = torch.cat([*groups.values()])
     images, coverage = store.gather(rois)
     probs = predict(normalise(images.to(device).permute(0, 3, 1, 2)))
-    content = dict(
-        image=images.numpy(),
-        labels=labels_from_coverage(coverage).numpy().astype(np.uint8),
-        probs=probs.float().cpu().numpy().astype(np.float16),
-        target_iou=scores[rois].numpy().astype(np.float32),
-        roi=rois.numpy(),
-        image_id=store.image_ids[rois.numpy()],
-        annotation_id=store.annotation_ids[rois.numpy()],
-        kind=np.array([kind for kind, chosen in groups.items() for _ in chosen]),
-        mask_size=np.array(mask_size),
-    )
     with replacing(file, "wb") as half:
-        np.savez_compressed(half, **content)
+        np.savez_compressed(
+            half,
+            image=images.numpy(),
+            labels=labels_from_coverage(coverage).numpy().astype(np.uint8),
+            probs=probs.float().cpu().numpy().astype(np.float16),
+            target_iou=scores[rois].numpy().astype(np.float32),
+            roi=rois.numpy(),
+            image_id=store.image_ids[rois.numpy()],
+            annotation_id=store.annotation_ids[rois.numpy()],
+            kind=np.repeat(list(groups), [len(group) for group in groups.values()]),
+            mask_size=np.array(mask_size),
+        )

@@ -1,0 +1,321 @@
+"""A run's live objects, and its whole state: written to checkpoints and restored exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from refinelib import checkpoints
+from refinelib.build import autocast, build_device, build_step
+from refinelib.checkpoints import CheckpointError
+from refinelib.config import Settings, names_with_role
+from refinelib.data import open_splits
+from refinelib.gradients.record import Probe
+from refinelib.guard.rewind import Rewinder, Snapshot
+from refinelib.registry import REFINEMENTS
+from refinelib.runs import Run
+from refinelib.step import Stepper
+from refinelib.steplog import StepLog
+
+
+class TrainingState:
+    """A run's live objects: data, model, guard, records. Made anew, or restored from a checkpoint."""
+
+    def __init__(self, settings: Settings, run: Run) -> None:
+        self.settings, self.run = settings, run
+        self.device = build_device(settings)
+        _seed_everything(settings)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        run.record_settings(settings, name)
+
+        self.train_store, self.val_store = open_splits(settings)
+        prepare = self.start_from if settings.init_from else None
+        self.parts = build_step(settings, self.train_store, self.device, prepare=prepare)
+        self.model, self.average, self.loss, self.guard, self.injector, self.loader = self.parts
+        self.stepper = Stepper(
+            settings,
+            self.parts,
+            device=self.device,
+            steps=settings.epochs * self.loader.steps_per_epoch,
+            say=lambda message: self.say("speed", message),
+        )
+        self.rewinder = Rewinder(
+            self.guard,
+            max_consecutive_skips=settings.max_consecutive_skips,
+            max_rewinds=settings.max_rewinds,
+            log=lambda: self.log.state_dict(),
+        )
+        self.probe = Probe(
+            run.folder / "gradients",
+            self.parts,
+            self.forward,
+            every=settings.probe_every,
+            say=lambda message: self.say("damaged", message),
+        )
+        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
+        self.writer = checkpoints.Writer()
+
+        self.step = 0  # steps tried: the position in the data
+        self.best: dict[str, Any] | None = None
+        self.last_metrics: dict[str, Any] = {}
+        self.incidents: list[str] = []  # kinds that were kept
+        self.repeats = 0  # incidents of a kind that was kept before
+        self.kept_snapshots: set[Path] = set()  # files that the last checkpoint needs
+        self.mean_coverage = torch.as_tensor(self.train_store.mean_coverage())
+        self.guard.resume_updates(capture_enabled=self.wants_incidents)
+
+    @property
+    def wants_incidents(self) -> bool:
+        """Whether another incident would be kept."""
+        return max(len(self.incidents), self.repeats) < self.settings.max_incidents
+
+    def forward(self, images: Tensor) -> Any:
+        """The trained model's output for normalised crops, in the run's precision."""
+        with autocast(self.settings, self.device):
+            return self.model(images.contiguous(memory_format=torch.channels_last))
+
+    # -- messages ----------------------------------------------------------------------------------
+    def say(self, kind: str, message: str) -> None:
+        """Record an event at the present step."""
+        self.run.event(kind, message, step=self.step)
+
+    @contextlib.contextmanager
+    def best_effort(self, what: str) -> Iterator[None]:
+        """For files that training can do without: a disk error becomes an event."""
+        try:
+            yield
+        except OSError as error:
+            epoch = self.step // self.loader.steps_per_epoch
+            self.say("disk", f"the {what} of epoch {epoch} could not be written ({error})")
+
+    def report_writes(self, *, final: bool = False) -> None:
+        """Say which checkpoints could not be written.
+
+        Raises:
+            OSError: with ``final``, when the newest of a file is among them.
+        """
+        if final:
+            self.writer.flush()
+        for message in self.writer.problems():
+            self.say("checkpoint", message)
+        if final and self.writer.failing:
+            problems = "; ".join(self.writer.failing.values())
+            raise OSError(f"{problems}: make room in {self.run.folder} and go on with resume=true")
+
+    # -- checkpoints -------------------------------------------------------------------------------
+    def save(self, *names: str) -> None:
+        """Have a checkpoint written under each name, and before it the snapshots that a rewind would need.
+
+        Each snapshot has a file of its own, written once. Files that neither the checkpoint on disk nor this
+        one needs are deleted.
+        """
+        if not names:
+            return
+        self.log.write_line()
+        folder, content = self.run.folder / "checkpoints", checkpoints.to_cpu(self.state_dict())
+        needed = {self.snapshot_file(snapshot.step): snapshot for snapshot in self.rewinder.snapshots}
+        for file in needed.keys() - self.kept_snapshots:
+            file.parent.mkdir(exist_ok=True)
+            self.writer.save(file, needed[file].state_dict(), copy=True)
+        for name in names:
+            self.writer.save(folder / name, content, copy=False)
+        for file in set(self.snapshot_file(0).parent.glob("*.pt")) - self.kept_snapshots - needed.keys():
+            file.unlink(missing_ok=True)
+        self.kept_snapshots = set(needed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint."""
+        per_epoch = self.loader.steps_per_epoch
+        position = {"step": self.step, "epoch": self.step // per_epoch, "steps_per_epoch": per_epoch}
+        incidents = {"incidents": list(self.incidents), "repeats": self.repeats}
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "guard": self.guard.state_dict(),
+            "position": position,
+            "log": self.log.state_dict(),
+            "recovery": {**self.rewinder.state_dict(), **incidents},
+            "random": random_state(self.device),
+            "best": self.best,
+            "settings": self.settings.model_dump(mode="json"),
+            "mean_coverage": self.mean_coverage,
+            "people": self.train_store.identity,
+        }
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint of the run, and say what was wrong with the others."""
+        path, saved, problems = checkpoints.newest_whole(self.run.folder / "checkpoints", check=self.check)
+        step, epoch = saved["position"]["step"], saved["position"]["epoch"]
+        load_weights(self.model, saved, str(path))
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"] or saved["model"])
+        self.guard.load_state_dict(saved["guard"])
+        self.log.load_state_dict(saved["log"])
+        self.incidents, self.repeats = list(saved["recovery"]["incidents"]), saved["recovery"]["repeats"]
+        self.guard.resume_updates(capture_enabled=self.wants_incidents)
+        torch.set_rng_state(saved["random"]["torch"])
+        if self.device.type == "cuda" and "cuda" in saved["random"]:
+            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
+        self.step, self.best = step, saved["best"]
+        self.run.rewind_records(step, epoch)
+        for problem in problems:
+            self.say("checkpoint", problem)
+        self.rewinder.load_state_dict(saved["recovery"], self.load_snapshots(saved))
+        self.say("resume", f"resumed from {path.name} at step {step}")
+        validations = self.run.validations()
+        self.last_metrics = validations[-1]["metrics"] if validations else {}
+        shown = {"best": self.best, "metrics": self.last_metrics or None}
+        self.run.update(epoch=epoch, step=step, skipped_steps=self.log.skipped, **shown)
+        if path.name != "last.pt":  # it is now the last
+            self.rewinder.start(step)
+            self.save("last.pt")
+
+    def snapshot_file(self, step: int) -> Path:
+        """The file of the snapshot after ``step``."""
+        return self.run.folder / "checkpoints" / "snapshots" / f"{step:08d}.pt"
+
+    def load_snapshots(self, saved: dict[str, Any]) -> list[Snapshot]:
+        """The usable snapshots of a checkpoint; an event names the others. Later ones are deleted."""
+        found, live, step = [], self.guard.tensors(), saved["position"]["step"]
+        folder = self.snapshot_file(0).parent
+        if not folder.is_dir():  # the run had ended, and goes on with more epochs
+            return []
+        for file in folder.glob("*.pt"):
+            if not file.stem.isdigit() or int(file.stem) > step:
+                file.unlink()
+        for number, *_ in saved["recovery"].get("snapshots", []):
+            file = self.snapshot_file(number)
+            try:
+                content = checkpoints.load(file, needs=("tensors", "memory", "host"))
+                tensors, memory = content["tensors"], content["memory"]
+                shapes = {name: x.shape for name, x in live.items()}
+                weights = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
+                fits = tensors and all(shapes.get(name) == x.shape for name, x in weights.items())
+                if not fits or checkpoints.nonfinite({**tensors, "memory": memory}):
+                    raise CheckpointError(f"{file} is not of this run")
+                tensors = {name: x.to(self.device) for name, x in tensors.items()}
+                found.append(Snapshot(number, tensors, memory.to(self.device), content["host"]))
+                self.kept_snapshots.add(file)
+            except (CheckpointError, KeyError, TypeError, AttributeError) as error:
+                self.say("checkpoint", f"a snapshot cannot be used, a rewind will not go there: {error}")
+        return found
+
+    def start_from(self, model: nn.Module) -> None:
+        """Give a fresh model the weights that ``init_from`` names."""
+        source = checkpoints.find(str(self.settings.init_from), output_dir=self.settings.output_dir)
+        saved = checkpoints.load(source, needs=("model", "average", "settings"))
+        load_weights(model, {**saved, "model": saved["average"] or saved["model"]}, str(source))
+
+    def check(self, path: Path, saved: dict[str, Any]) -> None:
+        """Whether this run can go on from a checkpoint.
+
+        Raises:
+            CheckpointError: it has other settings, data or sizes, or is not finite; the message names it.
+        """
+        refuse_other_settings(self.settings, saved["settings"])
+        then, now = saved["position"]["steps_per_epoch"], self.loader.steps_per_epoch
+        if then != now:
+            raise CheckpointError(
+                f"{path} was made with {then} steps an epoch, this run has {now}: "
+                "resume with the data, batch_size and accumulate that it was started with"
+            )
+        if saved.get("people") not in (None, self.train_store.identity):
+            raise CheckpointError(
+                f"{path} was made with other people than the {len(self.train_store)} that this run has: "
+                "resume with the data that it was started with, or start a new run from these weights with "
+                "init_from"
+            )
+        check_weights(self.model, saved, str(path))
+        guard = saved["guard"]
+        state = {
+            "average": saved["average"],
+            "optimizer": guard["optimizer"]["state"],
+            "guard": guard["state"],
+        }
+        if broken := checkpoints.nonfinite(state):
+            raise CheckpointError(
+                f"{path} holds values that are not finite (first {broken[0]}): start from another checkpoint"
+            )
+
+
+def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
+    """A run that resumed with another learning rate or precision would be neither the old one nor the new.
+
+    What only says where a run lies and what it leaves may differ, and ``epochs``, which stretches the rest of
+    the schedule.
+
+    Raises:
+        CheckpointError: names each setting that differs.
+    """
+    now = settings.model_dump(mode="json")
+    free = names_with_role("run", "inference") | {"add_pennfudan", "epochs", "init_from", "max_rewinds"}
+    changed = [
+        f"{name} was {value}, is {now[name]}"
+        for name, value in then.items()
+        if name in now and name not in free and value != now[name]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"resume goes on with the settings it was started with, and {'; '.join(changed)}: leave that as "
+            "it was, or start a new run from these weights with init_from"
+        )
+
+
+def check_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
+    """Whether a checkpoint's weights fit a model; one of the two may lack refinements.
+
+    Raises:
+        CheckpointError: other shapes or parts, or weights that are not finite.
+    """
+    weights, own = saved["model"], model.state_dict()
+    optional = tuple(f"{refinement.attribute}." for refinement in REFINEMENTS.values())
+    apart = [name for name in own.keys() ^ weights.keys() if not name.startswith(optional)]
+    apart += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if apart:
+        names = ("width", "coarse_width", "coarse_depth")
+        sizes = ", ".join(f"{name} {saved['settings'].get(name, 1):g}" for name in names)
+        raise CheckpointError(
+            f"the weights in {source} do not fit this model (first {min(apart)}): "
+            f"use the sizes it was trained with, {sizes}"
+        )
+    if broken := checkpoints.nonfinite({name: weights[name] for name in own if name in weights}):
+        raise CheckpointError(
+            f"the weights in {source} are not finite (first {broken[0]}): start from another checkpoint"
+        )
+
+
+def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
+    """Load a checkpoint's weights into a model; refinements that it lacks keep theirs.
+
+    Raises:
+        CheckpointError: see :func:`check_weights`.
+    """
+    check_weights(model, saved, source)
+    own = model.state_dict()
+    model.load_state_dict({**own, **{name: x for name, x in saved["model"].items() if name in own}})
+
+
+def _seed_everything(settings: Settings) -> None:
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
+    torch.use_deterministic_algorithms(settings.deterministic)
+    torch.backends.cudnn.benchmark = not settings.deterministic
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's random generators."""
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
