@@ -74,7 +74,7 @@ def pictures(folder: Path, report: Report) -> Figure:
     figure = _figure(report, f"{len(blamed)} of {len(images)} samples not finite")
     rows = [("image", above), ("labels", below)]
     colors = style.CLASSES | {"pixel not finite": VERMILLION}
-    return picture_grid(figure, rows, images.shape[2] / images.shape[3], key=colors)
+    return picture_grid(figure, rows, (images.shape[2] / images.shape[3], 1.0, 1.0), key=colors)
 
 
 def activations(report: Report, found: Layers) -> Figure:
@@ -126,7 +126,8 @@ def _by_layer(report: Report, found: Layers, value: str, share: str, first: Laye
     top.set_yscale("log", nonpositive="mask")
     style.draw_line(top, x, [getattr(layer, value) or 0.0 for layer in layers], BLUE)
     # A dot on each: one bad element among many has to be seen too.
-    bottom.stem(x, [getattr(layer, share) for layer in layers], linefmt=VERMILLION, basefmt=" ")
+    bottom.stem(x, [getattr(layer, share) or math.nan for layer in layers], linefmt=VERMILLION, basefmt=" ")
+    bottom.set_ylim(-0.05, 1.1)
     if first:
         top.axvline(layers.index(first), color=BLACK, linestyle="--")
         bottom.axvline(layers.index(first), color=BLACK, linestyle="--")
