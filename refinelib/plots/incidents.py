@@ -144,7 +144,7 @@ def _name_parts(axes: Axes, parts: Sequence[str]) -> None:
     for start, end in list(zip(starts, ends, strict=True))[::2]:
         axes.axvspan(start - 0.5, end - 0.5, color="#F1F1F1", zorder=0, linewidth=0)
     axes.set_xticks(
-        np.add(starts, ends) / 2 - 0.5, [parts[start] for start in starts], rotation=90, fontsize=7
+        np.add(starts, ends) / 2 - 0.5, [parts[start] for start in starts], rotation=90, fontsize=6
     )
     axes.set_xlim(-0.5, len(parts) - 0.5)
 
