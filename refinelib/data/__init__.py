@@ -1,28 +1,16 @@
 """Persons as ROIs: sources of images with masks, and the store they are decoded into once."""
 
-from refinelib.data.coco import CocoPeople, coco_paths, decode_segmentation
-from refinelib.data.pennfudan import PennFudanPeople
-from refinelib.data.sources import DataError, Instances, Scene, SceneError, Source, decode_image
-from refinelib.data.splits import make_source, open_split, open_splits
-from refinelib.data.store import Store
-from refinelib.data.store_build import open_store
-from refinelib.data.synthetic import SyntheticPeople
-
-__all__ = [
-    "CocoPeople",
-    "DataError",
-    "Instances",
-    "PennFudanPeople",
-    "Scene",
-    "SceneError",
-    "Source",
-    "Store",
-    "SyntheticPeople",
-    "coco_paths",
-    "decode_image",
-    "decode_segmentation",
-    "make_source",
-    "open_split",
-    "open_splits",
-    "open_store",
-]
+from refinelib.data.coco import CocoPeople as CocoPeople
+from refinelib.data.coco import coco_paths as coco_paths
+from refinelib.data.coco import decode_segmentation as decode_segmentation
+from refinelib.data.pennfudan import PennFudanPeople as PennFudanPeople
+from refinelib.data.sources import DataError as DataError
+from refinelib.data.sources import SceneError as SceneError
+from refinelib.data.sources import Source as Source
+from refinelib.data.sources import decode_image as decode_image
+from refinelib.data.splits import make_source as make_source
+from refinelib.data.splits import open_split as open_split
+from refinelib.data.splits import open_splits as open_splits
+from refinelib.data.store import Store as Store
+from refinelib.data.store_build import open_store as open_store
+from refinelib.data.synthetic import SyntheticPeople as SyntheticPeople

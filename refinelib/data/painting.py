@@ -60,7 +60,8 @@ class Pen:
         self._draw = ImageDraw.Draw(self.codes)
         self.rows: list[Floats] = []
         self.owners: list[int] = []
-        self._light = rng.uniform(-1, 1), rng.uniform(-1, 0.5)
+        angle = rng.uniform(0, 2 * math.pi)
+        self._light = math.cos(angle), math.sin(angle) - 0.5
         # Shared by persons and clutter, so that a colour says little about what it belongs to.
         self._palette = [self._fresh() for _ in range(5)]
 

@@ -224,27 +224,20 @@ def _coco(settings: Settings, split: str) -> Source:
     return CocoPeople(*paths, split, allow_outside=settings.allow_images_outside)
 
 
-def _place(name: str, description: str) -> Option:
-    return Option(name, None, description, role="run")
-
-
-_FOLDER = _place("data_dir", "folder of the data set in its published layout")
+_FOLDER = Option("data_dir", None, "folder of the data set in its published layout", role="run")
+_PLACES = {
+    "train_annotations": "COCO JSON to train on, where it is not in data_dir",
+    "train_images": "folder of its images, where it is not in data_dir",
+    "val_annotations": "COCO JSON to validate on, where it is not in data_dir",
+    "val_images": "folder of its images, where it is not in data_dir",
+}
+_OUTSIDE = "also read images that a COCO file names outside its image folder"
 DATASETS.add("synthetic", _synthetic)
+DATASETS.add("pennfudan", _pennfudan, _FOLDER)
 DATASETS.add(
     "coco",
     _coco,
     _FOLDER,
-    _place(
-        "train_annotations", "COCO JSON to train on; none: data_dir/annotations/instances_train2017*.json"
-    ),
-    _place("train_images", "folder of its images; none: data_dir/images/train2017 or data_dir/train2017"),
-    _place("val_annotations", "COCO JSON to validate on; none: data_dir/annotations/instances_val2017*.json"),
-    _place("val_images", "folder of its images; none: data_dir/images/val2017 or data_dir/val2017"),
-    Option(
-        "allow_images_outside",
-        False,
-        "also read images that a COCO file names outside its image folder",
-        role="run",
-    ),
+    *(Option(name, None, text, role="run") for name, text in _PLACES.items()),
+    Option("allow_images_outside", False, _OUTSIDE, role="run"),
 )
-DATASETS.add("pennfudan", _pennfudan, _FOLDER)

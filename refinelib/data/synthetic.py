@@ -22,34 +22,27 @@ STAND = (2, 9, -7, 2, 6, 18, -20, 0)
 UP = (2, 9, -7, 2, 95, 165, 5, 30)
 HIP, FOLD = (2, 9, -7, 2, 38, 50, -95, -70), (2, 9, -7, 2, 8, 14, -115, -90)
 STAR = (14, 28, -8, -2, 50, 120, 5, 30)
-FRONT_POSES = ((STAND, STAND),) * 3 + ((UP, STAND), (UP, UP), (STAND, HIP), (FOLD, FOLD), (STAR, STAR))
+FRONT_POSES = ((STAND, STAND),) * 7 + ((UP, STAND), (UP, UP), (STAND, HIP), (FOLD, FOLD), (STAR, STAR))
 WALK = ((-30, -12, -35, -5, 10, 32, 10, 45), (12, 30, -12, 0, -32, -10, 5, 30))
 RUN = ((-35, -10, -80, -20, 30, 55, 60, 95), (35, 65, -80, -40, -55, -30, 50, 90))
 SIDE_STAND = (-8, 8, -8, 0, -12, 12, 8, 25)
 REACH = (-8, 8, -8, 0, 50, 165, 5, 40)
 SIT = (76, 96, -95, -75, 5, 40, 30, 60)
-SIDE_POSES = ((SIDE_STAND, SIDE_STAND), WALK, WALK, WALK, RUN, (SIDE_STAND, REACH), (SIT, SIT))
+SIDE_POSES = ((SIDE_STAND, SIDE_STAND), WALK) * 4 + (RUN, (SIDE_STAND, REACH), (SIT, SIT))
 
+_COAT = (0, 0, 0.5, 0, 0.8, 0.1)
 #: Things that are no person: parts of cloth 0 or 1 from (x, height) to (x, height), a capsule of that radius
 #: or, for 0, a block; in sizes of the thing.
 CLUTTER = (
-    ((0, -0.4, 1.0, 0.4, 0, 0), (1, -0.45, 1.05, 0.45, 0.95, 0)),  # a house
-    ((0, -0.2, 0.55, 0.2, 0, 0), (1, -0.23, 0.6, 0.23, 0.5, 0)),  # a bin
-    (
-        (1, 0, 0, 0.03, 0.8, 0.05),
-        (0, -0.15, 0.8, 0.15, 0.75, 0.17),
-        (0, -0.05, 0.95, 0.1, 0.9, 0.15),
-    ),  # a tree
-    ((0, -0.2, 0.15, 0.2, 0.2, 0.16), (0, -0.02, 0.3, 0.08, 0.3, 0.14)),  # a bush
-    ((0, 0, 0, 0.03, 1.3, 0.02), (1, -0.04, 1.25, 0.05, 1.25, 0.07)),  # a lamp
-    (
-        (0, -0.4, 0.16, 0.4, 0.16, 0.12),
-        (0, -0.2, 0.3, 0.15, 0.3, 0.1),
-        (1, -0.28, 0.05, -0.27, 0.05, 0.07),
-    ),  # a car
-    ((0, -0.45, 0.55, 0.45, 0.4, 0), (0, -0.45, 0.3, 0.45, 0.2, 0), (1, -0.4, 0.3, -0.35, 0, 0)),  # a bench
-    ((1, 0, 0, 0, 1, 0.015), (0, -0.13, 0.5, -0.07, 0.82, 0.04), (0, 0.13, 0.5, 0.07, 0.82, 0.04))
-    + ((0, 0, 0.5, 0, 0.8, 0.1),),  # a coat on a stand
+    # a house, a bin, a tree, a bush, a lamp, a car, a bench, a coat on a stand
+    ((0, -0.4, 1.0, 0.4, 0, 0), (1, -0.45, 1.05, 0.45, 0.95, 0)),
+    ((0, -0.2, 0.55, 0.2, 0, 0), (1, -0.23, 0.6, 0.23, 0.5, 0)),
+    ((1, 0, 0, 0.03, 0.8, 0.05), (0, -0.15, 0.8, 0.15, 0.75, 0.17), (0, -0.05, 0.95, 0.1, 0.9, 0.15)),
+    ((0, -0.2, 0.15, 0.2, 0.2, 0.16), (0, -0.02, 0.3, 0.08, 0.3, 0.14)),
+    ((0, 0, 0, 0.03, 1.3, 0.02), (1, -0.04, 1.25, 0.05, 1.25, 0.07)),
+    ((0, -0.4, 0.16, 0.4, 0.16, 0.12), (0, -0.2, 0.3, 0.15, 0.3, 0.1), (1, -0.28, 0.05, -0.27, 0.05, 0.07)),
+    ((0, -0.45, 0.55, 0.45, 0.4, 0), (0, -0.45, 0.3, 0.45, 0.2, 0), (1, -0.4, 0.3, -0.35, 0, 0)),
+    ((1, 0, 0, 0, 1, 0.015), (0, -0.13, 0.5, -0.07, 0.82, 0.04), (0, 0.13, 0.5, 0.07, 0.82, 0.04), _COAT),
 )
 
 
@@ -108,7 +101,7 @@ class _Figure:
         self.face = self.on_axis(0.115, 0.015 * size * self.front)
 
     def on_axis(self, above: float, dx: float = 0.0) -> Point:
-        """A point on the axis of the trunk, ``above`` the neck in standing heights, ``dx`` pixels beside it."""
+        """A point ``above`` the neck on the trunk's axis (in standing heights), ``dx`` pixels beside it."""
         (hip_x, hip_y), (x, y) = self.hip, self.neck
         return x + (x - hip_x) / 0.3 * above + dx, y + (y - hip_y) / 0.3 * above
 
@@ -159,7 +152,7 @@ class _Figure:
         pen.limb(self.sleeve, start, elbow, 0.036 * girth, 0.028 * girth)
 
     def hull(self, cloth: Cloth, seams: list[tuple[float, float]]) -> int:
-        """A surface about the axis of the trunk through seams of (place on the axis, half width); its code."""
+        """A surface about the trunk's axis through seams of (place on the axis, half width); its code."""
         points = [(self.on_axis(above), half) for above, half in seams]
         code = self.pen.brush(cloth, points[0][0], points[-1][0], 0.1 * self.girth)
         right, left = ([(x + side * half, y) for (x, y), half in points] for side in (1, -1))
@@ -237,8 +230,9 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Pen, NDArray[np.bool_]]:
         pen.owner = number
         _Figure(pen, x, foot, size).draw()
         pen.owner = 0
-        if rng.random() < 0.2:
-            _clutter(pen, x + size * rng.uniform(-0.45, 0.45), foot + 2, size * rng.uniform(0.2, 0.6))
+        if rng.random() < 0.15:
+            beside = size * rng.uniform(0.15, 0.45) * rng.choice([-1, 1])
+            _clutter(pen, x + beside, foot + 2, size * rng.uniform(0.2, 0.6))
     if rng.random() < 0.25:
         _clutter(pen, rng.uniform(0, width), height + rng.uniform(0, 30), rng.uniform(40, 130))
 
