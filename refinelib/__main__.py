@@ -60,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from refinelib.files import dumps
     from refinelib.metrics.evaluate import checked_folder, measure
     from refinelib.metrics.predict import load
-    from refinelib.files import dumps
 
     if options.save:
         checked_folder(options.save)  # before the work, not after it
@@ -79,8 +79,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from refinelib.incidents import replay
     from refinelib.files import dumps
+    from refinelib.incidents import replay
 
     finding = replay(options.incident, device=options.device)
     print(dumps(finding.as_dict(), indent=2))

@@ -62,8 +62,8 @@ class StepLog:
     def read(self, *, wait: bool) -> list[Row]:
         """The rows that have arrived; with ``wait`` all there are.
 
-        On a CPU that is every step's at once. From CUDA they travel in bundles while the next one is computed,
-        without host-device synchronisation.
+        On a CPU that is every step's at once. From CUDA they travel in bundles while the next one is
+        computed, without host-device synchronisation.
         """
         at_once = wait or any(not report.is_cuda for report, _, _ in self.pending)
         if not at_once and len(self.pending) < BUNDLE:
@@ -129,7 +129,7 @@ class StepLog:
     def _summary(
         self, reports: NDArray[np.float64], typical: Callable[[NDArray[np.float64]], Any] = np.mean
     ) -> dict[str, Any]:
-        """Means over the applied steps of reports ``[steps, losses + REPORT...]``; if none was, the last's."""
+        """Means over the applied steps of reports ``[steps, losses + REPORT...]``; else the last step's."""
         columns = dict(zip(REPORT, reports[:, len(self.names) :].T, strict=False))
         applied = columns["skipped"] == 0
         applied[-1] |= not applied.any()

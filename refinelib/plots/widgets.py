@@ -6,6 +6,8 @@ nbval) no widget is made, so an executed notebook holds no widget state.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,8 +16,12 @@ from refinelib.plots.curves import overview
 from refinelib.plots.gradients import module_norms
 from refinelib.plots.masks import Pixels, boxes_figure, sample_epochs, sample_grid, thresholded
 from refinelib.plots.style import Figure, RunLike, opened
-from refinelib.progress import interactive
 from refinelib.runs import Run, RunError
+
+
+def interactive() -> bool:
+    """Whether somebody watches: a terminal, or a kernel of a Jupyter server (papermill starts its own)."""
+    return sys.stderr.isatty() or ("ipykernel" in sys.modules and "JPY_SESSION_NAME" in os.environ)
 
 
 def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
