@@ -66,8 +66,7 @@ def plan(
 ) -> Plan:
     """Check what is to be trained, before torch is imported.
 
-    A sequence that exists is continued. One that is finished and was trained with other settings is kept, and
-    the next number is appended to the name.
+    A sequence of this name that exists is continued; it is never overwritten.
 
     Args:
         phases: which, in order, such as ``[1, 2, "finetune"]`` or ``"1,2"``; none: 1 to 4, then fine-tuning.
@@ -105,24 +104,13 @@ def plan(
     own = _by_phase(per_phase, names)
     root = resolve(names[0], **given, init_from="none").output_dir
     given["store_dir"] = given.get("store_dir") or f"{root}/stores"  # shared by all sequences
-
-    def in_folder(number: int) -> Plan:
-        folder = f"{root}/{name}" if number == 1 else f"{root}/{name}-{number}"
-        fixed = {"init_from": "none", "output_dir": folder}
-        settings = {one: resolve(one, **{**given, **own.get(one, {}), **fixed, "run": one}) for one in names}
-        return Plan(absolute(folder), settings, init_from, float(margin), bool(retry))
-
-    numbers = itertools.count(1)
-    number = next(n for n in numbers if not (absolute(root) / f"{name}-{n + 1}" / STATE).is_file())
-    made = in_folder(number)
-    if not (made.folder / STATE).is_file():
-        return made
-    state = read(made.folder)
-    difference = next(_differences(made, state), None)
-    if difference and state["state"] != "ok":
+    fixed = {"init_from": "none", "output_dir": f"{root}/{name}"}
+    settings = {one: resolve(one, **{**given, **own.get(one, {}), **fixed, "run": one}) for one in names}
+    made = Plan(absolute(root) / name, settings, init_from, float(margin), bool(retry))
+    if (made.folder / STATE).is_file() and (difference := next(_differences(made), None)):
         begun = f"the phase sequence in {made.folder} was begun differently: {difference}"
-        raise SettingsError(f"{begun}; continue with the same settings, or give another name")
-    return in_folder(number + 1) if difference else made
+        raise SettingsError(f"{begun}; give another name, or continue it with the same settings")
+    return made
 
 
 def from_notebook(namespace: Mapping[str, Any]) -> Plan:
@@ -161,8 +149,9 @@ def _by_phase(per_phase: Any, names: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _differences(made: Plan, state: dict[str, Any]) -> Iterator[str]:
+def _differences(made: Plan) -> Iterator[str]:
     """How the plan differs from what was begun, but for settings that no step depends on."""
+    state = read(made.folder)
     then, now = [entry["phase"] for entry in state["phases"]], list(made.settings)
     if any(a != b for a, b in zip(then, now, strict=False)):
         yield f"phases were {', '.join(then)} and are {', '.join(now)}"
@@ -208,16 +197,14 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
                     _accept_or_reject(made, entry, trained, before or state["before"])
                 print(f"{name}: accepted", flush=True)
             except (KeyboardInterrupt, Exception) as error:  # the run's own status has it too
-                kinds = {KeyboardInterrupt: "interrupted", PhaseError: "rejected"}
-                entry["state"] = kinds.get(type(error), "failed")
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                reason = str(error) if entry["state"] == "rejected" else f"{name} {entry['state']}, {reason}"
-                interrupted = isinstance(error, KeyboardInterrupt)
-                _write(
-                    made.folder, state, state="interrupted" if interrupted else "failed", last_error=reason
-                )
+                ends = {KeyboardInterrupt: "interrupted", PhaseError: "rejected"}
+                entry["state"] = ends.get(type(error), "failed")
+                state["state"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                kind = "" if isinstance(error, PhaseError) else f"{type(error).__name__}: "
+                reason = f"{name} {entry['state']}, {kind}{error}".splitlines()[0]
+                _write(made.folder, state, last_error=reason)
                 print(reason, flush=True)
-                if interrupted:
+                if isinstance(error, KeyboardInterrupt):
                     raise
                 return made.folder
             before, source = entry["after"], str(made.folder / entry["run"])
@@ -360,7 +347,7 @@ def _accept_or_reject(made: Plan, entry: dict[str, Any], trained: Run, before: d
         print(f"{entry['phase']}: {'passed' if check.passed else 'FAILED'} {check.name}: {check.sentence}")
     if failed := "; ".join(f"{check.name}: {check.sentence}" for check in checks if not check.passed):
         hint = f"Its run is {trained.folder.name}; set retry to train it again"
-        raise PhaseError(f"{entry['phase']} was rejected, {failed}. {hint}")
+        raise PhaseError(f"{failed}. {hint}")
 
 
 # -- state -----------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.data.coco import is_image, person_ids, read_annotations, xyxy
 from refinelib.files import dumps, shown, write_atomically
-from refinelib.metrics.image_space import CocoResults, encode
 from refinelib.metrics.evaluate import checked_folder
+from refinelib.metrics.image_space import CocoResults, encode
 
 RULE = "give rows of x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, such as [[10, 20, 110, 220]]"
 

@@ -11,8 +11,8 @@ import torch
 from helpers import make_run
 
 from refinelib import checkpoints
-from refinelib.plots.compare import groups, names_of
 from refinelib.files import dumps
+from refinelib.plots.compare import groups, names_of
 from refinelib.runs import Run, RunError, latest
 from refinelib.workflows import compare, examples
 
