@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from refinelib.data.sources import InstancesBuilder, Scene
 from refinelib.metrics.segmentation import Metric
 from refinelib.modeling.layers import Head
 from refinelib.modeling.losses import LossTerm
 from refinelib.modeling.refinements import Refinement, bounded
-from refinelib.registry import LOSSES, METRICS, REFINEMENTS, Option
+from refinelib.registry import DATASETS, LOSSES, METRICS, REFINEMENTS, Option
 from refinelib.trainer import train
 
 
@@ -67,3 +69,44 @@ def test_a_loss_a_refinement_and_a_metric_from_outside_are_trained_with(added, t
     assert run.epochs()[-1]["metrics"]["area_error"] >= 0
     without = train(tiny(run="without"))
     assert "flatness" not in without.steps()[-1]["losses"]
+
+
+class Discs:
+    """A data set of one bright disc an image."""
+
+    name = "discs"
+
+    def __init__(self, split: str, radius: int) -> None:
+        self.split, self.radius = split, radius
+
+    def __len__(self) -> int:
+        return 6
+
+    def scene(self, index: int) -> Scene:
+        rows, columns = np.mgrid[:60, :70]
+        mask = (rows - 30) ** 2 + (columns - 30 - index) ** 2 < self.radius**2
+        return Scene(np.where(mask, 200, 40).astype(np.uint8)[..., None].repeat(3, -1), mask[None])
+
+    def instances(self, max_images: int | None = None):
+        builder, r = InstancesBuilder(), self.radius
+        for index in range(max_images or len(self)):
+            box = (31 + index - r, 31 - r, 30 + index + r, 30 + r)
+            builder.add(f"image {index}", index, (60, 70), [index], [box], [3 * r * r])
+        return builder.instances(self.name)
+
+    def fingerprint(self) -> str:
+        return f"{self.split} {self.radius}"
+
+
+@pytest.fixture
+def discs():
+    radius = Option("disc_radius", 12, "radius of a disc, pixels", {"ge": 8, "le": 25}, role="data")
+    DATASETS.add("discs", lambda settings, split: Discs(split, settings.disc_radius), radius)
+    yield
+    DATASETS.remove("discs")
+
+
+def test_a_data_set_from_outside_is_trained_on(discs, tiny):
+    run = train(tiny(run="discs", data="discs", disc_radius=14))
+    assert run.status()["state"] == "ok" and run.status()["rois"] == 6
+    assert run.settings().disc_radius == 14
