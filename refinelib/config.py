@@ -187,6 +187,9 @@ class Settings(_Values):
         """An instance of the class that has the registered parts' settings as well."""
         return super().__new__(settings_class() if cls is Settings else cls)
 
+    def __reduce__(self) -> Any:
+        return functools.partial(Settings, **self.model_dump()), ()
+
     @pydantic.field_validator("roi_size", "mask_size", mode="before")
     @classmethod
     def _pair(cls, value: Any) -> Any:
@@ -222,9 +225,8 @@ class Settings(_Values):
             "ce_weight and dice_weight are 0: nothing would teach the mask": untaught,
             "resume and init_from exclude each other: give one of them": self.resume and self.init_from,
         }
-        for message, found in wrong.items():
-            if found:
-                raise ValueError(message)
+        if messages := [message for message, found in wrong.items() if found]:
+            raise ValueError(messages[0])
         return self
 
     @property

@@ -1,5 +1,7 @@
 """Settings: what is accepted, what is refused, and in which words."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import types
@@ -133,11 +135,12 @@ def test_smoke_variable_shrinks_and_is_recorded(monkeypatch):
         resolve("original")
 
 
-def test_settings_are_frozen_and_survive_json():
+def test_settings_are_frozen_and_survive_json_and_pickle():
     settings = resolve("stable", roi_size=[64, 48])
     with pytest.raises(ValueError, match="frozen"):
         settings.lr = 1.0
     assert Settings(**settings.model_dump(mode="json")) == settings
+    assert pickle.loads(pickle.dumps(settings)) == copy.deepcopy(settings) == settings
 
 
 # -- notebooks ---------------------------------------------------------------------------------------

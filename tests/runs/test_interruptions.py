@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_same, final_weights
 
-import refinelib.trainer as loop
+import refinelib.state
 from refinelib import checkpoints
 from refinelib.runs import Run, latest
 from refinelib.trainer import Trainer, train
@@ -24,17 +24,14 @@ def small(tiny):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("before", ["the loop", "a step"])
 def test_a_signal_leaves_an_interrupted_run(small, monkeypatch, number, before):
-    place = "open_splits" if before == "the loop" else "capture_step"
-    real = getattr(loop, place) if before == "the loop" else Trainer.train_step
+    owner, name = (refinelib.state, "open_splits") if before == "the loop" else (Trainer, "train_step")
+    real = getattr(owner, name)
 
     def hit(*arguments, **keywords):
         os.kill(os.getpid(), number)
         return real(*arguments, **keywords)
 
-    if before == "the loop":
-        monkeypatch.setattr(loop, place, hit)
-    else:
-        monkeypatch.setattr(Trainer, "train_step", hit)
+    monkeypatch.setattr(owner, name, hit)
     with pytest.raises(KeyboardInterrupt):
         train(small())
     run = latest(small().output_dir)
@@ -112,13 +109,13 @@ def test_a_last_checkpoint_that_cannot_be_used_is_passed_over(small, monkeypatch
 def test_killed_between_the_two_checkpoints_of_the_last_epoch(small):
     """The best one is of the last step, the last one an epoch older: the resumed run leaves both whole."""
     run = train(small(epochs=3))
-    folder = run.folder / "checkpoints"
+    folder, steps = run.folder / "checkpoints", run.status()["steps"] // 3
     shutil.copy(folder / "last.pt", folder / "best.pt")
-    changed(folder / "last.pt", lambda c: c["position"].update(step=8, epoch=2))
-    run.update(state="running", epoch=2, step=8)
+    changed(folder / "last.pt", lambda c: c["position"].update(step=2 * steps, epoch=2))
+    run.update(state="running", epoch=2, step=2 * steps)
     run = train(small(epochs=3, resume=True))
-    assert run.status()["state"] == "ok" and (run.status()["epoch"], run.status()["step"]) == (3, 12)
-    assert checkpoints.load(folder / "last.pt")["position"]["step"] == 12
+    assert run.status()["state"] == "ok" and (run.status()["epoch"], run.status()["step"]) == (3, 3 * steps)
+    assert checkpoints.load(folder / "last.pt")["position"]["step"] == 3 * steps
     assert_same(checkpoints.load(folder / "best.pt")["model"], final_weights(run))
 
 
