@@ -8,7 +8,6 @@ that was not finite is a gap in its line and a cross at the panel's upper edge.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,30 +30,13 @@ Lines = list[dict[str, Any]]
 
 
 def losses(run: RunLike) -> Figure:
-    """The weighted losses above, each (before its weight) in a panel of its own below."""
-    run = style.opened(run)
-    parts, names = _parts(run)
-    rows = max(1, math.ceil(len(names) / 3))
-    figure = style.run_figure(run, "losses", 2.9 + 2.0 * rows)
-    grid = figure.add_gridspec(1 + rows, 3, height_ratios=[1.35] + [1] * rows)
-    loss_panel(figure.add_subplot(grid[0, :]), run)
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(grid[1 + i // 3, i % 3])
-        _by_step(axes, parts, name, style.loss_color(name))
-        low, high = axes.dataLim.intervaly
-        axes.set_yscale("log" if 0 < low < high / 10 else "linear")
-        bottom, left = i + 3 >= len(names), i % 3 == 0
-        title = f"{style.words(name)}, before its weight"
-        style.style_axes(axes, title, "step" if bottom else "", "loss" if left else "")
-    return figure
+    """The total loss and its parts, each times its weight."""
+    return _one_panel(run, "losses", loss_panel)
 
 
 def gradient_norm(run: RunLike) -> Figure:
     """L2 norm of the gradient before clipping: mean and largest of each window of steps."""
-    run = style.opened(run)
-    figure = style.run_figure(run, "gradient norm", 4.2)
-    gradient_panel(figure.add_subplot(), run)
-    return figure
+    return _one_panel(run, "gradient norm", gradient_panel)
 
 
 def learning_rate(run: RunLike) -> Figure:
@@ -112,16 +94,22 @@ def metrics_table(run: RunLike) -> str:
 
 
 # -- panels ----------------------------------------------------------------------------------------
+def _one_panel(run: RunLike, what: str, panel: Callable[[Axes, Run], None]) -> Figure:
+    figure = style.run_figure(style.opened(run), what, 4.4)
+    panel(figure.add_subplot(), style.opened(run))
+    return figure
+
+
 def loss_panel(axes: Axes, run: Run, place: Place = float) -> None:
     """Total loss by window of steps and by epoch, and its parts times their weights, at ``place(step)``."""
-    settings, (parts, names), ends = style.recorded_settings(run), _parts(run), [0]
+    settings, ends = style.recorded_settings(run), [0, *(line["step"] for line in run.epochs())]
+    parts = [{"step": line["step"], **line["losses"]} for line in run.steps()]
     axes.set_yscale("log")
-    for name in names:
+    for name in dict.fromkeys(name for line in run.steps() for name in line["losses"]):
         look = {"label": style.words(name), "linewidth": 1, "markersize": 0}
         weight = settings.get(f"{name}_weight", 1.0)
         _by_step(axes, parts, name, style.loss_color(name), place, weight, **look)
     _by_step(axes, run.steps(), "loss", BLACK, place, linewidth=1, alpha=0.5, label="total")
-    ends += [line["step"] for line in run.epochs()]
     middles = [place((start + end) / 2) for start, end in itertools.pairwise(ends)]
     draw_line(axes, middles, [line["train_loss"] for line in run.epochs()], BLACK, label="total by epoch")
     _mark_skips(axes, run, place)
@@ -175,12 +163,6 @@ def _metrics() -> list[tuple[str, str, str, str]]:
     """Name, title, unit and better direction of the metrics: mIoU of all pixels, and those registered."""
     found = [(name, m.title, m.unit, "more" if m.higher_is_better else "less") for name, m in METRICS.items()]
     return [("miou", "mIoU", "", "more"), *found]
-
-
-def _parts(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
-    """The recorded losses by step, and their names."""
-    lines = [line["losses"] | {"step": line["step"]} for line in run.steps()]
-    return lines, [name for name in dict.fromkeys(itertools.chain(*lines)) if name != "step"]
 
 
 def _by_step(

@@ -89,9 +89,10 @@ def module_norms(run: Run, found: Gradients, layers: Layers = None) -> Figure:
 @_from_disk
 def updates(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     """Length of Adam's update over that of the weight: by epoch, and for each parameter in the last one."""
-    epoch, look = _statistics(found, None)
+    epoch, last = _statistics(found, None)
     rows, epochs = found.select(layers), sorted(found.epoch_statistics)
-    ratios = np.array([[_ratio(found.epoch_statistics[epoch], places) for epoch in epochs] for places in rows.values()])
+    recorded = [found.epoch_statistics[epoch] for epoch in epochs]
+    ratios = np.array([[_ratio(one, places) for one in recorded] for places in rows.values()])
     figure = style.run_figure(run, "update-to-weight ratio", max(3.2, 0.19 * len(rows) + 1.3))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
     left.set_yscale("log")
@@ -99,7 +100,7 @@ def updates(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     colors = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(rows)))
     for y, (places, color) in enumerate(zip(rows.values(), colors, strict=True)):
         left.plot(epochs, ratios[y], "o-", color=color, markersize=3)
-        right.plot(look["update_ratios"][places], np.full(len(places), y), "o", color=color, markersize=3.5)
+        right.plot(last["update_ratios"][places], np.full(len(places), y), "o", color=color, markersize=3)
     right.plot(ratios[:, -1], range(len(rows)), "|", color=BLACK, markersize=9, markeredgewidth=1.6)
     left.axhline(USUAL_UPDATE, color=GREEN, linestyle="--", gid="usual")
     right.axvline(USUAL_UPDATE, color=GREEN, linestyle="--", gid="usual")
@@ -113,14 +114,14 @@ def updates(run: Run, found: Gradients, layers: Layers = None) -> Figure:
 @_from_disk
 def distributions(run: Run, found: Gradients, epoch: int | None = None) -> Figure:
     """Magnitudes of weights and gradients in each module: share of the elements by power of ten."""
-    epoch, look = _statistics(found, epoch)
+    epoch, last = _statistics(found, epoch)
     title = f"% of the weights and gradients by magnitude (power of 10), epoch {epoch}"
     figure, panels = _panels(run, title, found.modules, 4)
     for i, (name, axes) in enumerate(panels.items()):
         for kind, color in (("gradient", VERMILLION), ("weight", BLUE)):
-            counts = look[f"{kind}_counts"][i]
+            counts = last[f"{kind}_counts"][i]
             shares, lost = 100 * counts[1:-1] / max(1, counts.sum()), counts[-1]
-            axes.stairs(shares, look["edges"], color=color, fill=True, alpha=0.4, label=f"{kind}s")
+            axes.stairs(shares, last["edges"], color=color, fill=True, alpha=0.4, label=f"{kind}s")
             name += f", {lost} {kind}s not finite" if lost else ""
         axes.set_xlim(-12, 2)
         style.style_axes(axes, name)
@@ -170,9 +171,12 @@ def _statistics(found: Gradients, epoch: int | None) -> tuple[int, dict[str, NDA
     return epoch, found.epoch_statistics[epoch]
 
 
-def _ratio(look: dict[str, NDArray[Any]], places: NDArray[Any]) -> float:
+def _ratio(statistics: dict[str, NDArray[Any]], places: NDArray[Any]) -> float:
     """Length of a layer's update over that of its weights."""
-    weights, ratios = look["weight_norms"][places].astype(np.float64), look["update_ratios"][places]
+    weights, ratios = (
+        statistics["weight_norms"][places].astype(np.float64),
+        statistics["update_ratios"][places],
+    )
     weights, ratios = weights[np.isfinite(ratios)], ratios[np.isfinite(ratios)]
     return float(np.linalg.norm(ratios * weights) / (np.linalg.norm(weights) or np.nan))
 

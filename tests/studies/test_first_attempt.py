@@ -228,7 +228,7 @@ def test_every_remedy_is_switched_on(settings, crops, remedy):
 @pytest.mark.parametrize("fault", faulty.FAULTS)
 def test_every_fault_is_a_switch_of_its_own(settings, crops, fault):
     """Each shows its own symptom and no other, and alone leaves the weights finite."""
-    run = faulty.attempt(settings, crops, crops, steps=16, faults=(fault,)).steps
+    run = faulty.attempt(settings, crops, crops, steps=16, faults=(fault,), seed=1).steps
     assert draw.died(run) is None
     assert (draw.contrast(run) < 0.4) is (fault == "sampler")
     assert (draw.nan_gradients(run) > 0) is (fault == "edges")
