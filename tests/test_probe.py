@@ -92,7 +92,7 @@ def test_the_look_holds_true_numbers(tiny):
     with np.load(trainer.probe.end_epoch(1)) as file:
         look = {name: file[name] for name in file.files}
     np.testing.assert_allclose(look["weight_norms"], [float(w.norm()) for w in weights], rtol=1e-5)
-    # The update as the optimizer makes it: without decay, a step with the very same moments moves weights that far.
+    # The update as the optimizer makes it: without decay, a step with these moments moves weights that far.
     for place in (0, len(weights) // 2, len(weights) - 1):
         p = trainer.guard.parameters[place]
         state = trainer.guard.optimizer.state[p]
@@ -117,7 +117,7 @@ def test_the_look_holds_true_numbers(tiny):
 
 
 def test_terms_add_up_to_the_gradient_of_the_whole_loss(tiny):
-    """Each term's gradient, summed as vectors, is the total's: so with one term only its norm is the total's."""
+    """The terms' gradients add up to the total's: so with one term only its norm is the total's."""
     trainer, report = trained(
         tiny(
             use_active_contour_loss=False,

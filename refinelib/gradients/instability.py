@@ -175,10 +175,8 @@ def verdict(found: Gradients) -> str:
         norms = np.stack([found.of(places) for places in found.select().values()], axis=1)
         rise = np.nan_to_num(_log10(norms) - levels(norms)[0], nan=-np.inf)
         row, module = np.unravel_index(rise.argmax(), rise.shape)
-        text = (
-            f"**No module left its usual level** in {len(found.steps)} recorded steps. The largest rise was "
-        )
-        text += f"that of `{found.modules[module]}` at step {found.steps[row]}, "
+        text = f"**No module left its usual level** in {len(found.steps)} recorded steps. "
+        text += f"The largest rise was that of `{found.modules[module]}` at step {found.steps[row]}, "
         return text + f"{10 ** rise[row, module]:.3g} times its level."
     worst, *rest = seen
     text = _sentences(worst)
@@ -194,13 +192,11 @@ def _sentences(e: Episode) -> str:
     norm = f"{e.norm:.3g}" if np.isfinite(e.norm) else "not finite"
     size = f"{norm} against a usual {e.usual:.3g}, {_times(e)}"
     if not np.isfinite(e.loss_factor):
-        text = f"**The loss was not finite**, {span}, so no gradient was: norms cannot tell whose output "
+        text = f"**The loss was not finite**, {span}, so no gradient was: norms do not show whose output "
         return f"{text}corrupted it, an incident's replay can. Gradient norm of `{e.module}`: {size}."
     if not np.isclose(e.loss_factor, 1.0, rtol=1e-2):
-        text = (
-            f"**The loss itself is where it starts**, {span}: the total was {rounded(e.loss_factor)} times "
-        )
-        text += "the weighted sum of its terms, and every gradient with it. "
+        text = f"**The loss itself is where it starts**, {span}: the total was {rounded(e.loss_factor)} "
+        text += "times the weighted sum of its terms, and every gradient with it. "
         return f"{text}Gradient norm of `{e.module}`: {size}."
     text = f"**`{e.module}` is where it starts**, {span}. Its gradient norm was {size}; "
     text += f"most of the rise is in `{e.parameter}`. "

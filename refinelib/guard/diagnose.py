@@ -196,7 +196,7 @@ def take(step: Step) -> tuple[float, list[float]]:
     trained = [p for p in step.model.parameters() if p.requires_grad]
     sizes = torch.tensor([p.numel() for p in trained], device=trained[0].device).sqrt()
     norms, largest = measured(trained)
-    # float64: a gradient that is finite but large is told from one that is not
+    # float64 keeps a gradient that is finite but large apart from one that is not
     norms, _ = unscaled(norms.double(), largest.double(), step.scale, sizes)
     return float(total), norms.tolist()
 
@@ -351,7 +351,7 @@ def _sentence(step: Step, finding: Finding, parameters: int) -> str:
         causes = "compiled kernels, another device, version or thread count, or random kernels"
         same = "not the same step"
         if finding.alike:
-            same = f"the same step but for rounding, {finding.apart:.1g} apart"
+            same = f"the same step within rounding, {finding.apart:.1g} apart"
         parts.append(f"it was {same} ({causes})")
     return "; ".join(parts)
 

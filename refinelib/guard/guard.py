@@ -22,8 +22,8 @@ from refinelib.guard.optim import WarmupCosine, flatten
 
 #: Columns of a step's report, before the norm of each parameter. ``incident``: updates are suspended from the
 #: next step on, until :meth:`Guard.resume_updates`; ``updates_suspended``: this step was void because of
-#: that. ``damaged``: a weight, moment, average or buffer was not finite when :meth:`Guard.check_state` last
-#: looked; nothing is updated until the state is restored.
+#: that. ``damaged``: a weight, moment, average or buffer was not finite at the last
+#: :meth:`Guard.check_state`; nothing is updated until the state is restored.
 REPORT = (
     *("loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped"),
     *("spike_loss", "spike_grad", "incident", "updates_suspended", "damaged"),

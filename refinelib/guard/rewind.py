@@ -112,9 +112,8 @@ class Rewinder:
         self.monitor = LossMonitor()
         self.steps: list[int] = []  # of the losses in the window
         self.target = 0  # step of the snapshot that the last rewind went to
-        self.known = (
-            0  # up to this step trouble is no longer new: a rewind there does not take the same steps again
-        )
+        #: Up to this step trouble is not new: a rewind there does not take the same steps again.
+        self.known = 0
         self.seen = 0  # number of the last step whose row was seen
         self.skips, self.rewinds, self.slowed = 0, 0, 0
         self.reasons: list[str] = []
@@ -305,7 +304,7 @@ def diverged(what: str) -> str:
     """What happened, and what to try."""
     return (
         f"diverged: {what}. checkpoints/best.pt, where an epoch was validated, is what it was at its best. "
-        "The folders in incidents/ hold the batches that hurt: `python -m refinelib replay INCIDENT` names "
+        "The folders in incidents/ hold the bad batches: `python -m refinelib replay INCIDENT` names "
         "the module, the loss term and the samples. Then try a tenth of the learning rate, or the recipe "
         "`rescue`; if the skips were spikes, on_spike = clip; if the loss scale was at its floor, amp = "
         "bf16; if one loss term is named, its weight at 0"

@@ -10,7 +10,13 @@ import pytest
 from refinelib.guard.guard import REPORT
 from refinelib.guard.monitor import Row, StepMonitor
 
-GOOD = dict.fromkeys(REPORT, 0.0) | {"loss": 1.0, "grad_norm": 2.0, "grad_max": 0.5, "lr": 1e-3, "loss_scale": 1024.0}
+GOOD = dict.fromkeys(REPORT, 0.0) | {
+    "loss": 1.0,
+    "grad_norm": 2.0,
+    "grad_max": 0.5,
+    "lr": 1e-3,
+    "loss_scale": 1024.0,
+}
 NORMS = [1.0, 3.0]
 
 
@@ -20,7 +26,9 @@ def events():
 
 
 def watching(events, *, scaled=True, **caps):
-    guard = SimpleNamespace(names=["stem.weight", "contour.weight"], scaled=scaled, scale_floor=1.0, on_spike="note")
+    guard = SimpleNamespace(
+        names=["stem.weight", "contour.weight"], scaled=scaled, scale_floor=1.0, on_spike="note"
+    )
     record = lambda kind, message, **fields: events.append({"kind": kind, "message": message, **fields})  # noqa: E731
     return StepMonitor(record, guard, losses=["ce", "contour"], caps=caps)
 
@@ -41,7 +49,9 @@ def test_ordinary_steps_leave_no_event(monitor, events):
     assert events == []
 
 
-@pytest.mark.parametrize(("norm", "kind", "line"), [(60.0, "high", "above 50"), (150.0, "unstable", "above 100")])
+@pytest.mark.parametrize(
+    ("norm", "kind", "line"), [(60.0, "high", "above 50"), (150.0, "unstable", "above 100")]
+)
 def test_large_gradients_name_the_parameter_they_are_in(monitor, events, norm, kind, line):
     take(monitor, 7, grad_norm=norm)
     (event,) = events

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import bench
+from torch.nn import functional
 
-from refinelib import trainer as training
+from refinelib import state as training
 from refinelib.guard import guard as guards
 from refinelib.guard.guard import REPORT, Guard
-from refinelib.guard.rewind import Rewinder, Snapshot
 from refinelib.guard.monitor import StepMonitor
+from refinelib.guard.rewind import Rewinder, Snapshot
 
 sweep = bench("sweep")
 #: The suite's share, the same every time; ``python bench/sweep.py --draws 20000 --seed S`` draws others.
@@ -22,10 +22,10 @@ PLAIN = {"amp": "off", "optimizer": "adamw", "fused": True, "accumulate": 1, "em
 @pytest.fixture(scope="module", autouse=True)
 def half():
     """Float16 convolutions at a bearable speed."""
-    real = F.conv2d
+    real = functional.conv2d
     sweep.half_convolutions()
     yield
-    F.conv2d = real
+    functional.conv2d = real
 
 
 @pytest.fixture(scope="module")
