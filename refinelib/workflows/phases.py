@@ -64,7 +64,7 @@ def plan(
     per_phase: Any = None,
     **given: Any,
 ) -> Plan:
-    """Check what is to be trained, before torch is imported.
+    """Check what is to be trained, before any work.
 
     A sequence of this name that exists is continued; it is never overwritten.
 
