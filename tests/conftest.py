@@ -50,9 +50,12 @@ class CocoFiles:
         self.content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
 
     def image(
-        self, pixels: np.ndarray | Image.Image | tuple[int, int] = (80, 100), name: str | None = None, **save: Any
+        self,
+        pixels: np.ndarray | Image.Image | tuple[int, int] = (80, 100),
+        name: str | None = None,
+        **save: Any,
     ) -> int:
-        """Lists and saves an image: uint8 [H, W, 3], a PIL image, or (h, w) of seeded noise. Returns its id."""
+        """Lists and saves an image: uint8 [H, W, 3], a PIL image, or (h, w) of noise. Returns its id."""
         number = len(self.content["images"]) + 1
         name = name or f"{number:03}.jpg"
         if isinstance(pixels, tuple):
@@ -66,13 +69,21 @@ class CocoFiles:
     def person(
         self, image: int, box: tuple[float, float, float, float], segmentation: Any = None, **fields: Any
     ) -> int:
-        """Annotates a person by an xyxy box; the mask is the box unless given. Returns the annotation's id."""
+        """Annotates a person by an xyxy box; the mask is the box unless given. Returns its id."""
         x0, y0, x1, y1 = box
         number = 100 + len(self.content["annotations"])
         area = (x1 - x0) * (y1 - y0)
         outline = [[x0, y0, x1, y0, x1, y1, x0, y1]] if segmentation is None else segmentation
-        entry = {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, "area": area,
-                 "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": outline, **fields}
+        entry = {
+            "id": number,
+            "image_id": image,
+            "category_id": 1,
+            "iscrowd": 0,
+            "area": area,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "segmentation": outline,
+            **fields,
+        }
         self.content["annotations"].append(entry)
         return number
 
@@ -111,7 +122,7 @@ def tiny(tmp_path, stores):
         defaults = dict(
             output_dir=str(tmp_path), store_dir=stores, max_images=6, width=0.0625, roi_size=32, mask_size=32,
             epochs=2, batch_size=3, log_every=2, device="cpu",
-            probe_every=0,  # its looks at the gradients take as long as the steps; whoever reads them asks for them
+            probe_every=0,  # statistics of gradients take as long as the steps
         )  # fmt: skip
         return resolve(recipe, **{**defaults, **keywords})
 

@@ -79,12 +79,16 @@ def make_run(
         common = {"step": step, "losses": parts, "grad_norm": norm, "grad_norm_max": norm * 3}
         line = {"kind": "step", "epoch": (step - 1) // per_epoch + 1, "loss": sum(parts.values()), **common}
         scale = 2.0 ** (16 - len([s for s in skips if s < step]))
-        lines.append({**line, "lr": 1e-5 * math.sin(math.pi * step / total), "loss_scale": scale, "skipped": 0})
+        lines.append(
+            {**line, "lr": 1e-5 * math.sin(math.pi * step / total), "loss_scale": scale, "skipped": 0}
+        )
         if step % per_epoch == 0:
             e = step // per_epoch
             scores = {"target_iou": 0.9 - 0.5 / e, "miou": 0.5, "iou": [0.8, 0.7, None]}
             scores["boundary_iou"] = math.nan if lost else 0.6 - 0.5 / e
-            lines.append({"kind": "epoch", "epoch": e, "train_loss": sum(parts.values()), "metrics": scores, **common})
+            lines.append(
+                {"kind": "epoch", "epoch": e, "train_loss": sum(parts.values()), "metrics": scores, **common}
+            )
             write_samples(folder, e, canvas, size)
     (folder / "metrics.jsonl").write_text("".join(dumps(line) + "\n" for line in lines))
     events = [{"kind": "skip", "step": step, "epoch": 0, "message": f"step {step} skipped"} for step in skips]
@@ -94,7 +98,9 @@ def make_run(
     return Run(folder)
 
 
-def write_samples(folder: Path, epoch: int, canvas: tuple[int, int], size: tuple[int, int], count: int = 12) -> None:
+def write_samples(
+    folder: Path, epoch: int, canvas: tuple[int, int], size: tuple[int, int], count: int = 12
+) -> None:
     random = np.random.default_rng(epoch)
     y, x = np.mgrid[: canvas[0], : canvas[1]] / np.array(canvas)[:, None, None]
     labels = np.where((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1, 1, np.where(x > 0.8, 2, 0))

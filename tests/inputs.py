@@ -17,7 +17,7 @@ def label_maps(height: int, width: int) -> dict[str, Tensor]:
 
     def drawn(**regions) -> Tensor:
         labels = empty.clone()
-        for label, region in zip((1, 2), (regions.get("target"), regions.get("other"))):
+        for label, region in zip((1, 2), (regions.get("target"), regions.get("other")), strict=True):
             if region is not None:
                 labels[region] = label
         return labels
@@ -59,7 +59,9 @@ def logit_maps(labels: Tensor) -> dict[str, Tensor]:
         "perfect": right,
         "inverted": -right,
         "tiny": noise * 1e-30,
-        "one spike": torch.zeros(shape).index_put((torch.tensor(0), torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(EXTREME)),
+        "one spike": torch.zeros(shape).index_put(
+            (torch.tensor(0), torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(EXTREME)
+        ),
     }
 
 
@@ -75,7 +77,12 @@ def images(count: int, height: int, width: int) -> dict[str, Tensor]:
     noise = torch.randn(count, 3, height, width, generator=generator)
     step = torch.zeros(count, 3, height, width)
     step[..., width // 2 :] = 2.0
-    return {"flat": torch.zeros(count, 3, height, width), "white": torch.full((count, 3, height, width), 2.6), "noise": noise, "step": step}
+    return {
+        "flat": torch.zeros(count, 3, height, width),
+        "white": torch.full((count, 3, height, width), 2.6),
+        "noise": noise,
+        "step": step,
+    }
 
 
 def logits_on_the_way(labels: Tensor, error: float) -> Tensor:
@@ -83,7 +90,9 @@ def logits_on_the_way(labels: Tensor, error: float) -> Tensor:
 
     Background goes to target, target to non-target, non-target to background, linearly.
     """
-    right, wrong = (torch.nn.functional.one_hot(x, 3).movedim(-1, 1).double() for x in (labels, (labels + 1) % 3))
+    right, wrong = (
+        torch.nn.functional.one_hot(x, 3).movedim(-1, 1).double() for x in (labels, (labels + 1) % 3)
+    )
     probs = ((1 - error) * right + error * wrong).clamp(1e-7, 1)
     person = (probs[:, 1] + probs[:, 2]).clamp(max=1 - 1e-7)
     return torch.stack([torch.logit(person), (probs[:, 1] / probs[:, 2]).log()], dim=1).float()

@@ -1,4 +1,4 @@
-"""The executed copies for readers on the web: one of each notebook, small, and nothing in them of the machine."""
+"""Executed copies for readers on the web: one of each notebook, small, with nothing of the machine."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ def test_pictures_are_palettes_and_small(path, make):
 
 
 def test_sizes():
-    assert sum(path.stat().st_size for path in GALLERY.rglob("*") if path.is_file() and path.suffix != ".pyc") < 3e6
+    assert (
+        sum(path.stat().st_size for path in GALLERY.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        < 3e6
+    )
     assert sum(path.stat().st_size for path in NOTEBOOKS.glob("*.ipynb")) < 1e6
 
 
@@ -97,20 +100,41 @@ def test_nothing_of_the_machine_is_kept(make):
     where = "/tmp/x/outputs"
     cells = [
         v4.new_code_cell("run = None", metadata={"tags": ["parameters"], "papermill": {"duration": 1}}),
-        v4.new_code_cell(f'# Parameters\ndata_dir = "/home/me/.coco"\noutput_dir = "{where}"', metadata={"tags": ["injected-parameters"]}),
+        v4.new_code_cell(
+            f'# Parameters\ndata_dir = "/home/me/.coco"\noutput_dir = "{where}"',
+            metadata={"tags": ["injected-parameters"]},
+        ),
         v4.new_code_cell("1", metadata={"execution": {}}, outputs=[
             v4.new_output("stream", name="stdout", text=f"{where}/demo {where}/rootcause\n"),
             v4.new_output("stream", name="stdout", text=f"{project_root()}/params/demo.yaml"),
-            v4.new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox(children=1)"}),
-            v4.new_output("execute_result", data={"text/markdown": "`/home/me/.coco/a.jpg`", "text/plain": "<Markdown>"}),
+            v4.new_output(
+                "display_data",
+                data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox(children=1)"},
+            ),
+            v4.new_output(
+                "execute_result",
+                data={"text/markdown": "`/home/me/.coco/a.jpg`", "text/plain": "<Markdown>"},
+            ),
         ]),
     ]  # fmt: skip
     given = {"data_dir": "/home/me/.coco", "output_dir": where}
     done = make.clean(v4.new_notebook(cells=cells), given, 3.2, "a machine", "2026-01-02", {})
-    assert done.cells[1].source == '# Parameters\ndata_dir = "~/coco"' and done.cells[1].id == "injected-parameters"
-    assert [dict(cell.metadata) for cell in done.cells] == [{"tags": ["parameters"]}, {"tags": ["injected-parameters"]}, {}]
+    assert (
+        done.cells[1].source == '# Parameters\ndata_dir = "~/coco"'
+        and done.cells[1].id == "injected-parameters"
+    )
+    assert [dict(cell.metadata) for cell in done.cells] == [
+        {"tags": ["parameters"]},
+        {"tags": ["injected-parameters"]},
+        {},
+    ]
     stream, markdown = done.cells[2].outputs
     assert stream.text == "outputs/demo outputs/rootcause\nparams/demo.yaml"
     assert dict(markdown.data) == {"text/markdown": "`~/coco/a.jpg`"}
-    assert done.metadata.gallery == {"date": "2026-01-02", "device": "a machine", "seconds": 3, "parameters": "-p data_dir '~/coco'"}
+    assert done.metadata.gallery == {
+        "date": "2026-01-02",
+        "device": "a machine",
+        "seconds": 3,
+        "parameters": "-p data_dir '~/coco'",
+    }
     assert not any(MACHINE.search(text) for text in texts(done))

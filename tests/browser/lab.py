@@ -1,6 +1,6 @@
-"""JupyterLab as a person has it in front of them: a server of its own, a headless Chromium, a notebook, its widgets.
+"""JupyterLab in a headless Chromium: a server of its own, a notebook, its widgets.
 
-Nothing is read from or written to the settings of whoever runs this: HOME and all of Jupyter's folders are made anew.
+It uses no settings of the user: HOME and all of Jupyter's folders are temporary.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
-#: What Debian and Ubuntu call it, and others.
-CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome", "/usr/bin/google-chrome-stable")
+#: Its names on Debian, Ubuntu and elsewhere.
+CHROMIUM = (
+    "/usr/bin/chromium",
+    "/usr/bin/chromium-browser",
+    "/usr/bin/google-chrome",
+    "/usr/bin/google-chrome-stable",
+)
 #: Root needs ``--no-sandbox``; the rest keeps the browser off the network and off a GPU that is not there.
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage")
+FLAGS += ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 #: As wide as a laptop; JupyterLab's own bars take some 350 pixels of it.
 WIDTH, HEIGHT = 1360, 900
 #: Chromium paints no page higher than this, in pixels.
@@ -31,7 +35,8 @@ HIGHEST = 16000
 # Run in the page. ``jupyterapp`` is JupyterLab itself, offered by ``expose_app_in_browser``.
 STATE = """() => {
     const panel = window.jupyterapp?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
-    return panel?.content?.model?.cells?.length && panel.context.isReady && kernel ? kernel.status : 'not there';
+    const open = panel?.content?.model?.cells?.length && panel.context.isReady;
+    return open && kernel ? kernel.status : 'not there';
 }"""
 CELLS = "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
 # Where the last cell ends, scrolled to the top.
@@ -40,10 +45,11 @@ BOTTOM = """() => {
     return [...document.querySelectorAll('.jp-Notebook .jp-Cell')].at(-1).getBoundingClientRect().bottom;
 }"""
 # Outputs that stick out of their cell, or are shown with a scroll bar.
-CUT_OFF = """() => [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output, .jp-Notebook .jp-OutputArea-output *')]
+CUT_OFF = """() => ['', ' *'].map(parts => '.jp-Notebook .jp-OutputArea-output' + parts)
+    .flatMap(parts => [...document.querySelectorAll(parts)])
     .filter(part => part.checkVisibility() && part.clientWidth > 0 && part.scrollWidth > part.clientWidth + 1)
     .filter(part => getComputedStyle(part).overflowX != 'visible')
-    .map(part => `${part.tagName.toLowerCase()}.${part.className}: ${part.scrollWidth} in ${part.clientWidth} pixels`)"""
+    .map(part => `${part.tagName}.${part.className}: ${part.scrollWidth} in ${part.clientWidth} pixels`)"""
 # The whole picture, not only its address: a picture drawn again may be the same.
 PIXELS = """async image => {
     const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
@@ -71,21 +77,45 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Server:
         self.root.mkdir(parents=True)
-        places = {"HOME": "home", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
-                  "IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}  # fmt: skip
-        environment = {**os.environ, "REFINELIB_SMOKE": "1", **{name: str(self.folder / place) for name, place in places.items()}}
+        places = {"HOME": "home", "IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "runtime"}
+        places |= {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data"}
+        places |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+        environment = {
+            **os.environ,
+            "REFINELIB_SMOKE": "1",
+            **{name: str(self.folder / place) for name, place in places.items()},
+        }
         for place in places.values():
             (self.folder / place).mkdir(mode=0o700)
-        quiet = self.folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        quiet = (
+            self.folder
+            / "settings"
+            / "@jupyterlab"
+            / "apputils-extension"
+            / "notification.jupyterlab-settings"
+        )
         quiet.parent.mkdir(parents=True)
         quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
-        command += [f"--ServerApp.root_dir={self.root}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}"]
+        command = [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--allow-root",
+            "--expose-app-in-browser",
+        ]
+        command += [
+            f"--ServerApp.root_dir={self.root}",
+            "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.port={self.port}",
+        ]
         command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}"]
         self._log = (self.folder / "server.log").open("w")
-        self._process = subprocess.Popen(command, cwd=self.root, env=environment, stdout=self._log, stderr=self._log)
+        self._process = subprocess.Popen(
+            command, cwd=self.root, env=environment, stdout=self._log, stderr=self._log
+        )
         try:
             until(self._answers, 60, "JupyterLab does not answer")
         except BaseException:
@@ -103,7 +133,9 @@ class Server:
 
     def _answers(self) -> bool:
         if self._process.poll() is not None:
-            raise RuntimeError("JupyterLab did not start:\n" + (self.folder / "server.log").read_text()[-2000:])
+            raise RuntimeError(
+                "JupyterLab did not start:\n" + (self.folder / "server.log").read_text()[-2000:]
+            )
         try:
             return bool(json.load(urllib.request.urlopen(self.address("api/status"), timeout=2)))
         except OSError:
@@ -156,13 +188,13 @@ class Notebook:
         """Playwright's handle of a cell of the notebook."""
         return self.page.locator(".jp-Notebook .jp-Cell").nth(number)
 
-    def run_all(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """*Run All Cells* from the menu; returns when the last cell has run, or one has failed, and the kernel is idle."""
+    def run_all(self, seconds: float, watch: Callable[[], None] = lambda: None) -> None:
+        """*Run All Cells* from the menu; returns when all cells have run or one has failed."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
         def ended() -> bool:
-            meanwhile()
+            watch()
             if self.state() != "idle":
                 return False
             code = [cell for cell in self.cells() if cell["cell_type"] == "code" and cell["source"]]
@@ -173,9 +205,13 @@ class Notebook:
     def errors(self) -> list[str]:
         """``cell: error`` of every cell that raised."""
         outputs = [(cell["id"], item) for cell in self.cells() for item in cell.get("outputs", [])]
-        return [f"{cell}: {item['ename']}: {item['evalue']}" for cell, item in outputs if item["output_type"] == "error"]
+        return [
+            f"{cell}: {item['ename']}: {item['evalue']}"
+            for cell, item in outputs
+            if item["output_type"] == "error"
+        ]
 
-    def widgets(self) -> Iterator["Widgets"]:
+    def widgets(self) -> Iterator[Widgets]:
         """Outputs that hold controls, in order."""
         for number, cell in enumerate(self.cells()):
             for item in cell.get("outputs", []):
@@ -217,7 +253,9 @@ class Widgets:
         """What the controls are called, sliders and lists first."""
         named = self.output.locator(".widget-inline-hbox > .widget-label").all_text_contents()
         pressed = self.output.locator("button").all_text_contents()
-        return [label for label in (text.strip() for text in (*named, *pressed)) if label]  # text that stands by itself has none
+        return [
+            label for label in (text.strip() for text in (*named, *pressed)) if label
+        ]  # text that stands by itself has none
 
     def control(self, label: str) -> Any:
         return self.output.locator(".widget-inline-hbox", has=self.page.get_by_text(label, exact=True))
@@ -227,7 +265,10 @@ class Widgets:
         control = self.control(label)
         knob, track = control.locator(".noUi-touch-area").nth(handle), control.locator(".noUi-base")
         knob.scroll_into_view_if_needed()
-        start, whole = self._at_rest(knob), self._at_rest(track)  # a picture above that is still loading would move it from under the mouse
+        start, whole = (
+            self._at_rest(knob),
+            self._at_rest(track),
+        )  # a picture above that is still loading would move it from under the mouse
         middle = start["y"] + start["height"] / 2
         self.page.mouse.move(start["x"] + start["width"] / 2, middle)
         self.page.mouse.down()
@@ -268,4 +309,10 @@ class Widgets:
 
 
 if __name__ == "__main__":  # asked by the Makefile
-    print(chromium() or sys.exit("There is no Chromium: apt install chromium (Debian), or Chrome from google.com/chrome, then make browser again."))
+    print(
+        chromium()
+        or sys.exit(
+            "There is no Chromium: apt install chromium (Debian), or Chrome from google.com/chrome, then "
+            "make browser again."
+        )
+    )

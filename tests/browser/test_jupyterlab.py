@@ -1,6 +1,7 @@
-"""Every notebook in JupyterLab, in a real browser, in smoke size: open, run all, move each widget, look at the page.
+"""Every notebook in JupyterLab, in smoke size: open, run all, move each widget, look at the page.
 
-``make browser`` runs this; ``make test`` leaves it out. A picture of each page and the wall times go into ``outputs/browser``.
+``make browser`` runs this; ``make test`` leaves it out. A picture of each page and the wall times go into
+``outputs/browser``.
 """
 
 from __future__ import annotations
@@ -19,15 +20,29 @@ from papermill.parameterize import parameterize_notebook
 
 from refinelib.config import project_root
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no browser test: Playwright is not installed; make browser installs it")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="no browser test: Playwright is not installed; make browser installs it"
+)
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(chromium() is None, reason="no browser test: there is no Chromium; make browser says how to get it"),
+    pytest.mark.skipif(
+        chromium() is None, reason="no browser test: there is no Chromium; make browser says how to get it"
+    ),
 ]
 
 #: Slowest first, so that two at a time end at about the same time.
-NOTEBOOKS = ["rootcause", "progressive", "results", "compare", "train", "predict", "incident", "gradients", "debug"]
+NOTEBOOKS = [
+    "rootcause",
+    "progressive",
+    "results",
+    "compare",
+    "train",
+    "predict",
+    "incident",
+    "gradients",
+    "debug",
+]
 #: What must be there to be moved, by cell.
 WIDGETS = {
     "train": {"epochs-slider": ["epoch"], "threshold-slider": ["threshold"]},
@@ -65,15 +80,22 @@ def test_every_notebook_is_here():
 
 
 def _serve(server: Server, name: str, runs: Path) -> None:
-    """The notebook as it is, its runs in a folder of their own: given as papermill gives it, in a cell after the parameters."""
+    """The notebook with ``output_dir`` set as papermill sets it, in a cell after the parameters."""
     notebook = load_notebook_node(str(project_root() / "notebooks" / f"{name}.ipynb"))
-    given = parameterize_notebook(notebook, {"output_dir": str(runs)}, kernel_name="python3", language="python")
+    given = parameterize_notebook(
+        notebook, {"output_dir": str(runs)}, kernel_name="python3", language="python"
+    )
     nbformat.write(given, server.root / f"{name}.ipynb")
 
 
 def _record(name: str, **seconds: float) -> None:
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    line = {"notebook": name, "date": now, "cores": len(os.sched_getaffinity(0)), **{key: round(value, 1) for key, value in seconds.items()}}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    line = {
+        "notebook": name,
+        "date": now,
+        "cores": len(os.sched_getaffinity(0)),
+        **{key: round(value, 1) for key, value in seconds.items()},
+    }
     with (LEFT / "times.jsonl").open("a") as file:  # one short write: notebooks may run side by side
         file.write(json.dumps(line) + "\n")
 
@@ -113,7 +135,13 @@ def test_runs_from_top_to_bottom_and_its_widgets_answer(name, server, page, tmp_
         """Pictures of the cell that trains, while it trains."""
         for cell in notebook.cells():
             if cell["id"] == "train":
-                panels.update({item["data"]["image/png"]: None for item in cell["outputs"] if "image/png" in item.get("data", {})})
+                panels.update(
+                    {
+                        item["data"]["image/png"]: None
+                        for item in cell["outputs"]
+                        if "image/png" in item.get("data", {})
+                    }
+                )
 
     notebook.run_all(LIMIT.get(name, 200), watch)
     ran = time.monotonic()
@@ -127,7 +155,7 @@ def test_runs_from_top_to_bottom_and_its_widgets_answer(name, server, page, tmp_
     _record(name, open_s=opened - began, run_s=ran - opened, widgets_s=moved - ran)
     assert not cut_off
     assert not notebook.complaints
-    if panels:  # losses and masks, drawn anew after each epoch, in the same two places
+    if panels:  # losses and masks, redrawn after each epoch, in the same two places
         (cell,) = [cell for cell in notebook.cells() if cell["id"] == "train"]
         assert sum("image/png" in item.get("data", {}) for item in cell["outputs"]) == 2
         assert len(panels) > 2
