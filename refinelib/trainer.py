@@ -16,18 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from refinelib.build import autocast, build_model, resolve_auto
 from refinelib.checkpoints import CheckpointError
-from refinelib.config import Settings
+from refinelib.config import Settings, SettingsError
 from refinelib.data.loader import Plan
+from refinelib.files import shown
+from refinelib.guard import faults
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError, diverged
 from refinelib.incidents import capture
 from refinelib.metrics.predict import predict_probs, score
 from refinelib.metrics.samples import write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
-from refinelib.progress import Progress
 from refinelib.runs import Interruption, Run
 from refinelib.state import TrainingState, random_state
 
@@ -46,10 +48,15 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         The finished run.
 
     Raises:
+        SettingsError: the faults to plant cannot be read.
         DivergedError: skipping steps and rewinding did not help; the best checkpoint stays.
         KeyboardInterrupt: it was interrupted, after a checkpoint of the very step that was reached.
         Exception: whatever else stopped the run, after ``status.json`` says so in one line.
     """
+    try:
+        faults.parse(settings.inject or "")  # what cannot be read is refused before a folder is made
+    except ValueError as error:
+        raise SettingsError(f"inject = {shown(settings.inject)}: {error}") from None
     with Interruption() as interruption:
         run = Run.start(settings)
         with run.exclusive():
@@ -61,13 +68,12 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
                 trainer = Trainer(settings, run)
                 trainer.fit(interruption, on_epoch)
             except BaseException as error:
-                refused = isinstance(error, CheckpointError)
-                if before is not None and (refused or trainer is None):  # no step was taken
+                unchanged = trainer is None or isinstance(error, CheckpointError)  # no step was taken
+                if before is not None and unchanged and not isinstance(error, KeyboardInterrupt):
                     run.update(**before)
                 else:
                     run.update(**_last_status(run, error))
-                if not isinstance(error, KeyboardInterrupt):
-                    error.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
+                error.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
                 raise
             finally:
                 run.close()
@@ -87,7 +93,8 @@ class Trainer(TrainingState):
         self.run.update(epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
         self.rewinder.start(self.step)
         interruption.deferred = True
-        progress = Progress(total, self.run.name, "steps", done=self.step, every=30.0)
+        # Only a terminal shows the bar; the lines of the epochs are printed everywhere.
+        progress = tqdm(total=total, initial=self.step, desc=self.run.name, unit=" steps", disable=None)
         with contextlib.closing(self.writer), progress as bar:
             while self.step < total:
                 epoch = self.step // per_epoch
@@ -103,12 +110,12 @@ class Trainer(TrainingState):
                     self.process_reports(plan, wait=self.step == end)  # may set self.step back
                     if self.step < end:  # at an epoch's end the checkpoint comes with a snapshot
                         self.rewinder.maybe_snapshot(self.step)
-                    bar.reach(self.step)
+                    bar.update(self.step - bar.n)
                     if interruption.requested and self.step < end:
                         self.stop(plan)
                 if self.step != end or not self.end_epoch(epoch, started):
                     continue  # a rewind: some of the epoch's steps are taken again
-                bar.note(self.epoch_line(epoch, time.perf_counter() - started))
+                bar.write(self.epoch_line(epoch, time.perf_counter() - started))
                 if on_epoch is not None:
                     on_epoch(self.run)
                 if interruption.requested and epoch + 1 < settings.epochs:
@@ -336,17 +343,16 @@ class Trainer(TrainingState):
     def epoch_line(self, epoch: int, seconds: float) -> str:
         """One line about the epoch just ended."""
         metrics, summary = self.last_metrics, self.last_summary
-        names = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU", "miou": "mIoU"}
-        scores = {title: metrics[name] for name, title in names.items() if metrics}
-        parts = [
-            f"epoch {epoch + 1:>4}/{self.settings.epochs}",
-            f"loss {summary['train_loss']:.4f}",
-            f"gradient norm {summary['grad_norm']:.3g}",
-            *(f"{title} {'none' if value is None else f'{value:.3f}'}" for title, value in scores.items()),
-            f"skipped {self.log.skipped}",
-            f"{seconds:.1f} s",
-        ]
-        return "  ".join(parts)
+        loss = f"loss {summary['train_loss']:.4f}  gradient norm {summary['grad_norm']:.3g}"
+        parts = [f"epoch {epoch + 1:>4}/{self.settings.epochs}", loss]
+        for name, title in {
+            "target_iou": "target IoU",
+            "boundary_iou": "Boundary IoU",
+            "miou": "mIoU",
+        }.items():
+            if metrics:
+                parts.append(f"{title} {'none' if metrics[name] is None else f'{metrics[name]:.3f}'}")
+        return "  ".join([*parts, f"skipped {self.log.skipped}", f"{seconds:.1f} s"])
 
 
 def selection_score(metrics: dict[str, Any]) -> float:
