@@ -40,17 +40,8 @@ def gradient_norm(run: RunLike) -> Figure:
 
 
 def learning_rate(run: RunLike) -> Figure:
-    """Learning rate by step; under fp16 the loss scale below it."""
-    run = style.opened(run)
-    scaled = style.recorded_settings(run).get("amp") == "fp16"
-    figure = style.run_figure(run, "learning rate" + " and loss scale" * scaled, 3.4 + 2 * scaled)
-    panels = figure.subplots(1 + scaled, 1, sharex=True, squeeze=False)[:, 0]
-    learning_rate_panel(panels[0], run)
-    if scaled:
-        _by_step(panels[1], run.steps(), "loss_scale", GREEN, drawstyle="steps-post")
-        style.style_axes(panels[1], "fp16 loss scale", "step", "factor")
-        panels[1].set_yscale("log", base=2)
-    return figure
+    """Learning rate by step, and under fp16 the loss scale."""
+    return _one_panel(run, "learning rate", learning_rate_panel)
 
 
 def ious(run: RunLike) -> Figure:
@@ -133,11 +124,17 @@ def gradient_panel(axes: Axes, run: Run, place: Place = float) -> None:
 
 
 def learning_rate_panel(axes: Axes, run: Run) -> None:
-    """Learning rate by step."""
+    """Learning rate by step, and under fp16 the loss scale on an axis at the right."""
     _by_step(axes, run.steps(), "lr", BLUE)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:g}")
     style.style_axes(axes, "learning rate", "step", "learning rate")
+    if style.recorded_settings(run).get("amp") == "fp16":
+        right = axes.twinx()
+        right.set_yscale("log", base=2)
+        right.set_ylabel("fp16 loss scale (green)", fontsize=9)
+        right.tick_params(labelsize=8)
+        _by_step(right, run.steps(), "loss_scale", GREEN, drawstyle="steps-post")
 
 
 def score_panel(axes: Axes, run: Run, offset: float = 0.0) -> None:
