@@ -48,9 +48,7 @@ class Amounts(NamedTuple):
     tint: float  # largest relative change of the red and of the blue channel
     paste: float  # fraction of ROIs with another person pasted in
     shear: float  # largest slant, pixels across a pixel down
-    fitted: (
-        bool  # re-fit the box to the visible part of the target; scale, aspect and shift are then box errors
-    )
+    fitted: bool  # re-fit the box to the visible target; scale, aspect and shift are then box errors
 
 
 AMOUNTS = {

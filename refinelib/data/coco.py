@@ -13,18 +13,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from refinelib.data.sources import (
-    NO_MASK,
-    DataError,
-    Instances,
-    InstancesBuilder,
-    Mask,
-    Masks,
-    Scene,
-    SceneError,
-    decode_image,
-    printable,
-)
+from refinelib.data import sources
+from refinelib.data.sources import DataError, Instances, InstancesBuilder, Mask, Masks, Scene, SceneError
 from refinelib.files import shown
 
 CROWD = "crowd annotation"
@@ -86,7 +76,7 @@ class CocoPeople:
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
         file_name, size, segmentations, _ = self._scene(index)
-        image = decode_image(image_file(self.images, file_name, self.allow_outside), size)
+        image = sources.decode_image(image_file(self.images, file_name, self.allow_outside), size)
         parsed = json.loads(segmentations)
         return Scene(image, Masks(len(parsed), size, lambda slot: decode_segmentation(parsed[slot], *size)))
 
@@ -117,16 +107,14 @@ class CocoPeople:
         for image_id in sorted(persons):
             if max_images is not None and builder.images >= max_images:
                 break
-            name, size = (
-                entries[image_id]["file_name"],
-                (entries[image_id]["height"], entries[image_id]["width"]),
-            )
+            entry = entries[image_id]
+            size = entry["height"], entry["width"]
             segmentations, found = [], []
             for annotation in persons[image_id]:
                 segmentation = usable(annotation["segmentation"], *size)
                 if segmentation is None:
                     where = f"image {image_id} in {self.annotations.name}"
-                    builder.skip(NO_MASK, f"annotation {annotation['id']} of {where}")
+                    builder.skip(sources.NO_MASK, f"annotation {annotation['id']} of {where}")
                     continue
                 box, area = xyxy(annotation["bbox"]), annotation.get("area")
                 if not (isinstance(area, (int, float)) and 0 < area < 1e12):
@@ -136,7 +124,9 @@ class CocoPeople:
                 segmentations.append(segmentation)
             ids, boxes, areas = ([one[key] for one in found] for key in ("annotation_id", "box", "area"))
             if builder.add(f"image {image_id}", image_id, size, ids, boxes, areas):
-                scenes.append((name, size, json.dumps(segmentations).encode(), json.dumps(found).encode()))
+                scenes.append(
+                    (entry["file_name"], size, json.dumps(segmentations).encode(), json.dumps(found).encode())
+                )
         instances = builder.instances(str(self.annotations), "no annotation of a person")
         self._scenes = max(self._scenes, scenes, key=len)  # a shorter index is a prefix of a longer one
         return instances
@@ -157,10 +147,10 @@ class CocoPeople:
                 continue
             other = entries.setdefault(entry["id"], entry)
             if any(other[name] != entry[name] for name in ("file_name", "height", "width")):
-                both = " and ".join(printable(one["file_name"]) for one in (other, entry))
+                both = " and ".join(sources.printable(one["file_name"]) for one in (other, entry))
+                several = f"{self.annotations} has two images of id {entry['id']}, {both}"
                 raise DataError(
-                    f"{self.annotations} has two images of id {entry['id']}, {both}: nobody can say whose "
-                    f"persons are whose; give each image an id of its own (files put together need new ones)"
+                    f"{several}: give each image an id of its own (files put together need new ones)"
                 )
         persons: dict[int, list[Any]] = {}
         for number, one in enumerate(content["annotations"]):
@@ -246,9 +236,8 @@ def image_file(images: Path, file_name: str, allow_outside: bool = False) -> Pat
     depths = itertools.accumulate(-1 if part == ".." else 1 for part in name.parts)
     if not allow_outside and (name.anchor or min(depths, default=0) < 0):
         rule = "name the file in that folder, or set allow_images_outside to true"
-        raise SceneError(
-            ELSEWHERE, f"the file_name {file_name!r} leads out of the image folder {images}: {rule}"
-        )
+        leads = f"the file_name {file_name!r} leads out of the image folder {images}"
+        raise SceneError(ELSEWHERE, f"{leads}: {rule}")
     file, plain = images / file_name, images / Path(file_name).name
     # file_name may repeat the folder: train2017/x.jpg
     return plain if not os.path.isfile(file) and os.path.isfile(plain) else file
@@ -275,10 +264,8 @@ def read_annotations(file: Path) -> dict[str, list[Any]]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON ({error}): fetch it again, it may be cut short") from None
     parts = ("images", "annotations", "categories")
-    missing = [
-        part for part in parts if not (isinstance(content, dict) and isinstance(content.get(part), list))
-    ]
-    if missing:
+    content = content if isinstance(content, dict) else {}
+    if missing := [part for part in parts if not isinstance(content.get(part), list)]:
         lists = ", ".join(missing)
         raise DataError(f"{file} lacks the list {lists}: a COCO instances file has {', '.join(parts)}")
     return {part: content[part] for part in parts}
@@ -312,10 +299,12 @@ def xyxy(bbox: Any) -> tuple[float, float, float, float]:
 def is_image(entry: Any) -> bool:
     """Whether an entry of a COCO file's images says all that is needed."""
     if not (
-        isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and _is_whole(entry.get("id"))
+        isinstance(entry, dict) and all(_is_whole(entry.get(name)) for name in ("id", "height", "width"))
     ):
         return False
-    return all(_is_whole(entry.get(side)) and 0 < entry[side] < 2**31 for side in ("height", "width"))
+    return isinstance(entry.get("file_name"), str) and all(
+        0 < entry[one] < 2**31 for one in ("height", "width")
+    )
 
 
 def _is_whole(value: Any) -> bool:

@@ -22,14 +22,8 @@ SKIN = ((245, 209, 184), (230, 184, 148), (199, 148, 112), (153, 107, 77), (112,
 HAIR = ((26, 20, 18), (64, 41, 26), (115, 74, 41), (189, 148, 87), (140, 64, 31), (158, 156, 153))
 #: Weights of what mixes the two colours of a cloth: waves along and across it, coarse and fine noise. Plain
 #: (twice as often), mottled, striped along and across, checked, and printed finely and coarsely.
-PATTERNS: list[tuple[float, ...]] = [
-    (0, 0, 0.15, 0.15),
-    (0, 0, 0.15, 0.15),
-    (0, 0, 0.3, 0),
-    (2, 0, 0, 0),
-    (0, 1, 0, 0.1),
-]
-PATTERNS += [(0.5, 0.5, 0, 0.1), (0, 0, 0, 1.2), (0, 0, 1, 0.4)]
+PATTERNS: list[tuple[float, ...]] = [(0, 0, 0.15, 0.15), (0, 0, 0.15, 0.15), (0, 0, 0.3, 0), (2, 0, 0, 0)]
+PATTERNS += [(0, 1, 0, 0.1), (0.5, 0.5, 0, 0.1), (0, 0, 0, 1.2), (0, 0, 1, 0.4)]
 
 Point = tuple[float, float]
 Floats = NDArray[Any]
@@ -68,9 +62,8 @@ class Pen:
     def _fresh(self) -> Floats:
         """Mostly dull, sometimes vivid."""
         hue = self.rng.random(3)
-        return np.asarray(
-            self.rng.uniform(0.08, 0.97) * (1 - self.rng.beta(1.1, 2.2) * (1 - hue / hue.max()))
-        )
+        vivid = self.rng.uniform(0.08, 0.97) * (1 - self.rng.beta(1.1, 2.2) * (1 - hue / hue.max()))
+        return np.asarray(vivid)
 
     def varied(self, colour: Floats, spread: float) -> Floats:
         """A little lighter or darker, and of slightly another hue."""

@@ -13,19 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from refinelib.data.sources import (
-    NO_MASK,
-    OTHER_SIZE,
-    UNREADABLE,
-    DataError,
-    Instances,
-    InstancesBuilder,
-    Masks,
-    Scene,
-    SceneError,
-    decode_image,
-    opened,
-)
+from refinelib.data import sources
+from refinelib.data.sources import DataError, Instances, InstancesBuilder, Masks, Scene, SceneError
 
 
 class PennFudanPeople:
@@ -87,10 +76,10 @@ class PennFudanPeople:
             self.instances()
         file = self._used[index]
         ids, _, owner = _read_mask(self._mask_file(file))
-        image = decode_image(file)
+        image = sources.decode_image(file)
         if image.shape[:2] != owner.shape:
             found, wanted = (f"{each.shape[1]}x{each.shape[0]}" for each in (image, owner))
-            raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its mask {wanted}")
+            raise SceneError(sources.OTHER_SIZE, f"{file} has {found} pixels, its mask {wanted}")
         return Scene(image, Masks(len(ids), owner.shape, lambda slot: owner == ids[slot]))
 
     def fingerprint(self) -> str:
@@ -118,17 +107,17 @@ def _split_of(file: Path) -> str:
 
 def _read_mask(file: Path) -> tuple[NDArray[np.uint16], NDArray[Any], NDArray[np.uint16]]:
     """Instance ids ``[P]``, the pixels of each ``[P]``, and the id of each pixel uint16 ``[H, W]``."""
-    with opened(file, "mask") as image:
+    with sources.opened(file, "mask") as image:
         image.load()
         owner = np.array(image)
     if owner.ndim != 2:
         rule = "must have one value a pixel, the person's number"
-        raise SceneError(UNREADABLE, f"{file} {rule}, and has {owner.shape[2]}")
+        raise SceneError(sources.UNREADABLE, f"{file} {rule}, and has {owner.shape[2]}")
     if owner.dtype.kind not in "bu" and not ((owner % 1 == 0) & (owner >= 0) & (owner < 2**16)).all():
         rule = "must have the person's number in each pixel, from 1 to 65535 and 0 elsewhere"
-        raise SceneError(UNREADABLE, f"{file} {rule}")
+        raise SceneError(sources.UNREADABLE, f"{file} {rule}")
     owner = owner.astype(np.uint16)
     ids, areas = np.unique(owner, return_counts=True)
     if not ids.any():
-        raise SceneError(NO_MASK, f"{file} has no person in it")
+        raise SceneError(sources.NO_MASK, f"{file} has no person in it")
     return ids[ids > 0], areas[ids > 0], owner

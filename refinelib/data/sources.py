@@ -167,16 +167,9 @@ class Instances:
         return len(self.image_index)
 
 
+_NAMES = ("image_index", "slots", "image_ids", "annotation_ids", "boxes", "areas", "image_sizes")
 #: Columns of :class:`Instances` and their types.
-COLUMNS = {
-    "image_index": np.int32,
-    "slots": np.int32,
-    "image_ids": np.int64,
-    "annotation_ids": np.int64,
-    "boxes": np.float32,
-    "areas": np.float32,
-    "image_sizes": np.int32,
-}
+COLUMNS = dict(zip(_NAMES, ("i4", "i4", "i8", "i8", "f4", "f4", "i4"), strict=True))
 
 
 class Source(Protocol):

@@ -6,6 +6,7 @@ import io
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,11 @@ class JoinedSources:
         self.name = "+".join(source.name for source in sources)
 
     def __len__(self) -> int:
-        return sum(map(len, self.sources))
+        return sum(self._lengths)
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return [len(source) for source in self.sources]  # some read every mask to count
 
     def instances(self, max_images: int | None = None) -> Instances:
         """Every ROI of the first ``max_images`` images."""
@@ -145,9 +150,9 @@ class JoinedSources:
             if max_images is None or starts[-1] < max_images:
                 parts.append(source.instances(None if max_images is None else max_images - starts[-1]))
                 starts.append(starts[-1] + parts[-1].images)
-        columns: dict[str, Any] = {
-            name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS
-        }
+        columns: dict[str, Any] = {}
+        for name in COLUMNS:
+            columns[name] = np.concatenate([getattr(part, name) for part in parts])
         columns["image_index"] += np.repeat(np.array(starts[:-1], np.int32), [len(part) for part in parts])
         examples = {reason: words for part in reversed(parts) for reason, words in part.examples.items()}
         skipped = dict(sum((Counter(part.skipped) for part in parts), Counter()))
@@ -156,10 +161,10 @@ class JoinedSources:
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
-        for source in self.sources:
-            if index < len(source):
+        for source, length in zip(self.sources, self._lengths, strict=True):
+            if index < length:
                 return source.scene(index)
-            index -= len(source)
+            index -= length
         raise IndexError(f"{self.name} {self.split} has {len(self)} images")
 
     def fingerprint(self) -> str:
@@ -215,12 +220,8 @@ def _pennfudan(settings: Settings, split: str) -> Source:
 
 
 def _coco(settings: Settings, split: str) -> Source:
-    places = (
-        settings.data_dir,
-        getattr(settings, f"{split}_annotations"),
-        getattr(settings, f"{split}_images"),
-    )
-    paths = coco_paths(split, *(settings.path(place) if place else None for place in places))
+    given = settings.data_dir, getattr(settings, f"{split}_annotations"), getattr(settings, f"{split}_images")
+    paths = coco_paths(split, *(settings.path(place) if place else None for place in given))
     return CocoPeople(*paths, split, allow_outside=settings.allow_images_outside)
 
 

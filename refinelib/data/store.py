@@ -32,15 +32,9 @@ FORMAT = 1
 #: Bytes of the largest ``store.json`` that is read.
 MOST_INFO = 8 << 20
 #: Kind and axes of each column in ``index.npz``, see :func:`refinelib.files.check_arrays`.
-_SHAPES = {
-    "image_index": "i n",
-    "image_ids": "i n",
-    "annotation_ids": "i n",
-    "boxes": "f n4",
-    "areas": "f n",
-    "image_sizes": "i n2",
-    "mean_coverage": "f hw2",
-}
+_AXES = {"boxes": "n4", "image_sizes": "n2"}
+_SHAPES = {name: f"{kind[0]} {_AXES.get(name, 'n')}" for name, kind in COLUMNS.items() if name != "slots"}
+_SHAPES["mean_coverage"] = "f hw2"
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=1 << 16)]
 Size = tuple[Side, Side]
@@ -147,9 +141,8 @@ class Store:
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
-            raise IndexError(
-                f"{self.folder} has the ROIs 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}"
-            )
+            found = f"{rows.min()} to {rows.max()}"
+            raise IndexError(f"{self.folder} has the ROIs 0 to {len(self) - 1}, not {found}")
         return torch.from_numpy(self._plain[0][rows]), torch.from_numpy(self._plain[1][rows])
 
     def as_tensors(self) -> tuple[Tensor, Tensor]:
@@ -183,9 +176,8 @@ class Store:
             return self
         rois = int(np.searchsorted(self.image_index, count))  # ROIs are in the order of their images
         if rois == 0:
-            raise DataError(
-                f"none of the first {count} images of {self.folder} has a ROI: give a larger max_images"
-            )
+            none = f"none of the first {count} images of {self.folder} has a ROI"
+            raise DataError(f"{none}: give a larger max_images")
         info = self.info.model_copy(update={"max_images": count, "rois": rois})
         columns = {name: getattr(self, name)[:rois] for name in COLUMNS if name in _SHAPES}
         return Store(self.folder, info, columns, self._mean if rois == len(self) else None)
@@ -206,9 +198,8 @@ class Store:
     def identity(self) -> str:
         """Hash of its persons in their order: the same wherever data and store lie."""
         columns = (self.annotation_ids, self.image_ids, self.boxes)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(one).tobytes() for one in columns)).hexdigest()[
-            :16
-        ]
+        content = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def summary(self) -> str:
         """One line: what it is, how many ROIs, what was left out and why."""

@@ -71,10 +71,7 @@ class _Figure:
     def __init__(self, pen: Pen, x: float, foot: float, size: float) -> None:
         self.pen, self.size, rng = pen, size, pen.rng
         self.girth, self.head = rng.uniform(0.85, 1.3) * size, rng.uniform(0.064, 0.082) * size
-        self.view, facing = (
-            rng.choice(["front", "back", "side"], p=[0.4, 0.2, 0.4]),
-            float(rng.choice([-1, 1])),
-        )
+        self.view, facing = rng.choice(["front", "back", "side"], p=[0.4, 0.2, 0.4]), rng.choice([-1.0, 1.0])
         self.sideways = self.view == "side"
         self.front = facing if self.sideways else 0.0
         # Outwards is left for one side and right for the other; seen from the side both face the same way.

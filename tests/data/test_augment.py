@@ -73,7 +73,7 @@ def test_draw_depends_on_the_seed_alone_and_stays_in_range():
     drawn = table("full", 1000)
     assert (
         drawn[:, augment.ANGLE].abs().max() <= 0.1746
-        and 0.86 < drawn[:, augment.SCALE].min()
+        and drawn[:, augment.SCALE].min() > 0.86
         and drawn[:, augment.SCALE].max() < 1.16
     )
     assert drawn[:, augment.BRIGHTNESS].min() >= 0.7 and drawn[:, augment.BRIGHTNESS].max() <= 1.3

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -44,7 +43,6 @@ from refinelib.data.sources import (
     OUTSIDE,
     SMALL,
     UNREADABLE,
-    Masks,
     SceneError,
 )
 from refinelib.modeling.roi import labels_from_coverage
@@ -86,25 +84,18 @@ def disc(height, width, y, x, radius):
 
 
 # -- masks -------------------------------------------------------------------------------------------
-def test_three_forms_of_a_mask_are_one():
-    outline = [[20, 10, 52, 10, 52, 30, 36, 30, 36, 42, 20, 42], [60, 50, 70, 50, 70, 60, 60, 60]]
-    mask = np.zeros((80, 100), bool)
-    mask[10:30, 20:52] = mask[30:42, 20:36] = mask[50:60, 60:70] = True
-    for form in (outline, runs(mask), compressed(mask)):
-        decoded = decode_segmentation(form, 80, 100)
-        assert decoded.dtype == bool and np.array_equal(decoded, mask)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_run_lengths_against_pycocotools(seed):
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 60), width=st.integers(1, 60))
+def test_every_form_of_a_mask_is_read_as_pycocotools_does(seed, height, width):
     rng = np.random.default_rng(seed)
-    for mask in (rng.random((37, 53)) < rng.random(), disc(200, 300, 90, 120, 70), np.ones((9, 4), bool)):
-        size = mask.shape
-        assert np.array_equal(decode_segmentation(compressed(mask), *size), mask)
-        assert np.array_equal(decode_segmentation(runs(mask), *size), mask)
-    polygon = rng.uniform(-10, 70, 14).tolist()
-    want = coco_mask.decode(coco_mask.frPyObjects([polygon], 60, 50))[..., 0]
-    assert np.array_equal(decode_segmentation([polygon], 60, 50), want.astype(bool))
+    for mask in (rng.random((height, width)) < rng.random(), np.ones((height, width), bool)):
+        for form in (runs(mask), compressed(mask)):
+            found = decode_segmentation(form, height, width)
+            assert found is None if not mask.any() else found.dtype == bool and np.array_equal(found, mask)
+    polygons = rng.uniform(-10, 70, (2, 14)).tolist()
+    want = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
+    found = decode_segmentation(polygons, height, width)
+    assert found is None if not want.any() else np.array_equal(found, want)
 
 
 def test_each_form_gives_the_same_labels(coco_files, tmp_path):
@@ -125,14 +116,6 @@ def test_each_form_gives_the_same_labels(coco_files, tmp_path):
         assert np.array_equal(labels(store, row), want)
     assert np.array_equal(store.coverage[1], store.coverage[3])
     assert (labels(store, 4) == 1).all()
-
-
-def test_the_crop_is_the_images_own_pixels(coco_files, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
-    coco_files.person(coco_files.image(pixels, "a.png"), BOX)
-    store = build(coco_files, tmp_path)
-    assert np.array_equal(store.images[0], pixels[10:42, 20:52])
-    assert store.boxes.tolist() == [list(BOX)] and store.image_sizes.tolist() == [[80, 100]]
 
 
 BROKEN = {
@@ -166,6 +149,9 @@ BROKEN = {
     "unfinished number": {"size": [60, 70], "counts": compressed(disc(60, 70, 30, 30, 20))["counts"] + "P"},
     "not ASCII": {"size": [60, 70], "counts": "é€"},
     "nobody": {"size": [60, 70], "counts": [4200]},
+    "gigantic runs": {"size": [60, 70], "counts": [10**12, 10**13]},
+    "gigantic size": {"size": [10**9, 10**9], "counts": [10**18 // 2, 10**18 // 2]},
+    "gigantic text": {"size": [60, 70], "counts": "o" * 11 + "0" + "o" * 11 + "0"},
     "none": None,
     "a word": "mask",
 }
@@ -174,7 +160,8 @@ BROKEN = {
 @pytest.mark.parametrize("form", BROKEN.values(), ids=list(BROKEN))
 def test_no_mask_in_it(form):
     """Much of this made pycocotools return uninitialised memory or end the process."""
-    assert decode_segmentation(form, 60, 70) is None
+    with in_memory(20):
+        assert decode_segmentation(form, 60, 70) is None
 
 
 def test_a_bad_polygon_beside_a_good_one():
@@ -186,14 +173,16 @@ def test_a_bad_polygon_beside_a_good_one():
 
 
 # -- who is a ROI --------------------------------------------------------------------------------------
-def test_crowds_are_left_out(coco_files, tmp_path):
+def test_crowds_and_dogs_are_left_out(coco_files, tmp_path):
     image = coco_files.image()
     person = coco_files.person(image, BOX)
+    coco_files.person(image, BOX, category_id=7)
     crowd = np.ones((80, 100), bool)
     coco_files.person(image, (0, 0, 100, 80), runs(crowd), iscrowd=1)
     store = build(coco_files, tmp_path)
     assert store.annotation_ids.tolist() == [person] and store.skipped == {CROWD: 1}
     assert (labels(store, 0) == 1).all() and not store.coverage[..., 1].any()
+    assert store.boxes.tolist() == [list(BOX)] and store.image_sizes.tolist() == [[80, 100]]
 
 
 def test_small_people_are_no_roi_but_other_people(coco_files, tmp_path):
@@ -208,14 +197,6 @@ def test_small_people_are_no_roi_but_other_people(coco_files, tmp_path):
     want[:, :16] = 1
     want[2:30, 18:28] = 2
     assert np.array_equal(labels(store, 0), want)
-
-
-def test_dogs_are_background(coco_files, tmp_path):
-    image = coco_files.image()
-    coco_files.person(image, BOX, [[20, 10, 36, 10, 36, 42, 20, 42]])
-    coco_files.person(image, BOX, category_id=7)
-    store = build(coco_files, tmp_path)
-    assert len(store) == 1 and not store.skipped and not store.coverage[..., 1].any()
 
 
 def test_overlapping_people_belong_to_the_target_first(coco_files, tmp_path):
@@ -238,15 +219,6 @@ def test_at_most_the_ten_largest_people(coco_files, tmp_path):
     assert store.annotation_ids.tolist() == kept  # in the file's order
 
 
-def test_the_eleventh_is_other_people(coco_files, tmp_path):
-    image = coco_files.image((100, 100))
-    for i in range(10):
-        coco_files.person(image, (20, 10, 52 + i, 90), [[20, 10, 36, 10, 36, 42, 20, 42]], area=1000 + i)
-    coco_files.person(image, (36, 10, 52, 42), area=5)
-    store = build(coco_files, tmp_path)
-    assert len(store) == 10 and (labels(store, 0)[:, 16:][:12] == 2).all()
-
-
 def test_images_come_by_id_and_max_images_counts_those_with_people(coco_files):
     for number in range(5):
         coco_files.image((60, 60))
@@ -262,12 +234,6 @@ def test_images_come_by_id_and_max_images_counts_those_with_people(coco_files):
         source.scene(4)
 
 
-def test_file_names_may_repeat_the_folder(coco_files, tmp_path):
-    coco_files.person(coco_files.image(), BOX)
-    coco_files.content["images"][0]["file_name"] = "train2017/001.jpg"
-    assert len(build(coco_files, tmp_path)) == 1
-
-
 def test_fingerprint_changes_with_the_data(coco_files):
     coco_files.person(coco_files.image(), BOX)
     first = coco_files.source().fingerprint()
@@ -280,13 +246,6 @@ def test_fingerprint_changes_with_the_data(coco_files):
 
 
 # -- forms of images -----------------------------------------------------------------------------------
-def one_image(coco_files, tmp_path, picture, name, box=BOX, **save):
-    coco_files.person(coco_files.image(picture, name, **save), box)
-    store = build(coco_files, tmp_path)
-    assert len(store) == 1, store.examples
-    return np.asarray(store.images[0]).astype(int)
-
-
 RGB = np.random.default_rng(5).integers(0, 256, (80, 100, 3), dtype=np.uint8)
 SMOOTH = np.stack(
     [np.add.outer(np.arange(80), np.arange(100)), np.full((80, 100), 90), np.full((80, 100), 200)], -1
@@ -294,33 +253,24 @@ SMOOTH = np.stack(
 CROP = (slice(10, 42), slice(20, 52))
 
 
-def test_grey(coco_files, tmp_path):
-    got = one_image(coco_files, tmp_path, Image.fromarray(RGB[..., 0]), "a.png")
-    assert np.array_equal(got, RGB[CROP][..., :1].repeat(3, -1))
+GREY = RGB[CROP][..., :1].repeat(3, -1)
+FEW = Image.fromarray(RGB // 128 * 128).quantize(16)
+PICTURES = {
+    "grey": (Image.fromarray(RGB[..., 0]), GREY, {}),
+    "16 bits": (Image.fromarray(RGB[..., 0].astype(np.uint16) * 257), GREY, {}),  # and not all 255
+    "palette": (FEW, np.asarray(FEW.convert("RGB"))[CROP], {"transparency": 3}),
+    "RGBA": (np.concatenate([RGB, RGB[..., :1]], -1), RGB[CROP], {}),
+    "CMYK": (Image.fromarray(SMOOTH.astype(np.uint8)).convert("CMYK"), SMOOTH[CROP], {"quality": 95}),
+}
 
 
-def test_sixteen_bits(coco_files, tmp_path):
-    deep = RGB[..., 0].astype(np.uint16) * 257
-    got = one_image(coco_files, tmp_path, Image.fromarray(deep), "a.png")
-    assert np.array_equal(got, RGB[CROP][..., :1].repeat(3, -1))  # and not all 255
-
-
-def test_cmyk(coco_files, tmp_path):
-    smooth = Image.fromarray(SMOOTH.astype(np.uint8))
-    got = one_image(coco_files, tmp_path, smooth.convert("CMYK"), "a.jpg", quality=95)
-    assert np.abs(got - SMOOTH[CROP]).mean() < 4
-
-
-def test_palette_and_transparency(coco_files, tmp_path):
-    few = Image.fromarray(RGB // 128 * 128).quantize(16)
-    picture = few.copy()
-    got = one_image(coco_files, tmp_path, picture, "a.png", transparency=3)
-    assert np.array_equal(got, np.asarray(few.convert("RGB"))[CROP])
-
-
-def test_rgba(coco_files, tmp_path):
-    picture = np.concatenate([RGB, RGB[..., :1]], -1)
-    assert np.array_equal(one_image(coco_files, tmp_path, picture, "a.png"), RGB[CROP])
+@pytest.mark.parametrize("kind", PICTURES)
+def test_forms_of_images(coco_files, tmp_path, kind):
+    picture, want, save = PICTURES[kind]
+    name = "a.jpg" if kind == "CMYK" else "a.png"
+    coco_files.person(coco_files.image(picture, name, **save), BOX)
+    got = np.asarray(build(coco_files, tmp_path).images[0]).astype(int)
+    assert np.abs(got - want).mean() < 4 if kind == "CMYK" else np.array_equal(got, want)
 
 
 def turned(orientation):
@@ -329,17 +279,13 @@ def turned(orientation):
     return exif
 
 
-def test_exif_is_not_applied_where_the_annotations_are_on_the_stored_pixels(coco_files, tmp_path):
-    got = one_image(coco_files, tmp_path, RGB, "a.png", exif=turned(6))
-    assert np.array_equal(got, RGB[CROP])
-
-
-def test_exif_is_applied_where_the_annotations_are_on_the_upright_image(coco_files, tmp_path):
-    image = coco_files.image(RGB, "a.png", exif=turned(6))  # to be turned clockwise by 90 degrees
-    coco_files.content["images"][0].update(height=100, width=80)
-    coco_files.person(image, BOX)
+def test_exif_is_applied_where_the_annotations_are_on_the_upright_image_only(coco_files, tmp_path):
+    for number in range(2):  # to be turned clockwise by 90 degrees
+        coco_files.person(coco_files.image(RGB, f"{number}.png", exif=turned(6)), BOX)
+    coco_files.content["images"][1].update(height=100, width=80)
     store = build(coco_files, tmp_path)
-    assert np.array_equal(store.images[0], np.rot90(RGB, -1)[CROP])
+    assert np.array_equal(store.images[0], RGB[CROP])
+    assert np.array_equal(store.images[1], np.rot90(RGB, -1)[CROP])
 
 
 # -- what is wrong ---------------------------------------------------------------------------------------
@@ -557,16 +503,6 @@ def test_real_masks_as_pycocotools_reads_them(real_coco):
         assert np.array_equal(decode_segmentation(annotation["segmentation"], *size), want.astype(bool))
 
 
-def test_a_home_folder_may_be_meant(coco_files, monkeypatch):
-    """Quoted, or in a notebook, no shell has written it out."""
-    coco_files.person(coco_files.image(), (10, 10, 60, 70))
-    coco_files.source()
-    monkeypatch.setenv("HOME", str(coco_files.images.parent))
-    from refinelib.data import CocoPeople
-
-    assert len(CocoPeople("~/instances.json", "~/images")) == 1
-
-
 def test_ids_that_say_nothing_are_not_believed(coco_files, tmp_path):
     """Annotations without an id, or with one that another has: each gets one of its own. Two images of one id: nobody knows whose people are whose."""
     image = coco_files.image()
@@ -583,15 +519,6 @@ def test_ids_that_say_nothing_are_not_believed(coco_files, tmp_path):
         coco_files.content["images"][0]
     )  # the very same one twice is no harm
     assert len(coco_files.source().instances()) == 5 and again == 2
-
-
-def test_images_may_have_negative_ids(coco_files, tmp_path):
-    for number in (-7, -9):
-        image = coco_files.image()
-        coco_files.content["images"][-1]["id"] = number
-        coco_files.person(number, BOX)
-    store = build(coco_files, tmp_path)
-    assert sorted(store.image_ids.tolist()) == [-9, -7]
 
 
 # -- files that are no files, names that are no names ------------------------------------------------------
@@ -678,41 +605,17 @@ def test_whatever_a_name_is_the_others_are_used(name):
 
 
 # -- where images may lie ----------------------------------------------------------------------------------
-LEADING_OUT = [
-    "{there}/x.jpg",
-    "../there/x.jpg",
-    "a/../../there/x.jpg",
-    "..\\there\\x.jpg",
-    "a\\../..\\there/x.jpg",
-    "C:\\x.jpg",
-    "C:x.jpg",
-    "\\\\server\\x.jpg",
-    "../images/001.jpg",
-    "..",
-]
-
-
-@pytest.mark.parametrize("name", LEADING_OUT)
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "..\\there\\x.jpg", "C:x.jpg", "\\\\server\\x.jpg", "..", "../images/001.jpg"]
+)
 def test_an_image_outside_its_folder_is_refused(coco_files, tmp_path, name):
     for _ in range(2):
         coco_files.person(coco_files.image(), BOX)
-    there = coco_files.images.parent / "there"
-    there.mkdir()
-    (coco_files.images / "002.jpg").rename(there / "x.jpg")
-    coco_files.content["images"][1]["file_name"] = name.format(there=there)
+    coco_files.content["images"][1]["file_name"] = name
     store = build(coco_files, tmp_path)
-    assert (
-        store.image_ids.tolist() == [1]
-        and store.skipped == {ELSEWHERE: 1}
-        and "allow_images_outside" in ELSEWHERE
-    )
-    assert (
-        "leads out of the image folder" in store.examples[ELSEWHERE]
-        and "set allow_images_outside to true" in store.examples[ELSEWHERE]
-    )
+    assert store.image_ids.tolist() == [1] and store.skipped == {ELSEWHERE: 1}
+    assert "set allow_images_outside to true" in store.examples[ELSEWHERE]
     assert not store.info.unread  # no other file would help
-    with pytest.raises(SceneError, match="leads out of the image folder"):
-        coco_files.source().scene(1)
 
 
 @pytest.mark.parametrize("name", ["{there}/x.jpg", "../there/x.jpg", "a/../../there/x.jpg"])
@@ -821,19 +724,7 @@ def test_an_ordinary_image_decodes_each_mask_once(coco_files, monkeypatch):
     assert np.array_equal(anyone, np.stack([*masks]).any(0)) and masks.any(0) is anyone and len(asked) == 12
 
 
-MODES = {
-    "RGB": {},
-    "L": {},
-    "RGBA": {},
-    "LA": {},
-    "CMYK": {},
-    "1": {},
-    "YCbCr": {},
-    "P": {},
-    "P transparent": {"transparency": 3},
-    "I;16": {},
-    "I": {},
-}
+MODES = ("RGB", "L", "RGBA", "LA", "CMYK", "1", "YCbCr", "P", "P transparent", "I;16", "I")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -845,7 +736,7 @@ def test_a_large_image_is_converted_in_bands(monkeypatch, mode):
         )
     elif mode != "RGB":
         picture = picture.quantize(16) if mode.startswith("P") else picture.convert(mode)
-    picture.info.update(MODES[mode])
+    picture.info.update({"transparency": 3} if mode == "P transparent" else {})
     whole = scenes.as_rgb(picture)
     monkeypatch.setattr(scenes, "_BAND", 700)  # 7 of 80 rows
     assert np.array_equal(scenes.as_rgb(picture), whole) and whole.std() > 10
@@ -893,24 +784,6 @@ def test_a_picture_of_another_size_is_not_decoded(coco_files, tmp_path, monkeypa
         decode_image(image, (50, 60))
 
 
-GIGANTIC = {
-    "runs": {"size": [480, 640], "counts": [10**12, 10**13]},
-    "runs of the wrong size": {"size": [10**9, 10**9], "counts": [10**18 // 2, 10**18 // 2]},
-    "text": {"size": [480, 640], "counts": "o" * 11 + "0" + "o" * 11 + "0"},
-    "negative": {"size": [480, 640], "counts": [10**15, 480 * 640 - 10**15]},
-}
-
-
-@pytest.mark.parametrize("form", GIGANTIC.values(), ids=list(GIGANTIC))
-def test_run_lengths_that_claim_gigabytes(coco_files, tmp_path, form):
-    image = coco_files.image((480, 640))
-    coco_files.person(image, BOX, form)
-    coco_files.person(image, BOX)
-    with in_memory(20):
-        store = build(coco_files, tmp_path)
-    assert store.skipped == {NO_MASK: 1} and store.annotation_ids.tolist() == [101]
-
-
 def test_outlines_of_millions_of_pixels_are_no_mask():
     """pycocotools takes memory for each of them and does not look if it got any: it ended the process."""
     code = """
@@ -946,23 +819,11 @@ HOSTILE = st.one_of(
     st.sampled_from(['{"size": [80, 100], "counts": [[8000]]}', '{"size": [[80], 100], "counts": [8000]}']),
     st.text(max_size=20).map(json.dumps),
 )  # fmt: skip
-PLACES = [("images", 0, field) for field in ("id", "file_name", "height", "width")]
-PLACES += [
-    ("annotations", 0, f)
-    for f in ("id", "image_id", "category_id", "bbox", "area", "segmentation", "iscrowd")
-]
-PLACES += [
-    ("categories", 1, "id"),
-    ("categories", 1, "name"),
-    ("images", 0, None),
-    ("annotations", 0, None),
-    ("categories", 0, None),
-]
-PLACES += [
-    ("annotations", 0, ("bbox", 2)),
-    ("annotations", 0, ("segmentation", 0)),
-    ("annotations", 0, ("segmentation", 1)),
-]
+ANNOTATION = ("id", "image_id", "category_id", "bbox", "area", "segmentation", "iscrowd")
+PLACES = [("images", 0, field) for field in ("id", "file_name", "height", "width", None)]
+PLACES += [("annotations", 0, field) for field in (*ANNOTATION, None, ("bbox", 2))]
+PLACES += [("annotations", 0, ("segmentation", place)) for place in (0, 1)]
+PLACES += [("categories", 1, "id"), ("categories", 1, "name"), ("categories", 0, None)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -1004,12 +865,3 @@ def hostile_files(tmp_path_factory):
         files.person(image, BOX)
         files.person(image, (5, 5, 45, 45))
     return files
-
-
-def test_ids_at_the_end_of_the_numbers(coco_files):
-    """One without an id gets the next free one: there is none after the largest."""
-    image = coco_files.image()
-    for given in (2**63 - 1, None, 2**63 - 1, 3, "4"):
-        coco_files.person(image, BOX, id=given)
-    ids = coco_files.source().instances().annotation_ids.tolist()
-    assert len(set(ids)) == 5 and ids[0] == 2**63 - 1 and ids[3] == 3

@@ -10,9 +10,8 @@ from PIL import Image
 from refinelib.config import SettingsError, resolve
 from refinelib.data import PennFudanPeople, Store, SyntheticPeople, open_split, open_store
 from refinelib.data.coco import ELSEWHERE
-from refinelib.data.splits import JoinedSources
 from refinelib.data.sources import UNREADABLE
-from refinelib.data.splits import SYNTHETIC
+from refinelib.data.splits import SYNTHETIC, JoinedSources
 
 
 @pytest.fixture
