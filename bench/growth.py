@@ -5,34 +5,36 @@
     batch   milliseconds a ROI and peak memory, batches doubling up to the largest that fits (or --largest)
     size    the same for crops of 32 to 256 pixels
     width   the same and the number of parameters, for widths of 0.125 to 2
-    data    opening, planning an epoch and serving it a ROI, for stores of --rows rows, really written
+    data    opening, planning an epoch and serving a ROI, for stores of --rows rows, really written
 
-Steps are whole ones, as a user gets them but for compiling (--compile compiles them too, minutes a point). One JSON line a
-point, as it is measured; the exponent between neighbours says where a curve bends: 1 is a straight line through zero.
+Steps are whole, but not compiled (--compile compiles them too, minutes a point). One JSON line a point,
+as it is measured; the exponent between neighbours says where a curve bends: 1 is a straight line through
+zero.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
+import speed
+import store as stores
 import torch
 
 from refinelib.config import Settings, resolve
 from refinelib.data import Store, open_split
 from refinelib.data.loader import BatchLoader
 from refinelib.guard.guard import ran_out
-
-import speed
-import store as stores
 
 LINES: list[dict] = []
 
@@ -43,11 +45,15 @@ def say(**line: Any) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--curves", default="batch,size,width,data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=8, help="ROIs a step along the curves of size and width")
-    parser.add_argument("--largest", type=int, default=1024, help="where the curve of batches stops at the latest")
+    parser.add_argument(
+        "--largest", type=int, default=1024, help="where the curve of batches stops at the latest"
+    )
     parser.add_argument("--sizes", default="32,64,96,128,192,256")
     parser.add_argument("--widths", default="0.125,0.25,0.5,1,1.5,2")
     parser.add_argument("--rows", default="500,5000,50000,262000")
@@ -56,22 +62,40 @@ def main() -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
     device = torch.device(options.device)
-    say(curve="device", name=torch.cuda.get_device_name() if device.type == "cuda" else "CPU", torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
+    say(
+        curve="device",
+        name=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        torch=torch.__version__,
+        date=time.strftime("%Y-%m-%d"),
+    )
     with tempfile.TemporaryDirectory() as folder:
-        given = dict(augment="full", ema_decay=0.98, device=device.type, output_dir=folder, compile="on" if options.compile else "off", max_images=40)
+        given = dict(
+            augment="full",
+            ema_decay=0.98,
+            device=device.type,
+            output_dir=folder,
+            compile="on" if options.compile else "off",
+            max_images=40,
+        )
         base = resolve("original", **{**given, "amp": "auto", **dict(options.p)})
         with contextlib.redirect_stdout(sys.stderr):
             small = open_split(base, "train")
         for curve in options.curves.split(","):
-            points = list({"batch": by_batch, "size": by_size, "width": by_width, "data": by_data}[curve](base, small, device, options))
-            for before, after in zip(points, points[1:]):
+            points = list(
+                {"batch": by_batch, "size": by_size, "width": by_width, "data": by_data}[curve](
+                    base, small, device, options
+                )
+            )
+            for before, after in itertools.pairwise(points):
                 say(curve=curve, between=[before["at"], after["at"]], **exponents(before, after))
     if options.out:
         options.out.write_text(json.dumps(LINES, indent=1) + "\n")
     return 0
 
 
-def by_batch(base: Settings, small: Store, device: torch.device, options: argparse.Namespace) -> Iterable[dict]:
+def by_batch(
+    base: Settings, small: Store, device: torch.device, options: argparse.Namespace
+) -> Iterable[dict]:
     batch, largest = 1, None
     while batch <= options.largest:
         point = step_cost(base.model_copy(update={"batch_size": batch}), small, device)
@@ -79,12 +103,20 @@ def by_batch(base: Settings, small: Store, device: torch.device, options: argpar
             break
         yield told("batch", batch, per_roi_ms=round(point["ms"] / batch, 4), **point)
         largest, batch = batch, 2 * batch
-    say(curve="batch", largest_that_fits=largest, stopped_by="--largest" if batch > options.largest else "memory")
+    say(
+        curve="batch",
+        largest_that_fits=largest,
+        stopped_by="--largest" if batch > options.largest else "memory",
+    )
 
 
-def by_size(base: Settings, small: Store, device: torch.device, options: argparse.Namespace) -> Iterable[dict]:
+def by_size(
+    base: Settings, small: Store, device: torch.device, options: argparse.Namespace
+) -> Iterable[dict]:
     for size in map(int, options.sizes.split(",")):
-        settings = base.model_copy(update=dict(batch_size=options.batch, roi_size=(size, size), mask_size=(size, size)))
+        settings = base.model_copy(
+            update=dict(batch_size=options.batch, roi_size=(size, size), mask_size=(size, size))
+        )
         with contextlib.redirect_stdout(sys.stderr):
             crops = open_split(settings, "train")
         point = step_cost(settings, crops, device)
@@ -93,7 +125,9 @@ def by_size(base: Settings, small: Store, device: torch.device, options: argpars
         yield told("size", size, per_pixel_ns=round(1e6 * point["ms"] / options.batch / size**2, 3), **point)
 
 
-def by_width(base: Settings, small: Store, device: torch.device, options: argparse.Namespace) -> Iterable[dict]:
+def by_width(
+    base: Settings, small: Store, device: torch.device, options: argparse.Namespace
+) -> Iterable[dict]:
     for width in map(float, options.widths.split(",")):
         point = step_cost(base.model_copy(update=dict(batch_size=options.batch, width=width)), small, device)
         if point is None:
@@ -101,7 +135,9 @@ def by_width(base: Settings, small: Store, device: torch.device, options: argpar
         yield told("width", width, **point)
 
 
-def by_data(base: Settings, small: Store, device: torch.device, options: argparse.Namespace) -> Iterable[dict]:
+def by_data(
+    base: Settings, small: Store, device: torch.device, options: argparse.Namespace
+) -> Iterable[dict]:
     for rows in map(int, options.rows.split(",")):
         with tempfile.TemporaryDirectory() as scratch:
             with contextlib.redirect_stdout(sys.stderr):
@@ -119,9 +155,15 @@ def by_data(base: Settings, small: Store, device: torch.device, options: argpars
             speed.synchronize(device)
             served = (time.perf_counter() - planned) / (taken * loader.batch_size)
             yield told(
-                "data", rows, opening_s=round(opened - started, 4), feed_s=round(ready - opened, 4), plan_s=round(planned - ready, 4),
-                serving_us_a_roi=round(1e6 * served, 2), on_device=loader.resident is not None, plan_mib=round(sum(x.nbytes for x in plan) / 2**20, 2),
-            )  # fmt: skip
+                "data",
+                rows,
+                opening_s=round(opened - started, 4),
+                feed_s=round(ready - opened, 4),
+                plan_s=round(planned - ready, 4),
+                serving_us_a_roi=round(1e6 * served, 2),
+                on_device=loader.resident is not None,
+                plan_mib=round(sum(x.nbytes for x in plan) / 2**20, 2),
+            )
 
 
 def step_cost(settings: Settings, rois: Store, device: torch.device) -> dict[str, Any] | None:
@@ -139,7 +181,11 @@ def step_cost(settings: Settings, rois: Store, device: torch.device) -> dict[str
         times = [speed.seconds_a_step(stepper, count, device) for _ in range(3)]
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         parameters = sum(p.numel() for p in stepper.model.parameters())
-        return dict(ms=round(1e3 * statistics.median(times), 3), peak_gib=peak and round(peak, 3), parameters=parameters)
+        return dict(
+            ms=round(1e3 * statistics.median(times), 3),
+            peak_gib=peak and round(peak, 3),
+            parameters=parameters,
+        )
     except RuntimeError as error:
         if not ran_out(error):
             raise
@@ -161,7 +207,11 @@ def exponents(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[s
     found = {
         name: round(math.log(after[name] / before[name]) / wide, 2)
         for name in before
-        if name != "at" and isinstance(before[name], (int, float)) and not isinstance(before[name], bool) and before[name] > 0 and (after[name] or 0) > 0
+        if name != "at"
+        and isinstance(before[name], (int, float))
+        and not isinstance(before[name], bool)
+        and before[name] > 0
+        and (after[name] or 0) > 0
     }
     return {"exponents": found}
 

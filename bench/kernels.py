@@ -1,13 +1,15 @@
-"""How many kernels a compiled step launches on a GPU, and how many bytes they move, counted on a machine without one.
+"""How many kernels a compiled step launches on a GPU, and how many bytes they move, counted without a
+GPU.
 
     python bench/kernels.py [-p batch_size 16] [--inductor '{"realize_reads_threshold": 8}']
 
-PyTorch's compiler is taken up to its scheduler, for a device that it is told of and that is not there: the graphs of model and loss,
-forward and backward, are traced on the CPU and moved to it. One JSON line a direction: ``pointwise`` and ``reductions`` are the kernels it
-writes itself, ``calls`` those of libraries (convolutions, matrix products), ``MB`` what its own kernels read and write in all. The guard, the
-optimizer and the augmentation are not in it. Counts say nothing of registers and caches: what pays is decided by bench/speed.py.
+PyTorch's compiler is taken up to its scheduler for a pretended device: the graphs of model and loss,
+forward and backward, are traced on the CPU and moved to it. One JSON line a direction: ``pointwise`` and
+``reductions`` are the kernels it writes itself, ``calls`` those of libraries (convolutions, matrix
+products), ``MB`` what its own kernels read and write in all. Guard, optimizer and augmentation are left
+out. Counts say nothing of registers and caches: bench/speed.py decides what pays.
 
-It reaches into the compiler (written for torch 2.13; its decisions differ a little from one release to the next).
+It reaches into the compiler (written for torch 2.13; its decisions differ a little between releases).
 """
 
 from __future__ import annotations
@@ -41,16 +43,34 @@ from refinelib.step import compiler_options
 
 #: What the compiler asks of a device, as an H100 answers.
 DEVICE = SimpleNamespace(
-    name="NVIDIA H100", type="cuda", index=0, major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32, L2_cache_size=50 << 20,
-    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, shared_memory_per_block_optin=232448,
+    name="NVIDIA H100",
+    type="cuda",
+    index=0,
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    warp_size=32,
+    L2_cache_size=50 << 20,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block_optin=232448,
     gcnArchName="",
-)  # fmt: skip
+)
 
 
 @contextlib.contextmanager
 def pretended():
     """PyTorch believes that there is such a device."""
-    answers = dict(is_available=True, device_count=1, current_device=0, get_device_properties=DEVICE, get_device_capability=(9, 0), is_bf16_supported=True)
+    answers = dict(
+        is_available=True,
+        device_count=1,
+        current_device=0,
+        get_device_properties=DEVICE,
+        get_device_capability=(9, 0),
+        is_bf16_supported=True,
+    )
 
     def layout(x, weight, backend):  # of a convolution's result there
         last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
@@ -61,7 +81,9 @@ def pretended():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         interface = "torch._dynamo.device_interface.CudaInterface"
         for place in (interface, f"{interface}.Worker"):
-            stack.enter_context(mock.patch(f"{place}.get_device_properties", staticmethod(lambda *_, **__: DEVICE)))
+            stack.enter_context(
+                mock.patch(f"{place}.get_device_properties", staticmethod(lambda *_, **__: DEVICE))
+            )
         stack.enter_context(mock.patch.object(scheduler, "has_triton", lambda *_: True))
         stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", layout))
         # This pass copies tensors as it goes, for which the device itself would be needed.
@@ -80,14 +102,21 @@ def counted(direction: str, options: dict, found: list[dict]):
         there.recompile()
         with pretended(), config.patch(options), V.set_fake_mode(mode):
             with mode:
-                inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0") if isinstance(x, torch.Tensor) else x for x in inputs]
+                inputs = [
+                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0")
+                    if isinstance(x, torch.Tensor)
+                    else x
+                    for x in inputs
+                ]
             compile_fx.view_to_reshape(there)
             compile_fx.fake_tensor_prop(there, inputs)
             compile_fx._recursive_post_grad_passes(there, is_inference=False)
             lowered = GraphLowering(there, example_inputs=inputs, is_backward=direction == "backward")
             with V.set_graph_handler(lowered), V.set_debug_handler(DebugContext()):
                 lowered.run(*inputs)
-                found.append({"direction": direction, **_count(scheduler.Scheduler(lowered.operations).nodes)})
+                found.append(
+                    {"direction": direction, **_count(scheduler.Scheduler(lowered.operations).nodes)}
+                )
         print(json.dumps(found[-1]), flush=True)
         return make_boxed_func(graph.forward)
 
@@ -114,8 +143,17 @@ def count(step, *inputs: torch.Tensor, options: dict | None = None) -> list[dict
         return min_cut_rematerialization_partition(graph, inputs, **given, compiler="inductor")
 
     def backend(graph, inputs):
-        forward, backward = (counted(direction, options or {}, found) for direction in ("forward", "backward"))
-        return aot_module_simplified(graph, inputs, fw_compiler=forward, bw_compiler=backward, decompositions=select_decomp_table(), partition_fn=partition)
+        forward, backward = (
+            counted(direction, options or {}, found) for direction in ("forward", "backward")
+        )
+        return aot_module_simplified(
+            graph,
+            inputs,
+            fw_compiler=forward,
+            bw_compiler=backward,
+            decompositions=select_decomp_table(),
+            partition_fn=partition,
+        )
 
     init_backend_registration()
     with mock.patch.object(blocks, "for_gpu", lambda x: True):
@@ -125,9 +163,16 @@ def count(step, *inputs: torch.Tensor, options: dict | None = None) -> list[dict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="original")
-    parser.add_argument("--inductor", type=json.loads, metavar="JSON", help="options of PyTorch's compiler in place of the package's; {}: none")
+    parser.add_argument(
+        "--inductor",
+        type=json.loads,
+        metavar="JSON",
+        help="options of PyTorch's compiler in place of the package's; {}: none",
+    )
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
     settings = resolve(options.recipe, **{"amp": "bf16", "device": "cpu", **dict(options.p)})
@@ -140,9 +185,19 @@ def main() -> int:
             output = model(images)
         return loss(output, labels)[0]
 
-    chosen = compiler_options(settings, torch.device("cuda")) if options.inductor is None else options.inductor
+    chosen = (
+        compiler_options(settings, torch.device("cuda")) if options.inductor is None else options.inductor
+    )
     found = count(step, images, labels, options=chosen)
-    print(json.dumps({"own": sum(f["own"] for f in found), "calls": sum(f.get("calls", 0) for f in found), "MB": round(sum(f["MB"] for f in found), 1)}))
+    print(
+        json.dumps(
+            {
+                "own": sum(f["own"] for f in found),
+                "calls": sum(f.get("calls", 0) for f in found),
+                "MB": round(sum(f["MB"] for f in found), 1),
+            }
+        )
+    )
     return 0
 
 

@@ -1,18 +1,20 @@
-"""What a guarded step costs, beside a plain loop on the same model in the same run.
+"""What a guarded step costs, beside an unguarded baseline on the same model in the same run.
 
-    python bench/speed.py [--batches 2,16,64,128] [-p data coco -p store_dir DIR] [--out bench/speed.json]
-                          [--inductor '{"combo_kernels": true}']
+    python bench/speed.py [--recipe best] [--batches 2,16,64,128] [-p data coco -p store_dir DIR]
+                          [--out bench/speed.json] [--inductor '{"combo_kernels": true}']
 
 For each batch size, interleaved in blocks on the same data:
 
-    refinelib   the step as a user gets it: augmentation, every module and loss, guard, report, moving average; compiled and captured
-    no guard    the same, compiled and captured too, with clip_grad_norm_ and the optimizer in the guard's place
-    captured    refinelib captured as a graph, but not compiled
+    refinelib   the step as a user gets it: augmentation, every module and loss, guard, report, average;
+                compiled and captured as a CUDA graph
+    no guard    the same, with clip_grad_norm_ and the optimizer in the guard's place
+    captured    refinelib captured as a CUDA graph, but not compiled
     eager       refinelib without compiling or graphs
-    base        the network alone without refinements, cross-entropy only, no guard, compiled and captured
+    base        the network alone, cross-entropy only, no refinements, no guard, compiled and captured
 
-One JSON line a figure, as it is measured. ``share`` is the model's arithmetic (counted by torch, forward and backward) per second over
-the rate of an 8192 x 8192 x 8192 bf16 matrix product measured in the same run.
+One JSON line a figure, as it is measured. ``start`` is the time to build the objects, to compile and to
+take four steps. ``share`` is the model's arithmetic (counted by torch, forward and backward) per second
+over the rate of an 8192 x 8192 x 8192 bf16 matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -66,7 +68,12 @@ class NoGuard:
     """What a plain loop does where the guard stands: clip, step, average."""
 
     def __init__(self, guard) -> None:
-        self.inner, self.optimizer, self.parameters, self.averages = guard, guard.optimizer, guard.parameters, guard.averages
+        self.inner, self.optimizer, self.parameters, self.averages = (
+            guard,
+            guard.optimizer,
+            guard.parameters,
+            guard.averages,
+        )
         self.decay, self.clip = guard.ema_decay, guard.grad_clip
 
     fused = True
@@ -100,7 +107,12 @@ class CrossEntropy(nn.Module):
 
 def stepper(settings, store, device, *, guarded=True, base=False):
     torch.manual_seed(0)
-    parts = build_step(settings.model_copy(update={"ema_decay": 0.0}) if base else settings, store, device, steps_per_epoch=SCHEDULED)
+    parts = build_step(
+        settings.model_copy(update={"ema_decay": 0.0}) if base else settings,
+        store,
+        device,
+        steps_per_epoch=SCHEDULED,
+    )
     if base:
         parts = parts._replace(loss=CrossEntropy())
     if not guarded:
@@ -126,13 +138,21 @@ def seconds_a_step(stepper: Stepper, count: int, device) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", default="2,16,64")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="original")
+    parser.add_argument("--batches", default="2,16,64", help="or auto: the recipe's own")
     parser.add_argument("--kinds", default="refinelib,no guard,captured,eager,base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--block", type=float, default=0.25, help="seconds of a block")
-    parser.add_argument("--inductor", type=json.loads, metavar="JSON", help="options of PyTorch's compiler in place of the package's; {}: none")
+    parser.add_argument(
+        "--inductor",
+        type=json.loads,
+        metavar="JSON",
+        help="options of PyTorch's compiler in place of the package's; {}: none",
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
@@ -141,14 +161,22 @@ def main() -> int:
     say(figure="device", name=name, torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as folder, compiler_options(options.inductor):
-        given = dict(amp="bf16" if device.type == "cuda" else "off", augment="full", ema_decay=0.98, device=device.type, output_dir=folder, compile="on")
-        settings = resolve("original", **{**given, "data": "synthetic", **dict(options.p)})
+        given = dict(
+            amp="bf16" if device.type == "cuda" else "off",
+            augment="full",
+            ema_decay=0.98,
+            device=device.type,
+            output_dir=folder,
+            compile="on",
+        )
+        settings = resolve(options.recipe, **{**given, "data": "synthetic", **dict(options.p)})
         with contextlib.redirect_stdout(sys.stderr):
             store = open_split(settings, "train")
         rate = matrix_rate(device)
         say(figure="matrix_rate", tflops=round(rate / 1e12, 1))
-        for batch in map(int, options.batches.split(",")):
-            measure(settings.model_copy(update={"batch_size": batch}), store, device, options, rate)
+        for batch in options.batches.split(","):
+            size = settings.batch_size if batch == "auto" else int(batch)
+            measure(settings.model_copy(update={"batch_size": size}), store, device, options, rate)
     if options.out:
         options.out.write_text(json.dumps(LINES, indent=1) + "\n")
     return 0
@@ -156,7 +184,9 @@ def main() -> int:
 
 def measure(settings, store, device, options, rate: float) -> None:
     plain = settings.model_copy(update=dict(compile="off", cuda_graphs=False))
-    bare = settings.model_copy(update={name: False for name in type(settings).model_fields if name.startswith("use_")})
+    bare = settings.model_copy(
+        update={name: False for name in type(settings).model_fields if name.startswith("use_")}
+    )
     makers = {
         "refinelib": lambda: stepper(settings, store, device),
         "no guard": lambda: stepper(settings, store, device, guarded=False),
@@ -182,19 +212,41 @@ def measure(settings, store, device, options, rate: float) -> None:
             continue
         memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else 0.0
         work[name] = flops(made, device) * settings.batch_size
-        say(figure="start", batch=settings.batch_size, kind=name, seconds=round(time.perf_counter() - started, 2))
+        say(
+            figure="start",
+            batch=settings.batch_size,
+            kind=name,
+            seconds=round(time.perf_counter() - started, 2),
+        )
     times: dict[str, list[float]] = {name: [] for name in steppers}
-    counts = {name: max(3, int(options.block / seconds_a_step(made, 3, device))) for name, made in steppers.items()}
+    counts = {
+        name: max(3, int(options.block / seconds_a_step(made, 3, device))) for name, made in steppers.items()
+    }
     for _ in range(options.rounds):
         for name, made in steppers.items():
             times[name].append(seconds_a_step(made, counts[name], device))
     for name, found in times.items():
         middle = statistics.median(found)
-        say(figure="step", batch=settings.batch_size, kind=name, ms=round(1e3 * middle, 3), least=round(1e3 * min(found), 3), most=round(1e3 * max(found), 3),
-            rois_per_second=round(settings.batch_size / middle, 1), share=round(work[name] / middle / rate, 3), peak_gib=round(memory[name], 2))  # fmt: skip
+        say(
+            figure="step",
+            batch=settings.batch_size,
+            kind=name,
+            ms=round(1e3 * middle, 3),
+            least=round(1e3 * min(found), 3),
+            most=round(1e3 * max(found), 3),
+            rois_per_second=round(settings.batch_size / middle, 1),
+            share=round(work[name] / middle / rate, 3),
+            peak_gib=round(memory[name], 2),
+        )
     if {"refinelib", "no guard"} <= times.keys():
-        ratios = [a / b - 1 for a, b in zip(times["refinelib"], times["no guard"])]
-        say(figure="guard_share", batch=settings.batch_size, median=round(statistics.median(ratios), 4), least=round(min(ratios), 4), most=round(max(ratios), 4))
+        ratios = [a / b - 1 for a, b in zip(times["refinelib"], times["no guard"], strict=True)]
+        say(
+            figure="guard_share",
+            batch=settings.batch_size,
+            median=round(statistics.median(ratios), 4),
+            least=round(min(ratios), 4),
+            most=round(max(ratios), 4),
+        )
     for made in steppers.values():
         made.graph = None
     steppers.clear()

@@ -1,6 +1,6 @@
 """Measure the ROI store: building, the second start, and serving at COCO's size.
 
-    python bench/store.py                                   COCO persons beside the project, else synthetic people
+    python bench/store.py                                   COCO persons beside the project, or synthetic ones
     python bench/store.py --annotations FILE --images DIR   any COCO instances file
     python bench/store.py --data-dir DIR [--split val]      a folder in COCO's layout
     python bench/store.py --scale 262000                    besides, a store of so many rows, really written
@@ -33,7 +33,8 @@ from pathlib import Path
 from refinelib.data import CocoPeople, SyntheticPeople, open_store
 imported = time.perf_counter()
 kind, arguments, how = json.loads(sys.argv[1])
-store = open_store({"coco": CocoPeople, "synthetic": SyntheticPeople}[kind](*arguments), progress=False, **how)
+source = {"coco": CocoPeople, "synthetic": SyntheticPeople}[kind](*arguments)
+store = open_store(source, progress=False, **how)
 store.gather([0, len(store) - 1])
 opened = time.perf_counter()
 print(json.dumps({"imports": imported - started, "opening": opened - imported}))
@@ -69,7 +70,8 @@ store = Store.open(sys.argv[1])
 opening = time.perf_counter() - started
 opened = memory()
 first, second = serve(store, 0), serve(store, 0)
-print(json.dumps({"opening_s": round(opening, 4), "gather_rois_per_s": {"from_disk": first, "from_memory": second},
+rates = {"from_disk": first, "from_memory": second}
+print(json.dumps({"opening_s": round(opening, 4), "gather_rois_per_s": rates,
                   "memory": {"before_opening": before, "after_opening": opened, "after_serving": memory()}}))
 """
 
@@ -143,8 +145,10 @@ def scale(store: Any, rows: int, folder: Path) -> dict[str, Any]:
     needed = rows * sum(array[0].nbytes for array in names.values())
     free = shutil.disk_usage(folder.parent).free
     if needed * 1.05 > free:
-        raise DataError(f"{rows} rows take {needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free: "
-                        f"give --scratch on a larger disk")
+        raise DataError(
+            f"{rows} rows take {needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free: "
+            f"give --scratch on a larger disk"
+        )
     folder.mkdir()
     started = time.perf_counter()
     for name, array in names.items():
@@ -161,7 +165,9 @@ def scale(store: Any, rows: int, folder: Path) -> dict[str, Any]:
     copies = np.arange(rows) // len(store)
     mean = columns.pop("mean_coverage")
     columns = {name: np.resize(column, (rows, *column.shape[1:])) for name, column in columns.items()}
-    columns["image_index"] = (columns["image_index"] + copies * (store.image_index.max() + 1)).astype(np.int32)
+    columns["image_index"] = (columns["image_index"] + copies * (store.image_index.max() + 1)).astype(
+        np.int32
+    )
     np.savez(folder / "index.npz", mean_coverage=mean, **columns)
     (folder / "store.json").write_text(json.dumps({**store.info.model_dump(), "rois": rows}))
     written = time.perf_counter() - started
@@ -178,15 +184,23 @@ def _fresh(code: str, argument: str) -> dict[str, Any]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--annotations", help="COCO instances JSON (with --images)")
     parser.add_argument("--images", help="folder of its images")
     parser.add_argument("--data-dir", help="folder in COCO's layout, in place of those two")
-    parser.add_argument("--split", default="train", choices=("train", "val"), help="which split (default: train)")
-    parser.add_argument("--size", type=int, default=64, help="pixels across the box, of image and mask (default: 64)")
+    parser.add_argument(
+        "--split", default="train", choices=("train", "val"), help="which split (default: train)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=64, help="pixels across the box, of image and mask (default: 64)"
+    )
     parser.add_argument("--context", type=float, default=0.0, help="added around the box (default: 0)")
     parser.add_argument("--workers", type=int, help="processes that build (default: one a core)")
-    parser.add_argument("--scale", type=int, help="also write and serve a store of so many rows, 20 KB each at size 64")
+    parser.add_argument(
+        "--scale", type=int, help="also write and serve a store of so many rows, 20 KB each at size 64"
+    )
     parser.add_argument("--scratch", help="where the temporary folder is made (default: the system's)")
     options = parser.parse_args()
     if bool(options.annotations) != bool(options.images) or (options.annotations and options.data_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from refinelib.runs import Run
 from refinelib.step import Stepper
 from refinelib.steplog import StepLog
 
+NEW_RUN = "start a new run from these weights with init_from"
+
 
 class TrainingState:
     """A run's live objects: data, model, guard, records. Made anew, or restored from a checkpoint."""
@@ -40,26 +43,17 @@ class TrainingState:
         prepare = self.start_from if settings.init_from else None
         self.parts = build_step(settings, self.train_store, self.device, prepare=prepare)
         self.model, self.average, self.loss, self.guard, self.injector, self.loader = self.parts
-        self.stepper = Stepper(
-            settings,
-            self.parts,
-            device=self.device,
-            steps=settings.epochs * self.loader.steps_per_epoch,
-            say=lambda message: self.say("speed", message),
-        )
+        steps = settings.epochs * self.loader.steps_per_epoch
+        speed, damaged = (functools.partial(self.say, kind) for kind in ("speed", "damaged"))
+        self.stepper = Stepper(settings, self.parts, device=self.device, steps=steps, say=speed)
         self.rewinder = Rewinder(
             self.guard,
             max_consecutive_skips=settings.max_consecutive_skips,
             max_rewinds=settings.max_rewinds,
             log=lambda: self.log.state_dict(),
         )
-        self.probe = Probe(
-            run.folder / "gradients",
-            self.parts,
-            self.forward,
-            every=settings.probe_every,
-            say=lambda message: self.say("damaged", message),
-        )
+        every, folder = settings.probe_every, run.folder / "gradients"
+        self.probe = Probe(folder, self.parts, self.forward, every=every, say=damaged)
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
         self.writer = checkpoints.Writer()
 
@@ -84,8 +78,10 @@ class TrainingState:
 
     # -- messages ----------------------------------------------------------------------------------
     def say(self, kind: str, message: str) -> None:
-        """Record an event at the present step."""
+        """Record an event at the present step; what slows a run down is printed too."""
         self.run.event(kind, message, step=self.step)
+        if kind == "speed":
+            print(f"{self.run.name}: {message}", flush=True)
 
     @contextlib.contextmanager
     def best_effort(self, what: str) -> Iterator[None]:
@@ -122,9 +118,10 @@ class TrainingState:
         self.log.write_line()
         folder, content = self.run.folder / "checkpoints", checkpoints.to_cpu(self.state_dict())
         needed = {self.snapshot_file(snapshot.step): snapshot for snapshot in self.rewinder.snapshots}
-        for file in needed.keys() - self.kept_snapshots:
-            file.parent.mkdir(exist_ok=True)
-            self.writer.save(file, needed[file].state_dict(), copy=True)
+        for file, snapshot in needed.items():
+            if file not in self.kept_snapshots:
+                file.parent.mkdir(exist_ok=True)
+                self.writer.save(file, snapshot.state_dict(), copy=True)
         for name in names:
             self.writer.save(folder / name, content, copy=False)
         for file in set(self.snapshot_file(0).parent.glob("*.pt")) - self.kept_snapshots - needed.keys():
@@ -184,8 +181,8 @@ class TrainingState:
 
     def load_snapshots(self, saved: dict[str, Any]) -> list[Snapshot]:
         """The usable snapshots of a checkpoint; an event names the others. Later ones are deleted."""
-        found, live, step = [], self.guard.tensors(), saved["position"]["step"]
-        folder = self.snapshot_file(0).parent
+        found, step, folder = [], saved["position"]["step"], self.snapshot_file(0).parent
+        shapes = {name: x.shape for name, x in self.guard.tensors().items()}
         if not folder.is_dir():  # the run had ended, and goes on with more epochs
             return []
         for file in folder.glob("*.pt"):
@@ -196,7 +193,6 @@ class TrainingState:
             try:
                 content = checkpoints.load(file, needs=("tensors", "memory", "host"))
                 tensors, memory = content["tensors"], content["memory"]
-                shapes = {name: x.shape for name, x in live.items()}
                 weights = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
                 fits = tensors and all(shapes.get(name) == x.shape for name, x in weights.items())
                 if not fits or checkpoints.nonfinite({**tensors, "memory": memory}):
@@ -223,27 +219,14 @@ class TrainingState:
         refuse_other_settings(self.settings, saved["settings"])
         then, now = saved["position"]["steps_per_epoch"], self.loader.steps_per_epoch
         if then != now:
-            raise CheckpointError(
-                f"{path} was made with {then} steps an epoch, this run has {now}: "
-                "resume with the data, batch_size and accumulate that it was started with"
-            )
+            wrong = f"{path} was made with {then} steps an epoch, this run has {now}"
+            raise CheckpointError(f"{wrong}: resume with the data, batch_size and accumulate of its start")
         if saved.get("people") not in (None, self.train_store.identity):
-            raise CheckpointError(
-                f"{path} was made with other people than the {len(self.train_store)} that this run has: "
-                "resume with the data that it was started with, or start a new run from these weights with "
-                "init_from"
-            )
+            wrong = f"{path} was made with other people than the {len(self.train_store)} that this run has"
+            raise CheckpointError(f"{wrong}: resume with the data of its start, or {NEW_RUN}")
         check_weights(self.model, saved, str(path))
-        guard = saved["guard"]
-        state = {
-            "average": saved["average"],
-            "optimizer": guard["optimizer"]["state"],
-            "guard": guard["state"],
-        }
-        if broken := checkpoints.nonfinite(state):
-            raise CheckpointError(
-                f"{path} holds values that are not finite (first {broken[0]}): start from another checkpoint"
-            )
+        guard = {"optimizer": saved["guard"]["optimizer"]["state"], "guard": saved["guard"]["state"]}
+        _refuse_nonfinite(path, {"average": saved["average"], **guard})
 
 
 def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
@@ -263,10 +246,8 @@ def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
         if name in now and name not in free and value != now[name]
     ]
     if changed:
-        raise CheckpointError(
-            f"resume goes on with the settings it was started with, and {'; '.join(changed)}: leave that as "
-            "it was, or start a new run from these weights with init_from"
-        )
+        wrong = f"resume goes on with the settings it was started with, and {'; '.join(changed)}"
+        raise CheckpointError(f"{wrong}: leave that as it was, or {NEW_RUN}")
 
 
 def check_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
@@ -280,16 +261,11 @@ def check_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
     apart = [name for name in own.keys() ^ weights.keys() if not name.startswith(optional)]
     apart += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if apart:
+        wrong = f"the weights in {source} do not fit this model (first {min(apart)})"
         names = ("width", "coarse_width", "coarse_depth")
         sizes = ", ".join(f"{name} {saved['settings'].get(name, 1):g}" for name in names)
-        raise CheckpointError(
-            f"the weights in {source} do not fit this model (first {min(apart)}): "
-            f"use the sizes it was trained with, {sizes}"
-        )
-    if broken := checkpoints.nonfinite({name: weights[name] for name in own if name in weights}):
-        raise CheckpointError(
-            f"the weights in {source} are not finite (first {broken[0]}): start from another checkpoint"
-        )
+        raise CheckpointError(f"{wrong}: use the sizes it was trained with, {sizes}")
+    _refuse_nonfinite(source, {name: x for name, x in weights.items() if name in own})
 
 
 def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
@@ -301,6 +277,12 @@ def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
     check_weights(model, saved, source)
     own = model.state_dict()
     model.load_state_dict({**own, **{name: x for name, x in saved["model"].items() if name in own}})
+
+
+def _refuse_nonfinite(source: str | Path, values: dict[str, Any]) -> None:
+    if broken := checkpoints.nonfinite(values):
+        wrong = f"{source} holds values that are not finite (first {broken[0]})"
+        raise CheckpointError(f"{wrong}: start from another checkpoint")
 
 
 def _seed_everything(settings: Settings) -> None:

@@ -234,17 +234,11 @@ def compile_cache() -> Iterator[None]:
     from torch._functorch import config as tracing
     from torch._inductor import config as compiler
 
-    functions = dict.fromkeys(
-        (f"torch.amp.autocast_mode.{name}" for name in ("_enter_autocast", "_exit_autocast")), _sources()
-    )
-    wanted = (
-        (compiler, "unsafe_marked_cacheable_functions", functions),
-        (tracing, "autograd_cache_allow_custom_autograd_functions", True),
-    )
+    marked = {f"torch.amp.autocast_mode._{way}_autocast": _sources() for way in ("enter", "exit")}
     with contextlib.ExitStack() as stack:
-        for config, name, value in wanted:
-            if hasattr(config, name):  # since PyTorch 2.7
-                stack.enter_context(config.patch({name: value}))
+        if hasattr(compiler, "unsafe_marked_cacheable_functions"):  # PyTorch 2.6 has neither
+            stack.enter_context(compiler.patch(unsafe_marked_cacheable_functions=marked))
+            stack.enter_context(tracing.patch(autograd_cache_allow_custom_autograd_functions=True))
         yield
 
 

@@ -44,6 +44,18 @@ def write_samples(
 
     Raises:
         OSError: it cannot be written; an older file of that name stays.
+
+    Example:
+        >>> import tempfile
+        >>> from refinelib.config import Settings
+        >>> from refinelib.data import open_split
+        >>> folder, cpu, size = Path(tempfile.mkdtemp()), torch.device("cpu"), (32, 32)
+        >>> settings = Settings(store_dir=str(folder), max_images=4, roi_size=size, mask_size=size)
+        >>> store = open_split(settings, "val", progress=False)
+        >>> predict, iou = lambda x: torch.zeros(len(x), 3, *size), torch.rand(len(store))
+        >>> write_samples(folder / "epoch.npz", store, predict, iou, device=cpu, mask_size=size)
+        >>> np.load(folder / "epoch.npz")["probs"].shape[1:]
+        (3, 32, 32)
     """
     scores = target_iou.cpu()
     ranked = scores.nan_to_num(2.0).argsort()[: int((~scores.isnan()).sum())]
@@ -58,16 +70,16 @@ def write_samples(
     rois = torch.cat([*groups.values()])
     images, coverage = store.gather(rois)
     probs = predict(normalise(images.to(device).permute(0, 3, 1, 2)))
+    content = {
+        "image": images.numpy(),
+        "labels": labels_from_coverage(coverage).numpy().astype(np.uint8),
+        "probs": probs.float().cpu().numpy().astype(np.float16),
+        "target_iou": scores[rois].numpy().astype(np.float32),
+        "roi": rois.numpy(),
+        "image_id": store.image_ids[rois.numpy()],
+        "annotation_id": store.annotation_ids[rois.numpy()],
+        "kind": np.repeat(list(groups), [len(group) for group in groups.values()]),
+        "mask_size": np.array(mask_size),
+    }
     with replacing(file, "wb") as half:
-        np.savez_compressed(
-            half,
-            image=images.numpy(),
-            labels=labels_from_coverage(coverage).numpy().astype(np.uint8),
-            probs=probs.float().cpu().numpy().astype(np.float16),
-            target_iou=scores[rois].numpy().astype(np.float32),
-            roi=rois.numpy(),
-            image_id=store.image_ids[rois.numpy()],
-            annotation_id=store.annotation_ids[rois.numpy()],
-            kind=np.repeat(list(groups), [len(group) for group in groups.values()]),
-            mask_size=np.array(mask_size),
-        )
+        np.savez_compressed(half, **content)
