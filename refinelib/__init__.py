@@ -9,33 +9,26 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "Settings": "config",
-    "SettingsError": "config",
-    "resolve": "config",
-    "from_notebook": "config",
-    "describe": "config",
-    "recipe_names": "config",
-    "train": "trainer",
-    "DivergedError": "guard.rewind",
-    "replay": "incidents",
-    "IncidentError": "incidents",
-    "Run": "runs",
-    "RunError": "runs",
-    "CheckpointError": "checkpoints",
-    "DataError": "data",
-    "load": "metrics.predict",
-    "Predictor": "metrics.predict",
-    "evaluate": "metrics.evaluate",
+    "config": ("Settings", "SettingsError", "resolve", "from_notebook", "describe", "recipe_names"),
+    "trainer": ("train",),
+    "guard.rewind": ("DivergedError",),
+    "incidents": ("replay", "IncidentError"),
+    "runs": ("Run", "RunError"),
+    "checkpoints": ("CheckpointError",),
+    "data": ("DataError",),
+    "metrics.predict": ("load", "Predictor"),
+    "metrics.evaluate": ("evaluate",),
 }
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_MODULE_OF)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'refinelib' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,9 @@ import argparse
 import contextlib
 import sys
 
+from refinelib.files import dumps
+from refinelib.runs import Run, latest
+
 DEVICES = ["auto", "cpu", "cuda"]
 
 
@@ -60,7 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from refinelib.files import dumps
     from refinelib.metrics.evaluate import checked_folder, measure
     from refinelib.metrics.predict import load
 
@@ -79,7 +81,6 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from refinelib.files import dumps
     from refinelib.incidents import replay
 
     finding = replay(options.incident, device=options.device)
@@ -89,8 +90,6 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from refinelib.runs import Run, latest
-
     run = latest() if options.run == "latest" else Run.open(options.run)
     print(run.summary())
     return 0 if run.status()["state"] in ("ok", "running") else 1
