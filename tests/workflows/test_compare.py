@@ -90,7 +90,7 @@ def test_diverged_and_failed_runs_stay_and_are_marked(runs):
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
     one, two = make_run(tmp_path / "x" / "demo"), make_run(tmp_path / "y" / "demo", lr=1e-3)
     assert names_of([one, two]) == ["x/demo", "y/demo"]
-    assert "| | x/demo | y/demo |" in compare.settings_table([one, two])
+    assert "|  | x/demo | y/demo |" in compare.settings_table([one, two])
     assert len(groups([one, two])) == 2
 
 
