@@ -67,7 +67,9 @@ def threshold_slider(run: RunLike, epoch: int | None = None) -> Any:
         return None
     from ipywidgets import FloatSlider
 
-    slider = FloatSlider(0.5, min=0.05, max=0.95, step=0.05, description="threshold", continuous_update=False)
+    slider = FloatSlider(
+        value=0.5, min=0.05, max=0.95, step=0.05, description="threshold", continuous_update=False
+    )
     return _above_figure(slider, lambda threshold: thresholded(run, threshold, epoch))
 
 
@@ -140,8 +142,10 @@ class BoxPicker:
             import ipywidgets as w
 
             height, width = self.pixels.shape[:2]
-            self.columns = w.IntRangeSlider((width // 4, 3 * width // 4), max=width, description="columns")
-            self.rows = w.IntRangeSlider((height // 4, 3 * height // 4), max=height, description="rows")
+            self.columns = w.IntRangeSlider(
+                value=(width // 4, 3 * width // 4), max=width, description="columns"
+            )
+            self.rows = w.IntRangeSlider(value=(height // 4, 3 * height // 4), max=height, description="rows")
             self.add_button = w.Button(description="add")
             self.remove_button = w.Button(description="remove last")
             self.preview, self.text = w.Image(format="png"), w.HTML()

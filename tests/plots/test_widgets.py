@@ -148,3 +148,33 @@ run = refinelib.train(settings, on_epoch=widgets.live_panel())
     assert len(pictures) == 2  # replaced in place: two epochs do not make four
     for cell in notebook.cells[1:]:
         assert "application/vnd.jupyter.widget-view+json" in cell.outputs[0].data
+
+
+def test_boxes_are_drawn_with_two_sliders_and_read_in_the_next_cell(watched):
+    picker = widgets.BoxPicker(np.zeros((40, 60, 3), np.uint8), [[1, 2, 30, 35]])
+    assert picker.widget() is picker.widget()
+    before = picker.preview.value
+    picker.columns.value, picker.rows.value = (5, 25), (10, 38)
+    assert picker.preview.value != before and picker.boxes == [[1, 2, 30, 35]]
+    picker.add_button.click()
+    assert picker.boxes == [[1, 2, 30, 35], [5, 10, 25, 38]] and "5, 10, 25, 38" in picker.text.value
+    picker.columns.value = (30, 30)
+    picker.add_button.click()  # no area
+    assert len(picker.boxes) == 2
+    picker.remove_button.click()
+    picker.remove_button.click()
+    assert picker.boxes == [] and "no box yet" in picker.text.value
+
+
+def test_without_a_viewer_the_boxes_are_a_picture(monkeypatch):
+    from IPython import display as ipython_display
+
+    shown = []
+    monkeypatch.setattr(ipython_display, "display", shown.append)
+    picker = widgets.BoxPicker(np.zeros((40, 60, 3), np.uint8), [[1, 2, 30, 35]])
+    monkeypatch.setattr(widgets, "interactive", lambda: False)
+    picker._ipython_display_()
+    assert shown[0]._repr_png_().startswith(b"\x89PNG") and not hasattr(picker, "preview")
+    monkeypatch.setattr(widgets, "interactive", lambda: True)
+    picker._ipython_display_()
+    assert shown[1] is picker.widget()
