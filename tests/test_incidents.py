@@ -28,7 +28,7 @@ from refinelib.trainer import train
 #: Fault: what is found: phase, module; first place not finite forward and from the loss back; samples.
 FAULTS = {
     "activation:nan@3:contour.trunk": ("forward", "contour.trunk", "contour.trunk.0", "boundary", [0, 2]),
-    "activation:inf@3:attention.0.squeeze": ("forward", "attention.0", "attention.0.squeeze", None, [0, 2]),
+    "activation:inf@3:attention.0.squeeze": ("forward", "attention.0", "attention.0.squeeze", None, [0]),
     "input:nan@3": ("input", "", "input", None, [0, 2]),
     "loss:inf@3": ("loss", "loss", "loss", "boundary", []),
     "grad:nan@3:stem": ("gradient", "stem", None, None, []),
@@ -252,11 +252,11 @@ def test_a_resumed_run_keeps_as_many_incidents_as_it_now_may(tiny, then, now, en
 def test_a_gradient_that_is_not_finite_is_no_overflow_of_the_loss_scale(tiny):
     """fp16: named at its first step, and the scale stays; a scale that is too high is no incident."""
     small = {"amp": "fp16", "batch_size": 3}
-    run = train(tiny(**small, epochs=6, loss_scale_init=1024.0, inject="grad:nan@15:stem"))
+    run = train(tiny(**small, epochs=3, loss_scale_init=1024.0, inject="grad:nan@9:stem"))
     (incident,) = [event for event in run.events() if event["kind"] == "incident"]
-    assert incident["step"] == 15 and "stem" in incident["message"]
+    assert incident["step"] == 9 and "stem" in incident["message"]
     assert run.steps()[-1]["loss_scale"] >= 1024.0
-    searching = train(tiny(**small, run="search", epochs=8, loss_scale_init=2.0**24, max_consecutive_skips=5))
+    searching = train(tiny(**small, run="search", epochs=4, loss_scale_init=2.0**24, max_consecutive_skips=5))
     assert searching.status()["state"] == "ok" and searching.status()["rewinds"] == 0
     assert not [event for event in searching.events() if event["kind"] == "incident"]
 
