@@ -257,7 +257,7 @@ class SyntheticPeople:
     Example:
         >>> source = SyntheticPeople(2, "val")
         >>> source.scene(0).masks.shape[0], source.instances().images
-        (2, 2)
+        (1, 2)
     """
 
     name = "synthetic"

@@ -73,7 +73,7 @@ def test_only_the_training_people_are_joined_and_a_store_travels(pennfudan, tmp_
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
 def test_bad_images_of_each_part_are_counted(pennfudan, coco_files, tmp_path):
-    for number in range(3):
+    for _ in range(3):
         coco_files.person(coco_files.image((60, 70)), (4, 4, 40, 50))
     coco_files.content["images"][1]["file_name"] = "a\0b.jpg"
     coco_files.content["images"][2]["file_name"] = "/etc/passwd"

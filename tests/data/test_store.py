@@ -1,4 +1,4 @@
-"""The store: the same however it was built, whoever was killed; it travels, and says what is wrong with it."""
+"""The store: the same however it was built; it can be copied, and says what is wrong with it."""
 
 import json
 import multiprocessing
@@ -349,7 +349,6 @@ def test_killed_half_way_and_started_again(tmp_path, gate):
     workers = {pid for pid, _ in source.lines()}
     assert builder.pid not in workers
     os.kill(builder.pid, signal.SIGKILL)
-    builder.join(30)
     assert len(hidden(tmp_path / "s")) == 1 and not list((tmp_path / "s").glob("synthetic-*"))
     gate.unlink()
     try:  # its workers end by themselves, and the lock goes with them
@@ -357,6 +356,7 @@ def test_killed_half_way_and_started_again(tmp_path, gate):
     finally:
         for pid in filter(alive, workers):
             os.kill(pid, signal.SIGKILL)
+    builder.join(30)
     again = open_store(source, root=tmp_path / "s", **SMALL)
     reference = open_store(SyntheticPeople(20), root=tmp_path / "reference", **SMALL)
     assert content(again) == content(reference) and not hidden(tmp_path / "s")

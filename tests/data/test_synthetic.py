@@ -101,7 +101,7 @@ def test_fewer_images_are_the_first(source):
 
 
 def test_scenes_are_as_varied_as_promised(source, scenes):
-    """Several persons, touching ones, ones cut by the image's edge, small and large ones, bright and dark images."""
+    """Several persons, touching and cut ones, small and large ones, bright and dark images."""
     people = source.instances()
     crowds = [len(s.masks) for s in scenes]
     assert set(crowds) == {1, 2, 3, 4}
