@@ -120,10 +120,10 @@ def scale_fall(records: Sequence[Record]) -> Figure:
         label = f"step {steps[-1]} writes Inf or NaN into the weights"
         for axes, y in ((above, shown[-1]), (below, 2.0**142)):
             axes.plot(steps[-1:], [y], "*", color=VERMILLION, markersize=15, label=label)
-    _powers(above, -151, 20, zero=True)
-    _powers(below, -20, 150)
     style_axes(above, "fp16 loss scale", "", "factor")
     style_axes(below, "its inverse, by which gradients are multiplied after the check", "step", "factor")
+    _powers(above, -151, 20, zero=True)
+    _powers(below, -20, 150)
     above.legend(fontsize=8, frameon=False, loc="upper right")
     below.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
@@ -148,7 +148,6 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
         for axes, values in zip(panels[1:], (scales, broken, skips), strict=False):
             axes.plot(steps, values, color=color, linewidth=2, drawstyle="steps-post")
     panels[1].axhline(SMALLEST, color=GREY, linestyle="--", linewidth=1)
-    _powers(panels[1], -151, 20, zero=True)
     titles = (
         "training loss, and its mean of 25 steps",
         "fp16 loss scale (dashed: its inverse turns infinite)",
@@ -157,6 +156,7 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
     )
     for axes, title, unit in zip(panels, titles, ("loss", "factor", "tensors", "steps"), strict=False):
         style_axes(axes, title, "step" if axes in panels[2:] else "", unit)
+    _powers(panels[1], -151, 20, zero=True)
     handles, labels = panels[0].get_legend_handles_labels()
     place = dict(loc="upper right", bbox_to_anchor=(0.995, 1.005), ncols=len(labels))  # beside the title
     figure.legend(handles, labels, fontsize=9, frameon=False, **place)
@@ -185,8 +185,8 @@ def remedies(runs: Mapping[str, Sequence[Record]]) -> Figure:
         place = dict(textcoords="offset points", va="center", fontsize=8)
         right.annotate(f"{share:.0%}, {fate(records)}", (share, i), (4, 0), **place)
     left.axhline(SMALLEST, color=GREY, linestyle="--", linewidth=1)
-    _powers(left, -151, 20, zero=True)
     style_axes(left, "loss scale (cross: NaN in the weights; flat at 1: no fp16)", "step", "factor")
+    _powers(left, -151, 20, zero=True)
     right.set_yticks(range(len(runs)), list(runs))
     right.invert_yaxis()
     right.set_xlim(0, 1.45)
