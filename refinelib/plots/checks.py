@@ -12,8 +12,8 @@ from refinelib.plots.style import BLACK, BLUE, GREY, VERMILLION, Figure
 
 
 def overfit(folder: str | os.PathLike[str]) -> Figure:
-    """Loss and target IoU of one batch learned by heart, by step, with the line that each has to cross."""
-    title, check = _find(folder, "one batch learned by heart")
+    """Loss and target IoU of the overfitted batch by step, with the line that each has to cross."""
+    title, check = _find(folder, "one batch overfitted")
     if "enough" not in (found := check["figures"]):
         return style.message(title, check["sentence"])
     figure = style.new_figure(title, 3.6, alarm=not check["passed"])
