@@ -27,7 +27,7 @@ from refinelib.trainer import train
 
 #: Fault: what is found: phase, module; first place not finite forward and from the loss back; samples.
 FAULTS = {
-    "activation:nan@3:contour.trunk": ("forward", "contour.trunk", "contour.trunk.0", "boundary", [0, 2]),
+    "activation:nan@3:contour.trunk": ("forward", "contour.trunk", "contour.trunk", "boundary", [0, 2]),
     "activation:inf@3:attention.0.squeeze": ("forward", "attention.0", "attention.0.squeeze", None, [0]),
     "input:nan@3": ("input", "", "input", None, [0, 2]),
     "loss:inf@3": ("loss", "loss", "loss", "boundary", []),
