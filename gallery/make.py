@@ -1,6 +1,6 @@
 """Executed copies of all notebooks, small and clean, for readers on the web: ``make gallery``.
 
-What is run here is CPU size and takes some minutes in all. A copy executed elsewhere, on a GPU say, is taken as it is and only
+What is run here is CPU size and takes some minutes in all. A copy executed elsewhere, such as on a GPU, is only
 cleaned: ``python gallery/make.py --take rootcause=FILE --device "one H200"``. Photographs whose licence allows no derived work are
 covered: ``--cover masks:5,47,138,180``.
 """
@@ -241,7 +241,7 @@ def main() -> int:
     parser.add_argument("--take", action="append", default=[], metavar="NAME=FILE", help="a copy that was executed elsewhere")
     parser.add_argument("--cover", action="append", default=[], metavar="CELL:X0,Y0,X1,Y1", help="hide this part of a cell's picture")
     parser.add_argument("--device", default=f"{os.cpu_count()} CPU cores", help="words for the machine it was executed on")
-    parser.add_argument("--work", metavar="FOLDER", help="keep the runs here, and use again those that lie here; none: a passing folder")
+    parser.add_argument("--work", metavar="FOLDER", help="keep the runs here, and use again those that lie here; none: a temporary folder")
     parser.add_argument("--table", action="store_true", help="only write the table of gallery/README.md again")
     options = parser.parse_args()
     taken = dict(item.split("=", 1) for item in options.take)

@@ -150,7 +150,7 @@ def test_what_keeps_a_batch_from_being_overfitted_is_named(parts):
 
 def test_a_run_that_skips_a_step_is_named(settings):
     check = checks.whole_run(settings.model_copy(update={"inject": "grad:nan@3:boundary"}))
-    assert not check.passed and "26 steps, 1 steps were skipped" in check.sentence
+    assert not check.passed and "steps, 1 steps were skipped" in check.sentence
 
 
 def test_a_checkpoint_that_holds_other_weights_is_named(settings, monkeypatch):
