@@ -58,7 +58,9 @@ class ImageBootstrap:
         """
         values = torch.as_tensor(values).double()
         if values.shape != self._place.shape:
-            raise ValueError(f"values {list(values.shape)} must be one for each of {len(self._place)} ROIs")
+            raise ValueError(
+                f"values {list(values.shape)} must be one number for each of {len(self._place)} ROIs"
+            )
         kept = ~values.isnan()
         sums = self._drawn(torch.where(kept, values, 0.0))
         return self._bounds(sums / self._drawn(kept.double()))

@@ -23,7 +23,7 @@ from refinelib.metrics.image_space import (
     resolution_bound,
     score_in_images,
 )
-from refinelib.metrics.predict import Predictor, load, mean_mask, one_thread, score
+from refinelib.metrics.predict import Predictor, load, mean_mask, score, threads
 from refinelib.metrics.segmentation import KEYS, SegmentationMetrics
 from refinelib.modeling.roi import centre_window
 
@@ -245,7 +245,7 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
         full=predictors,
         truth=truth,
     )
-    with one_thread():
+    with threads(1):
         report = on_roi.compute(intervals=True)
         report["mean_mask"] = of_baseline.compute(intervals=True)
         in_image = {name: one.compute(intervals=True) for name, one in pasted.items()}

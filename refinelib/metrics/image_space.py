@@ -20,7 +20,7 @@ from torch import Tensor
 from refinelib.data import CocoPeople, SceneError, Source, decode_segmentation
 from refinelib.data.sources import Masks, box_of
 from refinelib.metrics.boundary import band_width
-from refinelib.metrics.predict import Pasted, one_thread, paste_labels
+from refinelib.metrics.predict import Pasted, paste_labels, threads
 from refinelib.metrics.segmentation import Comparison, confusion_per_roi, summarise
 from refinelib.modeling import NON_TARGET, TARGET
 from refinelib.modeling.roi import crop_rois, labels_from_coverage
@@ -248,7 +248,7 @@ def score_in_images(
         anyone = torch.from_numpy(image.anyone).to(device)
         # Person by person: the truth of one is as large as the image.
         each = zip(image.slots.tolist(), *(predict(image) for predict in predictors.values()), strict=True)
-        with one_thread():
+        with threads(1):
             for person, (slot, *pasted) in enumerate(each):
                 mask = image.masks[slot]
                 extent, scored = box_of(mask), image.scored[person]
@@ -311,7 +311,7 @@ def encode(mask: Any, *, top: int = 0, left: int = 0, size: tuple[int, int] | No
 
     Example:
         >>> encode(np.eye(2, dtype=bool), top=1, left=0, size=(3, 2))
-        {'size': [3, 2], 'counts': '1131'}
+        {'size': [3, 2], 'counts': '1130'}
     """
     height, width = size or mask.shape
     rows = np.zeros((height, mask.shape[1]), np.int8)

@@ -36,19 +36,24 @@ from refinelib.modeling.roi import (
 BOXES_AT_ONCE = 256
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Run small operations on one thread.
+#: Threads of a model on a CPU, at most: processes beside each other wait for each other's threads.
+MOST_THREADS = 4
 
-    Spread over every core they take longer, and processes beside each other wait for each other's threads.
+
+@contextlib.contextmanager
+def threads(most: int) -> Iterator[None]:
+    """Limit PyTorch's threads on the CPU.
+
+    Small operations that are spread over every core take longer, and processes beside each other wait for
+    each other's threads.
 
     Example:
-        >>> with one_thread():
+        >>> with threads(1):
         ...     torch.get_num_threads()
         1
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(min(most, before))
     try:
         yield
     finally:
@@ -147,8 +152,8 @@ class Predictor:
 
         Args:
             image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file). The pixels as stored, as
-                COCO annotates them: a file's or a PIL image's EXIF orientation is not applied, and boxes made on
-                the upright image need that (``PIL.ImageOps.exif_transpose``).
+                COCO annotates them: a file's or a PIL image's EXIF orientation is not applied, and
+                boxes made on the upright image need that (``PIL.ImageOps.exif_transpose``).
             boxes: ``[N, 4]`` xyxy in pixels; may reach outside the image.
             batch_size: ROIs at once.
 
@@ -163,7 +168,7 @@ class Predictor:
         regions = expand_boxes(_boxes(boxes), (canvas[0] / size[0], canvas[1] / size[1]))
         found = [torch.zeros(0, 3, *self.settings.mask_size)]
         for part in regions.split(batch_size):
-            with one_thread():
+            with threads(1):
                 crops = crop_rois(pixels, part, canvas, fill=MEAN).round()  # as the store's bytes are
             probs = self.roi_probs(normalise(crops.to(self.device)))
             found.append(centre_window(probs, self.settings.mask_size).cpu())
@@ -211,7 +216,7 @@ class Predictor:
 
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
-        with autocast(self.settings, self.device):
+        with threads(MOST_THREADS), autocast(self.settings, self.device):
             return predict_probs(self.model, images, flip=self.flip, weights=self.weights).float()
 
 
@@ -304,7 +309,7 @@ def score(
         # The image's place in the store: a data set's own ids may be negative, and those of two the same.
         columns = (store.areas[rois.numpy()], store.image_index[rois.numpy()])
         areas, images_of = (torch.as_tensor(column, device=device) for column in columns)
-        with one_thread():
+        with threads(1):
             labels, predicted = centre_window(labels, mask_size), centre_window(predicted, mask_size)
             metrics.update(predicted, labels, areas, images_of)
     return metrics

@@ -19,19 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refinelib.metrics import boundary
 from refinelib.metrics.bootstrap import ImageBootstrap
-from refinelib.metrics.boundary import (
-    Surfaces,
-    band_width,
-    boundary_f1,
-    boundary_iou,
-    hd95,
-    image_band_width,
-    mask_iou,
-    point_surfaces,
-    surface_distance,
-    surfaces,
-)
 from refinelib.modeling import NON_TARGET, TARGET
 from refinelib.registry import METRICS
 
@@ -69,11 +58,11 @@ class Comparison:
         return iou_from_confusion(self.confusion)
 
     @cached_property
-    def surfaces(self) -> Surfaces:
+    def surfaces(self) -> boundary.Surfaces:
         """Contours and their distances."""
         if self.size is None:
-            return surfaces(self.pred, self.true)
-        return point_surfaces(self.pred, self.true, math.hypot(*self.size))
+            return boundary.surfaces(self.pred, self.true)
+        return boundary.point_surfaces(self.pred, self.true, math.hypot(*self.size))
 
     def holds(self, label: int) -> Tensor:
         """Whether the truth holds a class, bool ``[B]``."""
@@ -114,37 +103,23 @@ class Metric:
 
 def _image_boundary_iou(masks: Comparison) -> Tensor:
     assert masks.size is not None
-    return boundary_iou(masks.pred, masks.true, image_band_width(masks.size))
+    return boundary.boundary_iou(masks.pred, masks.true, boundary.image_band_width(masks.size))
 
 
-METRICS.add("miou_roi", Metric(lambda masks: masks.iou.nanmean(-1), "mIoU of a ROI", of=None))
-METRICS.add("target_iou", Metric(lambda masks: mask_iou(masks.pred, masks.true), "target IoU"))
-METRICS.add("nontarget_iou", Metric(lambda masks: masks.iou[:, NON_TARGET], "non-target IoU", of=NON_TARGET))
-METRICS.add(
-    "boundary_iou", Metric(lambda masks: boundary_iou(masks.pred, masks.true, masks.width), "Boundary IoU")
-)
-METRICS.add(
-    "boundary_iou_image", Metric(_image_boundary_iou, "Boundary IoU, 2 % of the diagonal", needs_image=True)
-)
-METRICS.add(
-    "boundary_f1_1px", Metric(lambda masks: boundary_f1(masks.surfaces, 1), "boundary F, 1 px", costly=True)
-)
-METRICS.add(
-    "boundary_f1_2px", Metric(lambda masks: boundary_f1(masks.surfaces, 2), "boundary F, 2 px", costly=True)
-)
-METRICS.add(
-    "hd95", Metric(lambda masks: hd95(masks.surfaces), "HD95", "px", higher_is_better=False, costly=True)
-)
-METRICS.add(
-    "surface_distance",
-    Metric(
-        lambda masks: surface_distance(masks.surfaces),
-        "surface distance",
-        "px",
-        higher_is_better=False,
-        costly=True,
-    ),
-)
+def _add(name: str, title: str, function: Callable[[Comparison], Tensor], **more: Any) -> None:
+    METRICS.add(name, Metric(function, title, **more))
+
+
+_LENGTH: dict[str, Any] = {"unit": "px", "higher_is_better": False, "costly": True}
+_add("miou_roi", "mIoU of a ROI", lambda x: x.iou.nanmean(-1), of=None)
+_add("target_iou", "target IoU", lambda x: boundary.mask_iou(x.pred, x.true))
+_add("nontarget_iou", "non-target IoU", lambda x: x.iou[:, NON_TARGET], of=NON_TARGET)
+_add("boundary_iou", "Boundary IoU", lambda x: boundary.boundary_iou(x.pred, x.true, x.width))
+_add("boundary_iou_image", "Boundary IoU, 2 % of the diagonal", _image_boundary_iou, needs_image=True)
+_add("boundary_f1_1px", "boundary F, 1 px", lambda x: boundary.boundary_f1(x.surfaces, 1), costly=True)
+_add("boundary_f1_2px", "boundary F, 2 px", lambda x: boundary.boundary_f1(x.surfaces, 2), costly=True)
+_add("hd95", "HD95", lambda x: boundary.hd95(x.surfaces), **_LENGTH)
+_add("surface_distance", "surface distance", lambda x: boundary.surface_distance(x.surfaces), **_LENGTH)
 
 
 def confusion_per_roi(pred_labels: Tensor, labels: Tensor, classes: int = CLASSES) -> Tensor:
@@ -167,15 +142,11 @@ def confusion_per_roi(pred_labels: Tensor, labels: Tensor, classes: int = CLASSE
                  [1, 1]]])
     """
     if pred_labels.shape != labels.shape or labels.ndim != 3:
-        raise ValueError(
-            f"predicted labels {list(pred_labels.shape)} and labels {list(labels.shape)} "
-            "must have the same shape [B, H, W]; cut both to the box window first"
-        )
+        shapes = f"predicted labels {list(pred_labels.shape)} and labels {list(labels.shape)}"
+        raise ValueError(f"{shapes} must have the same shape [B, H, W]; cut both to the box window first")
     if pred_labels.is_floating_point() or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be integers, not {pred_labels.dtype} (predicted) and {labels.dtype} (true); "
-            "take probs.argmax(1) first"
-        )
+        kinds = f"{pred_labels.dtype} (predicted) and {labels.dtype} (true)"
+        raise ValueError(f"labels must be integers, not {kinds}; take probs.argmax(1) first")
     # Comparing and summing: bincount reads its maximum back, a matrix product rounds under autocast.
     predicted, true = ([x == value for value in range(classes)] for x in (pred_labels, labels))
     return torch.stack([torch.stack([(t & p).sum((1, 2)) for p in predicted], -1) for t in true], -2)
@@ -240,7 +211,7 @@ class SegmentationMetrics:
             ValueError: shapes that do not fit; labels that are not integers.
         """
         confusion = confusion_per_roi(pred_labels, labels)
-        width = band_width(labels.shape[-2:]) if self.width is None else self.width
+        width = boundary.band_width(labels.shape[-2:]) if self.width is None else self.width
         masks = Comparison(pred_labels == TARGET, labels == TARGET, confusion, width)
         row = {"confusion": confusion, **masks.figures(full=self.full)}
         row["area"] = _column(areas, labels, math.nan, torch.float64)
@@ -347,9 +318,7 @@ def _column(values: Tensor | None, labels: Tensor, missing: float, dtype: torch.
     if values is None:
         return torch.full((len(labels),), missing, dtype=dtype, device=labels.device)
     if values.shape != labels.shape[:1]:
-        raise ValueError(
-            f"areas and image_ids must be one number a ROI, [{len(labels)}], not {list(values.shape)}"
-        )
+        raise ValueError(f"areas and image_ids must be one number a ROI, not {list(values.shape)}")
     return values.to(labels.device, dtype, non_blocking=True)
 
 

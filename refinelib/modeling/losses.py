@@ -19,16 +19,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from refinelib.modeling import BACKGROUND, TARGET
-from refinelib.modeling.geometry import (
-    EDGE_EPS,
-    contour_band,
-    edge_strength,
-    edge_vectors,
-    scaled_sdf,
-    signed_distance,
-    to_float32,
-)
+from refinelib.modeling import BACKGROUND, TARGET, geometry
+from refinelib.modeling.geometry import EDGE_EPS, edge_strength, scaled_sdf, to_float32
 from refinelib.modeling.output import MaskOutput, hierarchical_log_probs, mask_probs
 from refinelib.registry import LOSSES, Option
 
@@ -58,7 +50,7 @@ def targets_of(labels: Tensor) -> Targets:
         [[-0.5, 0.5, 1.5], [-0.5, 0.5, -0.5]]
     """
     masks = torch.stack([labels != BACKGROUND, labels == TARGET], dim=1)
-    return Targets(labels, masks, signed_distance(masks))
+    return Targets(labels, masks, geometry.signed_distance(masks))
 
 
 class Prediction(NamedTuple):
@@ -223,7 +215,7 @@ def contour_head(contour_logits: Tensor, targets: Targets, *, radius: float = 1.
         tensor([0.6931])
     """
     logits = to_float32(contour_logits)
-    band = contour_band(targets.signed, radius=radius)
+    band = geometry.contour_band(targets.signed, radius=radius)
     cost = F.softplus(torch.where(band, -logits, logits))
     halves = []
     for chosen in (band, ~band):
@@ -261,7 +253,7 @@ def contour_mask(log_probs: Tensor, targets: Targets, *, level: float = 0.05) ->
     masks = targets.masks.to(probs.dtype)
 
     def energy(x: Tensor) -> Tensor:
-        dy, dx = edge_vectors(x)
+        dy, dx = geometry.edge_vectors(x)
         return (dy.square() + dx.square() + level * x.square()).sum(dim=(-2, -1))
 
     return (energy(probs - masks) / (energy(probs) + energy(masks) + 1)).mean(dim=-1)
@@ -370,17 +362,13 @@ class MaskLoss(nn.Module):
         self.terms: dict[str, LossTerm] = {name: LOSSES[name] for name, weight in weights.items() if weight}
         self.weights = {name: weights[name] for name in self.terms}
         self.options = dict(options or {})
-        if unknown := self.options.keys() - {option.name for option in LOSSES.options()}:
-            known = ", ".join(option.name for option in LOSSES.options())
-            raise KeyError(f"no loss has the option {unknown.pop()!r}; there are {known}")
-        self.keywords = {
-            name: {
-                option.name: self.options[option.name]
-                for option in LOSSES.options(name)
-                if option.name in self.options and option.name not in (f"{name}_weight", term.switch)
-            }
-            for name, term in self.terms.items()
-        }
+        known = [option.name for option in LOSSES.options()]
+        if unknown := self.options.keys() - known:
+            raise KeyError(f"no loss has the option {unknown.pop()!r}; there are {', '.join(known)}")
+        self.keywords: dict[str, dict[str, Any]] = {}
+        for name, term in self.terms.items():
+            own = {option.name for option in LOSSES.options(name)} - {f"{name}_weight", term.switch}
+            self.keywords[name] = {key: value for key, value in self.options.items() if key in own}
         self.cap = cap
 
     @property

@@ -121,10 +121,8 @@ def mask_canvas_size(
     for mask, roi, whole in zip(mask_size, roi_size, canvas, strict=True):
         side, rest = divmod(mask * whole, roi)
         if rest or (side - mask) % 2:
-            raise ValueError(
-                f"a mask of {mask} px over a box of {roi} px has no whole canvas beside the input's {whole} px: "
-                f"take mask_size = roi_size, or twice it, or context = 0"
-            )
+            why = f"a mask of {mask} px over a box of {roi} px has no whole canvas beside the input's {whole}"
+            raise ValueError(f"{why} px: take mask_size = roi_size, or twice it, or context = 0")
         sides.append(side)
     return sides[0], sides[1]
 

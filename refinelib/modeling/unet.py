@@ -17,18 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refinelib.modeling.layers import (
-    Chain,
-    ChannelAttention,
-    Conv,
-    ConvNormAct,
-    Head,
-    ResidualBlock,
-    SelfAttention,
-    SpatialAttention,
-    init_last,
-    resize,
-)
+from refinelib.modeling import layers
+from refinelib.modeling.layers import Chain, ConvNormAct, Head, ResidualBlock, init_last, resize
 from refinelib.modeling.output import MaskOutput, output_type
 from refinelib.modeling.refinements import Refinement
 from refinelib.registry import REFINEMENTS
@@ -52,7 +42,7 @@ class UNet(nn.Module):
             nn.Sequential(ConvNormAct(a, b, stride=2), *(ResidualBlock(b) for _ in range(depth)))
             for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
-        self.attention = nn.Sequential(SelfAttention(widths[-1]), SelfAttention(widths[-1]))
+        self.attention = nn.Sequential(layers.SelfAttention(widths[-1]), layers.SelfAttention(widths[-1]))
         self.ups = nn.ModuleList(
             nn.Sequential(ConvNormAct(a + b, a), ConvNormAct(a, a) if scale else ResidualBlock(a))
             for scale, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
@@ -128,9 +118,9 @@ class HierarchicalUNet(nn.Module):
         self.shared = nn.Sequential(*(ResidualBlock(c) for _ in range(4)))
         self.person = UNet(widths, depth=coarse_depth)
         self.person_head = Head(c, 1)
-        self.gate = Chain(Conv(c + 1, c, 1), nn.Sigmoid())
+        self.gate = Chain(layers.Conv(c + 1, c, 1), nn.Sigmoid())
         self.merge = nn.Conv2d(2 * c, c, 1)
-        self.attention = nn.Sequential(ChannelAttention(c), SpatialAttention())
+        self.attention = nn.Sequential(layers.ChannelAttention(c), layers.SpatialAttention())
         self.target = UNet(widths, depth=coarse_depth)
         self.target_head = Head(c, 1)
         for head in (self.person_head, self.target_head):
@@ -149,8 +139,8 @@ class HierarchicalUNet(nn.Module):
         """Make the modules that are switched on; all others are None."""
         registered = {option.name: option.default for option in REFINEMENTS.options()}
         if unknown := options.keys() - registered.keys():
-            names = ", ".join(registered)
-            raise TypeError(f"no refinement has the option {unknown.pop()!r}; there are {names}")
+            known_names = ", ".join(registered)
+            raise TypeError(f"no refinement has the option {unknown.pop()!r}; there are {known_names}")
         options = registered | options
         self.refinements: list[Refinement] = []
         for name, part in REFINEMENTS.items():

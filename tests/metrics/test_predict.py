@@ -26,7 +26,8 @@ from refinelib.trainer import train
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
     return train(
-        resolve("demo", output_dir=str(folder), max_images=12, width=0.0625, roi_size=32, mask_size=32, epochs=5, lr=5e-3, batch_size=4, context=0.5, device="cpu")
+        resolve("demo", output_dir=str(folder), max_images=12, width=0.0625, roi_size=32, mask_size=32,
+                epochs=5, lr=5e-3, batch_size=4, context=0.5, device="cpu")
     )  # fmt: skip
 
 
@@ -49,7 +50,17 @@ def coco(tmp_path_factory):
             encoded = rle.encode(np.asfortranarray(mask))
             box = [float(x) for x in rle.toBbox(encoded)]
             encoded["counts"] = encoded["counts"].decode()
-            content["annotations"].append({"id": len(content["annotations"]), "image_id": index, "category_id": 1, "bbox": box, "area": int(mask.sum()), "segmentation": encoded, "iscrowd": 0})
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]),
+                    "image_id": index,
+                    "category_id": 1,
+                    "bbox": box,
+                    "area": int(mask.sum()),
+                    "segmentation": encoded,
+                    "iscrowd": 0,
+                }
+            )
     (folder / "people.json").write_text(json.dumps(content))
     return folder
 
@@ -61,7 +72,7 @@ def test_masks_lie_inside_their_boxes_and_fit_the_image(run):
     masks = predictor.predict(image, boxes)
     assert masks.shape == (3, *image.shape[:2]) and masks.dtype == bool
     rows, columns = np.arange(image.shape[0]) + 0.5, np.arange(image.shape[1]) + 0.5
-    for mask, (x0, y0, x1, y1) in zip(masks, boxes):
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=False):
         outside = ~((rows[:, None] > y0) & (rows[:, None] < y1) & (columns > x0) & (columns < x1))
         assert not mask[outside].any()
     assert masks[0].any()
@@ -107,7 +118,10 @@ def test_where_the_best_checkpoint_is_damaged_the_whole_one_is_named(run, tmp_pa
     shutil.copytree(run.folder, folder)
     best, last = folder / "checkpoints" / "best.pt", folder / "checkpoints" / "last.pt"
     best.write_bytes(b"half of it")
-    with pytest.raises(CheckpointError, match=f"best.pt is not a whole checkpoint .*; {re.escape(str(last))} is whole: give that file"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"best.pt is not a whole checkpoint .*; {re.escape(str(last))} is whole: give that file",
+    ):
         refinelib.load(folder)
     last.write_bytes(b"")
     with pytest.raises(CheckpointError) as told:
@@ -127,7 +141,17 @@ def test_evaluate_gives_the_model_beside_two_yardsticks(run, coco):
 
 
 def test_evaluate_from_the_shell_prints_one_json_object(run, coco):
-    command = [sys.executable, "-m", "refinelib", "evaluate", str(run.folder), "--images", str(coco), "--annotations", str(coco / "people.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "refinelib",
+        "evaluate",
+        str(run.folder),
+        "--images",
+        str(coco),
+        "--annotations",
+        str(coco / "people.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rois"] > 0
@@ -157,7 +181,10 @@ def test_decision_weights_move_the_odds_and_nothing_else(flip):
     model = HierarchicalUNet(width=0.0625, roi_size=(16, 16)).eval()
     torch.nn.init.normal_(model.person_head.weight), torch.nn.init.normal_(model.target_head.weight)
     images = torch.randn(3, 3, 16, 16)
-    plain, weighed = (predict_probs(model, images, flip=flip, weights=weights) for weights in ((1.0, 1.0, 1.0), (1.0, 1.25, 2.0)))
+    plain, weighed = (
+        predict_probs(model, images, flip=flip, weights=weights)
+        for weights in ((1.0, 1.0, 1.0), (1.0, 1.25, 2.0))
+    )
     torch.testing.assert_close(weighed.sum(dim=1), torch.ones(3, 16, 16))
     torch.testing.assert_close(weighed[:, 1] / weighed[:, 0], 1.25 * plain[:, 1] / plain[:, 0])
     torch.testing.assert_close(weighed[:, 2] / weighed[:, 0], 2.0 * plain[:, 2] / plain[:, 0])
