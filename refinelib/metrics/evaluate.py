@@ -205,15 +205,9 @@ def measure(
         source = CocoPeople(*coco, split="val", allow_outside=outside)
     assert source is not None
     with tempfile.TemporaryDirectory() as temporary:
-        store = open_store(
-            source,
-            roi_size=settings.roi_size,
-            mask_size=settings.mask_size,
-            context=settings.context,
-            root=Path(store_dir or temporary),
-            max_images=max_images,
-            progress=progress,
-        )
+        shape: Any = {name: getattr(settings, name) for name in ("roi_size", "mask_size", "context")}
+        root = Path(store_dir or temporary)
+        store = open_store(source, root=root, max_images=max_images, progress=progress, **shape)
         found = _score(predictor, source, store, max_images)
         del store  # its files are mapped, and Windows deletes no mapped file
     return found
@@ -236,15 +230,8 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
         for predict in (predictor.roi_probs, baseline)
     )
     truth = CocoResults()
-    pasted = score_in_images(
-        predictors,
-        source,
-        device=device,
-        max_images=max_images,
-        only=store.annotation_ids,
-        full=predictors,
-        truth=truth,
-    )
+    where: Any = {"device": device, "max_images": max_images, "only": store.annotation_ids}
+    pasted = score_in_images(predictors, source, full=predictors, truth=truth, **where)
     with threads(1):
         report = on_roi.compute(intervals=True)
         report["mean_mask"] = of_baseline.compute(intervals=True)
@@ -256,15 +243,9 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     report["coco"] = {**model, **precision, "people": len(truth.entries), "score": SCORE}
     report |= {"images": len(np.unique(store.image_ids)), "skipped": dict(store.skipped)}
     report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
-    return Evaluation(
-        report,
-        _columns(on_roi, pasted["model"], store),
-        pasted["model"].coco.entries,
-        pasted["model"].masks,
-        on_roi.per_roi()["confusion"].cpu().numpy(),
-        predictor.name,
-        settings,
-    )
+    people, confusion = _columns(on_roi, pasted["model"], store), on_roi.per_roi()["confusion"].cpu().numpy()
+    results, masks = pasted["model"].coco.entries, pasted["model"].masks
+    return Evaluation(report, people, results, masks, confusion, predictor.name, settings)
 
 
 def _columns(on_roi: SegmentationMetrics, in_image: ImageMetrics, store: Store) -> dict[str, Any]:
