@@ -152,13 +152,13 @@ def test_killed_and_resumed_from_the_last_whole_checkpoint(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("loss:nan@4", ["the loss was not finite"]),
-        ("loss:inf@4", ["the loss was not finite"]),
-        ("grad:nan@4:boundary", ["the gradient was not finite", "1 of", "boundary."]),
-        ("grad:inf@4:stem", ["the gradient was not finite", "1 of", "stem."]),
-        ("activation:nan@4:contour.trunk", ["contour"]),
-        ("activation:inf@4:person", ["not finite"]),
-        ("input:nan@4", ["the loss was not finite", "ce"]),
+        ("loss:nan@3", ["the loss was not finite"]),
+        ("loss:inf@3", ["the loss was not finite"]),
+        ("grad:nan@3:boundary", ["the gradient was not finite", "1 of", "boundary."]),
+        ("grad:inf@3:stem", ["the gradient was not finite", "1 of", "stem."]),
+        ("activation:nan@3:contour.trunk", ["contour"]),
+        ("activation:inf@3:person", ["not finite"]),
+        ("input:nan@3", ["the loss was not finite", "ce"]),
     ],
 )
 @pytest.mark.parametrize("amp", ["off", "bf16"])
@@ -168,13 +168,13 @@ def test_a_bad_step_is_skipped_counted_and_named(tiny, fault, words, amp):
     event, incident = run.events()
     assert (event["kind"], incident["kind"]) == ("skip", "incident") and event["step"] == incident[
         "step"
-    ] == 4
+    ] == 3
     assert all(word in event["message"] for word in words), event["message"]
     assert f"planted by inject: {fault}" in incident["message"] and incident["same_step"]
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
 
 
-@pytest.mark.parametrize("fault", ["grad:overflow@4", "label:swap@4", "grad:spike@4"])
+@pytest.mark.parametrize("fault", ["grad:overflow@3", "label:swap@3", "grad:spike@3"])
 def test_a_finite_fault_is_no_reason_to_skip(tiny, fault):
     run = train(tiny(inject=fault, epochs=1))
     assert run.status()["skipped_steps"] == 0 and all(e["kind"] != "skip" for e in run.events())
@@ -206,7 +206,7 @@ def test_a_fault_that_cannot_be_read_is_refused(tiny, text):
 
 
 def test_every_step_bad_never_writes_nan(tiny):
-    with pytest.raises(DivergedError, match="none of 8 steps were applied"):
+    with pytest.raises(DivergedError, match="none of . steps were applied"):
         train(tiny(amp="bf16", inject="loss:inf@1:always"))
     run = latest(tiny().output_dir)
     assert run.status()["skipped_steps"] == run.status()["steps"] and run.status()["state"] == "diverged"
@@ -283,12 +283,12 @@ def test_deterministic_on_cuda_is_bitwise_and_resumes_exactly(tiny, amp, monkeyp
 
 @pytest.mark.cuda
 @needs_cuda
-@pytest.mark.parametrize("fault", ["grad:nan@4:boundary", "loss:inf@4", "activation:nan@4:contour.trunk"])
+@pytest.mark.parametrize("fault", ["grad:nan@3:boundary", "loss:inf@3", "activation:nan@3:contour.trunk"])
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_a_bad_step_on_cuda_is_skipped_and_named(tiny, fault, amp):
     run = train(tiny(device="cuda", inject=fault, amp=amp, epochs=1))
     assert run.status()["skipped_steps"] >= 1 and any(
-        e["step"] == 4 and e["kind"] == "skip" for e in run.events()
+        e["step"] == 3 and e["kind"] == "skip" for e in run.events()
     )
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
 
