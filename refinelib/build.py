@@ -13,8 +13,7 @@ from refinelib.config import Settings
 from refinelib.data import Store
 from refinelib.data.loader import BatchLoader
 from refinelib.guard.faults import Injector
-from refinelib.guard.guard import Guard
-from refinelib.guard.optim import WarmupCosine, build_optimizer
+from refinelib.guard.guard import Guard, WarmupCosine, build_optimizer
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.roi import canvas_size, mask_canvas_size
 from refinelib.modeling.unet import HierarchicalUNet
@@ -49,38 +48,32 @@ def build_step(
         prepare: gives the fresh model other weights, before the moving average starts from them.
         steps_per_epoch: of the schedule; none: as many as the store gives.
     """
-    # mypy does not know the memory format's overload.
-    model = build_model(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = fresh_model(settings, device)
     if prepare is not None:
         prepare(model)
     average = copy.deepcopy(model).requires_grad_(False) if settings.ema_decay else None
-    loader = BatchLoader(
-        store,
-        device=device,
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
-        mode=settings.augment,
-        seed=settings.seed,
-    )
+    options = settings.pick("batch_size", "accumulate", "seed")
+    loader = BatchLoader(store, device=device, mode=settings.augment, **options)
     guard = build_guard(settings, model, average, steps_per_epoch=steps_per_epoch or loader.steps_per_epoch)
-    return StepParts(
-        model, average, build_loss(settings).to(device), guard, Injector(settings.inject, model), loader
-    )
+    loss, injector = build_loss(settings).to(device), Injector(settings.inject, model)
+    return StepParts(model, average, loss, guard, injector, loader)
+
+
+def fresh_model(settings: Settings, device: torch.device) -> HierarchicalUNet:
+    """:func:`build_model`'s model on a device, in the memory format that convolutions are fast in."""
+    # mypy does not know the memory format's overload.
+    model: HierarchicalUNet = build_model(settings)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def build_model(settings: Settings) -> HierarchicalUNet:
     """The model a run trains, with fresh weights from the global random state."""
     canvas = canvas_size(settings.roi_size, settings.context)
-    return HierarchicalUNet(
-        width=settings.width,
-        coarse_width=settings.coarse_width,
-        coarse_depth=settings.coarse_depth,
-        roi_size=settings.roi_size,
-        canvas=canvas,
-        mask_canvas=mask_canvas_size(settings.mask_size, settings.roi_size, canvas),
-        blend_init=settings.blend_init,
-        **{option.name: getattr(settings, option.name) for option in REFINEMENTS.options()},
-    )
+    mask_canvas = mask_canvas_size(settings.mask_size, settings.roi_size, canvas)
+    own = settings.pick("width", "coarse_width", "coarse_depth", "roi_size", "blend_init")
+    refinements = settings.pick(*(option.name for option in REFINEMENTS.options()))
+    return HierarchicalUNet(canvas=canvas, mask_canvas=mask_canvas, **own, **refinements)
 
 
 def build_loss(settings: Settings) -> MaskLoss:
@@ -90,7 +83,7 @@ def build_loss(settings: Settings) -> MaskLoss:
         for name, term in LOSSES.items()
         if term.switch is None or getattr(settings, term.switch)
     }
-    options = {option.name: getattr(settings, option.name) for option in LOSSES.options()}
+    options = settings.pick(*(option.name for option in LOSSES.options()))
     return MaskLoss(weights, options, cap=settings.refinement_loss_cap)
 
 
@@ -99,31 +92,23 @@ def build_guard(
 ) -> Guard:
     """Optimizer, schedule and guard of a run."""
     total = settings.epochs * steps_per_epoch
-    schedule = WarmupCosine(
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        warmup_steps=min(round(settings.warmup_epochs * steps_per_epoch), total // 2),
-        total_steps=total,
-    )
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), total // 2)
+    schedule = WarmupCosine(warmup_steps=warmup, total_steps=total, **settings.pick("lr", "min_lr"))
     optimizer = build_optimizer(
         model.named_parameters(),
         kind=settings.optimizer,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
         fused=settings.fused_optimizer,
+        **settings.pick("lr", "weight_decay"),
     )
     return Guard(
         model,
         optimizer,
         schedule,
-        grad_clip=settings.grad_clip,
         average=average,
-        ema_decay=settings.ema_decay,
         scaled=settings.amp == "fp16",
         scale_init=settings.loss_scale_init,
         scale_floor=settings.loss_scale_floor,
-        on_spike=settings.on_spike,
-        spike_sigma=settings.spike_sigma,
+        **settings.pick("grad_clip", "ema_decay", "on_spike", "spike_sigma"),
     )
 
 
@@ -158,6 +143,5 @@ def precision(settings: Settings, device: torch.device) -> str:
 def autocast(settings: Settings, device: torch.device) -> torch.autocast:
     """Mixed precision as the settings ask for it."""
     amp = precision(settings, device)
-    return torch.autocast(
-        device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off"
-    )
+    kind = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=kind, enabled=amp != "off")

@@ -97,7 +97,7 @@ def _setting(role: str, default: Any, description: str, **limits: Any) -> Any:
 
 _run, _data, _model, _train, _infer = (functools.partial(_setting, role) for role in ROLES)
 Side = Annotated[int, pydantic.Field(ge=16, le=512)]
-
+Precision = Literal["auto", "off", "bf16", "fp16"]
 
 V = TypeVar("V", bound=_Values)
 
@@ -162,19 +162,15 @@ class Settings(_Values):
     weight_decay: float = _train(1e-3, "decay of matrices and kernels, not of biases", ge=0.0, le=1.0)
     grad_clip: float = _train(5.0, "largest L2 norm of the gradient after clipping", gt=0.0, le=1e6)
     ema_decay: float = _train(0.0, "decay of the moving average of the weights; 0: none", ge=0.0, lt=1.0)
-    amp: Literal["auto", "off", "bf16", "fp16"] = _train(
-        "auto", "mixed precision; auto: bf16 where it is fast"
-    )
+    amp: Precision = _train("auto", "mixed precision; auto: bf16 where it is fast")
     loss_scale_init: float = _train(65536.0, "fp16 loss scale at the start", ge=1.0, le=2.0**24)
     loss_scale_floor: float = _train(1.0, "lowest fp16 loss scale", gt=0.0, le=2.0**24)
     fused_optimizer: bool = _train(True, "skip a step on the device; false: one host read a step")
     refinement_loss_cap: float | None = _train(
-        None, "cap on each refinement loss; none: no cap", gt=0.0, le=1e6
+        None, "cap on each refinement loss; none: no cap", gt=0, le=1e6
     )
     on_spike: Literal["skip", "clip", "note"] = _train("clip", "what to do with a spike of loss or gradient")
-    spike_sigma: float = _train(
-        6.0, "deviations above the running mean log that are a spike", ge=2.0, le=100.0
-    )
+    spike_sigma: float = _train(6.0, "deviations above the running mean log that are a spike", ge=2, le=100)
     max_consecutive_skips: int = _train(20, "skips in a row after which the run rewinds", ge=2, le=10_000)
     max_rewinds: int = _train(3, "rewinds after which the run stops as diverged", ge=0, le=100)
 
@@ -212,7 +208,7 @@ class Settings(_Values):
         own = list(DATASETS.options(self.data))
         others = [o.name for o in DATASETS.options() if o not in own and getattr(self, o.name) != o.default]
         places = [option.name for option in own if option.default is None]
-        nowhere = places and not (self.store_dir or any(getattr(self, name) for name in places))
+        nowhere = places and not (self.store_dir or any(self.pick(*places).values()))
         both = self.use_subpixel_conv and self.use_progressive_upsampling
         untaught = self.ce_weight == self.dice_weight == 0
         wrong = {
@@ -243,23 +239,27 @@ class Settings(_Values):
         """Absolute form of a path in the settings."""
         return absolute(value)
 
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Settings by name, as keyword arguments of what has parameters of these names."""
+        return {name: getattr(self, name) for name in names}
+
 
 @functools.lru_cache(maxsize=8)
 def _class_with(options: tuple[Option, ...]) -> type[Settings]:
-    fields: dict[str, Any] = {}
-    for name, option in {option.name: option for option in options}.items():
-        if name in Settings.model_fields or any(o.name == name and o != option for o in options):
-            raise ValueError(f"there is another setting {name!r} already: give yours another name")
+    found: dict[str, Any] = {}
+    for option in options:
+        if option.name in {*Settings.model_fields, *found}:
+            raise ValueError(f"there is another setting {option.name!r} already: give yours another name")
         default = str | None if option.default is None else type(option.default)
         field = _setting(option.role, option.default, option.description, **option.limits)
-        fields[name] = (option.annotation or default, field)
-    return pydantic.create_model("Settings", __base__=Settings, __module__=__name__, **fields)
+        found[option.name] = option.annotation or default, field
+    return pydantic.create_model("Settings", __base__=Settings, __module__=__name__, **found)
 
 
 def settings_class() -> type[Settings]:
     """The class of all settings: those of :class:`Settings` and those of the registered parts."""
-    registries = (REFINEMENTS, LOSSES, DATASETS)
-    return _class_with(tuple(option for registry in registries for option in registry.options()))
+    options = (option for parts in (REFINEMENTS, LOSSES, DATASETS) for option in parts.options())
+    return _class_with(tuple(dict.fromkeys(options)))
 
 
 def fields() -> dict[str, FieldInfo]:
@@ -318,24 +318,18 @@ def from_notebook(namespace: Mapping[str, Any]) -> Settings:
     Args:
         namespace: the notebook's ``globals()``, before it made any variable of its own.
     """
-    plain = (bool, int, float, str, list, tuple, dict)
-    history = ("In", "Out")  # IPython's own
-    given = {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_") and name not in history and isinstance(value, plain)
-    }
-    return resolve(**given)
+    plain, history = (bool, int, float, str, list, tuple, dict), ("In", "Out")  # IPython's own
+    public = {name: value for name, value in namespace.items() if not name.startswith("_")}
+    return resolve(**{n: v for n, v in public.items() if isinstance(v, plain) and n not in history})
 
 
 def load_recipe(recipe: str) -> dict[str, Any]:
     """The raw mapping in ``params/<recipe>.yaml``, or in the YAML file at that path."""
+    file = project_root() / "params" / f"{recipe}.yaml"
     if recipe.endswith((".yaml", ".yml")):
         file = Path(recipe) if os.path.exists(recipe) else absolute(recipe)
-    else:
-        file = project_root() / "params" / f"{recipe}.yaml"
-    known = recipe_names()
     if not os.path.isfile(file):
+        known = recipe_names()
         nearest = _nearest(recipe, [*known, *RECIPE_ALIASES])
         raise SettingsError(f"there is no recipe {shown(recipe)}{nearest}; there are {', '.join(known)}")
     try:
@@ -404,8 +398,8 @@ def describe(settings: Settings) -> str:
     lines = []
     for name, field in fields().items():
         value = getattr(settings, name)
-        shape = "x".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else value
-        text = f"{shape:g}" if isinstance(shape, float) else str(shape)
+        text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        text = "x".join(map(str, value)) if isinstance(value, tuple) else text
         line = f"{'*' if value != field.default else ' '} {name:26} {text:15} {_meaning(field)}"
         lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 45, break_long_words=False))
     return "\n".join(lines)
@@ -454,17 +448,16 @@ def read_values(model: type[V], values: Mapping[str, Any]) -> V:
         return model(**{name: value for name, value in values.items() if value is not None})
     except pydantic.ValidationError as error:
         problems = {str(problem["loc"][:1]): problem for problem in reversed(error.errors())}
-        raise SettingsError(
-            "; ".join(_sentence(names, problem) for problem in reversed(problems.values()))
-        ) from None
+        sentences = [_sentence(names, problem) for problem in reversed(problems.values())]
+        raise SettingsError("; ".join(sentences)) from None
 
 
 def _sentence(names: Mapping[str, FieldInfo], problem: Mapping[str, Any]) -> str:
-    kind, context = problem["type"], problem.get("ctx", {})
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
     if not problem["loc"]:  # of several settings
         return str(context["error"])
     name = problem["loc"][0]
-    annotation, value = names[name].annotation, problem["input"]
+    annotation = names[name].annotation
     if kind == "value_error":
         rule = reason(context["error"], 600)
     elif kind == "literal_error":
@@ -485,13 +478,7 @@ def _kind(annotation: Any) -> str:
     return words.get(_type_name(annotation), "whole numbers")
 
 
-#: Names used elsewhere that are far from ours letter by letter.
-_SYNONYMS = {"learning_rate": "lr", "bs": "batch_size", "wd": "weight_decay", "precision": "amp"}
-
-
 def _nearest(word: str, names: Iterable[str]) -> str:
-    word = word[:100].lower()
-    match = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
-    if _SYNONYMS.get(word, "") in names:
-        match = [_SYNONYMS[word]]
+    known = "lr" if word == "learning_rate" else word[:100].lower()  # far from ours letter by letter
+    match = difflib.get_close_matches(known, list(names), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""

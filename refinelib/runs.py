@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import platform
@@ -41,9 +42,11 @@ def _skipped_lines(path: Path, damaged: list[int]) -> str:
     return f"{path}: lines without a record were passed over ({len(damaged)}, the first is line {damaged[0]})"
 
 
-#: Numbers of a line of ``metrics.jsonl``, and those of its metrics that are tables of numbers.
-_NUMBERS = ("loss", "train_loss", "grad_norm", "grad_norm_max", "lr", "loss_scale", "skipped", "seconds")
-_TABLES = ("by_size", "by_third", "by_tercile", "intervals")
+#: Names of numbers, of numbers by name, and of those that are tables, in the status and in a line of records.
+_NUMBERS = {"loss", "train_loss", "grad_norm", "grad_norm_max", "lr", "loss_scale", "skipped", "seconds"}
+_NUMBERS |= {"step", "steps", "epoch", "epochs", "skipped_steps", "rewinds"}
+_SCORES = ("losses", "metrics", "best")
+_TABLES = {"by_size", "by_third", "by_tercile", "intervals"}
 
 
 def _is_record(record: dict[str, Any]) -> bool:
@@ -51,32 +54,18 @@ def _is_record(record: dict[str, Any]) -> bool:
     kind, counts = record.get("kind"), [record.get(name, 0) for name in ("step", "epoch", "count")]
     if not isinstance(kind, str) or not all(type(count) is int and count >= 0 for count in counts):
         return False
-    if kind not in ("step", "epoch"):
-        return True
-    scores = all(_are_scores(record.get(name)) for name in ("losses", "metrics"))
-    return kind in record and scores and all(_is_number(record.get(name)) for name in _NUMBERS)
+    return kind not in ("step", "epoch") or (kind in record and _are_numbers(record))
 
 
-def _is_status(found: Any) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("state", ""), str):
-        return False
-    numbers = ("step", "steps", "epoch", "epochs", "skipped_steps", "rewinds")
-    parts = [found.get("best"), found.get("metrics"), {name: found.get(name) for name in numbers}]
-    return all(map(_are_scores, parts))
-
-
-def _is_number(value: Any) -> bool:
-    """Whether this is none, or a number that the axis of a plot holds."""
-    return value is None or (isinstance(value, (int, float)) and abs(value) < 1e100)
-
-
-def _are_scores(scores: Any) -> bool:
-    """Whether this is none, or numbers by name, with three of them under ``iou``."""
-    if not isinstance(scores, dict):
-        return scores is None
-    three = scores.get("iou") or [None] * 3
-    plain = [value for name, value in scores.items() if name not in (*_TABLES, "iou")]
-    return isinstance(three, list) and len(three) == 3 and all(map(_is_number, three + plain))
+def _are_numbers(found: dict[str, Any]) -> bool:
+    """Whether numbers, and numbers by name, are such as the axis of a plot holds, or none."""
+    numbers = [value for name, value in found.items() if name in _NUMBERS]
+    for scores in (found.get(name) or {} for name in _SCORES):
+        three = scores.get("iou") or [None] * 3 if isinstance(scores, dict) else ()
+        if not isinstance(three, list) or len(three) != 3:
+            return False
+        numbers += three + [value for name, value in scores.items() if name not in {*_TABLES, "iou"}]
+    return all(x is None or (isinstance(x, (int, float)) and abs(x) < 1e100) for x in numbers)
 
 
 # -- a run -------------------------------------------------------------------------------------------
@@ -91,8 +80,7 @@ class Run:
         self.folder = Path(folder)
         self.name = self.folder.name
         self._status: dict[str, Any] = {}
-        self._waiting: dict[str, list[str]] = {}  # lines by file, that could not be written yet
-        self._status_waits = False
+        self._waiting: dict[str, list[str]] = {}  # lines by file, and the status, that are not on disk yet
         self._warned = False
         self._tensorboard: Any = None
         self._purge_step: int | None = None
@@ -110,18 +98,15 @@ class Run:
             # A start that failed early has no checkpoint: it must not hide the run before it.
             found = [run for run in found if any(run.folder.glob("checkpoints/*.pt"))] or found
             if not found:
-                raise RunError(
-                    f"there is no run named {name!r} under {root} to resume: start it without resume"
-                )
+                missing = f"there is no run named {name!r} under {root} to resume"
+                raise RunError(f"{missing}: start it without resume")
             found[-1]._status = found[-1].status()
             return found[-1]
-        number = 1
-        while True:
+        for number in itertools.count(1):
             folder = root / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 break
-            number += 1
         for part in ("checkpoints", "figures", "samples", "incidents", "tb"):
             (folder / part).mkdir()
         return cls(folder)
@@ -164,7 +149,7 @@ class Run:
         """
         first = not self._status
         self._status.update(changes, updated=_now())
-        self._status_waits = True
+        self._waiting["status.json"] = [dumps(self._status, indent=2)]
         error = self._write()
         if first and error is not None:
             raise error
@@ -197,22 +182,21 @@ class Run:
         for number, file in files.by_epoch(self.folder / "samples").items():
             if number > epoch:
                 file.unlink(missing_ok=True)
-        notes = []
         for name in ("metrics.jsonl", "events.jsonl")[: 1 + events]:
             records, damaged = files.read_lines(self.folder / name, _is_record)
             kept = [line for line in records if line.get("step", 0) <= step]
             write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
             if damaged:
-                notes.append(_skipped_lines(self.folder / name, damaged))
-        for note in notes:
-            self.event("damaged", note, step=step)
+                self.event("damaged", _skipped_lines(self.folder / name, damaged), step=step)
 
     def close(self) -> None:
         """Write what still waits, and say so where that is not possible."""
         self._close_tensorboard()
         if self._write() is not None:
-            lines = sum(map(len, self._waiting.values()))
-            what = f"{lines} lines of its records{' and its last status' * self._status_waits}"
+            lines = sum(len(lines) for name, lines in self._waiting.items() if name != "status.json")
+            what = (
+                f"{lines} lines of its records{' and its last status' * bool(self._waiting['status.json'])}"
+            )
             self._tell(f"{what} could not be written in {self.folder}: there was no room to the end")
 
     @contextlib.contextmanager
@@ -231,8 +215,7 @@ class Run:
             unfinished = [folder for folder in incidents if not (folder / "report.json").is_file()]
             for folder in unfinished:
                 shutil.rmtree(folder, ignore_errors=True)
-            if unfinished:
-                names = ", ".join(folder.name for folder in unfinished)
+            if names := ", ".join(folder.name for folder in unfinished):
                 self.event("damaged", f"unfinished incidents of a killed process were removed: {names}")
             yield
 
@@ -247,35 +230,24 @@ class Run:
         return self._write()
 
     def _write(self) -> OSError | None:
-        """Write the lines and the status that wait; an error where there was no room for some."""
+        """Write what waits; an error where there was no room for some."""
         failed = None
-        for name in [*self._waiting, "status.json"]:
+        for name, lines in self._waiting.items():
             try:
-                self._write_file(self.folder / name)
+                if name == "status.json" and lines:
+                    write_atomically(self.folder / name, lines[0])
+                elif lines:
+                    _append_whole(self.folder / name, "".join(lines).encode())
+                lines.clear()
             except OSError as error:
-                self._warn(error)
                 failed = error
+                self._warn(error)
         return failed
-
-    def _write_file(self, file: Path) -> None:
-        lines = self._waiting.get(file.name)
-        if lines:
-            data = "".join(lines).encode()
-            with open(file, "ab", buffering=0) as out:
-                end = out.seek(0, os.SEEK_END)
-                if out.write(data) != len(data):
-                    out.truncate(end)  # half a line would damage the next one
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            lines.clear()
-        elif file.name == "status.json" and self._status_waits:
-            write_atomically(file, dumps(self._status, indent=2))
-            self._status_waits = False
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            self._tell(
-                f"a record could not be written in {self.folder} ({error}); records wait in memory for room"
-            )
+            what = f"a record could not be written in {self.folder} ({error})"
+            self._tell(f"{what}; records wait in memory for room")
         self._warned = True
 
     def _tell(self, message: str) -> None:
@@ -318,13 +290,12 @@ class Run:
             RunError: it is missing or damaged.
         """
         file = self.folder / "status.json"
-        found: Any = None
         with contextlib.suppress(OSError, ValueError):
             found = read_json(file)
-        if not _is_status(found):
-            fix = "put {} into it, and resume=true continues from the checkpoints beside it"
-            raise RunError(f"{file} is damaged or missing: {fix}")
-        return dict(found)
+            if isinstance(found, dict) and isinstance(found.get("state", ""), str) and _are_numbers(found):
+                return found
+        fix = "put {} into it, and resume=true continues from the checkpoints beside it"
+        raise RunError(f"{file} is damaged or missing: {fix}")
 
     def steps(self) -> list[dict[str, Any]]:
         """Lines of ``metrics.jsonl``, one for every ``log_every`` steps."""
@@ -351,15 +322,16 @@ class Run:
         status = self.status()
         metrics = status.get("metrics") or {}
         error = f" ({status['last_error']})" if status.get("last_error") else ""
-        lines = [f"{'run':20} {self.name}: {status.get('state', 'unknown')}{error}"]
-        lines += [f"{name:20} {value:.3f}" for name, value in metrics.items() if isinstance(value, float)]
+        rows = {"run": f"{self.name}: {status.get('state', 'unknown')}{error}"}
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
         for name, value in zip(
             ("background", "target", "non-target"), metrics.get("iou") or (), strict=False
         ):
-            lines.append(f"{f'IoU of {name}':20} " + ("none" if value is None else f"{value:.3f}"))
-        lines.append(f"{'skipped steps':20} {status.get('skipped_steps', 0)} of {status.get('step', 0)}")
-        lines += [f"{name:20} {self.folder / name}" for name in ("checkpoints", "figures")]
-        return "\n".join(lines)
+            numbers[f"IoU of {name}"] = value
+        rows |= {name: "none" if value is None else f"{value:.3f}" for name, value in numbers.items()}
+        rows["skipped steps"] = f"{status.get('skipped_steps', 0)} of {status.get('step', 0)}"
+        rows |= {name: str(self.folder / name) for name in ("checkpoints", "figures")}
+        return "\n".join(f"{name:20} {text}" for name, text in rows.items())
 
     def started_as(self) -> str:
         """The name the run was started under: ``coco-2017`` may be the 2017th run of ``coco``, or not."""
@@ -442,6 +414,15 @@ class Interruption:
 
 
 # -- helpers -----------------------------------------------------------------------------------------
+def _append_whole(file: Path, data: bytes) -> None:
+    """Append all of ``data`` or nothing: half a line would damage the next one."""
+    with open(file, "ab", buffering=0) as out:
+        end = out.seek(0, os.SEEK_END)
+        if out.write(data) != len(data):
+            out.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, dict):
