@@ -1,12 +1,12 @@
 """How good are the masks, and what is each part worth? Train variants of a recipe over seeds, and compare.
 
-    python bench/quality.py --data-dir COCO --pennfudan PENNFUDAN --variants on,off --seeds 0,1,2 [-p epochs 120]
+    python bench/quality.py --data-dir COCO --pennfudan PENNFUDAN --variants on,off --seeds 0,1,2
 
-Runs are shared out over the GPUs there are, ``--parallel`` at a time on each. Kernels of a shape are made once, beside the first runs
-(their times hold the steps taken without). Prints a JSON line at every validation of every run and one a finished run, flushed, then
-two tables: mean over seeds and their spread at the end of training, and each variant against the first, seed by seed. Runs stay in
-``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures); ``--evaluations DIR --images IMAGES --annotations JSON`` saves what it
-needs of them, to be looked at elsewhere; ``--keep FILE`` packs what they reached, without weights.
+Runs are shared out over the GPUs there are, ``--parallel`` at a time on each. The first run of a shape compiles
+its step. Prints a JSON line at every validation of every run and one a finished run, flushed, then two tables:
+mean over seeds and their spread at the end of training, and each variant against the first, seed by seed. Runs
+stay in ``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures); ``--evaluations DIR --images
+IMAGES --annotations JSON`` saves what it needs of them; ``--keep FILE`` packs their results, without weights.
 
 bench/quality.md holds the outcome.
 """
@@ -29,11 +29,11 @@ import torch
 
 from refinelib import resolve
 from refinelib.config import SettingsError, absolute
-from studies.results import REFINEMENT_OFF
 from refinelib.plots.style import table as markdown
 from refinelib.trainer import Trainer, train
+from studies.results import REFINEMENT_OFF
 
-#: The last is of all crops' pixels together, as in mIoU; the one before it is a mean over the crops that have others in them.
+#: ``nontarget_pooled`` is of all crops' pixels together; ``nontarget_iou`` is a mean over crops with others in them.
 FIGURES = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "nontarget_pooled")
 #: Target IoU that a plain ResNet-34 U-Net reaches in 60 epochs of the same data.
 EARLY = 0.66
@@ -89,31 +89,40 @@ def one(name: str, settings_json: str) -> None:
             after = time.perf_counter() - first[0]
             if (metrics["target_iou"] or 0) >= EARLY and not reached:
                 reached.append(after)
-            reach = {figure: None if value is None else round(value, 4) for figure, value in figures(metrics).items()}
-            print(json.dumps({"run": name, "epoch": run.epochs()[-1]["epoch"], **reach, "seconds": round(after, 1)}), flush=True)
+            reach = {
+                figure: None if value is None else round(value, 4)
+                for figure, value in figures(metrics).items()
+            }
+            print(
+                json.dumps(
+                    {"run": name, "epoch": run.epochs()[-1]["epoch"], **reach, "seconds": round(after, 1)}
+                ),
+                flush=True,
+            )
 
     run = train(settings, on_epoch=tell)
     ended, epochs = time.perf_counter(), run.epochs()
     metrics = epochs[-1]["metrics"]
-    print(
-        json.dumps({
-            "run": name, "done": True, "folder": str(run.folder), **figures(metrics),
-            "groups": {group: figures(part) for by in ("by_size", "by_tercile") for group, part in metrics[by].items() if part["rois"]},
-            "skipped": run.status()["skipped_steps"], "first_step": round(first[0] - started, 1), "training": round(ended - first[0], 1),
-            "early": round(reached[0], 1) if reached else None, "seconds": round(ended - started, 1),
-        }),
-        flush=True,
-    )  # fmt: skip
+    parts = {**metrics["by_size"], **metrics["by_tercile"]}
+    line = {"run": name, "done": True, "folder": str(run.folder), **figures(metrics)}
+    line["groups"] = {group: figures(part) for group, part in parts.items() if part["rois"]}
+    line["skipped"] = run.status()["skipped_steps"]
+    line["first_step"], line["training"] = round(first[0] - started, 1), round(ended - first[0], 1)
+    line["early"], line["seconds"] = round(reached[0], 1) if reached else None, round(ended - started, 1)
+    print(json.dumps(line), flush=True)
 
 
-def run_all(jobs: list[tuple[str, dict]], *, script: str, parallel: int, judge: list[str] | None = None) -> dict[str, dict]:
+def run_all(
+    jobs: list[tuple[str, dict]], *, script: str, parallel: int, judge: list[str] | None = None
+) -> dict[str, dict]:
     """Every job (name, settings) in a process of its own; the last line of each that finished, by name.
 
     Args:
         jobs: in the order they are started in.
         script: this file, or what stands in for it.
         parallel: runs at a time on each GPU.
-        judge: arguments of ``python -m refinelib evaluate`` for the last weights of every run, in which ``{run}`` is its folder's name.
+        judge: arguments of ``python -m refinelib evaluate`` for the last weights of every run, in which
+            ``{run}`` is its folder's name.
     """
     gpus = list(range(torch.cuda.device_count())) or [None]
     places = [gpu for _ in range(parallel) for gpu in gpus]
@@ -126,9 +135,17 @@ def run_all(jobs: list[tuple[str, dict]], *, script: str, parallel: int, judge: 
             except IndexError:
                 return
             environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
-            process = subprocess.Popen([sys.executable, script, "--one", name, json.dumps(settings)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                [sys.executable, script, "--one", name, json.dumps(settings)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             problems: list[str] = []
-            reader = threading.Thread(target=lambda: problems.append(process.stderr.read()))
+            reader = threading.Thread(
+                target=lambda pipe, said: said.append(pipe.read()), args=(process.stderr, problems)
+            )
             reader.start()
             for line in process.stdout:
                 if line.startswith("{"):
@@ -141,10 +158,20 @@ def run_all(jobs: list[tuple[str, dict]], *, script: str, parallel: int, judge: 
                 print(json.dumps({"run": name, "failed": problems[0].strip().splitlines()[-1:]}), flush=True)
             elif judge is not None and name in finished:
                 folder = Path(finished[name]["folder"])
-                line = [sys.executable, "-m", "refinelib", "evaluate", str(folder / "checkpoints" / "last.pt"), *(part.replace("{run}", folder.name) for part in judge)]
+                line = [
+                    sys.executable,
+                    "-m",
+                    "refinelib",
+                    "evaluate",
+                    str(folder / "checkpoints" / "last.pt"),
+                    *(part.replace("{run}", folder.name) for part in judge),
+                ]
                 judged = subprocess.run(line, env=environment, capture_output=True, text=True)
                 if judged.returncode:
-                    print(json.dumps({"run": name, "not judged": judged.stderr.strip().splitlines()[-1:]}), flush=True)
+                    print(
+                        json.dumps({"run": name, "not judged": judged.stderr.strip().splitlines()[-1:]}),
+                        flush=True,
+                    )
 
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in places]
     for worker in workers:
@@ -156,17 +183,32 @@ def run_all(jobs: list[tuple[str, dict]], *, script: str, parallel: int, judge: 
 
 def table(finished: dict[str, dict], variants: list[str], seeds: list[int]) -> str:
     """Means over seeds, then each variant against the first, seed by seed, in Markdown."""
-    runs = {variant: {seed: finished[f"{variant}, seed {seed}"] for seed in seeds if f"{variant}, seed {seed}" in finished} for variant in variants}
+    runs = {
+        variant: {
+            seed: finished[f"{variant}, seed {seed}"]
+            for seed in seeds
+            if f"{variant}, seed {seed}" in finished
+        }
+        for variant in variants
+    }
     lines = [["variant", "seeds", *FIGURES, "training, s", "to 0.66, s", "skipped"]]
     for variant, mine in runs.items():
         cells = [_spread([run[name] for run in mine.values()]) for name in (*FIGURES, "training", "early")]
         lines.append([variant, len(mine), *cells, sum(run["skipped"] for run in mine.values())])
     gains = [[f"{variants[0]} less ..., points", "people", "seeds", *FIGURES]]
     for variant in variants[1:]:
-        pairs = [(runs[variants[0]][seed], run) for seed, run in runs[variant].items() if seed in runs[variants[0]]]
+        pairs = [
+            (runs[variants[0]][seed], run) for seed, run in runs[variant].items() if seed in runs[variants[0]]
+        ]
         for group in ("all", *(pairs[0][0]["groups"] if pairs else ())):
             sides = [[run if group == "all" else run["groups"][group] for run in pair] for pair in pairs]
-            cells = [_spread([None if None in (a[name], b[name]) else 100 * (a[name] - b[name]) for a, b in sides], digits=1) for name in FIGURES]
+            cells = [
+                _spread(
+                    [None if None in (a[name], b[name]) else 100 * (a[name] - b[name]) for a, b in sides],
+                    digits=1,
+                )
+                for name in FIGURES
+            ]
             gains.append([variant, group, len(pairs), *cells])
     return "\n\n".join(markdown(rows, head) for head, *rows in (lines, gains) if rows)
 
@@ -186,7 +228,12 @@ def pack(file: Path, finished: dict[str, dict]) -> None:
         for record in finished.values():
             folder = Path(record["folder"])
             for path in sorted(folder.rglob("*")):
-                if path.is_file() and path.suffix != ".pt" and "tb" not in path.parts and "gradients" not in path.parts:
+                if (
+                    path.is_file()
+                    and path.suffix != ".pt"
+                    and "tb" not in path.parts
+                    and "gradients" not in path.parts
+                ):
                     archive.add(path, arcname=path.relative_to(folder.parent))
 
 
@@ -203,11 +250,17 @@ def main() -> None:
     parser.add_argument("--variants", default="on,off", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time on each GPU")
-    parser.add_argument("--evaluations", type=Path, help="a folder for evaluations of the runs' last weights in the image, which notebooks/results.ipynb takes in place of runs")
+    parser.add_argument(
+        "--evaluations",
+        type=Path,
+        help="a folder for evaluations of the last weights, which notebooks/results.ipynb takes as runs",
+    )
     parser.add_argument("--images", help="for these, the folder of images")
     parser.add_argument("--annotations", help="and the COCO JSON of the people in them")
     parser.add_argument("--keep", type=Path, help="a .tar.gz for what the runs reached, without weights")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of all runs")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of all runs"
+    )
     options = parser.parse_args()
     variants, seeds = options.variants.split(","), [int(seed) for seed in options.seeds.split(",")]
     if options.evaluations and not (options.images and options.annotations):
@@ -215,10 +268,19 @@ def main() -> None:
     unknown = [variant for variant in variants if variant not in VARIANTS]
     if unknown:
         parser.error(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-    common = {"recipe": options.recipe, "data": "coco", "data_dir": options.data_dir, "store_dir": options.store_dir, "add_pennfudan": options.pennfudan}
+    common = {
+        "recipe": options.recipe,
+        "data": "coco",
+        "data_dir": options.data_dir,
+        "store_dir": options.store_dir,
+        "add_pennfudan": options.pennfudan,
+    }
     common |= {"output_dir": str(absolute(options.output_dir)), **dict(options.p)}
     jobs = [
-        (f"{variant}, seed {seed}", {**common, **VARIANTS[variant], "seed": seed, "run": f"{variant.replace(' ', '-')}-{seed}"})
+        (
+            f"{variant}, seed {seed}",
+            {**common, **VARIANTS[variant], "seed": seed, "run": f"{variant.replace(' ', '-')}-{seed}"},
+        )
         for seed in seeds
         for variant in variants
     ]
@@ -229,7 +291,14 @@ def main() -> None:
         parser.error(str(error))
     judge = None
     if options.evaluations:
-        judge = ["--images", options.images, "--annotations", options.annotations, "--save", str(absolute(options.evaluations) / "{run}")]
+        judge = [
+            "--images",
+            options.images,
+            "--annotations",
+            options.annotations,
+            "--save",
+            str(absolute(options.evaluations) / "{run}"),
+        ]
     finished = run_all(jobs, script=__file__, parallel=options.parallel, judge=judge)
     print("\n" + table(finished, variants, seeds))
     if options.keep:

@@ -1,8 +1,8 @@
 """Executed copies of all notebooks, small and clean, for readers on the web: ``make gallery``.
 
-What is run here is CPU size and takes some minutes in all. A copy executed elsewhere, such as on a GPU, is only
-cleaned: ``python gallery/make.py --take rootcause=FILE --device "one H200"``. Photographs whose licence allows no derived work are
-covered: ``--cover masks:5,47,138,180``.
+What is run here is CPU size and takes some minutes in all. A copy executed elsewhere, such as on a GPU, is
+only cleaned: ``python gallery/make.py --take rootcause=FILE --device "one H200"``. Photographs whose licence
+allows no derived work are covered: ``--cover masks:5,47,138,180``.
 """
 
 from __future__ import annotations
@@ -17,30 +17,42 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import nbformat
 import numpy as np
 from PIL import Image, ImageDraw
 
 from refinelib.config import project_root, resolve
+from studies.results import REFINEMENT_OFF
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = project_root() / "notebooks"
 PICTURE_BYTES = 120_000
 #: Scale and number of colours, tried in this order until a picture is small enough.
-STEPS = [(1, 256), (1, 128), (1, 96), (1, 64), (1, 48), (0.8, 48), (0.65, 64), (0.65, 32), (0.5, 32), (0.4, 16)]
+STEPS = [
+    (1, 256),
+    (1, 128),
+    (1, 96),
+    (1, 64),
+    (1, 48),
+    (0.8, 48),
+    (0.65, 64),
+    (0.65, 32),
+    (0.5, 32),
+    (0.4, 16),
+]
 Covers = Mapping[str, Sequence[Sequence[int]]]  # by cell
 BEGIN, END = "<!-- made by gallery/make.py -->", "<!-- end -->"
 
-#: Runs beside the one of train.ipynb that other notebooks look at: without refinement, and one that a fault destroys.
+#: Further runs that other notebooks look at: without refinement, and one that a fault destroys.
 SIZE = {"epochs": 6, "max_images": 120, "roi_size": 32, "mask_size": 32, "lr": 4e-3}
 BESIDE = {
-    "demo-plain": dict(SIZE, use_boundary_refinement=False, use_contour_detection=False, use_distance_transform=False,
-                       use_progressive_upsampling=False, use_active_contour_loss=False, use_boundary_aware_loss=False),
-    "demo-broken": dict(SIZE, max_consecutive_skips=5, max_rewinds=1, inject="loss:nan@40:always"),
-}  # fmt: skip
+    "demo-plain": SIZE | REFINEMENT_OFF,
+    "demo-broken": SIZE | {"max_consecutive_skips": 5, "max_rewinds": 1, "inject": "loss:nan@40:always"},
+}
 #: What is executed here, in this order, with which parameters. The others are taken from a GPU.
 HERE_MADE: dict[str, dict[str, Any]] = {
     "train": SIZE,
@@ -50,7 +62,14 @@ HERE_MADE: dict[str, dict[str, Any]] = {
     "results": {"runs": "demo", "baseline_runs": "demo-plain", "max_images": 30},
     "compare": {"runs": "demo,demo-plain,demo-broken"},
     "gradients": {"run": "demo"},
-    "progressive": {"phases": "1,2,3", "epochs": 2, "max_images": 60, "width": 0.125, "batch_size": 8, "lr": 2e-3},
+    "progressive": {
+        "phases": "1,2,3",
+        "epochs": 2,
+        "max_images": 60,
+        "width": 0.125,
+        "batch_size": 8,
+        "lr": 2e-3,
+    },
     "rootcause": {},
 }
 FROM_A_GPU = ("gradients", "progressive", "results", "rootcause")
@@ -58,33 +77,41 @@ FROM_A_GPU = ("gradients", "progressive", "results", "rootcause")
 
 # -- cleaning --------------------------------------------------------------------------------------
 def small_png(data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence[int]] = ()) -> bytes:
-    """A PNG as a palette PNG of at most ``limit`` bytes, in fewer colours first and then smaller too; xyxy ``covers`` are hidden."""
+    """A palette PNG of at most ``limit`` bytes: fewer colours first, then smaller; xyxy ``covers`` are hidden."""
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     for x0, y0, x1, y1 in covers:
         ImageDraw.Draw(picture).rectangle((x0, y0, x1, y1), fill="#e8e8e8")
-        ImageDraw.Draw(picture).text((x0 + 8, y0 + 8), "not shown:\nits licence\nallows no\nderived work", fill="#404040")
+        ImageDraw.Draw(picture).text(
+            (x0 + 8, y0 + 8), "not shown:\nits licence\nallows no\nderived work", fill="#404040"
+        )
     for scale, colours in STEPS:
         size = tuple(round(side * scale) for side in picture.size)
         shown = picture if scale == 1 else picture.resize(size, Image.Resampling.LANCZOS)
         file = io.BytesIO()
-        shown.quantize(palette=_palette(shown, colours), dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        shown.quantize(palette=_palette(shown, colours), dither=Image.Dither.NONE).save(
+            file, "PNG", optimize=True
+        )
         if file.tell() <= limit:
             break
     return file.getvalue()
 
 
 def _palette(picture: Image.Image, colours: int) -> Image.Image:
-    """Up to half of the colours are the picture's own flat ones (classes, lines, paper); median cut finds the others."""
+    """Up to half of the colours are the picture's own flat ones (classes, lines); median cut finds the others."""
     pixels = picture.width * picture.height
     flat: list[tuple[int, int, int]] = []
     for count, colour in sorted(picture.getcolors(pixels), reverse=True):
         if count <= pixels / 3000 or len(flat) == colours // 2:
             break
-        if all(max(abs(a - b) for a, b in zip(colour, other)) > 12 for other in flat):  # a photograph's many greys are not a drawing's colours
+        if all(
+            max(abs(a - b) for a, b in zip(colour, other, strict=True)) > 12 for other in flat
+        ):  # a photograph's many greys are not a drawing's colours
             flat.append(colour)
     others = np.asarray(picture).reshape(-1, 3)
-    others = others[~np.isin(others @ (1 << np.array([16, 8, 0])), [(r << 16) + (g << 8) + b for r, g, b in flat])]
+    others = others[
+        ~np.isin(others @ (1 << np.array([16, 8, 0])), [(r << 16) + (g << 8) + b for r, g, b in flat])
+    ]
     table = [value for colour in flat for value in colour]
     if len(others):
         found = Image.fromarray(others[None]).quantize(colours - len(flat), dither=Image.Dither.NONE)
@@ -95,7 +122,7 @@ def _palette(picture: Image.Image, colours: int) -> Image.Image:
 
 
 def replacements(parameters: dict[str, Any]) -> list[tuple[str, str]]:
-    """Folders of the machine that a notebook was executed on and what a reader sees in their place, longest first."""
+    """Folders of the executing machine and what a reader sees in their place, longest first."""
     found = {str(project_root()) + "/": "", str(project_root()): ".", str(Path.home()): "~"}
     for name, value in parameters.items():
         if isinstance(value, str) and value.startswith("/"):
@@ -114,7 +141,11 @@ def clean(notebook, parameters: dict[str, Any], seconds: float, device: str, dat
 
     def plain(text: str) -> str:
         for old, new in pairs:  # whole names only: /root is not in outputs/rootcause
-            text = re.sub(rf"(?<![\w.~-]){re.escape(old)}" + ("" if old.endswith("/") else r"(?![\w.-]*\w)"), lambda _: new, text)
+            text = re.sub(
+                rf"(?<![\w.~-]){re.escape(old)}" + ("" if old.endswith("/") else r"(?![\w.-]*\w)"),
+                lambda _, new=new: new,
+                text,
+            )
         return text
 
     for cell in notebook.cells:
@@ -130,12 +161,14 @@ def clean(notebook, parameters: dict[str, Any], seconds: float, device: str, dat
     options = [f"-p {name} {shlex.quote(plain(str(value)))}" for name, value in given.items()]
     made = {"date": date, "device": device, "seconds": round(seconds), "parameters": " ".join(options)}
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = nbformat.from_dict({"gallery": made, "kernelspec": kernel, "language_info": {"name": "python"}})
+    notebook.metadata = nbformat.from_dict(
+        {"gallery": made, "kernelspec": kernel, "language_info": {"name": "python"}}
+    )
     return notebook
 
 
 def _output(item, plain, covers):
-    """One output without widgets, with small pictures and no folder of the machine; None where nothing is left."""
+    """One output without widgets, with small pictures and no folder of the machine; None: nothing is left."""
     if item.output_type == "stream":
         item.text = plain(item.text)
         return item
@@ -144,7 +177,9 @@ def _output(item, plain, covers):
             if "widget" in kind or kind == "application/javascript":
                 del item.data[kind]
             elif kind == "image/png":
-                item.data[kind] = base64.b64encode(small_png(base64.b64decode(item.data[kind]), covers=covers)).decode()
+                item.data[kind] = base64.b64encode(
+                    small_png(base64.b64decode(item.data[kind]), covers=covers)
+                ).decode()
             elif isinstance(item.data[kind], str):
                 item.data[kind] = plain(item.data[kind])
         if "image/png" in item.data or "text/markdown" in item.data:
@@ -168,21 +203,31 @@ def _joined(outputs: list) -> list:
 
 # -- making ----------------------------------------------------------------------------------------
 def execute(names: list[str], device: str, work: Path) -> None:
-    """Execute these notebooks here, each into ``gallery/``, with their outputs in ``work``; runs that lie there are used again."""
+    """Execute these notebooks into ``gallery/``, with their outputs in ``work``; runs there are used again."""
     import papermill
 
     from refinelib.trainer import train
 
     work.mkdir(parents=True, exist_ok=True)
     where = str(work.resolve() / "outputs")
-    if {"predict", "results", "compare", "gradients"} & set(names) and "train" not in names and not (work / "outputs" / "demo").exists():
+    if (
+        {"predict", "results", "compare", "gradients"} & set(names)
+        and "train" not in names
+        and not (work / "outputs" / "demo").exists()
+    ):
         train(resolve("demo", output_dir=where, **SIZE))
     for name in names:
         if name in ("results", "compare"):
             _train_beside(where)
         parameters = {**HERE_MADE[name], "output_dir": where}
         started, executed = time.perf_counter(), work / f"{name}.ipynb"
-        papermill.execute_notebook(str(NOTEBOOKS / f"{name}.ipynb"), str(executed), parameters, kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(
+            str(NOTEBOOKS / f"{name}.ipynb"),
+            str(executed),
+            parameters,
+            kernel_name="python3",
+            progress_bar=False,
+        )
         store(name, executed, parameters, time.perf_counter() - started, device)
 
 
@@ -199,10 +244,18 @@ def _train_beside(where: str) -> None:
                 raise  # a run that diverges is what one of them is for; nothing else is
 
 
-def store(name: str, executed: Path, parameters: dict[str, Any], seconds: float, device: str, date: str = "", covers: Covers = {}) -> None:
+def store(
+    name: str,
+    executed: Path,
+    parameters: dict[str, Any],
+    seconds: float,
+    device: str,
+    date: str = "",
+    covers: Covers | None = None,
+) -> None:
     """Clean an executed notebook into ``gallery/<name>.ipynb``."""
     date = date or datetime.date.today().isoformat()
-    notebook = clean(nbformat.read(executed, as_version=4), parameters, seconds, device, date, covers)
+    notebook = clean(nbformat.read(executed, as_version=4), parameters, seconds, device, date, covers or {})
     nbformat.validate(notebook)
     nbformat.write(notebook, HERE / f"{name}.ipynb")
     print(f"{name}: {seconds:.0f} s, {(HERE / f'{name}.ipynb').stat().st_size / 1e3:.0f} kB")
@@ -227,7 +280,9 @@ def write_table() -> None:
         made = nbformat.read(file, as_version=4).metadata.gallery
         age = "" if is_current(file.stem) else ", from cells older than the notebook's now"
         given = f"`{made.parameters}`" if made.parameters else "defaults"
-        rows.append(f"| [{file.stem}]({file.name}) | {made.date}{age} | {made.device} | {made.seconds} s | {given} |")
+        rows.append(
+            f"| [{file.stem}]({file.name}) | {made.date}{age} | {made.device} | {made.seconds} s | {given} |"
+        )
     readme = HERE / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text(before + "\n".join([BEGIN, *rows, END]) + rest.split(END)[1])
@@ -238,11 +293,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     default = [name for name in HERE_MADE if name not in FROM_A_GPU]
     parser.add_argument("names", nargs="*", help=f"of {', '.join(HERE_MADE)}; none: {', '.join(default)}")
-    parser.add_argument("--take", action="append", default=[], metavar="NAME=FILE", help="a copy that was executed elsewhere")
-    parser.add_argument("--cover", action="append", default=[], metavar="CELL:X0,Y0,X1,Y1", help="hide this part of a cell's picture")
-    parser.add_argument("--device", default=f"{os.cpu_count()} CPU cores", help="words for the machine it was executed on")
-    parser.add_argument("--work", metavar="FOLDER", help="keep the runs here, and use again those that lie here; none: a temporary folder")
-    parser.add_argument("--table", action="store_true", help="only write the table of gallery/README.md again")
+    parser.add_argument(
+        "--take", action="append", default=[], metavar="NAME=FILE", help="a copy that was executed elsewhere"
+    )
+    parser.add_argument(
+        "--cover",
+        action="append",
+        default=[],
+        metavar="CELL:X0,Y0,X1,Y1",
+        help="hide this part of a cell's picture",
+    )
+    parser.add_argument(
+        "--device", default=f"{os.cpu_count()} CPU cores", help="words for the machine it was executed on"
+    )
+    parser.add_argument(
+        "--work",
+        metavar="FOLDER",
+        help="keep the runs here, and use again those that lie here; none: a temporary folder",
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="only write the table of gallery/README.md again"
+    )
     options = parser.parse_args()
     taken = dict(item.split("=", 1) for item in options.take)
     if wrong := [name for name in [*options.names, *taken] if name not in HERE_MADE]:
