@@ -120,8 +120,8 @@ def main() -> None:
             f"{when}, {cores} CPU cores, OMP_NUM_THREADS {threads}, load at the end {os.getloadavg()[0]:.1f}"
         )
         note = (
-            "Seconds of wall time, kernel start included, each with an empty folder of runs. CPU time is what\n"
-            "an idle machine needs at least with one thread. In JupyterLab two notebooks ran side by side;\n"
+            "Seconds of wall time, kernel start included, each with an empty folder of runs. CPU time is\n"
+            "what an idle machine needs at least with one thread. In JupyterLab two notebooks ran side by side;\n"
             "the columns are its wall time, and the widgets' includes waiting for pictures."
         )
         command = "    make browser && REFINELIB_SMOKE=1 python bench/notebooks.py --write"

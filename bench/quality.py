@@ -2,11 +2,12 @@
 
     python bench/quality.py --data-dir COCO --pennfudan PENNFUDAN --variants on,off --seeds 0,1,2
 
-Runs are shared out over the GPUs there are, ``--parallel`` at a time on each. The first run of a shape compiles
-its step. Prints a JSON line at every validation of every run and one a finished run, flushed, then two tables:
-mean over seeds and their spread at the end of training, and each variant against the first, seed by seed. Runs
-stay in ``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures); ``--evaluations DIR --images
-IMAGES --annotations JSON`` saves what it needs of them; ``--keep FILE`` packs their results, without weights.
+Runs are shared out over the GPUs there are, ``--parallel`` at a time on each. The first run of a shape
+compiles its step. Prints a JSON line at every validation of every run and one a finished run, flushed, then
+two tables: mean over seeds and their spread at the end of training, and each variant against the first, seed
+by seed. Runs stay in ``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures).
+``--evaluations DIR --images IMAGES --annotations JSON`` saves what it needs of them; ``--keep FILE`` packs
+their results, without weights.
 
 bench/quality.md holds the outcome.
 """
@@ -33,7 +34,7 @@ from refinelib.plots.style import table as markdown
 from refinelib.trainer import Trainer, train
 from studies.results import REFINEMENT_OFF
 
-#: ``nontarget_pooled`` is of all crops' pixels together; ``nontarget_iou`` is a mean over crops with others in them.
+#: ``nontarget_pooled`` is of all crops' pixels together; ``nontarget_iou`` is a mean over crops.
 FIGURES = ("target_iou", "boundary_iou", "miou", "nontarget_iou", "nontarget_pooled")
 #: Target IoU that a plain ResNet-34 U-Net reaches in 60 epochs of the same data.
 EARLY = 0.66

@@ -77,7 +77,7 @@ FROM_A_GPU = ("gradients", "progressive", "results", "rootcause")
 
 # -- cleaning --------------------------------------------------------------------------------------
 def small_png(data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence[int]] = ()) -> bytes:
-    """A palette PNG of at most ``limit`` bytes: fewer colours first, then smaller; xyxy ``covers`` are hidden."""
+    """A palette PNG of at most ``limit`` bytes: fewer colours first, then smaller; ``covers`` are hidden."""
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     for x0, y0, x1, y1 in covers:
@@ -98,7 +98,7 @@ def small_png(data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence
 
 
 def _palette(picture: Image.Image, colours: int) -> Image.Image:
-    """Up to half of the colours are the picture's own flat ones (classes, lines); median cut finds the others."""
+    """Up to half of the colours are the picture's own flat ones; median cut finds the others."""
     pixels = picture.width * picture.height
     flat: list[tuple[int, int, int]] = []
     for count, colour in sorted(picture.getcolors(pixels), reverse=True):
@@ -203,7 +203,7 @@ def _joined(outputs: list) -> list:
 
 # -- making ----------------------------------------------------------------------------------------
 def execute(names: list[str], device: str, work: Path) -> None:
-    """Execute these notebooks into ``gallery/``, with their outputs in ``work``; runs there are used again."""
+    """Execute these notebooks into ``gallery/``, with their outputs in ``work``; runs there are reused."""
     import papermill
 
     from refinelib.trainer import train
