@@ -121,7 +121,7 @@ def main() -> None:
         )
         note = (
             "Seconds of wall time, kernel start included, each with an empty folder of runs. CPU time is\n"
-            "what an idle machine needs at least with one thread. In JupyterLab two notebooks ran side by side;\n"
+            "what an idle machine needs. In JupyterLab two notebooks ran side by side;\n"
             "the columns are its wall time, and the widgets' includes waiting for pictures."
         )
         command = "    make browser && REFINELIB_SMOKE=1 python bench/notebooks.py --write"
