@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import torch
 
@@ -39,6 +38,8 @@ def bench(name):
 
 
 def read(path: Path):
+    import nbformat  # not on machines that only train
+
     return nbformat.read(path, as_version=4)
 
 
