@@ -27,8 +27,7 @@ from refinelib.build import autocast, build_device, build_guard, build_loss, bui
 from refinelib.config import Settings
 from refinelib.data import make_source
 from refinelib.data.augment import normalise
-from refinelib.guard.guard import REPORT
-from refinelib.guard.optim import WarmupCosine
+from refinelib.guard.guard import REPORT, WarmupCosine
 from refinelib.modeling.layers import Head
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.refinements import BoundaryRefinement, bounded

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from refinelib.config import Settings, SettingsError, absolute, names_with_role
 from refinelib.data import CocoPeople, Source, SyntheticPeople
-from refinelib.metrics.bootstrap import ImageBootstrap
 from refinelib.metrics.evaluate import Evaluation, measure
 from refinelib.metrics.predict import load
-from refinelib.metrics.segmentation import coco_groups, iou_from_confusion, tercile_groups
+from refinelib.metrics.segmentation import ImageBootstrap, coco_groups, iou_from_confusion, tercile_groups
 from refinelib.registry import LOSSES, METRICS, REFINEMENTS
 from refinelib.workflows import examples
 from studies.box_jitter import SIGMAS, jitter_curve

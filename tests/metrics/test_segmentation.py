@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from refinelib.metrics import boundary
 from refinelib.metrics import segmentation as m
-from refinelib.metrics.bootstrap import ImageBootstrap
+from refinelib.metrics.segmentation import ImageBootstrap
 
 SQUARE = np.ones((3, 3), bool)
 CROSS = ndimage.generate_binary_structure(2, 1)
