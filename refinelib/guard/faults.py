@@ -18,6 +18,7 @@ log.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -154,16 +155,12 @@ class Injector:
             named = [name for name in known if name.startswith(fault.where)]
             if fault.where and not named:
                 tops = sorted({name.split(".")[0] for name in known})
-                raise ValueError(
-                    f"inject = {fault.what}:...:{fault.where}: no such place in the model; "
-                    f"there are {', '.join(tops) or 'none for ' + fault.what}"
-                )
+                known_places = ", ".join(tops) or f"none for {fault.what}"
+                place = f"inject = {fault.what}:...:{fault.where}: no such place in the model"
+                raise ValueError(f"{place}; there are {known_places}")
             if fault.what == "activation":
-                modules[min(named, key=len)].register_forward_hook(
-                    lambda _, inputs, output, value=fault.value, flag=flag: _corrupt_output(
-                        output, value, flag
-                    )
-                )
+                hook = functools.partial(_corrupt_output, value=fault.value, flag=flag)
+                modules[min(named, key=len)].register_forward_hook(hook)
 
     def planted(self, step: int) -> list[str]:
         """The faults that this step has, as they are written."""
@@ -199,14 +196,14 @@ class Injector:
             assert gradient is not None
             gradient.copy_(
                 _corrupt(gradient, fault.value, flag)
-            )  # in place: a fused optimizer minds the strides
+            )  # in place: fused optimizers need its strides
 
     def _of(self, what: str) -> Iterator[tuple[Fault, Tensor]]:
         return ((f, flag) for f, flag in zip(self.faults, self.flags, strict=True) if f.what == what)
 
 
-def _corrupt_output(output: Any, value: str, flag: Tensor) -> Any:
-    """A module's output with its first tensor corrupted; a forward hook's answer."""
+def _corrupt_output(module: nn.Module, inputs: Any, output: Any, *, value: str, flag: Tensor) -> Any:
+    """A forward hook: a module's output with its first tensor corrupted."""
     if not torch.is_grad_enabled():  # validation runs at no step of its own
         return None
     if isinstance(output, Tensor):

@@ -11,19 +11,19 @@ all of it bit for bit unchanged.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from refinelib.guard.optim import WarmupCosine, flatten
-
 #: Columns of a step's report, before the norm of each parameter. ``incident``: updates are suspended from the
 #: next step on, until :meth:`Guard.resume_updates`; ``updates_suspended``: this step was void because of
 #: that. ``damaged``: a weight, moment, average or buffer was not finite at the last
-#: :meth:`Guard.check_state`; nothing is updated until the state is restored.
+#: :meth:`Guard.check_state`, or a weight had moved too far; nothing is updated until the state is restored.
 REPORT = (
     *("loss", "grad_norm", "grad_max", "lr", "loss_scale", "bad_loss", "bad_grad", "skipped"),
     *("spike_loss", "spike_grad", "incident", "updates_suspended", "damaged"),
@@ -41,14 +41,43 @@ LEAST_SPIKE, MOST_SPIKE = 1.5, 100.0
 #: Steps over which the statistics of spikes look back.
 WINDOW = 100
 #: What CUDA and its libraries say when they run out of the memory that they take without PyTorch.
-_OUT_OF_MEMORY = (
-    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-    *("CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED"),
-)
+_OUT_OF_MEMORY = re.compile("CUDA error: out of memory|(CUBLAS_STATUS|CUDNN_STATUS|DEVICE)_ALLOC")
 
 
 State = dict[str, Tensor]
-Pair = tuple[Tensor, Tensor]
+
+
+class WarmupCosine:
+    """Linear warm-up over steps, then a cosine down to ``min_lr`` (Loshchilov & Hutter, SGDR, 2017, eq. 5).
+
+    Args:
+        lr: peak rate.
+        min_lr: rate at the last step.
+        warmup_steps: steps of warm-up; the first step has ``lr / warmup_steps``.
+        total_steps: steps of the whole run.
+
+    Example:
+        >>> schedule = WarmupCosine(lr=1.0, min_lr=0.0, warmup_steps=2, total_steps=4)
+        >>> [float(schedule(torch.tensor(step))) for step in range(4)]
+        [0.5, 1.0, 1.0, 0.0]
+    """
+
+    def __init__(self, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> None:
+        self.lr, self.min_lr = lr, min_lr
+        self.warmup_steps = warmup_steps
+        self.total_steps = max(total_steps, warmup_steps + 1)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Rate of step number ``step`` (from 0), float32.
+
+        Args:
+            step: a tensor, so that the rate stays on its device.
+        """
+        done = step.to(torch.float32)
+        rise = self.lr * (done + 1) / max(self.warmup_steps, 1)
+        along = (done - self.warmup_steps) / max(self.total_steps - 1 - self.warmup_steps, 1)
+        half = 0.5 * (1 + torch.cos(math.pi * along.clamp(0.0, 1.0)))
+        return torch.where(done < self.warmup_steps, rise, self.min_lr + (self.lr - self.min_lr) * half)
 
 
 class StepDecision(NamedTuple):
@@ -84,7 +113,7 @@ class Guard:
             when the step is skipped.
         optimizer: best a fused one (``fused=True``, tensor ``lr``), which skips on the device. For any other
             the host reads the decision once a step.
-        schedule: learning rate by number of applied steps.
+        schedule: learning rate by number of applied steps; that of every parameter group.
         grad_clip: largest L2 norm of the gradient after clipping.
         average: model that holds the moving average of the weights; none: no average.
         ema_decay: its decay; after ``n`` steps at most ``(1 + n) / (10 + n)``, so that fresh weights soon
@@ -100,7 +129,6 @@ class Guard:
 
     Example:
         >>> import torch
-        >>> from refinelib.guard.optim import WarmupCosine, build_optimizer
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = build_optimizer(model.named_parameters(), kind="adamw", lr=0.01, weight_decay=0.0)
         >>> schedule = WarmupCosine(lr=0.01, min_lr=0.0, warmup_steps=0, total_steps=10)
@@ -133,11 +161,14 @@ class Guard:
     ) -> None:
         self.model, self.average = model, average
         self.optimizer, self.schedule = optimizer, schedule
+        #: Says how far weights may move, even if the schedule in use is changed.
+        self.planned = copy.copy(schedule)
+        self.reach = max(furthest_update(group) for group in optimizer.param_groups)
         self.grad_clip, self.ema_decay = grad_clip, ema_decay
         self.scaled, self.scale_floor, self.growth_interval = scaled, scale_floor, growth_interval
         self.on_spike, self.spike_sigma = on_spike, spike_sigma
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.averages = list(average.parameters()) if average is not None else []
         #: Weights and their averages as whole blocks: one kernel moves all of them.
         self.blocks = list(zip(flatten(model), flatten(average), strict=True)) if average is not None else []
@@ -152,12 +183,9 @@ class Guard:
         names = ["applied", "skipped", "skips_in_a_row", "scale", "headroom_peak", "good_in_a_row"]
         names += ["lr_factor", "lr_factor_until"]  # the latter in applied steps
         names += ["loss_center", "norm_center"]  # means of log loss and log gradient norm
-        names += [
-            "loss_spread",
-            "norm_spread",
-            "seen",
-        ]  # mean absolute deviations from these; number of values
-        names += ["capture_enabled", "updates_suspended", "damaged"]
+        names += ["loss_spread", "norm_spread", "seen"]  # mean absolute deviations; number of values
+        # rate_sum: of the planned learning rates of the steps that led to these weights
+        names += ["capture_enabled", "updates_suspended", "damaged", "rate_sum"]
         #: All that the guard remembers, in one tensor, so that one copy renews it; float64 counts exactly.
         self.memory = torch.zeros(len(names), dtype=torch.float64, device=device)
         #: The same by name, as views.
@@ -265,6 +293,7 @@ class Guard:
             **{"applied": applied + 1, "seen": seen + 1, "skips_in_a_row": torch.zeros_like(applied)},
             **{"loss_center": center[0], "norm_center": center[1]},
             **{"loss_spread": spread[0], "norm_spread": spread[1]},
+            **{"rate_sum": state["rate_sum"] + self.planned(applied)},
         }
         if_suspended = state | {"updates_suspended": torch.ones_like(applied)}
         outcomes = (if_suspended, if_skipped, if_applied)
@@ -344,12 +373,35 @@ class Guard:
         names = [name for some in alike.values() for name in some] + [f"guard.{name}" for name in self.state]
         return names, torch.cat([*(x.to(self.memory) for x in norms), self.memory.abs()])
 
-    def check_state(self) -> None:
-        """Suspend all updates if anything that a step may change is not finite; the next report says so.
+    @torch.no_grad()
+    def _too_far(self, tensors: Mapping[str, Tensor], memory: Tensor) -> Tensor:
+        """Which parameters moved further from an earlier state than the steps since can move them, bool."""
+        past = dict(zip(self.state, memory.unbind(), strict=True))
+        rates, steps = (self.state[name] - past[name] for name in ("rate_sum", "applied"))
+        then = [tensors[f"model.{name}"] for name in self.names]
+        apart = torch._foreach_sub(self.parameters, then)
+        moved, size = (torch.stack(torch._foreach_norm(x, math.inf)).double() for x in (apart, then))
+        decayed = rates * max(group["weight_decay"] for group in self.optimizer.param_groups)
+        rounded = steps * torch.finfo(then[0].dtype).eps
+        far: Tensor = moved > (self.reach * rates + size * (decayed + rounded)) * (1 + decayed)
+        return far
 
-        Needs no host-device synchronisation.
+    def check_state(self, since: tuple[Mapping[str, Tensor], Tensor] | None = None) -> None:
+        """Suspend all updates if the training state is damaged; the next report says so.
+
+        It is damaged if anything that a step may change is not finite, or if a weight has moved further than
+        the optimizer can have moved it at learning rates up to the schedule's. Reads nothing back from the
+        device: there is no host-device synchronisation.
+
+        Args:
+            since: :meth:`tensors` and :attr:`memory` of an earlier state to measure the movement from.
         """
-        self.state["damaged"].copy_(~torch.isfinite(self._largest()[1]).all())
+        bad = ~torch.isfinite(self._largest()[1]).all()
+        self.state["damaged"].copy_(bad if since is None else bad | self._too_far(*since).any())
+
+    def moved(self, since: tuple[Mapping[str, Tensor], Tensor]) -> list[str]:
+        """Names of the weights that have moved too far, see :meth:`check_state`; waits for the device."""
+        return [name for name, far in zip(self.names, self._too_far(*since).tolist(), strict=True) if far]
 
     def damage(self) -> list[str]:
         """Names of what is not finite now; waits for the device."""
@@ -390,6 +442,83 @@ class Guard:
         for group, before in zip(self.optimizer.param_groups, own, strict=True):
             if isinstance(before["lr"], Tensor):  # the very tensor that the fused kernel reads
                 group["lr"] = before["lr"].copy_(torch.as_tensor(group["lr"]))
+
+
+def furthest_update(group: Mapping[str, Any]) -> float:
+    """The furthest that a step of Adam or AdamW moves a weight, in learning rates, for any gradients.
+
+    With ``m`` and ``v`` as sums over the past, the Cauchy-Schwarz inequality bounds ``m / sqrt(v)`` by
+    ``(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))``. Weight decay and rounding come on top.
+
+    Args:
+        group: a parameter group of the optimizer; without ``betas`` there is no bound.
+
+    Example:
+        >>> round(furthest_update({"betas": (0.9, 0.999)}), 1)
+        7.3
+    """
+    b1, b2 = group.get("betas", (1.0, 1.0))
+    past = (1 - b2) * (1 - b1**2 / b2)
+    return 1.003 * (1 - b1) / math.sqrt(past) if past > 0 else math.inf  # 1.003: moments are float32
+
+
+@torch.no_grad()
+def flatten(module: nn.Module) -> list[Tensor]:
+    """Lay a module's parameters side by side in memory; shapes, strides and values stay.
+
+    Returns:
+        A 1-d block for each dtype. Two modules of the same build have their parameters at the same places.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> (block,) = flatten(layer)
+        >>> block.fill_(1.0).shape, layer.bias.tolist()  # each parameter starts at a multiple of 64 elements
+        (torch.Size([128]), [1.0, 1.0])
+    """
+    blocks = []
+    parameters = list(module.parameters())
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        some = [p for p in parameters if p.dtype == dtype]
+        sizes = [-(-p.numel() // 64) * 64 for p in some]  # kernels read whole lines of memory
+        block = torch.zeros(sum(sizes), dtype=dtype, device=some[0].device)
+        for p, piece in zip(some, torch.split(block, sizes), strict=True):
+            place = piece.as_strided(p.shape, p.stride())  # parameters are dense, in whatever order
+            place.copy_(p)
+            p.data = place
+        blocks.append(block)
+    return blocks
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    kind: str,
+    lr: float,
+    weight_decay: float,
+    fused: bool = True,
+) -> torch.optim.Optimizer:
+    """Adam or AdamW with tensor learning rates; only kernels and matrices are decayed.
+
+    Args:
+        parameters: ``model.named_parameters()``.
+        kind: ``adamw`` (Loshchilov & Hutter, 2019) or ``adam`` (decay as an L2 penalty).
+        lr: learning rate before the schedule sets it.
+        weight_decay: of kernels and matrices.
+        fused: one kernel that can skip by itself, on the device. Without it the guard reads its decision
+            back.
+    """
+    trained = [p for _, p in parameters if p.requires_grad]
+    device = trained[0].device
+
+    groups: list[dict[str, Any]] = []
+    for decayed in (True, False):
+        some = [p for p in trained if (p.ndim >= 2) == decayed]
+        # A fused kernel reads its rate on the device; the others take a number.
+        rate = torch.tensor(lr, dtype=torch.float32, device=device) if fused else lr
+        groups.append({"params": some, "weight_decay": decayed * weight_decay, "lr": rate})
+    cls = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
+    # Capturable: its step count lies on the device, so that a step can be part of a CUDA graph.
+    return cls(groups, lr=lr, fused=fused, capturable=fused and device.type == "cuda")
 
 
 def compare_with_past(
@@ -444,7 +573,9 @@ def measured(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return norms, largest
 
 
-def unscaled(norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor) -> Pair:
+def unscaled(
+    norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor
+) -> tuple[Tensor, Tensor]:
     """Norms and largest magnitudes of the gradients without their loss scale.
 
     Args:
@@ -465,6 +596,5 @@ def ran_out(error: BaseException) -> bool:
     PyTorch's allocator raises ``OutOfMemoryError``. CUDA, cuBLAS and cuDNN, which allocate by themselves, end
     in another ``RuntimeError``.
     """
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    cuda = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    return cuda or isinstance(error, torch.OutOfMemoryError)

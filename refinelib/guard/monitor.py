@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -95,19 +96,16 @@ class StepMonitor:
         values = torch.from_numpy(components).double().clamp(min=1e-12)
         # 1.2533: a normal distribution's standard deviation over its mean absolute deviation
         limit = (UNUSUAL_SIGMA * 1.2533 * self.spread).clamp(min=math.log(UNUSUAL_FACTOR))
-        past = compare_with_past(
-            values, self.center, self.spread, self.count, limit=limit, window=UNUSUAL_WINDOW
-        )
-        unusual, self.center, self.spread = past
+        past = self.center, self.spread, self.count
+        found = compare_with_past(values, *past, limit=limit, window=UNUSUAL_WINDOW)
+        unusual, self.center, self.spread = found
         self.count = self.count + 1
         return (unusual & (self.count > UNUSUAL_AFTER)).tolist()
 
     def _skip(self, row: Row) -> None:
         report = row.report
         terms = [name for name, x in zip(self.losses, row.components, strict=True) if not math.isfinite(x)]
-        bad = [
-            name for name, norm in zip(self.guard.names, row.norms, strict=True) if not math.isfinite(norm)
-        ]
+        bad = [name for name, x in zip(self.guard.names, row.norms, strict=True) if not math.isfinite(x)]
         subject = "the loss" if report["bad_loss"] else "the gradient"
         text = f"skipped: {subject} was not finite"
         if not report["bad_loss"] and math.isfinite(report["grad_max"]):
@@ -163,9 +161,6 @@ WINDOW, STRIDE = 64, 16
 WINDOW_FACTOR, STRIDE_FACTOR = 1.3, 2.5
 #: ... and by this many standard errors of such a median. A window is healthy at half of that.
 SIGMA = 6.0
-#: A jump: a window's median above that of the window before it, by this factor and so many standard errors of
-#: the difference. It is no more than a reason to take the steps again once: training itself may jump.
-JUMP_FACTOR, JUMP_SIGMA = 1.1, 5.0
 #: Windows that make the reference: the median of their medians, the lowest so far.
 REFERENCE = 3
 #: Before the first whole window the loss has diverged when the median of the last ``STRIDE`` losses is above
@@ -197,21 +192,10 @@ class LossMonitor:
         self.fresh = 0  # losses since the last of these
         self.lowest: Reference | None = None
 
-    def jump(self) -> str | None:
-        """Whether the last window lies well above the window before it."""
-        before, after = self.window[-2 * WINDOW : -WINDOW], self.window[-WINDOW:]
-        if self.since or len(before) < WINDOW or self.lowest is None:
-            return None
-        median, level = statistics.median(after), statistics.median(before)
-        # The median before is as uncertain as the one after: half the losses for the same standard error.
-        if median - level <= self._limit(WINDOW / 2, JUMP_FACTOR, JUMP_SIGMA):
-            return None
-        return _too_high(median, level, "what it was before")
-
-    def _limit(self, count: float, factor: float, sigma: float = SIGMA) -> float:
+    def _limit(self, count: int, factor: float) -> float:
         """By how much the median of so many losses may lie above the reference, in natural logarithms."""
         assert self.lowest is not None
-        return max(math.log(factor), sigma * 1.2533 * self.lowest.spread / math.sqrt(count))
+        return max(math.log(factor), SIGMA * 1.2533 * self.lowest.spread / math.sqrt(count))
 
     def add(self, loss: float) -> tuple[bool, str | None]:
         """Take in the loss of an applied step.
@@ -222,7 +206,7 @@ class LossMonitor:
         """
         log = math.log(max(loss, 1e-12))
         self.first = log if self.first is None else self.first
-        self.window = [*self.window, log][-2 * WINDOW :]
+        self.window = [*self.window, log][-WINDOW:]
         self.since, self.fresh = self.since + 1, self.fresh + 1
         if self.since < STRIDE:
             return False, None
@@ -231,7 +215,7 @@ class LossMonitor:
 
     def judge(self) -> tuple[bool, str | None]:
         """Judge the losses there are; see :meth:`add`."""
-        recent, window = self.window[-STRIDE:], self.window[-WINDOW:]
+        recent, window = self.window[-STRIDE:], self.window
         whole = len(window) == WINDOW
         if self.lowest is None:
             assert self.first is not None
@@ -264,12 +248,11 @@ class LossMonitor:
 
     def _refer(self) -> None:
         """Take a healthy window into the reference."""
-        window = self.window[-WINDOW:]
-        median = statistics.median(window)
+        median = statistics.median(self.window)
         self.medians, self.fresh = [*self.medians, median][-REFERENCE:], 0
         center = statistics.median(self.medians)
         if self.lowest is None or center < self.lowest.center:
-            self.lowest = Reference(center, _spread(window))
+            self.lowest = Reference(center, _spread(self.window))
 
     def first_and_last(self) -> tuple[float, float]:
         """The loss at the start, and now.
@@ -277,7 +260,7 @@ class LossMonitor:
         Now is the median of the last window, or the reference where a rewind has emptied it.
         """
         assert self.first is not None
-        last = self.window[-WINDOW:] or self.medians or [self.first]
+        last = self.window or self.medians or [self.first]
         return math.exp(self.first), math.exp(statistics.median(last))
 
     def restart(self, saved: dict[str, Any]) -> None:
@@ -288,14 +271,13 @@ class LossMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What it knows, as plain values."""
-        lists = {"window": list(self.window), "medians": list(self.medians)}
-        return {**vars(self), **lists, "lowest": None if self.lowest is None else list(self.lowest)}
+        return {**copy.deepcopy(vars(self)), "lowest": self.lowest and list(self.lowest)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.first, self.window, self.medians = saved["first"], list(saved["window"]), list(saved["medians"])
-        self.since, self.fresh = saved["since"], saved["fresh"]
-        self.lowest = None if saved["lowest"] is None else Reference(*saved["lowest"])
+        vars(self).update(copy.deepcopy(saved))
+        self.window = self.window[-WINDOW:]  # older checkpoints hold two windows
+        self.lowest = saved["lowest"] and Reference(*saved["lowest"])
 
 
 def _spread(values: list[float]) -> float:

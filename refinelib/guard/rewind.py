@@ -4,13 +4,15 @@ A *snapshot* holds everything a step may change. It is *stable* once a whole win
 healthy. Several are kept, and each rewind that follows another without a stable snapshot between them goes
 further back.
 
-After a loss that stays high, or a state that is not finite, the same steps are taken again: a fault that does
-not come again has then changed nothing. Where it does come again, and after too many skips in a row, training
-continues with the data after the trouble, at a lower learning rate.
+After a loss that stays high, or a damaged state (not finite, or weights that moved further than the learning
+rates allow), the same steps are taken again: a fault that does not come again has then changed nothing.
+Where it does come again, and after too many skips in a row, training continues with the data after the
+trouble, at a lower learning rate.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -85,7 +87,7 @@ class Rewinder:
         log: gives what the run's log knows of the steps whose rows were seen; kept with each snapshot.
 
     Example:
-        >>> from refinelib.guard.optim import WarmupCosine, build_optimizer
+        >>> from refinelib.guard.guard import WarmupCosine, build_optimizer
         >>> model = torch.nn.Linear(1, 1)
         >>> optimizer = build_optimizer(model.named_parameters(), kind="adamw", lr=0.1, weight_decay=0.0)
         >>> schedule = WarmupCosine(lr=0.1, min_lr=0.1, warmup_steps=0, total_steps=9)
@@ -133,16 +135,32 @@ class Rewinder:
             self.snapshots[0].stable = True
 
     def maybe_snapshot(self, step: int, *, after: int = SNAPSHOT_EVERY) -> None:
-        """Check the state and take a snapshot, if the newest is stable and ``after`` steps old."""
+        """Take a snapshot if the newest is stable and ``after`` steps old.
+
+        The state is checked then, and every ``WINDOW`` steps after the newest snapshot.
+        """
         newest = self.snapshots[-1]
-        if newest.stable and step - newest.step >= after:
-            self.guard.check_state()
+        age = step - newest.step
+        due = newest.stable and age >= after
+        if due or age % WINDOW == 0:
+            self.check()
+        if due:
             try:
                 self._take(step)
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
                 del self.snapshots[:-1]  # the newest stable one is worth more than another
+
+    def check(self) -> None:
+        """Have the guard check the state, and how far its weights are from the newest snapshot's."""
+        newest = self.snapshots[-1]
+        try:
+            self.guard.check_state((newest.tensors, newest.memory))
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            self.guard.check_state()  # the differences need as much memory as the weights
 
     def _take(self, step: int) -> None:
         self.snapshots.append(Snapshot.take(step, self.guard))
@@ -166,6 +184,8 @@ class Rewinder:
     # -- reports -------------------------------------------------------------------------------------
     def update(self, row: Row) -> str | None:
         """Take in one row, in order, which the log has; why the run has to go back, if it has to."""
+        if row.report["incident"]:  # the steps after it are taken again
+            self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step <= row.step]
         reason = self._judge(row.step, row.report)
         self.seen = row.step
         if self.snapshots and self.snapshots[-1].step == row.step:
@@ -186,16 +206,19 @@ class Rewinder:
         self.skips = 0
         self.steps = [*self.steps, step][-WINDOW:]
         healthy, reason = self.monitor.add(report["loss"])
-        jump = self.monitor.jump() if step > self.known and reason is None else None
-        if healthy and jump is None:
+        if healthy:
             self._promote(self.steps[0] - 1)
-        return reason or jump
+        return reason
 
     def damage(self) -> str:
-        """What is wrong with a state that is not finite."""
-        names, count = self.guard.damage(), len(self.guard.tensors())
-        first = names[0] if names else "none"
-        return f"{len(names)} of {count} tensors of the training state are not finite, first {first}"
+        """What is wrong with a damaged state."""
+        if names := self.guard.damage():
+            what = f"{len(self.guard.tensors())} tensors of the training state are not finite"
+        else:  # the newest snapshot may be the damaged state itself
+            moved = (self.guard.moved((s.tensors, s.memory)) for s in reversed(self.snapshots))
+            names = next(filter(None, moved), ["none"])
+            what = f"{len(self.guard.names)} parameters moved further than the learning rates allow"
+        return f"{len(names)} of {what}, first {names[0]}"
 
     def rewind(self, reason: str, step: int) -> tuple[str, Snapshot | None]:
         """Restore an earlier state.
@@ -279,13 +302,10 @@ class Rewinder:
     # -- kept in a checkpoint --------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """All but the snapshots' tensors, which have files of their own."""
-        names = ("rewinds", "slowed", "known", "target", "skips", "seen")
-        return {
-            **{name: getattr(self, name) for name in names},
-            **{"steps": list(self.steps), "reasons": list(self.reasons)},
-            "monitor": self.monitor.state_dict(),
-            "snapshots": [[s.step, s.stable, s.used] for s in self.snapshots],
-        }
+        names = ("rewinds", "slowed", "known", "target", "skips", "seen", "steps", "reasons")
+        own = {name: copy.copy(getattr(self, name)) for name in names}
+        snapshots = [[s.step, s.stable, s.used] for s in self.snapshots]
+        return {**own, "monitor": self.monitor.state_dict(), "snapshots": snapshots}
 
     def load_state_dict(self, saved: dict[str, Any], snapshots: Iterable[Snapshot]) -> None:
         """Continue from :meth:`state_dict`, with those of its snapshots that could be read."""

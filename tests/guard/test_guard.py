@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from refinelib.guard.guard import REPORT, Guard
-from refinelib.guard.optim import WarmupCosine, build_optimizer
+from refinelib.guard.guard import REPORT, Guard, WarmupCosine, build_optimizer
 
 
 class Net(nn.Module):
@@ -246,6 +247,7 @@ def test_a_step_on_cuda_reads_nothing_back():
         loss = model(x)
         guard.scale(loss).backward()
         guard.step(loss.detach())
+    since = {name: x.clone() for name, x in guard.tensors().items()}, guard.memory.clone()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -254,8 +256,10 @@ def test_a_step_on_cuda_reads_nothing_back():
             loss = model(x)
             guard.scale(loss).backward()
             guard.step(loss.detach())
+            guard.check_state(since)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not guard.state["damaged"]
 
 
 # -- exact skips on every path -----------------------------------------------------------------------
@@ -490,3 +494,45 @@ def test_how_it_steps_is_the_devices_affair_not_the_checkpoints():
         (group["capturable"], group["fused"], group["foreach"]) for group in guard.optimizer.param_groups
     ] == before
     assert guard.optimizer.param_groups[0]["weight_decay"] == 0.125
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["adam", "adamw", "sgd"]),
+    seed=st.integers(0, 2**20),
+    before=st.integers(0, 40),
+    steps=st.integers(1, 80),
+    growth=st.floats(0.5, 2.0),
+    sparse=st.floats(0.0, 1.0),
+    size=st.floats(0.01, 1e4),
+    slowed=st.sampled_from([1.0, 0.5, 1e-4]),
+    resumed=st.booleans(),
+)
+def test_no_gradients_move_a_weight_further_than_the_bound_and_a_damage_does(
+    kind, seed, before, steps, growth, sparse, size, slowed, resumed
+):
+    """Growing, shrinking, rare, not finite; slowed down; loaded into a new guard in between."""
+    model, guard = make(kind, clip=1e30, ema=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.first.weight.mul_(size)
+    for step in range(before + steps):
+        if step == before:
+            since = {name: x.clone() for name, x in guard.tensors().items()}, guard.memory.clone()
+            guard.slow_down(slowed, 20)
+        if step == before + steps // 2 and resumed:
+            saved = copy.deepcopy((model.state_dict(), guard.state_dict()))
+            model, guard = make(kind, clip=1e30, ema=0.0)
+            model.load_state_dict(saved[0])
+            guard.load_state_dict(saved[1])
+        for p in guard.parameters:
+            p.grad = growth ** min(step, 60) * (torch.rand(p.shape, generator=generator) < sparse).float()
+        guard.step(torch.tensor(math.nan if step % 7 == 6 else 1.0))
+    guard.check_state(since)
+    assert not guard.state["damaged"] and guard.moved(since) == []
+    rates = float(guard.state["rate_sum"] - since[1][list(guard.state).index("rate_sum")])
+    with torch.no_grad():
+        model.second.bias.add_(2 * 7.3 * rates + 1e-3)
+    guard.check_state(since)
+    found = [] if kind == "sgd" else ["second.bias"]  # SGD's update has no bound
+    assert bool(guard.state["damaged"]) == bool(found) and guard.moved(since) == found

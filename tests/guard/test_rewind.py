@@ -214,7 +214,7 @@ def test_a_loss_that_stays_high_is_noticed_from_the_first_steps_on(sigma, seed, 
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(at=st.integers(150, 800), seed=st.integers(0, 2**20), rise=st.floats(3.0, 100.0))
+@given(at=st.integers(150, 800), seed=st.integers(0, 2**20), rise=st.floats(5.0, 100.0))
 def test_a_rewind_goes_to_a_state_of_before_the_damage_and_each_further_back(trainer, at, seed, rise):
     recovery = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
     recovery.start(0)
@@ -233,6 +233,33 @@ def test_a_rewind_goes_to_a_state_of_before_the_damage_and_each_further_back(tra
     assert all(later < earlier or later == 0 for earlier, later in zip(went, went[1:], strict=False)), went
     with pytest.raises(DivergedError):
         recovery.rewind("still", step)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(1, 200), seed=st.integers(0, 2**20), by=st.floats(1.0, 1e30))
+def test_a_weight_that_moved_further_than_steps_can_is_noticed_without_the_loss(trainer, at, seed, by):
+    recovery = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
+    recovery.start(0)
+    before = trainer.model.person_head.bias.detach().clone()
+    for step, loss in enumerate(noisy(at + 65, seed=seed), 1):
+        if step == at:
+            shift(trainer, by)
+        reason = recovery.update(row(step, loss=loss, damaged=float(trainer.guard.state["damaged"])))
+        if reason:
+            break
+        recovery.maybe_snapshot(step)
+    assert step > at and reason.startswith("1 of ") and "person_head.bias" in reason, (step, reason)
+    message, again = recovery.rewind(reason, step)
+    assert again.step < at and torch.equal(trainer.model.person_head.bias, before), message
+
+
+def test_a_snapshot_of_a_step_after_an_incident_is_not_kept(recovery):
+    """Its number is that of a step that did not happen: updates were suspended."""
+    assert drive(recovery, noisy(50)) is None
+    incident = row(49, skipped=1)
+    incident.report["incident"] = 1.0
+    assert recovery.update(incident) is None
+    assert [snapshot.step for snapshot in recovery.snapshots] == [0]
 
 
 def test_a_burst_of_skips_goes_back_no_further_than_the_newest_snapshot(recovery):
@@ -329,9 +356,14 @@ def damaging(monkeypatch, at, hurt):
     monkeypatch.setattr(Trainer, "train_step", step)
 
 
-@pytest.mark.parametrize("at", [3, 318])
-def test_a_finite_damage_that_comes_once_has_changed_nothing(tiny, monkeypatch, at):
-    """The steps are taken again: weights and records are those of a run that nothing happened to."""
+@torch.no_grad()
+def shift(trainer, by):
+    trainer.model.person_head.bias.add_(by)
+
+
+@pytest.mark.parametrize(("at", "by"), [(3, 100.0), (150, 1.0), (-2, 100.0)])
+def test_a_finite_damage_that_comes_once_has_changed_nothing(tiny, monkeypatch, at, by):
+    """Loss or weights reveal it, the steps are taken again: weights and records are an undamaged run's."""
     given = dict(
         epochs=80,
         batch_size=3,
@@ -344,12 +376,13 @@ def test_a_finite_damage_that_comes_once_has_changed_nothing(tiny, monkeypatch, 
         ema_decay=0.9,
     )
     plain = train(tiny(run="plain", **given))
-    damaging(monkeypatch, at, lambda trainer: trainer.model.person_head.bias.add_(100.0))
+    at %= plain.status()["steps"]
+    damaging(monkeypatch, at, lambda trainer: shift(trainer, by))
     run = train(tiny(run="damaged", **given))
     assert run.status()["state"] == "ok" and run.status()["rewinds"] == 1
     (event,) = [event for event in run.events() if event["kind"] == "rewind"]
     assert (
-        at < event["step"] <= at + 64
+        at < event["step"] <= at + 65
         and int(event["message"].split("state after step ")[1].split(",")[0]) <= at
     )
     assert_same(final_weights(plain), final_weights(run))
