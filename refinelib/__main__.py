@@ -23,9 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("run", help="a run's name or folder, or a checkpoint file")
     score.add_argument("--images", help="folder of the images")
     score.add_argument("--annotations", help="COCO JSON of the people in them")
-    score.add_argument(
-        "--pennfudan", help="in place of both, the folder of Penn-Fudan (its validation images)"
-    )
+    score.add_argument("--pennfudan", help="in place of both, Penn-Fudan's folder (its validation images)")
     score.add_argument("--device", default="auto", choices=DEVICES)
     score.add_argument("--max-images", type=int, help="score only the first so many images")
     score.add_argument("--flip", action=switch, help="average with the mirror image, or not")
@@ -42,17 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     again.add_argument("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
     again.add_argument("--device", default="auto", choices=DEVICES)
 
-    batch = commands.add_parser(
-        "run", help="train recipes one after the other, through notebooks/train.ipynb"
-    )
+    batch = commands.add_parser("run", help="train recipes in a row, through notebooks/train.ipynb")
     batch.set_defaults(execute=_run)
     batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths")
     batch.add_argument("--epochs", type=int, help="passes over the training set, for all of them")
     batch.add_argument("--batch-size", type=int, help="ROIs in a micro-batch, for all of them")
     batch.add_argument("--debug", action="store_true", help="a few images, two epochs, a small model")
-    batch.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting"
-    )
+    pair = ("NAME", "VALUE")
+    batch.add_argument("-p", nargs=2, action="append", default=[], metavar=pair, help="a setting")
 
     options = parser.parse_args(arguments)
     try:

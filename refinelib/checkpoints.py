@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from refinelib.config import absolute
-from refinelib.files import opened_zip, reason, replacing, shown
+from refinelib.files import PathLike, opened_zip, reason, replacing, shown
 from refinelib.runs import Run, RunError
 
 #: Version of the content; others are refused. 4: attention is made of matrix products.
@@ -147,7 +147,7 @@ def checksum(content: Any) -> str:
 
 
 # -- reading -----------------------------------------------------------------------------------------
-def load(path: str | os.PathLike[str], *, needs: Collection[str] = ()) -> dict[str, Any]:
+def load(path: PathLike, *, needs: Collection[str] = ()) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, verified.
 
     Whatever the file holds, this takes no more memory than twice its size and 300 MiB.
@@ -179,8 +179,7 @@ def load(path: str | os.PathLike[str], *, needs: Collection[str] = ()) -> dict[s
         raise CheckpointError(f"{path} has format {shown(form)}, {why}")
     if checksum(content) != str(expected):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
-    missing = sorted(set(needs) - content.keys())
-    if missing:
+    if missing := sorted(set(needs) - content.keys()):
         raise CheckpointError(f"{path} is not the checkpoint that is needed: it lacks {', '.join(missing)}")
     for name, fits in _PARTS.items():
         if name in content and not fits(content[name]):
@@ -190,12 +189,8 @@ def load(path: str | os.PathLike[str], *, needs: Collection[str] = ()) -> dict[s
 
 # -- what a file may hold ----------------------------------------------------------------------------
 #: Bytes a value of each type of storage that a file may name, and what else it may name.
-_STORAGES = {
-    **dict.fromkeys(("torch ByteStorage", "torch CharStorage", "torch BoolStorage"), 1),
-    **dict.fromkeys(("torch HalfStorage", "torch BFloat16Storage", "torch ShortStorage"), 2),
-    **dict.fromkeys(("torch FloatStorage", "torch IntStorage"), 4),
-    **dict.fromkeys(("torch DoubleStorage", "torch LongStorage"), 8),
-}
+_KINDS = {1: "Byte Char Bool", 2: "Half BFloat16 Short", 4: "Float Int", 8: "Double Long"}
+_STORAGES = {f"torch {kind}Storage": size for size, kinds in _KINDS.items() for kind in kinds.split()}
 _OTHERS = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")
 #: How ``torch.save`` names a storage: ("storage", type, member, device, values).
 _NAMING = ("MARK", "BINUNICODE", "GLOBAL", "BINUNICODE", "BINUNICODE", "INT", "TUPLE")
@@ -216,15 +211,11 @@ def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None
     members = archive.infolist()
     root = members[0].filename.partition("/")[0] + "/"  # torch looks there, whatever the capitals
     sizes = {member.filename.removeprefix(root): member.file_size for member in members}
-    plain = all(
-        member.filename == member.orig_filename
-        and member.filename.startswith(root)
-        and member.compress_type == zipfile.ZIP_STORED
-        and member.compress_size == member.file_size
-        for member in members
-    )
+    stored = [member for member in members if member.compress_type == zipfile.ZIP_STORED]
+    plain = [m for m in stored if m.filename == m.orig_filename and m.compress_size == m.file_size]
+    inside = len(plain) == len(members) and all(m.filename.startswith(root) for m in members)
     # Without the zip's mark in front, torch would read the file as one of before 2020.
-    if file.read(4) != b"PK\x03\x04" or not plain or len({name.lower() for name in sizes}) < len(members):
+    if file.read(4) != b"PK\x03\x04" or not inside or len({name.lower() for name in sizes}) < len(members):
         raise ValueError("it is not a zip as torch.save writes it")
     if sum(sizes.values()) > size:
         raise ValueError("its members claim more bytes than it has")
@@ -301,7 +292,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def readable(path: str | os.PathLike[str]) -> bool:
+def readable(path: PathLike) -> bool:
     """Whether :func:`load` takes a file: it is whole, and of this version."""
     with contextlib.suppress(CheckpointError):
         load(path)
@@ -338,8 +329,7 @@ def newest_whole(
     if not usable:
         wrong = "; ".join(problems) or "none was written yet"
         raise CheckpointError(f"no usable checkpoint in {folder}: {wrong}")
-    _, path, content = max(usable, key=lambda item: item[0])
-    return path, content, problems
+    return *max(usable, key=lambda item: item[0])[1:], problems
 
 
 def nonfinite(content: Any, name: str = "") -> list[str]:
@@ -350,7 +340,7 @@ def nonfinite(content: Any, name: str = "") -> list[str]:
     return [found for key, value in items for found in nonfinite(value, f"{name}.{key}".lstrip("."))]
 
 
-def find(source: str | os.PathLike[str], *, output_dir: str = "outputs") -> Path:
+def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
     """The checkpoint file meant by a run's name, a run's folder or a file's own path.
 
     Of a run, the best one, else the last.

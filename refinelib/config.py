@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import pydantic
 from pydantic.fields import FieldInfo
 
-from refinelib.files import parse_yaml, read_yaml, reason, shown
+from refinelib.files import PathLike, parse_yaml, read_yaml, reason, shown
 from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option
 
 ROLES = ("run", "data", "model", "training", "inference")
@@ -56,7 +56,7 @@ def project_root() -> Path:
     return checkout if (checkout / "params").is_dir() else Path.cwd()
 
 
-def absolute(value: str | os.PathLike[str]) -> Path:
+def absolute(value: PathLike) -> Path:
     """Absolute form of a path; a relative one starts at the project's root.
 
     Raises:
@@ -252,7 +252,7 @@ def _class_with(options: tuple[Option, ...]) -> type[Settings]:
             raise ValueError(f"there is another setting {option.name!r} already: give yours another name")
         default = str | None if option.default is None else type(option.default)
         field = _setting(option.role, option.default, option.description, **option.limits)
-        found[option.name] = option.annotation or default, field
+        found[option.name] = default, field
     return pydantic.create_model("Settings", __base__=Settings, __module__=__name__, **found)
 
 
@@ -303,9 +303,7 @@ def resolve(recipe: str | None = None, /, **overrides: Any) -> Settings:
     if os.environ.get(SMOKE_VARIABLE):
         values["smoke"] = os.environ[SMOKE_VARIABLE]
     settings = read_values(settings_class(), values)
-    if settings.smoke:
-        settings = read_values(settings_class(), {**settings.model_dump(), **_smoke(settings)})
-    return settings
+    return settings.model_copy(update=_smoke(settings)) if settings.smoke else settings
 
 
 def from_notebook(namespace: Mapping[str, Any]) -> Settings:
@@ -348,19 +346,13 @@ def recipe_names() -> list[str]:
 
 def _smoke(settings: Settings) -> dict[str, Any]:
     """What smoke size changes: everything that costs time, nothing that chooses what runs."""
-    epochs = min(settings.epochs, 2)
-    return {
-        "smoke": True,
-        "width": min(settings.width, 0.0625),
-        "epochs": epochs,
-        "warmup_epochs": min(settings.warmup_epochs, epochs / 2),
-        "batch_size": min(settings.batch_size, 4),
-        "max_images": min(settings.max_images or 8, 8),
-        "roi_size": tuple(min(side, 32) for side in settings.roi_size),
-        "mask_size": tuple(min(side, 32) for side in settings.mask_size),
-        "log_every": 1,
-        "output_dir": "outputs/smoke" if settings.output_dir == "outputs" else settings.output_dir,
-    }
+    most = {"width": 0.0625, "epochs": 2, "batch_size": 4, "max_images": 8}
+    values: dict[str, Any] = {name: min(getattr(settings, name) or size, size) for name, size in most.items()}
+    for name in ("roi_size", "mask_size"):
+        values[name] = tuple(min(side, 32) for side in getattr(settings, name))
+    if settings.output_dir == "outputs":
+        values["output_dir"] = "outputs/smoke"
+    return {**values, "smoke": True, "log_every": 1}
 
 
 # -- parameters of notebooks that make no run ------------------------------------------------------------

@@ -26,6 +26,7 @@ JSON, YAML = 4 << 20, 64 << 10
 LINE, PIECE = 1 << 20, 4 << 20
 #: Bytes that the arrays of an .npz may take together.
 ARRAYS = 256 << 20
+PathLike = str | os.PathLike[str]
 
 
 # -- writing -----------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def reason(error: BaseException, length: int = 200) -> str:
 
 
 # -- text --------------------------------------------------------------------------------------------
-def _text(path: str | os.PathLike[str], limit: int) -> str:
+def _text(path: PathLike, limit: int) -> str:
     if not os.path.isfile(path):  # reading a pipe would wait
         raise FileNotFoundError(f"there is no file {path}")
     if (size := os.path.getsize(path)) > limit:
@@ -141,7 +142,7 @@ def dumps(record: dict[str, Any], *, indent: int | None = None) -> str:
     return json.dumps({**clean, "nonfinite": found} if found else clean, indent=indent, allow_nan=False)
 
 
-def read_json(path: str | os.PathLike[str], *, limit: int = JSON) -> Any:
+def read_json(path: PathLike, *, limit: int = JSON) -> Any:
     """What a JSON file of at most ``limit`` bytes holds."""
     try:
         return parse_json(_text(path, limit))
@@ -197,7 +198,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(reason(error)) from None
 
 
-def read_yaml(path: str | os.PathLike[str]) -> Any:
+def read_yaml(path: PathLike) -> Any:
     """What a YAML file holds."""
     try:
         return parse_yaml(_text(path, YAML))
@@ -216,7 +217,7 @@ class _Pieces(io.FileIO):
 
 
 @contextlib.contextmanager
-def opened_zip(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
+def opened_zip(path: PathLike) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
     """A zip and the file it is in, open; its list of members takes at most some 50 MiB."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
@@ -225,7 +226,7 @@ def opened_zip(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], zipfil
 
 
 def read_npz(
-    path: str | os.PathLike[str], shapes: Mapping[str, str] | None = None, *, budget: int = ARRAYS
+    path: PathLike, shapes: Mapping[str, str] | None = None, *, budget: int = ARRAYS
 ) -> dict[str, Any]:
     """The arrays of an ``.npz``.
 

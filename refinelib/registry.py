@@ -20,11 +20,10 @@ class Option:
 
     Attributes:
         name: the setting's name, as users type it.
-        default: its value where a recipe does not give one.
+        default: its value where a recipe does not give one; the setting has its type, a text for None.
         description: one sentence; it stands in the notebooks' parameter cell.
         limits: keyword arguments of :func:`pydantic.Field`, such as ``ge`` and ``le``.
         role: ``run``, ``data``, ``model``, ``training`` or ``inference``; see :mod:`refinelib.config`.
-        annotation: the setting's type; none: the default's type, or ``str | None`` for a default of None.
     """
 
     name: str
@@ -32,7 +31,6 @@ class Option:
     description: str
     limits: Mapping[str, Any] = field(default_factory=dict, hash=False)
     role: str = "training"
-    annotation: Any = None
 
 
 class Registry(Mapping[str, Part], Generic[Part]):

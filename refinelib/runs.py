@@ -22,7 +22,7 @@ from typing import Any
 
 from refinelib import files
 from refinelib.config import Settings, absolute, fields, project_root
-from refinelib.files import dumps, exclusive, read_json, reason, write_atomically
+from refinelib.files import PathLike, dumps, exclusive, read_json, reason, write_atomically
 
 
 class RunError(RuntimeError):
@@ -112,7 +112,7 @@ class Run:
         return cls(folder)
 
     @classmethod
-    def open(cls, run: str | os.PathLike[str], *, output_dir: str = "outputs") -> Run:
+    def open(cls, run: PathLike, *, output_dir: str = "outputs") -> Run:
         """A run on disk, finished or still going, by its folder or its name under ``outputs/``."""
         for folder in (Path(run), absolute(output_dir) / run, absolute(run)):
             if (folder / "status.json").is_file():
@@ -193,11 +193,9 @@ class Run:
         """Write what still waits, and say so where that is not possible."""
         self._close_tensorboard()
         if self._write() is not None:
-            lines = sum(len(lines) for name, lines in self._waiting.items() if name != "status.json")
-            what = (
-                f"{lines} lines of its records{' and its last status' * bool(self._waiting['status.json'])}"
-            )
-            self._tell(f"{what} could not be written in {self.folder}: there was no room to the end")
+            lines = sum(map(len, self._waiting.values()))
+            what = f"{lines} lines of its records could not be written in {self.folder}"
+            self._tell(f"{what}: there was no room to the end")
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -342,7 +340,7 @@ class Run:
             return re.sub(r"-\d+$", "", self.name)
 
 
-def find_runs(root: str | os.PathLike[str] = "outputs", name: str | None = None) -> list[Run]:
+def find_runs(root: PathLike = "outputs", name: str | None = None) -> list[Run]:
     """Runs under a folder, the one that wrote a record last at the end; phase sequences are left out.
 
     Args:
@@ -361,10 +359,7 @@ def find_runs(root: str | os.PathLike[str] = "outputs", name: str | None = None)
 
 
 def newest(
-    root: str | os.PathLike[str] = "outputs",
-    name: str | None = None,
-    *,
-    fits: Callable[[Run], bool] = lambda run: True,
+    root: PathLike = "outputs", name: str | None = None, *, fits: Callable[[Run], bool] = lambda run: True
 ) -> Run | None:
     """The run that wrote a record last, of those that :func:`find_runs` finds and that fit."""
     return next((run for run in reversed(find_runs(root, name)) if fits(run)), None)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ NEW_RUN = "start a new run from these weights with init_from"
 
 
 class TrainingState:
-    """A run's live objects: data, model, guard, records. Made anew, or restored from a checkpoint."""
+    """A run's live objects: data, model, guard, records; new, or restored from a checkpoint."""
 
     def __init__(self, settings: Settings, run: Run) -> None:
         self.settings, self.run = settings, run
@@ -46,15 +47,11 @@ class TrainingState:
         steps = settings.epochs * self.loader.steps_per_epoch
         speed, damaged = (functools.partial(self.say, kind) for kind in ("speed", "damaged"))
         self.stepper = Stepper(settings, self.parts, device=self.device, steps=steps, say=speed)
-        self.rewinder = Rewinder(
-            self.guard,
-            max_consecutive_skips=settings.max_consecutive_skips,
-            max_rewinds=settings.max_rewinds,
-            log=lambda: self.log.state_dict(),
-        )
+        limits = settings.pick("max_consecutive_skips", "max_rewinds")
+        self.rewinder = Rewinder(self.guard, log=lambda: self.log.state_dict(), **limits)
         every, folder = settings.probe_every, run.folder / "gradients"
         self.probe = Probe(folder, self.parts, self.forward, every=every, say=damaged)
-        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, probe=self.probe)
+        self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, take=self.probe.add)
         self.writer = checkpoints.Writer()
 
         self.step = 0  # steps tried: the position in the data
@@ -63,6 +60,7 @@ class TrainingState:
         self.incidents: list[str] = []  # kinds that were kept
         self.repeats = 0  # incidents of a kind that was kept before
         self.kept_snapshots: set[Path] = set()  # files that the last checkpoint needs
+        self.written_snapshots = weakref.WeakSet[Snapshot]()
         self.mean_coverage = torch.as_tensor(self.train_store.mean_coverage())
         self.guard.resume_updates(capture_enabled=self.wants_incidents)
 
@@ -77,9 +75,9 @@ class TrainingState:
             return self.model(images.contiguous(memory_format=torch.channels_last))
 
     # -- messages ----------------------------------------------------------------------------------
-    def say(self, kind: str, message: str) -> None:
-        """Record an event at the present step; what slows a run down is printed too."""
-        self.run.event(kind, message, step=self.step)
+    def say(self, kind: str, message: str, **fields: Any) -> None:
+        """Record an event, at the present step if no other is given; what slows a run down is printed too."""
+        self.run.event(kind, message, **{"step": self.step, **fields})
         if kind == "speed":
             print(f"{self.run.name}: {message}", flush=True)
 
@@ -119,9 +117,10 @@ class TrainingState:
         folder, content = self.run.folder / "checkpoints", checkpoints.to_cpu(self.state_dict())
         needed = {self.snapshot_file(snapshot.step): snapshot for snapshot in self.rewinder.snapshots}
         for file, snapshot in needed.items():
-            if file not in self.kept_snapshots:
+            if snapshot not in self.written_snapshots:  # its file may hold one of before a rewind
+                self.written_snapshots.add(snapshot)
                 file.parent.mkdir(exist_ok=True)
-                self.writer.save(file, snapshot.state_dict(), copy=True)
+                self.writer.save(file, snapshot.state_dict())
         for name in names:
             self.writer.save(folder / name, content, copy=False)
         for file in set(self.snapshot_file(0).parent.glob("*.pt")) - self.kept_snapshots - needed.keys():
@@ -130,16 +129,14 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint."""
-        per_epoch = self.loader.steps_per_epoch
-        position = {"step": self.step, "epoch": self.step // per_epoch, "steps_per_epoch": per_epoch}
-        incidents = {"incidents": list(self.incidents), "repeats": self.repeats}
+        per_epoch, rewinder = self.loader.steps_per_epoch, self.rewinder.state_dict()
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "guard": self.guard.state_dict(),
-            "position": position,
+            "position": {"step": self.step, "epoch": self.step // per_epoch, "steps_per_epoch": per_epoch},
             "log": self.log.state_dict(),
-            "recovery": {**self.rewinder.state_dict(), **incidents},
+            "recovery": {**rewinder, "incidents": list(self.incidents), "repeats": self.repeats},
             "random": random_state(self.device),
             "best": self.best,
             "settings": self.settings.model_dump(mode="json"),
@@ -151,7 +148,7 @@ class TrainingState:
         """Continue from the newest whole checkpoint of the run, and say what was wrong with the others."""
         path, saved, problems = checkpoints.newest_whole(self.run.folder / "checkpoints", check=self.check)
         step, epoch = saved["position"]["step"], saved["position"]["epoch"]
-        load_weights(self.model, saved, str(path))
+        self.model.load_state_dict(saved["model"], strict=False)  # it fits but for refinements: check
         if self.average is not None:
             self.average.load_state_dict(saved["average"] or saved["model"])
         self.guard.load_state_dict(saved["guard"])
@@ -180,25 +177,25 @@ class TrainingState:
         return self.run.folder / "checkpoints" / "snapshots" / f"{step:08d}.pt"
 
     def load_snapshots(self, saved: dict[str, Any]) -> list[Snapshot]:
-        """The usable snapshots of a checkpoint; an event names the others. Later ones are deleted."""
-        found, step, folder = [], saved["position"]["step"], self.snapshot_file(0).parent
+        """The usable snapshots of a checkpoint; an event names the others."""
+        found = []
         shapes = {name: x.shape for name, x in self.guard.tensors().items()}
-        if not folder.is_dir():  # the run had ended, and goes on with more epochs
+        listed = saved["recovery"].get("snapshots", [])
+        if not self.snapshot_file(0).parent.is_dir():  # the run had ended, and goes on with more epochs
             return []
-        for file in folder.glob("*.pt"):
-            if not file.stem.isdigit() or int(file.stem) > step:
-                file.unlink()
-        for number, *_ in saved["recovery"].get("snapshots", []):
+        for number, *_ in listed:
             file = self.snapshot_file(number)
             try:
                 content = checkpoints.load(file, needs=("tensors", "memory", "host"))
                 tensors, memory = content["tensors"], content["memory"]
                 weights = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
-                fits = tensors and all(shapes.get(name) == x.shape for name, x in weights.items())
+                fits = weights and memory.shape == self.guard.memory.shape
+                fits = fits and all(shapes.get(name) == x.shape for name, x in weights.items())
                 if not fits or checkpoints.nonfinite({**tensors, "memory": memory}):
                     raise CheckpointError(f"{file} is not of this run")
                 tensors = {name: x.to(self.device) for name, x in tensors.items()}
                 found.append(Snapshot(number, tensors, memory.to(self.device), content["host"]))
+                self.written_snapshots.add(found[-1])
                 self.kept_snapshots.add(file)
             except (CheckpointError, KeyError, TypeError, AttributeError) as error:
                 self.say("checkpoint", f"a snapshot cannot be used, a rewind will not go there: {error}")
@@ -208,7 +205,9 @@ class TrainingState:
         """Give a fresh model the weights that ``init_from`` names."""
         source = checkpoints.find(str(self.settings.init_from), output_dir=self.settings.output_dir)
         saved = checkpoints.load(source, needs=("model", "average", "settings"))
-        load_weights(model, {**saved, "model": saved["average"] or saved["model"]}, str(source))
+        weights = saved["average"] or saved["model"]
+        check_weights(model, {**saved, "model": weights}, source)
+        model.load_state_dict(weights, strict=False)
 
     def check(self, path: Path, saved: dict[str, Any]) -> None:
         """Whether this run can go on from a checkpoint.
@@ -224,7 +223,7 @@ class TrainingState:
         if saved.get("people") not in (None, self.train_store.identity):
             wrong = f"{path} was made with other people than the {len(self.train_store)} that this run has"
             raise CheckpointError(f"{wrong}: resume with the data of its start, or {NEW_RUN}")
-        check_weights(self.model, saved, str(path))
+        check_weights(self.model, saved, path)
         guard = {"optimizer": saved["guard"]["optimizer"]["state"], "guard": saved["guard"]["state"]}
         _refuse_nonfinite(path, {"average": saved["average"], **guard})
 
@@ -240,17 +239,13 @@ def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
     """
     now = settings.model_dump(mode="json")
     free = names_with_role("run", "inference") | {"add_pennfudan", "epochs", "init_from", "max_rewinds"}
-    changed = [
-        f"{name} was {value}, is {now[name]}"
-        for name, value in then.items()
-        if name in now and name not in free and value != now[name]
-    ]
-    if changed:
+    names = [name for name in then if name in now and name not in free and then[name] != now[name]]
+    if changed := [f"{name} was {then[name]}, is {now[name]}" for name in names]:
         wrong = f"resume goes on with the settings it was started with, and {'; '.join(changed)}"
         raise CheckpointError(f"{wrong}: leave that as it was, or {NEW_RUN}")
 
 
-def check_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
+def check_weights(model: nn.Module, saved: dict[str, Any], source: Path) -> None:
     """Whether a checkpoint's weights fit a model; one of the two may lack refinements.
 
     Raises:
@@ -268,18 +263,7 @@ def check_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
     _refuse_nonfinite(source, {name: x for name, x in weights.items() if name in own})
 
 
-def load_weights(model: nn.Module, saved: dict[str, Any], source: str) -> None:
-    """Load a checkpoint's weights into a model; refinements that it lacks keep theirs.
-
-    Raises:
-        CheckpointError: see :func:`check_weights`.
-    """
-    check_weights(model, saved, source)
-    own = model.state_dict()
-    model.load_state_dict({**own, **{name: x for name, x in saved["model"].items() if name in own}})
-
-
-def _refuse_nonfinite(source: str | Path, values: dict[str, Any]) -> None:
+def _refuse_nonfinite(source: Path, values: dict[str, Any]) -> None:
     if broken := checkpoints.nonfinite(values):
         wrong = f"{source} holds values that are not finite (first {broken[0]})"
         raise CheckpointError(f"{wrong}: start from another checkpoint")

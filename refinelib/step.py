@@ -40,11 +40,7 @@ CACHE_VARIABLE, CACHE = "TORCHINDUCTOR_CACHE_DIR", "outputs/compiled"
 #: results are written to memory, more are computed again.
 LARGE = 8.0
 FEWER_KERNELS, FEWER_KERNELS_SINCE = {"combo_kernels": True}, (2, 11)
-LESS_TRAFFIC = {
-    "realize_opcount_threshold": 100,
-    "realize_reads_threshold": 8,
-    "realize_acc_reads_threshold": 16,
-}
+LESS_TRAFFIC = dict(realize_opcount_threshold=100, realize_reads_threshold=8, realize_acc_reads_threshold=16)
 
 #: The tensors that a micro-batch is made from: see :meth:`~refinelib.data.loader.BatchLoader.inputs`.
 Inputs = tuple[Tensor, ...]
@@ -124,19 +120,19 @@ class Stepper:
         self.guard.zero_grad()
         batches = [self.injector.batch(*self.loader.make(*each)) for each in inputs]
         samples = sum(len(labels) for _, labels in batches)
-        results = []
-        for images, labels in _split(batches, self.chunks):
-            loss, components = self.forward(images.contiguous(memory_format=torch.channels_last), labels)
-            loss = self.injector.loss(loss)
-            if len(labels) != samples:  # every loss is a mean over samples
-                loss, components = loss * (len(labels) / samples), components * (len(labels) / samples)
-            torch.autograd.backward(self.guard.scale(loss))
-            results.append((components, loss.detach()))
+        totals: tuple[Tensor, Tensor] | None = None
+        for whole in batches:
+            for images, labels in zip(*(x.tensor_split(self.chunks) for x in whole), strict=True):
+                loss, parts = self.forward(images.contiguous(memory_format=torch.channels_last), labels)
+                loss = self.injector.loss(loss)
+                if len(labels) != samples:  # every loss is a mean over samples
+                    loss, parts = loss * (len(labels) / samples), parts * (len(labels) / samples)
+                torch.autograd.backward(self.guard.scale(loss))
+                now = parts, loss.detach()
+                totals = now if totals is None else (totals[0] + now[0], totals[1] + now[1])
         self.injector.after_backward()
-        components, total = results[0]
-        for more_components, more_loss in results[1:]:
-            components, total = components + more_components, total + more_loss
-        return components, total
+        assert totals is not None  # a step has a batch
+        return totals
 
     def run_with_oom_retry(self, inputs: list[Inputs]) -> Tensor:
         """A whole step, in more and more chunks until it fits into memory; equal but for rounding.
@@ -157,8 +153,7 @@ class Stepper:
     def split_batch(self, size: int) -> bool:
         """Free memory, take micro-batches of ``size`` in twice as many chunks; whether that is possible."""
         self.guard.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if self.chunks >= size:
             return False
         self.chunks = min(2 * self.chunks, size)
@@ -167,21 +162,20 @@ class Stepper:
 
     def _first(self, inputs: list[Inputs]) -> Tensor:
         """The first step, which compiles; where that is not possible, training goes on uncompiled."""
-        if not self.compiled:
-            return self.run_with_oom_retry(inputs)
-        self.say("compiles the training step: about two minutes on a GPU, less where the cache holds it")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # advice for the authors of compiled code
-                return self.run_with_oom_retry(inputs)
-        except Exception as error:  # no C compiler, no Triton, an unknown operation: many kinds
-            if ran_out(error):
-                raise
-            cause = (str(error) or type(error).__name__).splitlines()[0]
-            self.say(f"could not compile ({cause}): trains uncompiled, more slowly")
-        self.compiled, self.forward = False, self.eager
-        self.loader.uncompile()
-        self.guard.uncompile()
+        if self.compiled:
+            self.say("compiles the training step: about two minutes on a GPU, less where the cache holds it")
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # advice for the authors of compiled code
+                    return self.run_with_oom_retry(inputs)
+            except Exception as error:  # no C compiler, no Triton, an unknown operation: many kinds
+                if ran_out(error):
+                    raise
+                cause = (str(error) or type(error).__name__).splitlines()[0]
+                self.say(f"could not compile ({cause}): trains uncompiled, more slowly")
+            self.compiled, self.forward = False, self.eager
+            self.loader.uncompile()
+            self.guard.uncompile()
         return self.run_with_oom_retry(inputs)
 
     def _capture(self, inputs: list[Inputs]) -> None:
@@ -253,8 +247,3 @@ def _relative_size(settings: Settings) -> float:
     """Size of a micro-batch in ROIs of 64 x 64 at ``width`` 1, by the arithmetic of a step."""
     height, width = canvas_size(settings.roi_size, settings.context)
     return settings.batch_size * settings.width * height * width / 64**2
-
-
-def _split(batches: list[tuple[Tensor, Tensor]], chunks: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in batches:
-        yield from zip(images.tensor_split(chunks), labels.tensor_split(chunks), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,7 @@ from refinelib.runs import Run
 
 #: Steps whose reports travel together on CUDA. The host learns of a step after at most twice as many.
 BUNDLE = 16
-
-
-class Rows(Protocol):
-    """What takes the rows of each line, such as the probe of gradient norms."""
-
-    def add(self, steps: list[int], reports: NDArray[np.float64]) -> None:
-        """Take steps by number and their reports, ``[steps, losses + REPORT + parameters]``."""
+Take = Callable[[list[int], NDArray[np.float64]], None]
 
 
 class StepLog:
@@ -35,13 +29,13 @@ class StepLog:
         loss: whose components lead each report.
         guard: which makes the reports.
         every: steps between lines.
-        probe: also takes the reports.
+        take: takes each line's steps and their reports, ``[steps, losses + REPORT + parameters]``.
     """
 
     def __init__(
-        self, run: Run, loss: MaskLoss, guard: Guard, *, every: int, probe: Rows | None = None
+        self, run: Run, loss: MaskLoss, guard: Guard, *, every: int, take: Take = lambda steps, reports: None
     ) -> None:
-        self.run, self.names, self.every, self.probe = run, loss.names, every, probe
+        self.run, self.names, self.every, self.take = run, loss.names, every, take
         self.monitor = StepMonitor(run.event, guard, losses=loss.names, caps=loss.caps)
         self.pending: list[tuple[Tensor, int, int]] = []  # reports on the device, step, epoch
         self.travelling: tuple[Tensor, Any, list[tuple[int, int]]] | None = None
@@ -110,8 +104,7 @@ class StepLog:
             return
         rows, self.line_rows = self.line_rows, []
         reports = np.stack([[*row.components, *row.report.values(), *row.norms] for row in rows])
-        if self.probe is not None:
-            self.probe.add([row.step for row in rows], reports)
+        self.take([row.step for row in rows], reports)
         line = {"kind": "step", "step": rows[-1].step, "epoch": rows[-1].epoch, **self._summary(reports)}
         speed = round(len(rows) / (time.perf_counter() - self.started), 3)
         self.run.metrics({**line, "skipped": self.skipped, "steps_per_second": speed})

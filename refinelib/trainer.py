@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refinelib.build import autocast, build_model, resolve_auto
+from refinelib.build import autocast, fresh_model, resolve_auto
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings, SettingsError
 from refinelib.data.loader import Plan
@@ -35,6 +35,8 @@ from refinelib.state import TrainingState, random_state
 
 #: A run is not called trained if its loss did not fall and its target IoU fell by more than this.
 WORSE = 0.01
+#: Metrics that are told of each epoch, and kept of the best.
+SCORES = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU", "miou": "mIoU"}
 
 
 def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
@@ -69,10 +71,8 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
                 trainer.fit(interruption, on_epoch)
             except BaseException as error:
                 unchanged = trainer is None or isinstance(error, CheckpointError)  # no step was taken
-                if before is not None and unchanged and not isinstance(error, KeyboardInterrupt):
-                    run.update(**before)
-                else:
-                    run.update(**_last_status(run, error))
+                again = before is not None and unchanged and not isinstance(error, KeyboardInterrupt)
+                run.update(**(before if before and again else _last_status(run, error)))
                 error.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
                 raise
             finally:
@@ -101,9 +101,11 @@ class Trainer(TrainingState):
                 started, end = time.perf_counter(), (epoch + 1) * per_epoch
                 plan = self.loader.plan(epoch)
                 self.log.monitor.batch_instances = functools.partial(self.batch_instances, plan)
+                if interruption.requested:
+                    self.stop(plan)
                 self.model.train()
                 self.log.restart_clock()
-                while end - per_epoch <= self.step < end:
+                while end - per_epoch <= self.step < end and not interruption.requested:
                     report = self.train_step(plan, self.step % per_epoch)
                     self.step += 1
                     self.log.add(report, self.step, epoch + 1)
@@ -111,15 +113,11 @@ class Trainer(TrainingState):
                     if self.step < end:  # at an epoch's end the checkpoint comes with a snapshot
                         self.rewinder.maybe_snapshot(self.step)
                     bar.update(self.step - bar.n)
-                    if interruption.requested and self.step < end:
-                        self.stop(plan)
                 if self.step != end or not self.end_epoch(epoch, started):
-                    continue  # a rewind: some of the epoch's steps are taken again
+                    continue  # interrupted; or a rewind: some of the epoch's steps are taken again
                 bar.write(self.epoch_line(epoch, time.perf_counter() - started))
                 if on_epoch is not None:
                     on_epoch(self.run)
-                if interruption.requested and epoch + 1 < settings.epochs:
-                    self.stop(plan)
         self.report_writes(final=True)
         self.raise_unless_trained()
         shutil.rmtree(self.snapshot_file(0).parent, ignore_errors=True)
@@ -170,8 +168,7 @@ class Trainer(TrainingState):
         self.last_metrics = metrics = self.evaluate_epoch(epoch, final=last) if validated else {}
         is_best = validated and (self.best is None or selection_score(metrics) > selection_score(self.best))
         if is_best:
-            scores = {name: metrics[name] for name in ("target_iou", "boundary_iou", "miou")}
-            self.best = {"epoch": epoch + 1, "step": self.step, **scores}
+            self.best = {"epoch": epoch + 1, "step": self.step, **{name: metrics[name] for name in SCORES}}
         line = {"kind": "epoch", "epoch": epoch + 1, "step": self.step, **summary, "metrics": metrics}
         self.run.metrics({**line, "seconds": round(seconds, 3)})
         self.report_writes()
@@ -186,14 +183,18 @@ class Trainer(TrainingState):
         """Keep the very step that was reached, and leave."""
         self.process_reports(plan, wait=True)
         self.ensure_healthy(self.step // self.loader.steps_per_epoch + 1)
-        epochs_done = self.step // self.loader.steps_per_epoch
-        self.log.monitor.end_epoch(epochs_done + 1)
+        epoch = self.step // self.loader.steps_per_epoch + 1
+        self.log.monitor.end_epoch(epoch)
         self.save("last.pt")
-        self.report_writes(final=True)
-        with self.best_effort("gradients"):
-            self.probe.end_epoch(epochs_done + 1, whole=False)
-        self.run.update(step=self.step, epoch=epochs_done, skipped_steps=self.log.skipped)
+        self.leave(epoch, final=True)
         raise KeyboardInterrupt
+
+    def leave(self, epoch: int, *, final: bool = False) -> None:
+        """Write the records of an epoch (from 1) that does not come to its end; see :meth:`report_writes`."""
+        self.report_writes(final=final)
+        with self.best_effort("gradients"):
+            self.probe.end_epoch(epoch, whole=False)
+        self.run.update(step=self.step, epoch=epoch - 1, skipped_steps=self.log.skipped)
 
     # -- when a step goes wrong --------------------------------------------------------------------
     def keep_incident(self, plan: Plan, row: Row) -> None:
@@ -206,9 +207,7 @@ class Trainer(TrainingState):
             finding = capture(
                 folder,
                 row,
-                settings=resolve_auto(
-                    self.settings, self.device
-                ),  # the replay is then the same step anywhere
+                settings=resolve_auto(self.settings, self.device),  # the replay is the same step anywhere
                 parts=self.parts,
                 batches=[(batch.images, batch.labels) for batch in batches],
                 samples=self.batch_instances(plan, row.step),
@@ -217,17 +216,16 @@ class Trainer(TrainingState):
             )
         except (OSError, RuntimeError) as error:  # no room on the disk or the device
             message = f"step {row.step}: the incident could not be kept ({error})"
-            self.run.event("incident", message, step=row.step, epoch=row.epoch)
+            self.say("incident", message, step=row.step, epoch=row.epoch)
             self.repeats += 1
         else:
             if finding.kind in self.incidents:
                 self.repeats += finding.phase != "overflow"
             elif finding.phase != "overflow":  # an overflow is how the loss scale is found
                 self.incidents.append(finding.kind)
-                where = f"incidents/{folder.name}"
-                message = f"{finding.sentence}; kept in {where}"
-                fields = {"step": row.step, "epoch": row.epoch, "folder": where, **finding.as_dict()}
-                self.run.event("incident", message, **fields)
+                fields = {"step": row.step, "folder": f"incidents/{folder.name}", **finding.as_dict()}
+                message = f"{finding.sentence}; kept in {fields['folder']}"
+                self.say("incident", message, epoch=row.epoch, **fields)
             if finding.phase not in ("overflow", "none"):
                 self.guard.state["scale"].fill_(row.report["loss_scale"])  # halving it does not help
             if finding.phase == "weights":
@@ -243,13 +241,13 @@ class Trainer(TrainingState):
         return [self.train_store.instance(roi) for roi in rois]
 
     def ensure_healthy(self, epoch: int, *, last: bool = False) -> bool:
-        """Rewind if the state is not finite, or at the run's end if the loss is too high.
+        """Rewind if the state is damaged, or at the run's end if the loss is too high.
 
         Returns:
             Whether ``step`` is unchanged.
         """
         step = self.step
-        self.guard.check_state()
+        self.rewinder.check()
         if self.guard.state["damaged"]:
             self.rewind(self.rewinder.damage(), epoch)
         elif last and (reason := self.rewinder.monitor.judge_end()):
@@ -262,12 +260,9 @@ class Trainer(TrainingState):
             message, snapshot = self.rewinder.rewind(reason, self.step)
         except DivergedError:
             self.writer.flush()
-            self.report_writes()
-            self.run.update(step=self.step, epoch=epoch - 1, skipped_steps=self.log.skipped)
-            with self.best_effort("gradients"):
-                self.probe.end_epoch(epoch, whole=False)
+            self.leave(epoch)
             raise
-        self.run.event("rewind", message, step=self.step, epoch=epoch)
+        self.say("rewind", message, epoch=epoch)
         self.run.update(rewinds=self.rewinder.rewinds)
         self.guard.resume_updates(capture_enabled=self.wants_incidents)
         if snapshot is not None and snapshot.host is not None:
@@ -311,11 +306,11 @@ class Trainer(TrainingState):
         with autocast(self.settings, self.device):
             return predict_probs(model or self.eval_model, images, flip=flip, weights=weights)
 
-    def validate(self, *, final: bool = False) -> SegmentationMetrics:
-        """Metrics of :attr:`eval_model` on the validation ROIs."""
-        self.eval_model.eval()
-        size = self.settings.mask_size
-        found = score(self.predict, self.val_store, device=self.device, mask_size=size, full=final)
+    def validate(self, *, final: bool = False, model: nn.Module | None = None) -> SegmentationMetrics:
+        """Metrics of ``model``, else of :attr:`eval_model`, on the validation ROIs."""
+        model = model or self.eval_model
+        predict, size = functools.partial(self.predict, model=model.eval()), self.settings.mask_size
+        found = score(predict, self.val_store, device=self.device, mask_size=size, full=final)
         self.model.train()
         return found
 
@@ -332,26 +327,18 @@ class Trainer(TrainingState):
         """Metrics of the weights that the run began with."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.settings.seed)
-            model = build_model(self.settings)
-        # mypy does not know the memory format's overload.
-        model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = fresh_model(self.settings, self.device)
         if self.settings.init_from:
             self.start_from(model)
-        predict, size = functools.partial(self.predict, model=model.eval()), self.settings.mask_size
-        return score(predict, self.val_store, device=self.device, mask_size=size).compute()
+        return self.validate(model=model).compute()
 
     def epoch_line(self, epoch: int, seconds: float) -> str:
         """One line about the epoch just ended."""
         metrics, summary = self.last_metrics, self.last_summary
         loss = f"loss {summary['train_loss']:.4f}  gradient norm {summary['grad_norm']:.3g}"
         parts = [f"epoch {epoch + 1:>4}/{self.settings.epochs}", loss]
-        for name, title in {
-            "target_iou": "target IoU",
-            "boundary_iou": "Boundary IoU",
-            "miou": "mIoU",
-        }.items():
-            if metrics:
-                parts.append(f"{title} {'none' if metrics[name] is None else f'{metrics[name]:.3f}'}")
+        for name, title in SCORES.items() if metrics else ():
+            parts.append(f"{title} {'none' if metrics[name] is None else f'{metrics[name]:.3f}'}")
         return "  ".join([*parts, f"skipped {self.log.skipped}", f"{seconds:.1f} s"])
 
 
@@ -368,8 +355,5 @@ def _last_status(run: Run, error: BaseException) -> dict[str, str]:
         return {"state": "interrupted", "last_error": f"interrupted; {how}"}
     if isinstance(error, DivergedError):
         return {"state": "diverged", "last_error": str(error)}
-    line = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-    return {
-        "state": "failed",
-        "last_error": line if isinstance(error, CheckpointError) else line.splitlines()[0],
-    }
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"state": "failed", "last_error": str(error) if isinstance(error, CheckpointError) else line}
