@@ -5,8 +5,8 @@
 Real training steps of a small model with every module on; a fault every third step. For each cell:
 
     survived      every weight and moment is finite afterwards, and the next step is taken
-    exact         a skipped step moved nothing: weights, moments, step counts, average, statistics, schedule are bit for bit
-                  what they were (fp16's loss scale moves by its own rule, and only by that)
+    exact         a skipped step moved nothing: weights, moments, step counts, average, statistics and
+                  schedule are bit-identical (fp16's loss scale moves by its own rule, and only by that)
     attribution   the log names what was planted: module, parameter, input or loss
 
 Exit code 1 if a cell fails.
@@ -19,41 +19,53 @@ import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Sequence
+from typing import Any
 
 import torch
 
 from refinelib.config import resolve
-from refinelib.guard.faults import parse
 from refinelib.guard.diagnose import Finding
+from refinelib.guard.faults import parse
 from refinelib.runs import Run
 from refinelib.trainer import Trainer
 
 #: Fault, and whether the step has to be skipped.
-KINDS = {
-    "loss:nan": True, "loss:inf": True, "loss:spike": True,
-    "grad:nan:boundary": True, "grad:inf:stem": True, "grad:nan:target": True, "grad:overflow:contour": True, "grad:spike": True,
-    "loss:huge": True, "grad:huge:stem": True, "grad:huge:shared": True,
-    "activation:nan:contour": True, "activation:inf:person": True, "activation:nan:progressive": True, "activation:nan:distance": True,
-    "activation:spike:boundary": None, "activation:overflow:shared": None, "activation:huge:target": None, "input:huge": None,
-    "input:nan": True, "input:inf": True, "input:overflow": None, "input:spike": None, "label:swap": None,
-}  # fmt: skip
+KINDS: dict[str, bool | None] = {
+    **dict.fromkeys(("loss:nan", "loss:inf", "loss:spike", "loss:huge", "grad:spike"), True),
+    **dict.fromkeys(("grad:nan:boundary", "grad:inf:stem", "grad:nan:target"), True),
+    **dict.fromkeys(("grad:overflow:contour", "grad:huge:stem", "grad:huge:shared"), True),
+    **dict.fromkeys(("activation:nan:contour", "activation:inf:person"), True),
+    **dict.fromkeys(("activation:nan:progressive", "activation:nan:distance"), True),
+    **dict.fromkeys(("activation:spike:boundary", "activation:overflow:shared"), None),
+    **dict.fromkeys(("activation:huge:target", "input:huge"), None),
+    **dict.fromkeys(("input:nan", "input:inf"), True),
+    **dict.fromkeys(("input:overflow", "input:spike", "label:swap"), None),
+}
 PRECISIONS = ("off", "bf16", "fp16")
 #: Settings by the path's name. On CUDA all of them are captured as graphs, but for those that are not fused.
-PATHS = {
-    "adamw": {}, "adam": dict(optimizer="adam"), "adamw, 2 micro-batches": dict(accumulate=2), "adamw, eager": dict(cuda_graphs=False),
-    "adamw, not fused": dict(fused_optimizer=False), "adam, not fused": dict(optimizer="adam", fused_optimizer=False),
-    "adamw, compiled": dict(compile="on"),
-}  # fmt: skip
+PATHS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adam": {"optimizer": "adam"},
+    "adamw, 2 micro-batches": {"accumulate": 2},
+    "adamw, eager": {"cuda_graphs": False},
+    "adamw, not fused": {"fused_optimizer": False},
+    "adam, not fused": {"optimizer": "adam", "fused_optimizer": False},
+    "adamw, compiled": {"compile": "on"},
+}
 CLEAN = 12  # steps before the first fault, for the statistics of spikes
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
     parser.add_argument("--workers", type=int, default=1, help="columns measured side by side")
     parser.add_argument("--paths", help="only these, separated by semicolons")
@@ -61,11 +73,17 @@ def main() -> int:
     parser.add_argument("--compiled", action="store_true", help="one more path: compiled")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [(options.device, amp, path, folder) for amp, path in itertools.product(options.precisions.split(","), PATHS) if (path in options.paths.split(";") if options.paths else options.compiled or "compiled" not in path)]
-        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        usual = [path for path in PATHS if options.compiled or "compiled" not in path]
+        paths = options.paths.split(";") if options.paths else usual
+        pairs = itertools.product(options.precisions.split(","), paths)
+        jobs = [(options.device, amp, path, folder) for amp, path in pairs]
+        one = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), **one) as pool:
             waiting = {pool.submit(column, *job): job for job in jobs}
-            for done in as_completed(waiting):  # a column at a time, for whoever has to stop it early
-                print(json.dumps(dict(zip(("device", "amp", "path"), waiting[done]), good=sum(map(good, done.result())), of=len(KINDS))), file=sys.stderr, flush=True)
+            for done in as_completed(waiting):  # a column at a time, so that a run that is stopped has some
+                told = dict(zip(("device", "amp", "path"), waiting[done], strict=False))
+                told |= {"good": sum(map(good, done.result())), "of": len(KINDS)}
+                print(json.dumps(told), file=sys.stderr, flush=True)
             cells = [cell for done in waiting for cell in done.result()]
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     text = table(cells, f"{name}, torch {torch.__version__}")
@@ -80,13 +98,13 @@ def main() -> int:
 
 def column(device: str, amp: str, path: str, folder: str, kinds: dict = KINDS) -> list[dict]:
     """All faults of one precision and path, one after the other in one run."""
-    settings = resolve(
-        "demo", run=f"{amp}-{path.replace(', ', '-').replace(' ', '-')}", output_dir=folder, device=device, amp=amp, **{"compile": "off", **PATHS[path]},
-        batch_size=2, width=0.0625, roi_size=32, mask_size=32, max_images=4, epochs=1000, ema_decay=0.9, on_spike="skip",
-        max_incidents=1000, max_consecutive_skips=1000, lr=1e-4, warmup_epochs=0, log_every=1000, loss_scale_init=2.0**24, deterministic=True,
-        probe_every=0,
-        inject=";".join(f"{at(kind)}@{CLEAN + 3 * i}{where(kind)}" for i, kind in enumerate(kinds)),
-    )  # fmt: skip
+    small = {"batch_size": 2, "width": 0.0625, "roi_size": 32, "mask_size": 32, "max_images": 4}
+    small |= {"epochs": 1000, "ema_decay": 0.9, "lr": 1e-4, "warmup_epochs": 0, "loss_scale_init": 2.0**24}
+    ways = {"on_spike": "skip", "max_incidents": 1000, "max_consecutive_skips": 1000, "deterministic": True}
+    faults = (f"{at(kind)}@{CLEAN + 3 * place}{where(kind)}" for place, kind in enumerate(kinds))
+    records = {"log_every": 1000, "probe_every": 0, "output_dir": folder, "device": device, "amp": amp}
+    given = {"compile": "off", **PATHS[path], **small, **ways, **records, "inject": ";".join(faults)}
+    settings = resolve("demo", run=f"{amp}-{path.replace(', ', '-').replace(' ', '-')}", **given)
     run = Run.start(settings)
     trainer = Trainer(settings, run)
     trainer.rewinder.start(0)
@@ -94,13 +112,14 @@ def column(device: str, amp: str, path: str, folder: str, kinds: dict = KINDS) -
     for step in range(1, CLEAN + 3 * len(kinds)):
         due = step >= CLEAN and (step - CLEAN) % 3 == 0
         before = everything(trainer) if due else None
-        trainer.log.monitor.seen.clear()  # told and looked at afresh for every cell
+        trainer.log.monitor.seen.clear()  # every cell has events of its own
         trainer.incidents.clear()
         told = len(run.events())
         advance(trainer)
         if due:
             kind = list(kinds)[(step - CLEAN) // 3]
-            cells.append(judge(trainer, kind, kinds[kind], before, run.events()[told:], settings.batch_size) | dict(device=device, amp=amp, path=path))
+            found = judge(trainer, kind, kinds[kind], before, run.events()[told:], settings.batch_size)
+            cells.append({**found, "device": device, "amp": amp, "path": path})
     run.close()
     return cells
 
@@ -129,45 +148,69 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in found.items()}
 
 
-def judge(trainer: Trainer, kind: str, skips: bool | None, before: dict, events: list[dict], batch_size: int) -> dict:
+def judge(
+    trainer: Trainer, kind: str, skips: bool | None, before: dict, events: list[dict], batch_size: int
+) -> dict:
     """Survived, exact, attribution of the step just taken."""
     after = everything(trainer)
     finite = all(bool(v.isfinite().all()) for v in after.values() if v.is_floating_point())
     moved = [name for name in after if not torch.equal(after[name], before[name])]
-    skipped = any(event["kind"] in ("skip", "spike", "incident") and "skipped" in event["message"] or event["kind"] == "incident" for event in events)
+    skipped = any(
+        event["kind"] == "incident" or (event["kind"] in ("skip", "spike") and "skipped" in event["message"])
+        for event in events
+    )
     exact = not moved if skipped else bool(moved)  # a step that was not skipped was taken
     if skips is not None:
         exact = exact and skipped == skips
-    return dict(kind=kind, survived=finite, exact=exact, attribution=attributed(kind, skipped, events, first=list(range(0, batch_size * trainer.settings.accumulate, batch_size)), compiled=trainer.stepper.compiled), skipped=skipped, moved=moved[:3],
-                events=[event["message"] for event in events])  # fmt: skip
+    first = list(range(0, batch_size * trainer.settings.accumulate, batch_size))
+    named = attributed(kind, skipped, events, first=first, compiled=trainer.stepper.compiled)
+    outcome = {"kind": kind, "survived": finite, "exact": exact, "attribution": named, "skipped": skipped}
+    return {**outcome, "moved": moved[:3], "events": [event["message"] for event in events]}
 
 
-def attributed(kind: str, skipped: bool, events: list[dict], first: Sequence[int] = (0,), compiled: bool = False) -> bool:
-    """Whether the events name what was planted (``first``: the first sample of each micro-batch is the one), of a step taken again bit for bit, or but for rounding where
-    it was ``compiled``. A finite fault that was taken as an ordinary step needs no name."""
+def attributed(
+    kind: str, skipped: bool, events: list[dict], first: Sequence[int] = (0,), compiled: bool = False
+) -> bool:
+    """Whether the events name what was planted, and the replay is the same step.
+
+    A finite fault that was taken as an ordinary step needs no name.
+
+    Args:
+        kind: of the fault.
+        skipped: whether the step was.
+        events: of the step.
+        first: places of the first sample of each micro-batch, which has the fault.
+        compiled: whether the step was; its replay is the same within rounding, of others bit for bit.
+    """
     if not skipped:
         return True
     what, value, *place = kind.split(":")
     (fault,) = parse(f"{what}:{value}@1{''.join(':' + p for p in place)}")
     for event in events:
         if event["kind"] == "spike":
-            return what in ("loss", "label", "input", "activation") or event.get("parameter", "").startswith(fault.where) or not fault.where
+            anywhere = what in ("loss", "label", "input", "activation")
+            return anywhere or event.get("parameter", "").startswith(fault.where)
         if event["kind"] == "incident":
             finding = Finding(same_step=event["same_step"], apart=event["apart"])
             if not (finding.alike if compiled else finding.same_step):
                 return False
             if what == "loss":
                 return event["phase"] == "loss"
+            inside = event["module"].startswith(fault.where)
+            if what in ("input", "activation") and value not in ("nan", "inf"):
+                return bool(event["module"])
             if what == "input":
-                return event["phase"] == "input" and event["places"] == list(first) if value not in ("overflow", "huge", "spike") else bool(event["module"])
+                return event["phase"] == "input" and event["places"] == list(first)
             if what == "activation":
-                return event["module"].startswith(fault.where) if value in ("nan", "inf") else bool(event["module"])
+                return inside
             if value == "huge":
-                return event["phase"] == "large" and event["module"].startswith(fault.where)
-            return event["phase"] == "gradient" and len(event["parameters"]) == 1 and event["parameters"][0].startswith(fault.where)
+                return event["phase"] == "large" and inside
+            names = event["parameters"]
+            return event["phase"] == "gradient" and len(names) == 1 and names[0].startswith(fault.where)
     # fp16 that overflows is no incident the first few times; the skip itself names the parameters.
-    large = what == "activation" and value in ("spike", "overflow", "huge")  # the loss scale was too high for it, no more
-    return any(event["kind"] == "skip" and (large or all(name.startswith(fault.where) for name in event["parameters"])) for event in events)
+    large = what == "activation" and value in ("spike", "overflow", "huge")  # the loss scale was too high
+    skips = [event["parameters"] for event in events if event["kind"] == "skip"]
+    return any(large or all(name.startswith(fault.where) for name in names) for names in skips)
 
 
 def at(kind: str) -> str:
@@ -185,13 +228,16 @@ def good(cell: dict) -> bool:
 
 def table(cells: list[dict], device: str) -> str:
     """A row a fault, a column a precision and path; what failed is spelt out."""
-    paths = [(amp, path) for amp in PRECISIONS for path in PATHS if any((c["amp"], c["path"]) == (amp, path) for c in cells)]
-    lines = [f"Fault matrix, {device}: {sum(map(good, cells))} of {len(cells)} cells good (survived, state exact, attribution right).", ""]
-    lines += ["| fault | " + " | ".join(f"{'fp32' if amp == 'off' else amp} {path}" for amp, path in paths) + " |", "| --- " * (len(paths) + 1) + "|"]
+    taken = {(cell["amp"], cell["path"]) for cell in cells}
+    paths = [pair for pair in itertools.product(PRECISIONS, PATHS) if pair in taken]
+    heads = ["fault", *(f"{'fp32' if amp == 'off' else amp} {path}" for amp, path in paths)]
+    count = f"{sum(map(good, cells))} of {len(cells)} cells good (survived, state exact, attribution right)"
+    lines = [f"Fault matrix, {device}: {count}.", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for kind in dict.fromkeys(c["kind"] for c in cells):
         row = {(c["amp"], c["path"]): c for c in cells if c["kind"] == kind}
         lines.append(f"| `{kind}` | " + " | ".join(word(row[key]) for key in paths) + " |")
-    return "\n".join([*lines, "", "*skipped*: nothing moved, named in the log; *taken*: finite, an ordinary clipped step."])
+    words = "*skipped*: nothing moved, named in the log; *taken*: finite, an ordinary clipped step."
+    return "\n".join([*lines, "", words])
 
 
 def word(cell: dict) -> str:

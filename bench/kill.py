@@ -1,15 +1,16 @@
-"""A hundred random ``kill -9`` during training: nothing is lost, and the run that was resumed each time ends like one never stopped.
+"""A hundred random ``kill -9`` during training: the run, resumed each time, ends like an undisturbed one.
 
     python bench/kill.py [--kills 100] [--seed 0]
 
-Trains in child processes that are killed at random moments, as often in the middle of writing a checkpoint as chance has it, and
-resumes. Then compares every tensor of the final checkpoint, and every epoch's record, with an undisturbed run's. Prints one JSON
-line; exit code 1 if anything differs.
+Trains in child processes that are killed at random moments, also in the middle of writing a checkpoint, and
+resumes. Then compares every tensor of the final checkpoint, and every epoch's record, with an undisturbed
+run's. Prints one JSON line; exit code 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import random
@@ -27,7 +28,9 @@ from refinelib.trainer import train
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -40,10 +43,10 @@ def main() -> int:
 def attack(folder: Path, kills: int, chance: random.Random, epochs: int = 0) -> dict:
     """Kill and resume until the run is through, then compare it with one that was left alone."""
     torch.set_num_threads(1)
-    settings = resolve(
-        "demo", output_dir=str(folder), store_dir=str(folder / "stores"), max_images=4, width=0.0625, roi_size=32, mask_size=32, batch_size=2,
-        epochs=epochs or kills + 4, ema_decay=0.9, device="cpu", log_every=2, augment="full", run="whole",
-    )  # fmt: skip
+    small = {"max_images": 4, "width": 0.0625, "roi_size": 32, "mask_size": 32, "batch_size": 2}
+    ways = {"ema_decay": 0.9, "device": "cpu", "log_every": 2, "augment": "full"}
+    places = {"output_dir": str(folder), "store_dir": str(folder / "stores"), "run": "whole"}
+    settings = resolve("demo", epochs=epochs or kills + 4, **small, **ways, **places)
     seconds = time.perf_counter()
     whole = train(settings)
     epoch_seconds = (time.perf_counter() - seconds) / settings.epochs
@@ -51,7 +54,7 @@ def attack(folder: Path, kills: int, chance: random.Random, epochs: int = 0) -> 
     while True:
         child = multiprocessing.get_context("fork").Process(target=_train, args=(hurt,))
         child.start()
-        # Long enough for an epoch now and then, so that the run gets on: it keeps what it has at each epoch's end.
+        # Long enough for an epoch now and then: each epoch's end is kept, so the run gets on.
         child.join(chance.uniform(0.0, 2.0 * epoch_seconds) if done < kills else None)
         if child.is_alive():
             child.kill()
@@ -65,24 +68,27 @@ def attack(folder: Path, kills: int, chance: random.Random, epochs: int = 0) -> 
         if kept:
             hurt = hurt.model_copy(update={"resume": True})
         found_damaged += sum(not _whole(file) for file in kept)
-    a, b = (checkpoints.load(Run.open(folder / name).folder / "checkpoints" / "last.pt") for name in ("whole", _last(folder)))
-    same = all(checkpoints.checksum(a[part]) == checkpoints.checksum(b[part]) for part in ("model", "average", "guard", "position", "best"))
-    epochs_same = [_plain(e) for e in whole.epochs()] == [_plain(e) for e in Run.open(folder / _last(folder)).epochs()]
-    return {"equal": same and epochs_same, "kills": done, "epochs": settings.epochs, "damaged_checkpoints": found_damaged,
-            "seconds": round(time.perf_counter() - seconds, 1)}  # fmt: skip
+    resumed = Run.open(folder / _last(folder))
+    a, b = (checkpoints.load(run.folder / "checkpoints" / "last.pt") for run in (whole, resumed))
+    parts = ("model", "average", "guard", "position", "best")
+    same = all(checkpoints.checksum(a[part]) == checkpoints.checksum(b[part]) for part in parts)
+    epochs_same = [_plain(e) for e in whole.epochs()] == [_plain(e) for e in resumed.epochs()]
+    outcome = {"equal": same and epochs_same, "kills": done, "epochs": settings.epochs}
+    seconds = round(time.perf_counter() - seconds, 1)
+    return {**outcome, "damaged_checkpoints": found_damaged, "seconds": seconds}
 
 
 def _train(settings: Settings) -> None:
     torch.set_num_threads(1)
-    sys.stdout = open("/dev/null", "w")
     try:
-        train(settings)
+        with open("/dev/null", "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train(settings)
     except checkpoints.CheckpointError:
         sys.exit(3)
 
 
 def _last(folder: Path) -> str:
-    """A start that was killed before its first checkpoint leaves a folder of its own; the run is the one with checkpoints."""
+    """The run with checkpoints: a start that was killed before its first one leaves a folder of its own."""
     return next(file.parents[1].name for file in folder.glob("hurt*/checkpoints/last.pt"))
 
 

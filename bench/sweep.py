@@ -40,23 +40,25 @@ import tempfile
 import time
 import types
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
-from refinelib import build, checkpoints, trainer as training
+from refinelib import build, checkpoints
+from refinelib import trainer as training
 from refinelib.config import Settings, resolve
-from refinelib.runs import Run
 from refinelib.guard.guard import REPORT, Guard
 from refinelib.guard.rewind import DivergedError
+from refinelib.runs import Run
 from refinelib.steplog import StepLog
 from refinelib.trainer import Trainer, train
 
@@ -91,7 +93,10 @@ GOES_ON = ("begin", "first", "middle", "twice", "every")
 WARM = 9  # steps behind the warm state: from then on spikes are judged by their spread
 PATIENCE = 24  # clean steps within which one has to be applied: a search for the loss scale, a rewind
 #: What a skipped step may change in the guard's memory: counts of skips, and the loss scale by its own rule.
-RULED, RULED_SCALED = {"skipped", "skips_in_a_row", "updates_suspended"}, {"scale", "headroom_peak", "good_in_a_row"}
+RULED, RULED_SCALED = (
+    {"skipped", "skips_in_a_row", "updates_suspended"},
+    {"scale", "headroom_peak", "good_in_a_row"},
+)
 ON_RECORD = {"skip", "spike", "incident", "rewind"}
 LARGE = (math.nan, math.inf, 3e38, *(10.0**power for power in range(19, 39)))
 POWERS = (0.0, *(10.0**power for power in range(-45, 39)))
@@ -112,7 +117,7 @@ def keys(*, full: bool) -> list[Fault]:
     def often(amp: str, accumulate: int, **_: Any) -> int:
         return (1 + (amp == "off")) * (1 + (accumulate == 1))
 
-    found = [dict(zip(KEY, values)) for values in itertools.product(*KEY.values())]
+    found = [dict(zip(KEY, values, strict=False)) for values in itertools.product(*KEY.values())]
     return [key for key in found if full or chosen(**key) for _ in range(often(**key))]
 
 
@@ -238,7 +243,7 @@ def taps(trainer: Trainer) -> dict[str, list[Tap]]:
     """Where a fault can be planted within a step, by place."""
     injector, loss, guard = trainer.injector, trainer.loss, trainer.guard
     modules = [(n, m) for n, m in trainer.model.named_modules() if n and not isinstance(m, nn.ModuleList)]
-    parameters = list(zip(guard.names, guard.parameters))
+    parameters = list(zip(guard.names, guard.parameters, strict=False))
 
     def tap(install: Callable[[Control], Callable[[], None]]):
         control = Control(trainer.device)
@@ -279,14 +284,14 @@ def taps(trainer: Trainer) -> dict[str, list[Tap]]:
 
 def held(trainer: Trainer) -> dict[str, list[tuple[str, Any]]]:
     """What there is between steps, by place: a name, and a tensor or the group that has a plain rate."""
-    guard, named = trainer.guard, list(zip(trainer.guard.names, trainer.guard.parameters))
+    guard, named = trainer.guard, list(zip(trainer.guard.names, trainer.guard.parameters, strict=False))
     models = {"model": trainer.model, "average": trainer.average or nn.Module()}
     buffers = [(f"{which}.{n}", b) for which, model in models.items() for n, b in model.named_buffers()]
     moments = {n: guard.optimizer.state[p] for n, p in named if p in guard.optimizer.state}
     return {
         "parameter": named,
         **{kind: [(n, found[kind]) for n, found in moments.items()] for kind in MOMENTS},
-        "average": list(zip(guard.names, guard.averages)),
+        "average": list(zip(guard.names, guard.averages, strict=False)),
         "buffer": [(n, b) for n, b in buffers if b.is_floating_point()],
         "memory": list(guard.state.items()),
         "rate": [("lr", g["lr"] if isinstance(g["lr"], Tensor) else g) for g in guard.optimizer.param_groups],
@@ -336,7 +341,7 @@ class Moving:
             differs &= ~(old.isnan() & new.isnan())
             if bool(differs.any()):
                 pieces = differs.split([len(x) for x in part.values()])
-                names += [name for name, piece in zip(part, pieces) if bool(piece.any())]
+                names += [name for name, piece in zip(part, pieces, strict=False) if bool(piece.any())]
         return names
 
     def damage(self) -> list[str]:
@@ -413,7 +418,10 @@ class Attack:
 
     def judge(self, report: Tensor, number: int, moved: Callable[[], list[str]], memory: Tensor) -> None:
         """Did a step what it reports? ``moved`` names what it moved, ``memory`` is the guard's before."""
-        guard, row = self.trainer.guard, dict(zip(REPORT, report[len(self.trainer.loss.names) :].tolist()))
+        guard, row = (
+            self.trainer.guard,
+            dict(zip(REPORT, report[len(self.trainer.loss.names) :].tolist(), strict=False)),
+        )
         if not (row["skipped"] or row["updates_suspended"]):
             bad = [name for name, x in row.items() if not math.isfinite(x)]
             bad = bad or ["norms"] * (not bool(report.isfinite().all()))
@@ -422,7 +430,11 @@ class Attack:
             return
         ruled = RULED | (RULED_SCALED if guard.scaled else set())
         same = (memory == guard.memory) | (memory.isnan() & guard.memory.isnan())
-        others = [f"memory.{n}" for n, x in zip(guard.state, same.tolist()) if not x and n not in ruled]
+        others = [
+            f"memory.{n}"
+            for n, x in zip(guard.state, same.tolist(), strict=False)
+            if not x and n not in ruled
+        ]
         self.complain("exact", "skipped, and moved", moved() + others)
         if row["skipped"]:
             self.skipped += 1
@@ -626,7 +638,7 @@ class Rig:
         for constant, was in self.constants:
             constant.copy_(was)
         guard.memory.copy_(memory)
-        for group, rate in zip(guard.optimizer.param_groups, self.rates):
+        for group, rate in zip(guard.optimizer.param_groups, self.rates, strict=False):
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         guard.on_spike = on_spike
         guard.resume_updates(capture_enabled=incidents > 0)
@@ -790,7 +802,9 @@ class Sweep:
             "on_spike": ("clip",), **{name: values[:1] for name, values in KEY.items()},
         }  # fmt: skip
         for name, values in simpler.items():
-            for value in itertools.takewhile(lambda value: value != best["draw"][name], values):
+            for value in values:
+                if value == best["draw"][name]:
+                    break
                 draw = {**best["draw"], name: value}
                 if not possible(draw["place"], draw["time"]):
                     continue
@@ -828,7 +842,7 @@ def table(counts: Counter) -> str:
 
 def half_convolutions() -> None:
     """A float16 convolution's gradient takes 30 times float32's on a CPU: compute in that, and round."""
-    real = F.conv2d
+    real = functional.conv2d
 
     class Half(torch.autograd.Function):
         @staticmethod
@@ -855,15 +869,15 @@ def half_convolutions() -> None:
             bias = None if bias is None else bias.half()
             return Half.apply(input.half(), weight.half(), bias, stride, padding, dilation, groups)
 
-    F.conv2d = conv2d
+    functional.conv2d = conv2d
 
 
 @contextlib.contextmanager
 def quiet_folder() -> Iterator[str]:
     """A folder for a while, in which runs print nothing."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield folder
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with folder as name, contextlib.redirect_stdout(io.StringIO()):
+        yield name
 
 
 def share(worker: int, options: argparse.Namespace) -> dict[str, Any]:
