@@ -421,6 +421,7 @@ def test_a_learning_rate_that_is_far_too_high_is_noticed_at_once(tiny):
     settings = tiny(
         epochs=30,
         batch_size=3,
+        seed=1,
         lr=1.0,
         min_lr=1.0,
         warmup_epochs=0,
@@ -436,14 +437,14 @@ def test_a_learning_rate_that_is_far_too_high_is_noticed_at_once(tiny):
 
 
 def test_a_run_that_applied_fewer_than_half_of_its_steps_is_not_ok(tiny):
-    faults = ";".join(f"loss:nan@{step}" for step in range(1, 17) if step % 3)
-    with pytest.raises(DivergedError, match="5 of 16 steps were applied"):
+    faults = ";".join(f"loss:nan@{step}" for step in range(1, 13) if step % 3)
+    with pytest.raises(DivergedError, match="4 of 12 steps were applied"):
         train(tiny(epochs=4, batch_size=3, inject=faults, max_incidents=0))
 
 
 def test_resume_then_rewind_is_what_the_run_left_alone_does(tiny, monkeypatch):
     """Stopped once and resumed before the trouble: the snapshots are in the checkpoint's company."""
-    faults = ";".join(f"loss:nan@{step}" for step in range(120, 125))
+    faults = ";".join(f"loss:nan@{step}" for step in range(110, 115))
     given = dict(
         epochs=40,
         batch_size=3,
