@@ -24,48 +24,14 @@ from refinelib.runs import Run
 #: Gradient norms to look out for.
 NORM_LINES = {"10: usual": GREEN, "50: high": style.ORANGE, "100: unstable": VERMILLION}
 
-#: Where a step stands on a panel's axis.
-Place = Callable[[float], float]
-Lines = list[dict[str, Any]]
 
-
-def losses(run: RunLike) -> Figure:
-    """The total loss and its parts, each times its weight."""
-    return _one_panel(run, "losses", loss_panel)
-
-
-def gradient_norm(run: RunLike) -> Figure:
-    """L2 norm of the gradient before clipping: mean and largest of each window of steps."""
-    return _one_panel(run, "gradient norm", gradient_panel)
-
-
-def learning_rate(run: RunLike) -> Figure:
-    """Learning rate by step, and under fp16 the loss scale."""
-    return _one_panel(run, "learning rate", learning_rate_panel)
-
-
-def ious(run: RunLike) -> Figure:
-    """Scores of every validation on the left, the IoU of each class on the right."""
-    run = style.opened(run)
-    figure = style.run_figure(run, "validation", 4.0)
-    left, right = figure.subplots(1, 2, sharey=True)
-    score_panel(left, run)
-    epochs = run.validations()
-    for label, (name, color) in enumerate(style.CLASSES.items()):
-        values = [(line["metrics"].get("iou") or [None] * 3)[label] for line in epochs]
-        draw_line(right, [line["epoch"] for line in epochs], values, color, label=name)
-    style.style_axes(right, "IoU of each class, pixels of all ROIs pooled", "epoch")
-    style.legend(right)
-    return figure
-
-
-def overview(run: RunLike) -> Figure:
-    """Losses times their weights, gradient norm, learning rate and scores on one page."""
-    run = style.opened(run)
-    figure = style.run_figure(run, "overview", 7.0)
-    draw: list[Callable[[Axes, Run], None]] = [loss_panel, gradient_panel, learning_rate_panel, score_panel]
-    for panel, axes in zip(draw, figure.subplots(2, 2).ravel(), strict=True):
-        panel(axes, run)
+def curves(run: RunLike, *panels: str) -> Figure:
+    """A figure with some of the panels in ``PANELS``; by default an overview of four."""
+    names, run = panels or ("losses", "gradient norm", "learning rate", "scores"), style.opened(run)
+    rows = len(names) // 2 if len(names) > 2 else 1
+    figure = style.run_figure(run, ", ".join(panels) or "overview", 3.0 * rows + 1.2)
+    for name, axes in zip(names, figure.subplots(rows, len(names) // rows, squeeze=False).flat, strict=True):
+        PANELS[name](axes, run)
     return figure
 
 
@@ -84,48 +50,51 @@ def metrics_table(run: RunLike) -> str:
     return style.table(rows, ["", *heads, "unit", "better is"])
 
 
+def _metrics() -> list[tuple[str, str, str, str]]:
+    """Name, title, unit and better direction of the metrics: mIoU of all pixels, and those registered."""
+    found = [(name, m.title, m.unit, "more" if m.higher_is_better else "less") for name, m in METRICS.items()]
+    return [("miou", "mIoU", "", "more"), *found]
+
+
 # -- panels ----------------------------------------------------------------------------------------
-def _one_panel(run: RunLike, what: str, panel: Callable[[Axes, Run], None]) -> Figure:
-    figure = style.run_figure(style.opened(run), what, 4.4)
-    panel(figure.add_subplot(), style.opened(run))
-    return figure
-
-
-def loss_panel(axes: Axes, run: Run, place: Place = float) -> None:
-    """Total loss by window of steps and by epoch, and its parts times their weights, at ``place(step)``."""
-    settings, ends = style.recorded_settings(run), [0, *(line["step"] for line in run.epochs())]
-    parts = [{"step": line["step"], **line["losses"]} for line in run.steps()]
+def loss_panel(axes: Axes, run: Run) -> None:
+    """Total loss by window of steps and by epoch, and its parts times their weights."""
+    settings, steps, epochs = style.recorded_settings(run), run.steps(), run.epochs()
+    x = [line["step"] for line in steps]
     axes.set_yscale("log")
-    for name in dict.fromkeys(name for line in run.steps() for name in line["losses"]):
-        look = {"label": style.words(name), "linewidth": 1, "markersize": 0}
+    for name in dict.fromkeys(name for line in steps for name in line["losses"]):
         weight = settings.get(f"{name}_weight", 1.0)
-        _by_step(axes, parts, name, style.loss_color(name), place, weight, **look)
-    _by_step(axes, run.steps(), "loss", BLACK, place, linewidth=1, alpha=0.5, label="total")
-    middles = [place((start + end) / 2) for start, end in itertools.pairwise(ends)]
-    draw_line(axes, middles, [line["train_loss"] for line in run.epochs()], BLACK, label="total by epoch")
-    _mark_skips(axes, run, place)
+        parts = [line["losses"].get(name) for line in steps]
+        values = [None if part is None else part * weight for part in parts]
+        look = {"label": style.words(name), "linewidth": 1, "markersize": 0}
+        draw_line(axes, x, values, style.loss_color(name), **look)
+    draw_line(axes, x, [line["loss"] for line in steps], BLACK, linewidth=1, alpha=0.5, label="total")
+    ends = itertools.pairwise([0, *(line["step"] for line in epochs)])
+    middles = [(a + b) / 2 for a, b in ends]
+    draw_line(axes, middles, [line["train_loss"] for line in epochs], BLACK, label="total by epoch")
+    _mark_skips(axes, run)
     style.style_axes(axes, "training loss and its parts, each times its weight", "step", "loss")
     style.legend(axes)
 
 
-def gradient_panel(axes: Axes, run: Run, place: Place = float) -> None:
+def gradient_panel(axes: Axes, run: Run) -> None:
     """Mean and largest gradient norm of each window of steps, against the levels to look out for."""
     axes.set_yscale("log")
     axes.margins(y=0.15)
-    _by_step(axes, run.steps(), "grad_norm_max", style.PURPLE, place, linewidth=1, label="largest")
-    _by_step(axes, run.steps(), "grad_norm", BLACK, place, label="mean")
+    _by_step(axes, run, "grad_norm_max", style.PURPLE, linewidth=1, label="largest")
+    _by_step(axes, run, "grad_norm", BLACK, label="mean")
     for name, color in NORM_LINES.items():
         axes.axhline(float(name.split(":")[0]), color=color, linestyle="--", gid="limit", label=name)
     if clip := style.recorded_settings(run).get("grad_clip"):
         axes.axhline(clip, color=style.GREY, linestyle=":", gid="limit", label=f"clip, {clip:g}")
-    _mark_skips(axes, run, place)
+    _mark_skips(axes, run)
     style.style_axes(axes, "gradient norm before clipping, by window of steps", "step", "L2 norm")
     style.legend(axes)
 
 
 def learning_rate_panel(axes: Axes, run: Run) -> None:
     """Learning rate by step, and under fp16 the loss scale on an axis at the right."""
-    _by_step(axes, run.steps(), "lr", BLUE)
+    _by_step(axes, run, "lr", BLUE)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:g}")
     style.style_axes(axes, "learning rate", "step", "learning rate")
@@ -133,14 +102,13 @@ def learning_rate_panel(axes: Axes, run: Run) -> None:
         right = axes.twinx()
         right.set_yscale("log", base=2)
         right.set_ylabel("fp16 loss scale (green)", fontsize=9)
-        right.tick_params(labelsize=8)
-        _by_step(right, run.steps(), "loss_scale", GREEN, drawstyle="steps-post")
+        _by_step(right, run, "loss_scale", GREEN, drawstyle="steps-post")
 
 
-def score_panel(axes: Axes, run: Run, offset: float = 0.0) -> None:
+def score_panel(axes: Axes, run: Run) -> None:
     """Scores between 0 and 1 of every validation; the star is the epoch in ``checkpoints/best.pt``."""
     epochs = run.validations()
-    x = [offset + line["epoch"] for line in epochs]
+    x = [line["epoch"] for line in epochs]
     always = set.intersection(*(set(line["metrics"]) for line in epochs)) if epochs else set()
     shares = [one for one in _metrics() if one[0] in always and not one[2]]
     for (name, title, *_), color in zip(shares, (BLACK, *style.PALETTE), strict=False):
@@ -156,23 +124,27 @@ def score_panel(axes: Axes, run: Run, offset: float = 0.0) -> None:
     style.legend(axes)
 
 
-def _metrics() -> list[tuple[str, str, str, str]]:
-    """Name, title, unit and better direction of the metrics: mIoU of all pixels, and those registered."""
-    found = [(name, m.title, m.unit, "more" if m.higher_is_better else "less") for name, m in METRICS.items()]
-    return [("miou", "mIoU", "", "more"), *found]
+def _by_step(axes: Axes, run: Run, key: str, color: str, **look: Any) -> None:
+    steps = run.steps()
+    x = [line["step"] for line in steps]
+    draw_line(axes, x, [line.get(key) for line in steps], color, **look)
 
 
-def _by_step(
-    axes: Axes, lines: Lines, key: str, color: str, place: Place = float, weight: float = 1.0, **look: Any
-) -> None:
-    """The values under ``key`` by step, times ``weight``."""
-    values = [None if line.get(key) is None else line[key] * weight for line in lines]
-    draw_line(axes, [place(line["step"]) for line in lines], values, color, **look)
-
-
-def _mark_skips(axes: Axes, run: Run, place: Place) -> None:
+def _mark_skips(axes: Axes, run: Run) -> None:
     """A triangle at the foot of the panel at every skipped step on record."""
-    spikes = [event for event in run.events() if event["kind"] == "spike" and event.get("skipped")]
-    skips = [event for event in run.events() if "skip" in (event["kind"], event.get("of"))]
-    steps = sorted(place(event["step"]) for event in spikes + skips if "step" in event)
-    style.mark(axes, steps, 0.025, "^", color=VERMILLION, label="skipped", gid="skips")
+    steps = []
+    for event in run.events():
+        spike = event["kind"] == "spike"
+        if "step" in event and (
+            event.get("skipped") if spike else "skip" in (event["kind"], event.get("of"))
+        ):
+            steps.append(event["step"])
+    style.mark(axes, sorted(steps), 0.025, "^", color=VERMILLION, label="skipped", gid="skips")
+
+
+PANELS: dict[str, Callable[[Axes, Run], None]] = {
+    "losses": loss_panel,
+    "gradient norm": gradient_panel,
+    "learning rate": learning_rate_panel,
+    "scores": score_panel,
+}

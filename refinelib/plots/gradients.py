@@ -1,10 +1,12 @@
-"""Figures of a run's gradients, drawn from what its probe left on disk."""
+"""Figures of a run's gradients, drawn from what its probe left on disk.
+
+Those of an epoch's end (updates, distributions, term_shares) need ``found.epoch_statistics`` of one.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,41 +15,21 @@ from matplotlib.colors import LogNorm
 from numpy.typing import NDArray
 
 from refinelib.gradients.instability import Episode, episodes, levels, rounded
-from refinelib.gradients.record import Gradients, read
+from refinelib.gradients.record import Gradients
 from refinelib.plots import style
-from refinelib.plots.style import BLACK, BLUE, GREEN, ORANGE, VERMILLION, Figure, RunLike
-from refinelib.runs import Run, RunError
+from refinelib.plots.style import BLACK, BLUE, GREEN, ORANGE, VERMILLION, Figure
+from refinelib.runs import Run
 
 #: Columns of a heat map, at most: more cannot be told apart at a notebook's width.
 COLUMNS = 360
 #: The usual size of an update against its weight.
 USUAL_UPDATE = 1e-3
 
-Layers = str | Sequence[str] | None
-P = ParamSpec("P")
-Draw = Callable[Concatenate[Run, Gradients, P], Figure]
-Panels = tuple[Figure, dict[str, Axes]]
+Layers = str | Sequence[str] | None  # see refinelib.gradients.record.Gradients.select
 
 
-def _from_disk(draw: Draw[P]) -> Callable[Concatenate[RunLike, P], Figure]:
-    """Reads the gradients that ``draw`` needs; the figure says so where there are none yet."""
-
-    def drawn(run: RunLike, /, *arguments: P.args, **keywords: P.kwargs) -> Figure:
-        run = style.opened(run)
-        try:
-            return draw(run, read(run), *arguments, **keywords)
-        except RunError as error:
-            return style.message(run.name, str(error))
-
-    return functools.update_wrapper(drawn, draw)
-
-
-@_from_disk
 def heat(run: Run, found: Gradients, layers: Layers = None) -> Figure:
-    """Gradient norm by layer and step, and below it how many times its usual level each was.
-
-    ``layers`` are those of :meth:`refinelib.gradients.record.Gradients.select`.
-    """
+    """Gradient norm by layer and step, and below it how many times its usual level each was."""
     rows = found.select(layers)
     norms = np.stack([found.of(places) for places in rows.values()])
     level = levels(norms.T)[0].T
@@ -66,58 +48,72 @@ def heat(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     return figure
 
 
-@_from_disk
+def _heat_map(axes: Axes, found: Gradients, values: NDArray[Any], colors: str, norm: LogNorm) -> None:
+    """The largest value of the steps that share a column; what is not finite is black."""
+    steps = found.steps
+    starts = np.unique(np.linspace(0, len(steps), min(COLUMNS, len(steps)), endpoint=False).astype(int))
+    values = np.where(np.isfinite(values), np.maximum(values, 1e-38), np.nan)
+    cells = np.maximum.reduceat(values, starts, axis=1)
+    x, y = np.append(steps[starts], steps[-1] + 1) - 0.5, np.arange(len(values) + 1) - 0.5
+    cmap = matplotlib.colormaps[colors].with_extremes(bad="black")
+    picture = axes.pcolormesh(x, y, cells, cmap=cmap, norm=norm, rasterized=True)
+    axes.figure.colorbar(picture, ax=axes, pad=0.01, aspect=12)
+    style.mark(axes, steps[found.skipped], 0.02, "^", color=VERMILLION, mec="white", gid="skips")
+    axes.invert_yaxis()
+
+
 def module_norms(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     """Gradient norm of each module (or chosen layer) by step, its usual level, and where it left it."""
     seen = episodes(found)
     rows = dict(list(found.select(layers).items())[:24])  # nobody looks through more panels
     norms = np.stack([found.of(places) for places in rows.values()], axis=1)
     usual = 10 ** levels(norms)[0]
-    figure, panels = _panels(run, "L2 norm of the gradient by module and step", rows, 3)
-    for i, (name, axes) in enumerate(panels.items()):
+    figure, grid = _panels(run, "L2 norm of the gradient by module and step", rows, 3)
+    for i, (name, axes) in enumerate(zip(rows, grid, strict=False)):
         axes.set_yscale("log", nonpositive="mask")
         color = VERMILLION if seen and seen[0].module == name else BLUE
         style.draw_line(axes, found.steps, norms[:, i].tolist(), color, marker="", label="gradient norm")
         axes.plot(found.steps, usual[:, i], "--", color=BLACK, linewidth=0.9, label="usual level")
-        for e in (e for e in seen if e.module == name):
-            axes.axvspan(e.first - 0.5, e.last + 0.5, color=ORANGE, alpha=0.3, linewidth=0, gid="episode")
+        for e in seen:
+            if e.module == name:
+                axes.axvspan(e.first - 0.5, e.last + 0.5, color=ORANGE, alpha=0.3, linewidth=0, gid="episode")
         style.style_axes(axes, name)
     style.figure_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
-@_from_disk
 def updates(run: Run, found: Gradients, layers: Layers = None) -> Figure:
-    """Length of Adam's update over that of the weight: by epoch, and for each parameter in the last one."""
-    epoch, last = _statistics(found, None)
-    rows, epochs = found.select(layers), sorted(found.epoch_statistics)
-    recorded = [found.epoch_statistics[epoch] for epoch in epochs]
-    ratios = np.array([[_ratio(one, places) for one in recorded] for places in rows.values()])
+    """Length of Adam's update over that of the weight, in the last epoch and those before it."""
+    rows, epoch = found.select(layers), max(found.epoch_statistics)
+    recorded = [statistics for _, statistics in sorted(found.epoch_statistics.items())]
+    ratios = np.stack([one["update_ratios"] for one in recorded]).astype(float)  # [epochs, parameters]
+    weights = np.stack([one["weight_norms"] for one in recorded]).astype(float) ** 2
+    weights = np.where(np.isfinite(ratios), weights, 0.0)
     figure = style.run_figure(run, "update-to-weight ratio", max(3.2, 0.19 * len(rows) + 1.3))
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
-    left.set_yscale("log")
-    right.set_xscale("log")
-    colors = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(rows)))
-    for y, (places, color) in enumerate(zip(rows.values(), colors, strict=True)):
-        left.plot(epochs, ratios[y], "o-", color=color, markersize=3)
-        right.plot(last["update_ratios"][places], np.full(len(places), y), "o", color=color, markersize=3)
-    right.plot(ratios[:, -1], range(len(rows)), "|", color=BLACK, markersize=9, markeredgewidth=1.6)
-    left.axhline(USUAL_UPDATE, color=GREEN, linestyle="--", gid="usual")
-    right.axvline(USUAL_UPDATE, color=GREEN, linestyle="--", gid="usual")
-    style.style_axes(left, "by epoch, in the colours of the rows", "epoch", "|update| / |weight|")
-    style.style_axes(right, f"epoch {epoch}: a dot a parameter, a bar the row", "|update| / |weight|")
-    right.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    right.invert_yaxis()
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    for y, places in enumerate(rows.values()):
+        lengths = weights[:, places].sum(1)
+        moved = np.nansum(weights[:, places] * ratios[:, places] ** 2, 1)
+        row = np.sqrt(moved / np.where(lengths, lengths, np.nan))
+        axes.plot(ratios[-1, places], np.full(len(places), y), "o", color=BLUE, markersize=3, alpha=0.6)
+        axes.plot(row[:-1], np.full(len(row) - 1, y), "|", color=style.GREY, markersize=9)
+        axes.plot(row[-1:], [y], "|", color=BLACK, markersize=11, markeredgewidth=2)
+    axes.axvline(USUAL_UPDATE, color=GREEN, linestyle="--", gid="usual")
+    title = f"epoch {epoch}: a dot a parameter, a black bar the row; grey bars: the row in earlier epochs"
+    style.style_axes(axes, title, "|update| / |weight|")
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.invert_yaxis()
     return figure
 
 
-@_from_disk
-def distributions(run: Run, found: Gradients, epoch: int | None = None) -> Figure:
+def distributions(run: Run, found: Gradients) -> Figure:
     """Magnitudes of weights and gradients in each module: share of the elements by power of ten."""
-    epoch, last = _statistics(found, epoch)
+    epoch = max(found.epoch_statistics)
+    last = found.epoch_statistics[epoch]
     title = f"% of the weights and gradients by magnitude (power of 10), epoch {epoch}"
-    figure, panels = _panels(run, title, found.modules, 4)
-    for i, (name, axes) in enumerate(panels.items()):
+    figure, grid = _panels(run, title, found.modules, 4)
+    for i, (name, axes) in enumerate(zip(found.modules, grid, strict=False)):
         for kind, color in (("gradient", VERMILLION), ("weight", BLUE)):
             counts = last[f"{kind}_counts"][i]
             shares, lost = 100 * counts[1:-1] / max(1, counts.sum()), counts[-1]
@@ -129,17 +125,15 @@ def distributions(run: Run, found: Gradients, epoch: int | None = None) -> Figur
     return figure
 
 
-@_from_disk
-def term_shares(run: Run, found: Gradients, epoch: int | None = None) -> Figure:
+def term_shares(run: Run, found: Gradients) -> Figure:
     """Share of each loss in each module's gradient, on one fixed training batch."""
-    epoch, _ = _statistics(found, epoch)
+    epoch = max(found.epoch_statistics)
     title = f"share of each loss in the gradient of each module, epoch {epoch}"
     figure = style.run_figure(run, title, 1.35 + 0.24 * len(found.modules))
-    axes = figure.subplots()
-    start = np.zeros(len(found.modules))
+    axes, start = figure.subplots(), np.zeros(len(found.modules))
     for name, shares in zip(found.terms, np.nan_to_num(100 * found.shares(epoch)), strict=True):
-        look: dict[str, Any] = {"color": style.loss_color(name), "label": style.words(name)}
-        bars = axes.barh(found.modules, shares, left=start, **look)
+        color, label = style.loss_color(name), style.words(name)
+        bars = axes.barh(found.modules, shares, left=start, color=color, label=label)
         axes.bar_label(bars, [f"{s:.0f}" if s >= 8 else "" for s in shares], label_type="center", fontsize=8)
         start += shares
     style.style_axes(axes, "", "% of the sum of the losses' gradient norms")
@@ -161,46 +155,12 @@ def episodes_table(seen: Sequence[Episode], most: int = 10) -> str:
     return style.table(rows, heads) if rows else "No module left its usual level."
 
 
-# -- helpers ---------------------------------------------------------------------------------------
-def _statistics(found: Gradients, epoch: int | None) -> tuple[int, dict[str, NDArray[Any]]]:
-    """The statistics of an epoch's end, and which it is; by default the last."""
-    epoch = epoch or max(found.epoch_statistics, default=0)
-    if epoch not in found.epoch_statistics:
-        known = ", ".join(map(str, sorted(found.epoch_statistics))) or "none is on disk yet"
-        raise RunError(f"there are no statistics of epoch {epoch}; whole epochs: {known}")
-    return epoch, found.epoch_statistics[epoch]
-
-
-def _ratio(statistics: dict[str, NDArray[Any]], places: NDArray[Any]) -> float:
-    """Length of a layer's update over that of its weights."""
-    weights, ratios = (
-        statistics["weight_norms"][places].astype(np.float64),
-        statistics["update_ratios"][places],
-    )
-    weights, ratios = weights[np.isfinite(ratios)], ratios[np.isfinite(ratios)]
-    return float(np.linalg.norm(ratios * weights) / (np.linalg.norm(weights) or np.nan))
-
-
-def _panels(run: Run, title: str, names: Collection[str], columns: int) -> Panels:
+def _panels(run: Run, title: str, names: Collection[str], columns: int) -> tuple[Figure, Sequence[Axes]]:
     """A figure with a small panel a name."""
     depth = -(-len(names) // columns)
     figure = style.run_figure(run, title, 1.0 + 1.45 * depth)
-    grid = figure.subplots(depth, columns, sharex=True, squeeze=False).ravel()
+    grid = list(figure.subplots(depth, columns, sharex=True, squeeze=False).flat)
     for i, axes in enumerate(grid):
         axes.tick_params(labelbottom=i + columns >= len(names))
         axes.set_visible(i < len(names))
-    return figure, dict(zip(names, grid, strict=False))
-
-
-def _heat_map(axes: Axes, found: Gradients, values: NDArray[Any], colors: str, norm: LogNorm) -> None:
-    """The largest value of the steps that share a column; what is not finite is black."""
-    steps = found.steps
-    starts = np.unique(np.linspace(0, len(steps), min(COLUMNS, len(steps)), endpoint=False).astype(int))
-    values = np.where(np.isfinite(values), np.maximum(values, 1e-38), np.nan)
-    cells = np.maximum.reduceat(values, starts, axis=1)
-    x, y = np.append(steps[starts], steps[-1] + 1) - 0.5, np.arange(len(values) + 1) - 0.5
-    cmap = matplotlib.colormaps[colors].with_extremes(bad="black")
-    picture = axes.pcolormesh(x, y, cells, cmap=cmap, norm=norm, rasterized=True)
-    axes.figure.colorbar(picture, ax=axes, pad=0.01, aspect=12)
-    style.mark(axes, steps[found.skipped], 0.02, "^", color=VERMILLION, mec="white", gid="skips")
-    axes.invert_yaxis()
+    return figure, grid

@@ -26,15 +26,13 @@ Report = dict[str, Any]
 PICTURES = 6
 
 
-# -- tables ----------------------------------------------------------------------------------------
 def losses_table(report: Report) -> str:
     """Markdown: each loss as recorded, before its weight, its weight, and the total."""
-    rows: list[list[Any]] = []
-    for name in report["losses"]:
-        weight = report["settings"].get(f"{name}_weight")
-        rows.append([style.words(name), _shown(number(report, "losses", name)), weight])
-    rows.append(["**total**", _shown(number(report, "recorded", "loss")), None])
-    return style.table(rows, ["loss", "recorded", "weight"])
+    found = {style.words(name): number(report, "losses", name) for name in report["losses"]}
+    found["**total**"] = number(report, "recorded", "loss")
+    weights = [report["settings"].get(f"{name}_weight") for name in report["losses"]] + [None]
+    shown = [f"{value:.4g}" if math.isfinite(value) else f"**{value}**" for value in found.values()]
+    return style.table(zip(found, shown, weights, strict=True), ["loss", "recorded", "weight"])
 
 
 def people_table(report: Report) -> str:
@@ -47,20 +45,6 @@ def people_table(report: Report) -> str:
     return style.table(rows, ["place", "source", "image", "annotation", "box (x0, y0, x1, y1), pixels"])
 
 
-def first_bad_sentence(found: Layers) -> str:
-    """Where, in forward order and in backward order, the first value that is not finite stands."""
-    forward, backward = found.first_bad, found.first_bad_gradient
-    bad = [name for name, norm in found.parameters.items() if not math.isfinite(norm)]
-    lines = ["Forward, every layer's output is finite.", "Backward, every layer's gradient is finite."]
-    if forward:
-        lines[0] = f"Forward, the first output that is not finite is that of {forward.name}."
-    if backward:
-        lines[1] = f"Backward, the first gradient that is not finite is that at {backward.name}."
-    lines.append(f"Parameters without a finite gradient: {len(bad)} of {len(found.parameters)}.")
-    return "\n".join(lines)
-
-
-# -- figures ---------------------------------------------------------------------------------------
 def pictures(folder: Path, report: Report) -> Figure:
     """ROIs of the batch as the model got them; those that were not finite come first."""
     batch = checkpoints.load(folder / "batch.pt", needs=("images", "labels"))
@@ -72,14 +56,15 @@ def pictures(folder: Path, report: Report) -> Figure:
         above.append((_picture(images[place]), title))
         below.append((class_picture(labels[place]), ""))
     figure = _figure(report, f"{len(blamed)} of {len(images)} samples not finite")
-    rows = [("image", above), ("labels", below)]
     colors = style.CLASSES | {"pixel not finite": VERMILLION}
-    return picture_grid(figure, rows, (images.shape[2] / images.shape[3], 1.0, 1.0), key=colors)
+    shape = (images.shape[2] / images.shape[3], 1.0, 1.0)
+    return picture_grid(figure, [("image", above), ("labels", below)], shape, key=colors)
 
 
 def activations(report: Report, found: Layers) -> Figure:
     """Largest finite magnitude of every layer's output in forward order, and the share that is not finite."""
-    figure = _by_layer(report, found, "largest", "nonfinite", found.first_bad)
+    values = [(layer.largest, layer.nonfinite) for layer in found.forward]
+    figure = _by_layer(report, found, "largest finite output", values, found.first_bad)
     if report["settings"]["amp"] == "fp16":
         figure.axes[0].axhline(65504, color=BLACK, linestyle=":")  # the largest float16
     return figure
@@ -87,7 +72,9 @@ def activations(report: Report, found: Layers) -> Figure:
 
 def gradients(report: Report, found: Layers) -> Figure:
     """Norm of the loss's gradient by every layer's output, and the share of it that is not finite."""
-    return _by_layer(report, found, "gradient", "gradient_nonfinite", found.first_bad_gradient)
+    values = [(layer.gradient, layer.gradient_nonfinite) for layer in found.forward]
+    what = "L2 norm of the loss's gradient by the output"
+    return _by_layer(report, found, what, values, found.first_bad_gradient)
 
 
 def parameter_gradients(report: Report, found: Layers) -> Figure:
@@ -95,13 +82,13 @@ def parameter_gradients(report: Report, found: Layers) -> Figure:
     names = list(report["gradient_norms"])
     recorded = np.array(gradient_norms(report), np.float32)
     replayed = np.array([found.parameters.get(name, math.nan) for name in names], np.float32)
-    same = "" if np.array_equal(recorded, replayed, equal_nan=True) else "not "
     figure = _figure(report, "gradient by parameter", 4.2)
     axes = figure.subplots()
     axes.set_yscale("log", nonpositive="mask")
-    look: dict[str, Any] = {"linestyle": "", "label": "replayed", "markersize": 8, "fillstyle": "none"}
+    ring: dict[str, Any] = {"linestyle": "", "label": "replayed", "markersize": 8, "fillstyle": "none"}
     style.draw_line(axes, range(len(names)), recorded.tolist(), BLUE, linestyle="", label="recorded")
-    style.draw_line(axes, range(len(names)), replayed.tolist(), BLACK, **look)
+    style.draw_line(axes, range(len(names)), replayed.tolist(), BLACK, **ring)
+    same = "" if np.array_equal(recorded, replayed, equal_nan=True) else "not "
     title = f"recorded and replayed are {same}the same bit for bit"
     style.style_axes(axes, title, y="L2 norm before clipping")
     _name_parts(axes, [name.partition(".")[0] for name in names])
@@ -109,44 +96,36 @@ def parameter_gradients(report: Report, found: Layers) -> Figure:
     return figure
 
 
-# -- parts -----------------------------------------------------------------------------------------
 def _figure(report: Report, what: str, height: float = 1.0) -> Figure:
     name = report["settings"].get("run") or report["settings"]["recipe"]
     return style.new_figure(f"{name}, step {report['step']}: {what}", height)
 
 
-def _by_layer(report: Report, found: Layers, value: str, share: str, first: Layer | None) -> Figure:
+def _by_layer(
+    report: Report, found: Layers, what: str, values: Sequence[tuple[Any, Any]], first: Layer | None
+) -> Figure:
     """A panel for values and one for shares that are not finite, with a line at the first of these."""
-    layers, x = found.forward, range(len(found.forward))
-    what = {"largest": "largest finite output", "gradient": "L2 norm of the loss's gradient by the output"}[
-        value
-    ]
     figure = _figure(report, what + (f"; not finite first: {first.name}" if first else ""), 5.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 1])
     top.set_yscale("log", nonpositive="mask")
-    style.draw_line(top, x, [getattr(layer, value) or 0.0 for layer in layers], BLUE)
+    x = range(len(values))
+    style.draw_line(top, x, [value or 0.0 for value, _ in values], BLUE)
     # A dot on each: one bad element among many has to be seen too.
-    bottom.stem(x, [getattr(layer, share) or math.nan for layer in layers], linefmt=VERMILLION, basefmt=" ")
+    bottom.stem(x, [share or math.nan for _, share in values], linefmt=VERMILLION, basefmt=" ")
     bottom.set_ylim(-0.05, 1.1)
     if first:
-        top.axvline(layers.index(first), color=BLACK, linestyle="--")
-        bottom.axvline(layers.index(first), color=BLACK, linestyle="--")
+        top.axvline(found.forward.index(first), color=BLACK, linestyle="--")
+        bottom.axvline(found.forward.index(first), color=BLACK, linestyle="--")
     style.style_axes(top, f"{what}, in forward order: input, modules, losses")
     style.style_axes(bottom, "share of its elements that is not finite")
-    _name_parts(bottom, [layer.part for layer in layers])
+    _name_parts(bottom, [layer.part for layer in found.forward])
     return figure
 
 
 def _name_parts(axes: Axes, parts: Sequence[str]) -> None:
-    """A name and a band for every part of the model."""
+    """A name and a tick where each part of the model begins."""
     starts = [i for i, part in enumerate(parts) if i == 0 or parts[i - 1] != part]
-    ends = [*starts[1:], len(parts)]
-    for start, end in list(zip(starts, ends, strict=True))[::2]:
-        axes.axvspan(start - 0.5, end - 0.5, color="#F1F1F1", zorder=0, linewidth=0)
-    axes.set_xticks(
-        np.add(starts, ends) / 2 - 0.5, [parts[start] for start in starts], rotation=90, fontsize=6
-    )
-    axes.set_xlim(-0.5, len(parts) - 0.5)
+    axes.set_xticks(starts, [parts[start] for start in starts], rotation=90, fontsize=6)
 
 
 def _picture(image: NDArray[Any]) -> NDArray[Any]:
@@ -155,7 +134,3 @@ def _picture(image: NDArray[Any]) -> NDArray[Any]:
     picture = np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
     picture[~np.isfinite(pixels).all(-1)] = rgb(VERMILLION)
     return picture
-
-
-def _shown(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else f"**{value}**"

@@ -24,14 +24,11 @@ Pixels = NDArray[Any]
 Samples = dict[str, Pixels]
 Rows = list[tuple[str, list[tuple[Pixels, str]]]]
 Shape = tuple[float, float, float]
-Key = Mapping[str, str]
-
 Names = Collection[str]
 KINDS = ("worst", "median", "best")
-#: What a file of samples holds (see samples.py), and the bytes that the largest takes.
+#: What a file of samples holds.
 _SHAPES = {"image": "u KHW3", "labels": "u Khw", "probs": "f K3hw", "target_iou": "f K", "kind": "U K"}
 _SHAPES |= {"image_id": "iu K", "annotation_id": "iu K", "mask_size": "iu 2"}
-_BUDGET = 1 << 30
 
 
 # -- figures of a run ------------------------------------------------------------------------------
@@ -48,69 +45,16 @@ def sample_grid(run: RunLike, epoch: int | None = None, kinds: Names = KINDS, pe
         ValueError: there are no samples of that epoch.
     """
     run = style.opened(run)
-    epoch, samples = read_samples(run, epoch) or (0, {"kind": np.array([])})
     rows: Rows = []
-    for kind in kinds:
-        tiles = [_sample_tiles(samples, i) for i in np.flatnonzero(samples["kind"] == kind)[:per_kind]]
-        rows += [(kind, sum(tiles[i : i + 2], [])) for i in range(0, len(tiles), 2)]
+    if (found := read_samples(run, epoch)) is not None:
+        epoch, samples = found
+        for kind in kinds:
+            tiles = [sample_tiles(samples, i) for i in np.flatnonzero(samples["kind"] == kind)[:per_kind]]
+            rows += [(kind, sum(tiles[i : i + 2], [])) for i in range(0, len(tiles), 2)]
     if not rows:
         return style.message(run.name, "no validated ROI with a target yet")
     figure = style.run_figure(run, f"samples of epoch {epoch}")
-    return picture_grid(figure, rows, _shape_of(samples), key=CLASSES | ERRORS)
-
-
-def thresholded(run: RunLike, threshold: float = 0.5, epoch: int | None = None, *, count: int = 8) -> Figure:
-    """Validation ROIs where the probability of any person is at least a threshold.
-
-    Args:
-        run: a run, its name or folder.
-        threshold: a pixel is person where P(target) + P(other people) is at least this.
-        epoch: counted from 1; none: the last one that was validated.
-        count: ROIs, at most; the fixed ones come first.
-    """
-    run = style.opened(run)
-    if (found := read_samples(run, epoch)) is None:
-        return style.message(run.name, "no epoch has been validated yet")
-    epoch, samples = found
-    chosen = np.argsort(samples["kind"] != "fixed", kind="stable")[:count]
-    person = 1 - samples["probs"][chosen, 0].astype(np.float32)
-    truth, mask = samples["labels"][chosen] > 0, person >= threshold
-    both, either = (truth & mask).sum((1, 2)), (truth | mask).sum((1, 2))
-    images = [(image, "") for image in samples["image"][chosen]]
-    greys = [((255 * one).astype(np.uint8)[..., None].repeat(3, -1), "") for one in person]
-    errors = []
-    for i, (image, _) in enumerate(images):
-        picture = error_picture(image, truth[i].astype(int), mask[i].astype(int))
-        errors.append((picture, f"IoU {both[i] / max(1, either[i]):.2f}"))
-    title = f"person where P >= {threshold:.2f}, epoch {epoch}: IoU {both.sum() / max(1, either.sum()):.3f}"
-    rows: Rows = [("image", images), ("P(person)", greys), ("error", errors)]
-    wrong = {name: ERRORS[name] for name in ("missed", "too much")}
-    return picture_grid(style.run_figure(run, title), rows, _shape_of(samples), key=wrong)
-
-
-def same_rois(title: str, runs: Mapping[str, Run], count: int, *, alarm: Names = ()) -> Figure:
-    """The same validation ROIs in every run: image, truth, then each run's last masks of them, a row a run.
-
-    Args:
-        title: of the figure.
-        runs: by the name of their row; those without masks are named in the title.
-        count: ROIs, at most; those that all runs with masks have in common.
-        alarm: names that stand in orange-red.
-    """
-    found = {name: samples[1] for name, run in runs.items() if (samples := read_samples(run))}
-    places = {name: _fixed(samples) for name, samples in found.items()}
-    first = next(iter(places.values()), {})
-    common = [key for key in first if all(key in other for other in places.values())]
-    if missing := [name for name in runs if name not in found]:
-        title += f"; no masks yet of {', '.join(missing)}"
-    if not common:
-        return style.message(title, "the runs have no validated instance in common")
-    keys = [common[i] for i in np.unique(np.linspace(0, len(common) - 1, count).round().astype(int))]
-    tiles = {name: [_sample_tiles(found[name], places[name][key]) for key in keys] for name in found}
-    name = next(iter(found))
-    rows: Rows = [(("image", "truth")[i], [(roi[i][0], "") for roi in tiles[name]]) for i in (0, 1)]
-    rows += [(name, [roi[2] for roi in rois]) for name, rois in tiles.items()]
-    return picture_grid(style.new_figure(title), rows, _shape_of(found[name]), alarm=alarm)
+    return picture_grid(figure, rows, shape_of(samples), key=CLASSES | ERRORS)
 
 
 # -- other figures ---------------------------------------------------------------------------------
@@ -120,9 +64,9 @@ def rois(store: Store, count: int = 8) -> Figure:
     images, coverage = store.gather(chosen)
     samples = {"image": images.numpy(), "labels": labels_from_coverage(coverage).numpy()}
     rows: Rows = [("image", [(image, "") for image in samples["image"]])]
-    rows.append(("labels", [(class_picture(labels), "") for labels in samples["labels"]]))
+    rows += [("labels", [(class_picture(labels), "") for labels in samples["labels"]])]
     figure = style.new_figure(f"{len(chosen)} of {len(store)} {store.split} ROIs and their labels")
-    return picture_grid(figure, rows, _shape_of(samples | {"mask_size": np.array(store.mask_size)}))
+    return picture_grid(figure, rows, shape_of(samples | {"mask_size": np.array(store.mask_size)}))
 
 
 def boxes_figure(pixels: Pixels, boxes: Sequence[Sequence[float]], labels: Sequence[str]) -> Figure:
@@ -164,41 +108,39 @@ def read_samples(run: Run, epoch: int | None = None) -> tuple[int, Samples] | No
         ValueError: those of the epoch given are not there, or damaged.
     """
     files = by_epoch(run.folder / "samples")
-    if epoch is not None and epoch not in files:
-        there = ", ".join(map(str, files)) or "none yet"
-        raise ValueError(f"{run.folder / 'samples'} holds no masks of epoch {epoch}; there are {there}")
-    for number in [epoch] if epoch is not None else reversed(files):
+    if epoch is not None:
+        if epoch not in files:
+            there = ", ".join(map(str, files)) or "none yet"
+            raise ValueError(f"{run.folder / 'samples'} holds no masks of epoch {epoch}; there are {there}")
+        return epoch, read_npz(files[epoch], _SHAPES, budget=1 << 30)
+    for number in reversed(files):
         try:
-            return number, read_npz(files[number], _SHAPES, budget=_BUDGET)
+            return number, read_npz(files[number], _SHAPES, budget=1 << 30)
         except (OSError, ValueError) as error:
-            if epoch is not None:
-                raise
             warnings.warn(f"the masks of epoch {number} were passed over: {error}", stacklevel=2)
     return None
 
 
-def _fixed(samples: Samples) -> dict[tuple[int, int], int]:
-    """Where each fixed ROI lies, by image and annotation."""
-    fixed = np.flatnonzero(samples["kind"] == "fixed")
-    return {(int(samples["image_id"][i]), int(samples["annotation_id"][i])): int(i) for i in fixed}
-
-
-def _shape_of(samples: Samples) -> Shape:
+def shape_of(samples: Samples) -> Shape:
+    """Height of a crop over its width; height and width of the box as shares of the crop's."""
     height, width = samples["image"].shape[1:3]
     rows, columns = samples["mask_size"] / samples["labels"].shape[1:]
     return height / width, float(rows), float(columns)
 
 
-def _sample_tiles(samples: Samples, i: int) -> list[tuple[Pixels, str]]:
+def sample_tiles(samples: Samples, i: int) -> list[tuple[Pixels, str]]:
+    """Image, truth, prediction and error of one ROI, each with its title."""
     image, truth, score = samples["image"][i], samples["labels"][i], samples["target_iou"][i]
     predicted = samples["probs"][i].astype(np.float32).argmax(0)
-    told = f"IoU {score:.2f}" if np.isfinite(score) else ""
+    shown = f"IoU {score:.2f}" if np.isfinite(score) else ""
     tiles = [(image, f"image {samples['image_id'][i]}"), (class_picture(truth), "truth")]
-    return [*tiles, (class_picture(predicted), told), (error_picture(image, truth, predicted), "error")]
+    return [*tiles, (class_picture(predicted), shown), (error_picture(image, truth, predicted), "error")]
 
 
 # -- grids of pictures -----------------------------------------------------------------------------
-def picture_grid(figure: Figure, rows: Rows, shape: Shape, key: Key = CLASSES, alarm: Names = ()) -> Figure:
+def picture_grid(
+    figure: Figure, rows: Rows, shape: Shape, key: Mapping[str, str] = CLASSES, alarm: Names = ()
+) -> Figure:
     """Rows of pictures in a figure, which gets the height they need.
 
     Args:
@@ -208,11 +150,10 @@ def picture_grid(figure: Figure, rows: Rows, shape: Shape, key: Key = CLASSES, a
         key: entries of the legend.
         alarm: names of rows that stand in orange-red.
     """
-    columns = max(4, *(len(tiles) for _, tiles in rows))
+    columns, (aspect, height, width) = max(4, *(len(tiles) for _, tiles in rows)), shape
     lines = sum(max(title.count("\n") + bool(title) for _, title in tiles) for _, tiles in rows)
-    figure.set_figheight(0.95 + 0.18 * lines + len(rows) * (0.1 + shape[0] * (style.WIDTH - 1.2) / columns))
+    figure.set_figheight(0.95 + 0.18 * lines + len(rows) * (0.1 + aspect * (style.WIDTH - 1.2) / columns))
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    aspect, height, width = shape
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)

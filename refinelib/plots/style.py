@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,7 +27,6 @@ CLASSES = {"background": GREY, "target": BLUE, "other people": ORANGE}
 ERRORS = {"missed": VERMILLION, "too much": SKY, "other people or background": YELLOW}
 WIDTH, DPI = 10.0, 100  # inches, pixels an inch
 
-AnyFigure = TypeVar("AnyFigure", bound=_Figure)
 RunLike = Run | str | os.PathLike[str]
 Floats = Sequence[float] | NDArray[Any]
 
@@ -41,7 +40,7 @@ class Figure(_Figure):
         return buffer.getvalue()
 
 
-def save(place: RunLike, figure: AnyFigure, name: str) -> AnyFigure:
+def save(place: RunLike, figure: Figure, name: str) -> Figure:
     """Write ``figures/<name>.png`` in the folder of a run or any other; returns the figure, to be shown."""
     folder = Path(place.folder if isinstance(place, Run) else place) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,8 +144,8 @@ def legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))
     columns = 6 if axes.get_position().width > 0.5 else 3
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.985), "borderaxespad": 0.1}
-    place |= {"ncols": columns, "fontsize": 8, "frameon": False}
+    look: dict[str, Any] = {"loc": "lower left", "borderaxespad": 0.1, "fontsize": 8, "frameon": False}
+    place = {"bbox_to_anchor": (-0.01, 0.985), "ncols": columns, **look}
     axes.legend(list(entries.values()), list(entries), **place).set_in_layout(False)
     pad = 6 + 13 * -(-len(entries) // columns)
     axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=10, pad=pad)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from refinelib.gradients.record import read
-from refinelib.plots.curves import overview
+from refinelib.plots.curves import curves
 from refinelib.plots.gradients import module_norms
-from refinelib.plots.masks import Pixels, boxes_figure, sample_epochs, sample_grid, thresholded
+from refinelib.plots.masks import Pixels, boxes_figure, sample_epochs, sample_grid
 from refinelib.plots.style import Figure, RunLike, opened
 from refinelib.runs import Run, RunError
 
@@ -39,12 +39,11 @@ def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
     panels: list[Any] = []
 
     def on_epoch(run: Run) -> None:
-        figures = [overview(run), sample_grid(run, kinds=("fixed",), per_kind=samples)]
+        figures = [curves(run), sample_grid(run, kinds=("fixed",), per_kind=samples)]
+        for panel, figure in zip(panels, figures, strict=False):
+            panel.update(figure)
         if not panels:
             panels.extend(display(one, display_id=True) for one in figures)  # type: ignore[no-untyped-call]  # IPython
-        else:
-            for panel, figure in zip(panels, figures, strict=True):
-                panel.update(figure)
 
     return on_epoch
 
@@ -60,19 +59,6 @@ def epoch_slider(run: RunLike, *, kinds: Sequence[str] = ("fixed",), per_kind: i
     return _above_figure(slider, lambda epoch: sample_grid(run, epoch, kinds, per_kind))
 
 
-def threshold_slider(run: RunLike, epoch: int | None = None) -> Any:
-    """A slider for the probability at which a pixel is person; ``None`` without epochs."""
-    run = opened(run)
-    if not interactive() or not sample_epochs(run):
-        return None
-    from ipywidgets import FloatSlider
-
-    slider = FloatSlider(
-        value=0.5, min=0.05, max=0.95, step=0.05, description="threshold", continuous_update=False
-    )
-    return _above_figure(slider, lambda threshold: thresholded(run, threshold, epoch))
-
-
 def layer_picker(run: RunLike) -> Any:
     """Gradient norms of the layers of one module, picked from a list; ``None`` without gradients."""
     run = opened(run)
@@ -80,9 +66,10 @@ def layer_picker(run: RunLike) -> Any:
         return None
     from ipywidgets import Dropdown
 
-    options = [("all modules", "modules"), *((name, f"{name}.") for name in read(run).modules)]
+    found = read(run)
+    options = [("all modules", "modules"), *((name, f"{name}.") for name in found.modules)]
     picker = Dropdown(options=options, description="layers")
-    return _above_figure(picker, lambda layers: module_norms(run, layers))
+    return _above_figure(picker, lambda layers: module_norms(run, found, layers))
 
 
 def _above_figure(control: Any, draw: Callable[[Any], Figure]) -> Any:
@@ -141,11 +128,10 @@ class BoxPicker:
         if self._widget is None:
             import ipywidgets as w
 
-            height, width = self.pixels.shape[:2]
-            self.columns = w.IntRangeSlider(
-                value=(width // 4, 3 * width // 4), max=width, description="columns"
+            self.columns, self.rows = (
+                w.IntRangeSlider(value=(size // 4, 3 * size // 4), max=size, description=name)
+                for size, name in zip(self.pixels.shape[1::-1], ("columns", "rows"), strict=True)
             )
-            self.rows = w.IntRangeSlider(value=(height // 4, 3 * height // 4), max=height, description="rows")
             self.add_button = w.Button(description="add")
             self.remove_button = w.Button(description="remove last")
             self.preview, self.text = w.Image(format="png"), w.HTML()

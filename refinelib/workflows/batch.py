@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refinelib.config import Settings, load_recipe, project_root, resolve
+from refinelib.plots.style import table as markdown
 from refinelib.runs import Run, newest
 
 #: What ``debug`` takes from params/debug.yaml: its size, and nothing else.
@@ -57,54 +58,41 @@ def run(
 def _run_one(recipe: str, settings: Settings, parameters: dict[str, Any]) -> Outcome:
     import papermill  # slow to import
 
-    root = settings.path(settings.output_dir)
+    root, source = settings.path(settings.output_dir), project_root() / "notebooks" / "train.ipynb"
     root.mkdir(parents=True, exist_ok=True)
-    notebook, state, error = root / f"{Path(recipe).stem}.ipynb", "ok", ""
-    started = time.time()
+    notebook, state, error, started = root / f"{Path(recipe).stem}.ipynb", "ok", "", time.time()
+    options = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
     try:
-        source = str(project_root() / "notebooks" / "train.ipynb")
-        options = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
-        papermill.execute_notebook(source, str(notebook), parameters=parameters, **options)
+        papermill.execute_notebook(str(source), str(notebook), parameters=parameters, **options)
     except KeyboardInterrupt:
         state, error = "interrupted", "interrupted by hand"
     except Exception as raised:  # the next recipe is started, whatever stopped this one
-        kind = "kernel died, killed or out of memory" if "DeadKernel" in type(raised).__name__ else ""
-        state, error = (
-            "failed",
-            kind or f"{getattr(raised, 'ename', '')}: {getattr(raised, 'evalue', raised)}",
-        )
-    made = newest(
-        root, settings.run_name, fits=lambda run: (run.folder / "status.json").stat().st_mtime >= started - 1
-    )  # times are rounded
+        state, error = "failed", f"{getattr(raised, 'ename', '')}: {getattr(raised, 'evalue', raised)}"
+        if "DeadKernel" in type(raised).__name__:
+            error = "kernel died, killed or out of memory"
+
+    def is_new(run: Run) -> bool:
+        return (run.folder / "status.json").stat().st_mtime >= started - 1  # times are rounded
+
+    made = newest(root, settings.run_name, fits=is_new)
     status = made.status() if made else {"state": state}
     if made and status["state"] == "running":  # a dead kernel could not write its last status
-        made.update(
-            **status | {"state": "interrupted" if state == "interrupted" else "failed", "last_error": error}
-        )
+        made.update(**status | {"state": "failed" if state == "ok" else state, "last_error": error})
     elif status["state"] != "ok":
         state, error = status["state"], status.get("last_error") or error
-    return Outcome(
-        recipe, state, error.splitlines()[0] if error else "", time.time() - started, notebook, made
-    )
+    return Outcome(recipe, state, error.split("\n")[0], time.time() - started, notebook, made)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table, a line a recipe, and where the executed notebooks are."""
-    from refinelib.plots.style import table as markdown
-
     rows = []
     for outcome in outcomes:
         status = outcome.run.status() if outcome.run else {}
-        best = status.get("best") or {}
-        scores = [
-            "" if best.get(key) is None else f"{best[key]:.3f}" for key in ("target_iou", "boundary_iou")
-        ]
+        found = [(status.get("best") or {}).get(key) for key in ("target_iou", "boundary_iou")]
+        scores = [None if score is None else f"{score:.3f}" for score in found]
         epochs = f"{status['epoch']} of {status['epochs']}" if status.get("epochs") else ""
-        skipped = status.get("skipped_steps")
-        rows.append(
-            [outcome.recipe, outcome.state, epochs, *scores, skipped, f"{outcome.seconds:.0f}", outcome.error]
-        )
+        cells = [epochs, *scores, status.get("skipped_steps"), f"{outcome.seconds:.0f}", outcome.error]
+        rows.append([outcome.recipe, outcome.state, *cells])
     head = ["recipe", "state", "epochs", "target IoU", "Boundary IoU", "skipped", "seconds", "error"]
-    return "\n".join(
-        [markdown(rows, head), "", *(f"{outcome.recipe}: {outcome.notebook}" for outcome in outcomes)]
-    )
+    places = [f"{outcome.recipe}: {outcome.notebook}" for outcome in outcomes]
+    return "\n".join([markdown(rows, head), "", *places])

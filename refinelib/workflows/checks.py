@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,22 +34,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 #: A batch is overfitted at this target IoU and this fraction of the first loss.
 OVERFIT_IOU, OVERFIT_LOSS = 0.95, 0.1
 #: How a check trains on its one batch, whatever the recipe: fast, without decay.
-FAST = {
-    "epochs": 1,
-    "warmup_epochs": 0.05,
-    "weight_decay": 0.0,
-    "grad_clip": 5.0,
-    "accumulate": 1,
-    "ema_decay": 0.0,
-}
-
-P = ParamSpec("P")
-#: What is wrong (empty: nothing), what is right, and the numbers behind it.
-Found = tuple[str, str, dict[str, Any]]
+FAST = {"epochs": 1, "warmup_epochs": 0.05, "weight_decay": 0.0, "grad_clip": 5.0, "accumulate": 1}
 
 
 class CheckError(RuntimeError):
-    """A check failed; the message says which and where to look."""
+    """Something is wrong; the message says what and where to look."""
 
 
 class Check(NamedTuple):
@@ -65,24 +54,29 @@ class Check(NamedTuple):
     name: str
     passed: bool
     sentence: str
-    figures: dict[str, Any]
+    figures: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"{'passed' if self.passed else 'FAILED'}  {self.name}: {self.sentence}"
 
 
-def check(name: str) -> Callable[[Callable[P, Found]], Callable[P, Check]]:
-    """Make a check of a function; an error that it raises is what is wrong."""
+def check(name: str) -> Callable[[Callable[..., str]], Callable[..., Check]]:
+    """Make a check of a function that returns what is right; an error that it raises is what is wrong.
 
-    def decorate(function: Callable[P, Found]) -> Callable[P, Check]:
+    The function's first argument is an empty dict for the numbers, which are kept whatever it finds.
+    """
+
+    def decorate(function: Callable[..., str]) -> Callable[..., Check]:
         @functools.wraps(function)
-        def checked(*args: P.args, **kwargs: P.kwargs) -> Check:
+        def checked(*args: Any, **kwargs: Any) -> Check:
+            figures: dict[str, Any] = {}
             try:
-                wrong, right, figures = function(*args, **kwargs)
+                return Check(name, True, function(figures, *args, **kwargs), figures)
+            except CheckError as wrong:
+                return Check(name, False, str(wrong), figures)
             except Exception as error:  # whatever breaks is what the check is there to find
-                figures = {"folder": str(error.run.folder)} if hasattr(error, "run") else {}
+                figures |= {"folder": str(error.run.folder)} if hasattr(error, "run") else {}
                 return Check(name, False, f"{type(error).__name__}: {reason(error)}{place(error)}", figures)
-            return Check(name, not wrong, wrong or right, figures)
 
         return checked
 
@@ -121,65 +115,47 @@ def parts(settings: Settings) -> Parts:
 
 
 @check("shapes and types")
-def shapes(parts: Parts) -> Found:
+def shapes(figures: dict[str, Any], parts: Parts) -> str:
     """One batch through model and loss: sizes, types and ranges of what goes in and comes out.
 
     Figures:
-        ``stages``: name, shape and type of what each module returns, in order; ``loss``: of a new model.
+        ``loss``: of a new model.
     """
-    figures: dict[str, Any] = {"stages": []}
-    wrong = next(_shape_problems(parts, figures), "")
-    right = f"{len(parts.batch.images)} crops in, float32 masks out, whatever else is in the batch"
-    return wrong, f"{right}; the first loss is {figures.get('loss', math.nan):.2f}", figures
-
-
-def _shape_problems(parts: Parts, figures: dict[str, Any]) -> Iterator[str]:
     settings, model, loss, (images, labels, _) = parts
 
-    def note(name: str, *given: Any) -> None:
-        x = given[-1] if isinstance(given[-1], Tensor) else given[-1][0]
-        stage = [name, list(x.shape), str(x.dtype).removeprefix("torch.")]
-        figures["stages"] += [stage] if name not in [known[0] for known in figures["stages"]] else []
+    def must_be(name: str, x: Tensor, *form: Any) -> None:
+        if [*x.shape, x.dtype] != [*form]:
+            raise CheckError(f"{name} is {x.dtype} {list(x.shape)}, not {form[-1]} {list(form[:-1])}")
 
-    def differs(name: str, x: Tensor, *wanted: Any) -> Iterator[str]:
-        if [*x.shape, x.dtype] != [*wanted]:
-            yield f"{name} is {x.dtype} {list(x.shape)}, not {wanted[-1]} {list(wanted[:-1])}"
-
-    note("crops", images)
-    note("labels", labels)
-    yield from differs("the batch of crops", images, settings.batch_size, 3, *model.canvas, torch.float32)
+    must_be("the batch of crops", images, settings.batch_size, 3, *model.canvas, torch.float32)
+    must_be("the batch of labels", labels, settings.batch_size, *model.mask_canvas, torch.int64)
     low, high = float(images.min()), float(images.max())
     if not -3 <= low <= high <= 3 or float(images.std((-2, -1)).max()) < 1e-3:
-        yield f"the crops run from {low:.2f} to {high:.2f}, no pictures within -3 to 3: see data/augment.py"
-    yield from differs("the batch of labels", labels, settings.batch_size, *model.mask_canvas, torch.int64)
+        raise CheckError(
+            f"crops from {low:.2f} to {high:.2f}, no pictures within -3 to 3: see data/augment.py"
+        )
     found = set(labels.flatten().tolist())
     if TARGET not in found or not found <= {0, TARGET, NON_TARGET}:
-        yield f"the labels are {found}, not 0, 1, 2 with a target (1): see modeling/roi.py"
-    hooks = [
-        layer.register_forward_hook(functools.partial(note, name)) for name, layer in model.named_children()
-    ]
-    try:
-        with torch.no_grad(), autocast(settings, images.device):
-            output = model(images)
-            single, pair = model(images[:1]), model(torch.cat([images[:1], images[:1].flip(-1)]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, value in output._asdict().items():
-        if value is not None:
-            yield from differs(name, value, len(images), 2, *model.mask_canvas, torch.float32)
-            if not bool(value.isfinite().all()):
-                yield f"{name} of a new model is not finite: see the module that returns it"
+        raise CheckError(f"the labels are {found}, not 0, 1, 2 with a target (1): see modeling/roi.py")
+    with torch.no_grad(), autocast(settings, images.device):
+        output = model(images)
+        single, pair = model(images[:1]), model(torch.cat([images[:1], images[:1].flip(-1)]))
+    for name, x in output._asdict().items():
+        if x is not None:
+            must_be(name, x, len(images), 2, *model.mask_canvas, torch.float32)
+            if not bool(x.isfinite().all()):
+                raise CheckError(f"{name} of a new model is not finite: see the module that returns it")
     figures["loss"] = float(loss(output, labels)[0])
     if not math.isfinite(figures["loss"]):
-        yield f"the loss of a new model is {figures['loss']}: see modeling/losses.py"
+        raise CheckError(f"the loss of a new model is {figures['loss']}: see modeling/losses.py")
     change = float((single.logits - pair.logits[:1]).abs().max() / single.logits.abs().max().clamp(min=1e-6))
     if change > (1e-3 if precision(settings, images.device) == "off" else 5e-2):
-        yield f"a crop's logits change by {change:.1%} with its batch: look for a statistic over the batch"
+        raise CheckError(f"a crop's logits change by {change:.1%} with its batch: look for a batch statistic")
+    return f"{len(images)} crops in, float32 masks out; the first loss is {figures['loss']:.2f}"
 
 
 @check("a gradient in every parameter")
-def gradients(parts: Parts, *, steps: int = 4) -> Found:
+def gradients(figures: dict[str, Any], parts: Parts, *, steps: int = 4) -> str:
     """Every parameter gets a gradient that is finite and not 0 within the first steps on the one batch.
 
     One step is too few: layers behind a convolution that starts at 0 have no gradient before it has moved.
@@ -189,10 +165,10 @@ def gradients(parts: Parts, *, steps: int = 4) -> Found:
     """
     named = dict(parts.model.named_parameters())
     norms: dict[str, float | None] = dict.fromkeys(named)
+    figures["norms"] = norms
     broken = False
-    guard = _fast_guard(parts, steps, 1e-3)
-    with closing(_train(parts, guard, steps)) as training:
-        for _ in training:
+    with closing(_train(parts, steps, 1e-3)) as training:
+        for guard, _, _ in training:
             for name, parameter in named.items():
                 if parameter.grad is not None:
                     norm = float(parameter.grad.float().norm() / guard.scale(torch.ones(())))
@@ -201,29 +177,31 @@ def gradients(parts: Parts, *, steps: int = 4) -> Found:
             broken = bool(lacking) or not all(math.isfinite(norm or 0) for norm in norms.values())
             if broken:  # no step is possible, and layers behind a 0 are not to blame
                 break
+    zero = [] if broken else [name for name, norm in norms.items() if norm == 0]
     kinds = {
         "are frozen (requires_grad is False)": [name for name, p in named.items() if not p.requires_grad],
         "have no gradient at all (they are not between image and loss)": lacking,
         "have a gradient that is not finite": [n for n, v in norms.items() if not math.isfinite(v or 0)],
-        f"have a gradient of exactly 0 in {steps} steps": [
-            n for n, v in norms.items() if v == 0 and not broken
-        ],
+        f"have a gradient of exactly 0 in {steps} steps": zero,
     }
-    found = [
-        f"{len(n)} of {len(norms)} parameters {kind}: {', '.join(n[:3])}" for kind, n in kinds.items() if n
-    ]
-    known = [norm for norm in norms.values() if norm]
-    right = f"all {len(norms)} have one, of norm {min(known, default=0):.1e} to {max(known, default=0):.1e}"
-    return "; ".join(found), right, {"norms": norms}
+    found = []
+    for kind, names in kinds.items():
+        if names:
+            found.append(f"{len(names)} of {len(norms)} parameters {kind}: {', '.join(names[:3])}")
+    if found:
+        raise CheckError("; ".join(found))
+    known = [norm or 0.0 for norm in norms.values()]
+    return f"all {len(norms)} have one, of norm {min(known):.1e} to {max(known):.1e}"
 
 
 @check("one batch overfitted")
-def overfit(parts: Parts, *, steps: int = 120, lr: float = 3e-3) -> Found:
+def overfit(figures: dict[str, Any], parts: Parts, *, steps: int = 120, lr: float = 3e-3) -> str:
     """The model trained on the one batch alone, with the run's losses and guard.
 
     Passes with a target IoU of at least ``OVERFIT_IOU`` and at most ``OVERFIT_LOSS`` of the first loss.
 
     Args:
+        figures: see below.
         parts: of the run; the model gets its weights back.
         steps: how many.
         lr: peak learning rate, falling to a twentieth.
@@ -232,40 +210,37 @@ def overfit(parts: Parts, *, steps: int = 120, lr: float = 3e-3) -> Found:
         ``loss``, ``target_iou``: by step; ``skipped``: steps that the guard skipped; ``enough``: both limits.
     """
     costs, ious, truth = [], [], parts.batch.labels == TARGET
-    guard = _fast_guard(parts, steps, lr)
-    for cost, output in _train(parts, guard, steps):
+    for guard, cost, output in _train(parts, steps, lr):  # noqa: B007 (its count is read after the last step)
         found = output.log_probs().argmax(1) == TARGET
         iou = (truth & found).sum((1, 2)) / (truth | found).sum((1, 2)).clamp(min=1)
         costs.append(float(cost))
         ious.append(float(iou[truth.any(-1).any(-1)].mean()))
-    skipped = int(guard.state["skipped"])
-    figures = {"loss": costs, "target_iou": ious, "enough": [OVERFIT_IOU, OVERFIT_LOSS], "skipped": skipped}
-    first, last, wrong = costs[0], costs[-1], ""
-    if skipped > steps // 20:
-        wrong = f"; {skipped} steps were skipped: train with this recipe and read events.jsonl"
-    elif not first - last > 0.01 * first:
-        wrong = "; nothing is learned: see the learning rate and the optimizer's parameters (build.py)"
-    elif ious[-1] < OVERFIT_IOU:
-        wrong = "; it learns too little: try more steps, then see whether labels and crops belong together"
-    elif last > OVERFIT_LOSS * first:
-        wrong = f"; the loss stays above {OVERFIT_LOSS:.0%} of its start: see which loss term stays high"
-    right = (
+    skipped, first, last = int(guard.state["skipped"]), costs[0], costs[-1]
+    figures |= {"loss": costs, "target_iou": ious, "enough": [OVERFIT_IOU, OVERFIT_LOSS], "skipped": skipped}
+    course = (
         f"loss {first:.2f} to {last:.3f}, target IoU {ious[-1]:.3f} in {steps} steps at learning rate {lr:g}"
     )
-    return wrong and right + wrong, right, figures
+    if skipped > steps // 20:
+        hint = f"{skipped} steps were skipped: train with this recipe and read events.jsonl"
+    elif not first - last > 0.01 * first:
+        hint = "nothing is learned: see the learning rate and the optimizer's parameters (build.py)"
+    elif ious[-1] < OVERFIT_IOU:
+        hint = "it learns too little: try more steps, then see whether labels and crops belong together"
+    elif last > OVERFIT_LOSS * first:
+        hint = f"the loss stays above {OVERFIT_LOSS:.0%} of its start: see which loss term stays high"
+    else:
+        return course
+    raise CheckError(f"{course}; {hint}")
 
 
-def _fast_guard(parts: Parts, steps: int, lr: float) -> Guard:
-    settings = parts.settings.model_copy(update=FAST | {"lr": lr, "min_lr": lr / 20})
-    return build_guard(settings, parts.model, None, steps_per_epoch=steps)
-
-
-def _train(parts: Parts, guard: Guard, steps: int) -> Generator[tuple[Tensor, Any], None, None]:
-    """Train on the one batch; gives loss and output after each backward pass, before the step.
+def _train(parts: Parts, steps: int, lr: float) -> Generator[tuple[Guard, Tensor, Any], None, None]:
+    """Train on the one batch; gives guard, loss and output after each backward pass, before the step.
 
     It trains the model itself, for a copy would lack its hooks, and gives it its weights back.
     """
     settings, model, loss, (images, labels, _) = parts
+    fast = settings.model_copy(update=FAST | {"ema_decay": 0.0, "lr": lr, "min_lr": lr / 20})
+    guard = build_guard(fast, model, None, steps_per_epoch=steps)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     try:
@@ -275,7 +250,7 @@ def _train(parts: Parts, guard: Guard, steps: int) -> Generator[tuple[Tensor, An
                 output = model(images)
             cost, _ = loss(output, labels)
             torch.autograd.backward(guard.scale(cost))
-            yield cost.detach(), output
+            yield guard, cost.detach(), output
             guard.step(cost.detach())
     finally:
         model.load_state_dict(before)
@@ -283,30 +258,29 @@ def _train(parts: Parts, guard: Guard, steps: int) -> Generator[tuple[Tensor, An
 
 
 @check("one whole tiny run")
-def whole_run(settings: Settings) -> Found:
+def whole_run(figures: dict[str, Any], settings: Settings) -> str:
     """``refinelib.train`` from start to end; its checkpoint gives the masks that the run recorded.
 
     Figures:
         ``folder``: the run's; ``apart``: largest difference of a probability.
     """
     run = train(settings)
+    figures["folder"] = str(run.folder)
     status, losses = run.status(), [line["train_loss"] for line in run.epochs()]
+    epochs, skipped = f"{len(losses)} of {settings.epochs} epochs", status["skipped_steps"]
+    course = f"the run is {status['state']} after {epochs}, {status['step']} steps"
+    if status["state"] != "ok" or len(losses) != settings.epochs or None in losses or skipped:
+        raise CheckError(f"{course}, {skipped} steps were skipped: read events.jsonl in {run.folder}")
     _, recorded = read_samples(run, settings.epochs) or (0, {})
     predictor = predict.load(run.folder / "checkpoints" / "last.pt", device=settings.device)
     images = torch.from_numpy(recorded["image"]).permute(0, 3, 1, 2).to(predictor.device)
     probs = predictor.roi_probs(normalise(images)).cpu()
-    apart = float((probs - torch.from_numpy(recorded["probs"]).float()).abs().max())
-    epochs = f"{len(losses)} of {settings.epochs} epochs"
-    course = f"the run is {status['state']} after {epochs}, {status['step']} steps"
-    wrong = ""
-    if status["state"] != "ok" or len(losses) != settings.epochs or None in losses or status["skipped_steps"]:
-        wrong = f"{course}, {status['skipped_steps']} steps were skipped: read events.jsonl in {run.folder}"
-    elif apart > (2e-3 if precision(settings, predictor.device) == "off" else 2e-2):
-        wrong = f"the checkpoint's masks differ from the run's by {apart:.3f}: see checkpoints.py"
-    right = (
-        f"{course}, loss {losses[0] or 0:.2f} to {losses[-1] or 0:.2f}; its checkpoint gives the same masks"
-    )
-    return wrong, right, {"folder": str(run.folder), "apart": apart}
+    figures["apart"] = float((probs - torch.from_numpy(recorded["probs"]).float()).abs().max())
+    if figures["apart"] > (2e-3 if precision(settings, predictor.device) == "off" else 2e-2):
+        raise CheckError(
+            f"the checkpoint's masks differ from the run's by {figures['apart']:.3f}: see checkpoints.py"
+        )
+    return f"{course}, loss {losses[0]:.2f} to {losses[-1]:.2f}; its checkpoint gives the same masks"
 
 
 # -- their record ----------------------------------------------------------------------------------
@@ -319,16 +293,16 @@ def record(results: Sequence[Check]) -> Path:
     Raises:
         CheckError: the tiny run left no folder.
     """
-    folders = [found.figures["folder"] for found in results if "folder" in found.figures]
+    folders = [Path(found.figures["folder"]) for found in results if "folder" in found.figures]
+    failures = _failures(results)
     if not folders:
-        raise CheckError(f"the tiny run left no folder; {_failures(results)}")
-    run = Run(Path(folders[0]))
-    write_atomically(
-        run.folder / "checks.json", dumps({"checks": [found._asdict() for found in results]}, indent=1)
-    )
-    if failures := _failures(results):
+        raise CheckError(f"the tiny run left no folder; {failures}")
+    content = {"checks": [found._asdict() for found in results]}
+    write_atomically(folders[0] / "checks.json", dumps(content, indent=1))
+    if failures:
+        run = Run(folders[0])
         run.update(**run.status() | {"state": "failed", "last_error": failures})
-    return run.folder
+    return folders[0]
 
 
 def raise_if_failed(results: Sequence[Check]) -> None:

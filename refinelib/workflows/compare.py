@@ -1,26 +1,33 @@
-"""Any number of runs side by side, as tables; a run that failed or diverged is marked and never left out."""
+"""Runs side by side, as tables and figures; a run that failed or diverged is marked and never left out.
+
+Runs that differ in ``seed`` alone are a group, with one colour and one mean.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from refinelib.config import names_with_role
-from refinelib.plots.compare import groups, names_of, state_of
-from refinelib.plots.style import recorded_settings, table
+from refinelib.plots import style
+from refinelib.plots.masks import Rows, picture_grid, read_samples, sample_tiles, shape_of
+from refinelib.plots.style import BLACK, PALETTE, Figure, recorded_settings, table
+from refinelib.registry import METRICS
 from refinelib.runs import Run, find_runs
 from refinelib.workflows import examples
 
-#: What is compared, and whether it is of the best epoch or of the last, the only one that measures it.
-SCORES = {
-    "target_iou": ("target IoU", "best"),
-    "boundary_iou": ("Boundary IoU", "best"),
-    "miou": ("mIoU", "best"),
-    "boundary_f1_2px": ("boundary F, 2 px (last epoch)", "last"),
-    "surface_distance": ("surface distance, px (last epoch)", "last"),
+SCORES = ("target_iou", "boundary_iou", "miou", "boundary_f1_2px", "surface_distance")
+#: Title and unit by key of an epoch's line or of its metrics.
+PANELS = {
+    "train_loss": ("training loss", "loss"),
+    "grad_norm": ("gradient norm before clipping, median of an epoch", "L2 norm"),
+    "target_iou": ("target IoU on the validation instances", "IoU, 0 to 1"),
+    "boundary_iou": ("boundary IoU on the validation instances", "IoU, 0 to 1"),
 }
+ENDS = {"failed": "X", "diverged": "X", "running": ">"}
 
 
 def find(runs: Sequence[str | Run] | str | None, *, output_dir: str = "outputs", most: int = 12) -> list[Run]:
@@ -34,14 +41,38 @@ def find(runs: Sequence[str | Run] | str | None, *, output_dir: str = "outputs",
     Raises:
         RunError: one of them does not exist.
     """
-    words = runs.split(",") if isinstance(runs, str) else runs or []
-    names = [word.strip() if isinstance(word, str) else word for word in words]
-    if names := [name for name in names if name]:
+    words = re.split(r"\s*,\s*", runs.strip()) if isinstance(runs, str) else runs or []
+    if names := [word for word in words if word]:
         return [examples.find(name, output_dir=output_dir) for name in names]
     found = find_runs(examples.root(output_dir))[-most:]
     return found or [examples.tiny(output_dir, seed=seed) for seed in (0, 1)]
 
 
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """What each run is called: its name, with its folder's where two have the same."""
+    names = [run.name for run in runs]
+    return [f"{run.folder.parent.name}/{run.name}" if names.count(run.name) > 1 else run.name for run in runs]
+
+
+def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by group, which is called by its first run and how many seeds it has."""
+    apart = names_with_role("run") | {"seed"}
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {key: value for key, value in recorded_settings(run).items() if key not in apart}
+        alike.setdefault(repr(sorted(settings.items())) if settings else str(run.folder), []).append(run)
+    names = dict(zip((run.folder for run in runs), names_of(runs), strict=True))
+    return {names[g[0].folder] + (f" ({len(g)} seeds)" if len(g) > 1 else ""): g for g in alike.values()}
+
+
+def state_of(run: Run) -> str:
+    """The state of its status; ``diverged`` also where its last loss was not finite."""
+    state: str = run.status().get("state", "running")
+    epochs = run.epochs()
+    return "diverged" if state == "ok" and epochs and epochs[-1].get("train_loss") is None else state
+
+
+# -- tables ----------------------------------------------------------------------------------------
 def states_table(runs: Sequence[Run]) -> str:
     """The state of each run, as a Markdown table."""
     rows = []
@@ -57,11 +88,12 @@ def states_table(runs: Sequence[Run]) -> str:
 
 def settings_table(runs: Sequence[Run]) -> str:
     """The settings in which the runs differ, one a line, as a Markdown table."""
-    found = [recorded_settings(run) for run in runs]
-    names = dict.fromkeys(name for settings in found for name in settings)
-    rows = [[name, *(_shown(settings.get(name)) for settings in found)] for name in names]
+    found, rows = [recorded_settings(run) for run in runs], []
     apart = names_with_role("run") - {"recipe", "smoke"}
-    rows = [row for row in rows if row[0] not in apart and len(set(row[1:])) > 1]
+    for name in dict.fromkeys(name for settings in found for name in settings if name not in apart):
+        values = [settings.get(name) for settings in found]
+        cells = [f"{v:g}" if isinstance(v, float) else "none" if v is None else str(v) for v in values]
+        rows += [[name, *cells]] if len(set(cells)) > 1 else []
     if not rows:
         return "They differ in no setting." if len(runs) > 1 else "There is one run only."
     return table(rows, ["", *names_of(runs)])
@@ -70,28 +102,77 @@ def settings_table(runs: Sequence[Run]) -> str:
 def metrics_table(runs: Sequence[Run]) -> str:
     """Metrics of each group's best epochs (by target IoU): mean over seeds, after ± the standard deviation.
 
-    A run that was never validated adds nothing to the mean; the last column counts it.
+    What only the last epoch measures is of that one. A run that was never validated adds nothing to the
+    mean; the last column counts it.
     """
     rows = []
     for name, members in groups(runs).items():
-        scores = [_scores(run) for run in members]
         states = [state_of(run) for run in members]
+        found: list[dict[str, Any]] = []
+        for run in members:
+            metrics = [line["metrics"] for line in run.validations()] or [{}]
+            found.append(metrics[-1] | max(metrics, key=lambda scores: scores.get("target_iou") or 0.0))
+        cells = []
+        for key in SCORES:
+            known = [scores[key] for scores in found if scores.get(key) is not None]
+            deviation = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
+            cells.append(f"{np.mean(known):.3f}{deviation}" if known else "")
         marks = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        rows.append([name, *(_spread([found.get(key) for found in scores]) for key in SCORES), marks])
-    return table(rows, ["group", *(title for title, _ in SCORES.values()), "runs"])
+        rows.append([name, *cells, marks])
+    titles = ["mIoU" if key == "miou" else METRICS[key].title for key in SCORES]
+    return table(rows, ["group", *titles, "runs"])
 
 
-def _scores(run: Run) -> dict[str, Any]:
-    validated: list[dict[str, Any]] = [line["metrics"] for line in run.validations()] or [{}]
-    best = max(validated, key=lambda metrics: metrics.get("target_iou") or 0.0)
-    return {key: (best if epoch == "best" else validated[-1]).get(key) for key, (_, epoch) in SCORES.items()}
+# -- figures ---------------------------------------------------------------------------------------
+def curves(runs: Sequence[Run]) -> Figure:
+    """Loss, gradient norm, target IoU and boundary IoU by epoch, a line a run, in the colour of its group."""
+    figure = style.new_figure(f"{len(runs)} runs; X: diverged or failed, >: still running", 6.6)
+    for (key, (title, unit)), axes in zip(PANELS.items(), figure.subplots(2, 2).flat, strict=True):
+        axes.set_yscale("log" if key == "grad_norm" else "linear")
+        for number, (name, members) in enumerate(groups(runs).items()):
+            color = PALETTE[number % len(PALETTE)]
+            for run in members:
+                lines = [line | (line.get("metrics") or {}) for line in run.epochs()]
+                points = [(line["epoch"], line[key]) for line in lines if key in line]
+                label = name if run is members[0] else "_"
+                style.draw_line(axes, [x for x, _ in points], [y for _, y in points], color, label=label)
+                if (state := state_of(run)) in ENDS:
+                    # A run that died before there was anything to draw has its cross at the panel's left.
+                    known = [point for point in points if point[1] is not None]
+                    place = {} if known else {"transform": axes.transAxes}
+                    at = known[-1] if known else (0.02, 0.5)
+                    axes.plot(*at, ENDS[state], color=color, mec=BLACK, markersize=9, gid=state, **place)
+        style.style_axes(axes, title, "epoch", unit)
+    style.figure_legend(figure, figure.axes[0].get_legend_handles_labels()[0])
+    return figure
 
 
-def _spread(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    deviation = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.3f}{deviation}" if known else ""
+def pictures(runs: Sequence[Run], count: int = 6) -> Figure:
+    """The same validation ROIs in every run: image, truth, then each run's last masks of them, a row a run.
 
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    Args:
+        runs: those without masks are named in the title.
+        count: ROIs, at most; those that all runs with masks have in common.
+    """
+    found, places, alarm, missing = {}, {}, [], []
+    for name, run in zip(names_of(runs), runs, strict=True):
+        state, read = state_of(run), read_samples(run)
+        name += "" if state == "ok" else f"\n({state})"
+        alarm += [name] * (state in ("failed", "diverged"))
+        if read is None:
+            missing.append(name)
+            continue
+        found[name] = samples = read[1]
+        fixed = np.flatnonzero(samples["kind"] == "fixed")
+        places[name] = {(samples["image_id"][i], samples["annotation_id"][i]): int(i) for i in fixed}
+    title = f"the same instances in {len(runs)} runs"
+    title += f"; no masks yet of {', '.join(missing)}" if missing else ""
+    first = next(iter(found), "")
+    common = [key for key in places.get(first, ()) if all(key in other for other in places.values())]
+    if not common:
+        return style.message(title, "the runs have no validated instance in common")
+    keys = [common[i] for i in np.unique(np.linspace(0, len(common) - 1, count).round().astype(int))]
+    tiles = {name: [sample_tiles(found[name], places[name][key]) for key in keys] for name in found}
+    rows: Rows = [(("image", "truth")[i], [(roi[i][0], "") for roi in tiles[first]]) for i in (0, 1)]
+    rows += [(name, [roi[2] for roi in rois]) for name, rois in tiles.items()]
+    return picture_grid(style.new_figure(title), rows, shape_of(found[first]), alarm=alarm)

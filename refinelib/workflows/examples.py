@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from refinelib import checkpoints, trainer
 from refinelib.config import absolute, resolve
-from refinelib.gradients import record as gradients
 from refinelib.runs import Run, newest
 
 
@@ -22,7 +22,7 @@ def find(
     *,
     output_dir: str = "outputs",
     name: str | None = None,
-    fits: Callable[[Run], bool] = lambda run: True,
+    fits: Callable[[Run], Any] = lambda run: True,
     **overrides: Any,
 ) -> Run:
     """The run that is named; else the newest that fits; else a tiny one, trained now.
@@ -31,7 +31,7 @@ def find(
         run: name or folder.
         output_dir: folder of all runs.
         name: only runs that were started under this name; the tiny run gets it.
-        fits: whether a run holds what is needed: :func:`has_gradients`, :func:`has_weights`.
+        fits: whether a run holds what is needed: :func:`has_weights`, ``gradients.record.files``.
         **overrides: settings of the tiny run.
 
     Raises:
@@ -47,22 +47,13 @@ def find(
 
 def tiny(output_dir: str = "outputs", **overrides: Any) -> Run:
     """Train the recipe ``debug`` on fewer pixels, for longer: 15 seconds on a CPU, masks but no good ones."""
-    from refinelib.trainer import train  # imports torch
-
     size = {"epochs": 8, "max_images": 24, "width": 0.0625, "batch_size": 4, "roi_size": 32, "mask_size": 32}
     settings = {"output_dir": output_dir, **size, "lr": 3e-3, "context": 0.5, **overrides}
-    return train(resolve("debug", **{**settings, "run": settings.get("run") or "tiny"}))
-
-
-def has_gradients(run: Run) -> bool:
-    """Whether the run has gradient norms on disk."""
-    return bool(gradients.files(run))
+    return trainer.train(resolve("debug", **{**settings, "run": settings.get("run") or "tiny"}))
 
 
 def has_weights(run: Run) -> bool:
     """Whether the run has a checkpoint that this version reads."""
-    from refinelib import checkpoints  # imports torch
-
     try:
         checkpoints.load(checkpoints.find(run.folder))
     except checkpoints.CheckpointError:

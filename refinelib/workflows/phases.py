@@ -13,13 +13,18 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refinelib import checkpoints
 from refinelib.config import Settings, SettingsError, absolute, names_with_role, resolve
-from refinelib.files import dumps, exclusive, parse_yaml, read_json, shown, write_atomically
+from refinelib.data import open_splits
+from refinelib.files import dumps, exclusive, read_json, write_atomically
+from refinelib.metrics import predict
 from refinelib.runs import Run, RunError
+from refinelib.trainer import train
+from refinelib.workflows.checks import Check
 
 #: What each phase adds to the one before.
 ADDS = {
@@ -30,7 +35,7 @@ ADDS = {
     "finetune": "progressive upsampling, smaller steps",
 }
 STATE = "progressive.json"
-SCORES = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU", "miou": "mIoU"}
+SCORES = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU"}
 NOT_BEGUN = {"state": "waiting", "run": None, "acceptance": None, "after": None, "settings": None}
 #: Largest fraction of a phase's steps that the guard may have skipped.
 MAX_SKIPPED = 0.05
@@ -50,7 +55,6 @@ class Plan(NamedTuple):
     settings: dict[str, Settings]  # by phase, in order
     init_from: str | None
     margin: float
-    retry: bool
 
 
 def plan(
@@ -60,8 +64,6 @@ def plan(
     init_from: str | None = None,
     name: str | None = None,
     margin: float = 0.02,
-    retry: bool = False,
-    per_phase: Any = None,
     **given: Any,
 ) -> Plan:
     """Check what is to be trained, before any work.
@@ -74,8 +76,6 @@ def plan(
         init_from: run or checkpoint whose weights the first phase starts from; none: from scratch.
         name: of the folder under ``output_dir``; none: ``progressive``, or ``phase3-alone``.
         margin: by how much target IoU and Boundary IoU may fall in a phase.
-        retry: train a rejected phase again; its old run is kept.
-        per_phase: settings of one phase, such as ``{"phase3": {"epochs": 40}}``, or the same as YAML text.
         **given: settings of all phases by name.
 
     Raises:
@@ -83,13 +83,19 @@ def plan(
     """
     if phase is not None and phases is not None:
         raise SettingsError("phase is one phase alone and phases a list of them: give one of the two")
-    if taken := [
-        f"{key} = {given[key]!r}" for key in ("recipe", "run", "resume") if given.get(key) is not None
-    ]:
-        raise SettingsError(f"{taken[0]}: progressive training sets it itself; choose phases, phase and name")
-    listed = re.split(r"[,\s]+", phases.strip("[]() ")) if isinstance(phases, str) else phases
-    listed = listed if isinstance(listed, (list, tuple)) else [listed if phase is None else phase]
-    names = [_phase(item) for item in listed if str(item).lower() not in ("none", "")] or list(ADDS)
+    for key in ("recipe", "run", "resume"):
+        if (value := given.get(key)) is not None:
+            hint = "progressive training sets it itself; choose phases, phase and name"
+            raise SettingsError(f"{key} = {value!r}: {hint}")
+    listed = phases if isinstance(phases, (list, tuple)) else re.split(r"[,\s]+", str(phases or phase or ""))
+    names = []
+    for item in listed:
+        word = str(item).strip("[]()'\" ").lower().replace("fine-tuning", "finetune")
+        if word not in ("", "none"):
+            names.append(f"phase{word}" if word.isdigit() else word)
+            if names[-1] not in ADDS:
+                raise SettingsError(f"there is no phase {item!r}: give 1, 2, 3, 4 or finetune")
+    names = names or list(ADDS)
     if len(set(names)) < len(names):
         raise SettingsError(f"phases = {', '.join(names)}: each phase once")
     init_from = None if str(init_from).lower() in ("none", "") else str(init_from)
@@ -101,13 +107,12 @@ def plan(
     name = str(name or (f"{names[0]}-alone" if phase is not None else "progressive"))
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise SettingsError(f"name = {name!r}: use letters, digits, dot, dash and underscore only")
-    own = _by_phase(per_phase, names)
     root = resolve(names[0], **given, init_from="none").output_dir
     given["store_dir"] = given.get("store_dir") or f"{root}/stores"  # shared by all sequences
-    fixed = {"init_from": "none", "output_dir": f"{root}/{name}"}
-    settings = {one: resolve(one, **{**given, **own.get(one, {}), **fixed, "run": one}) for one in names}
-    made = Plan(absolute(root) / name, settings, init_from, float(margin), bool(retry))
-    if (made.folder / STATE).is_file() and (difference := next(_differences(made), None)):
+    given |= {"init_from": "none", "output_dir": f"{root}/{name}"}
+    settings = {one: resolve(one, **given, run=one) for one in names}
+    made = Plan(absolute(root) / name, settings, init_from, float(margin))
+    if (made.folder / STATE).is_file() and (difference := _difference(made)):
         begun = f"the phase sequence in {made.folder} was begun differently: {difference}"
         raise SettingsError(f"{begun}; give another name, or continue it with the same settings")
     return made
@@ -120,50 +125,21 @@ def from_notebook(namespace: Mapping[str, Any]) -> Plan:
     return plan(**{key: namespace[key] for key in names if type(namespace[key]) in plain})
 
 
-def describe(made: Plan) -> str:
-    """The folder and what each phase will train, a line each."""
-    lines = [str(made.folder)]
-    for name, own in made.settings.items():
-        size = f"{own.epochs} epochs, {own.batch_size} a step, lr {own.lr:g}, width {own.width:g}"
-        lines.append(f"{name:10} {size}   + {ADDS[name]}")
-    return "\n".join(lines)
-
-
-def _phase(item: Any) -> str:
-    word = str(item).strip().strip("'\"").lower().replace("fine-tuning", "finetune")
-    name = f"phase{word}" if word.isdigit() else word
-    if name not in ADDS:
-        raise SettingsError(f"there is no phase {item!r}: give 1, 2, 3, 4 or finetune")
-    return name
-
-
-def _by_phase(per_phase: Any, names: list[str]) -> dict[str, dict[str, Any]]:
-    try:
-        parsed = parse_yaml(per_phase) if isinstance(per_phase, str) else per_phase
-        found = {str(key): dict(own) for key, own in dict(parsed or {}).items()}
-    except (ValueError, TypeError):
-        raise SettingsError(f"per_phase = {shown(per_phase)}: write {{phase3: {{epochs: 40}}}}") from None
-    found = {_phase(key): own for key, own in found.items()}
-    if extra := [name for name in found if name not in names]:
-        raise SettingsError(f"per_phase has settings of {extra[0]}, which is none of the phases to train")
-    return found
-
-
-def _differences(made: Plan) -> Iterator[str]:
-    """How the plan differs from what was begun, but for settings that no step depends on."""
+def _difference(made: Plan) -> str:
+    """How the plan differs from what was begun, in what a step depends on; empty: not at all."""
     state = read(made.folder)
     then, now = [entry["phase"] for entry in state["phases"]], list(made.settings)
     if any(a != b for a, b in zip(then, now, strict=False)):
-        yield f"phases were {', '.join(then)} and are {', '.join(now)}"
+        return f"phases were {', '.join(then)} and are {', '.join(now)}"
     free = names_with_role("run") | {"init_from"}
     for entry in state["phases"][: len(now)]:
-        if entry["settings"] and not (made.retry and entry["state"] == "rejected"):
-            if state["init_from"] != made.init_from:
-                yield f"init_from was {state['init_from']} and is {made.init_from}"
-            new = made.settings[entry["phase"]].model_dump(mode="json")
-            for key, old in entry["settings"].items():
-                if key in new and key not in free and new[key] != old:
-                    yield f"in {entry['phase']}, {key} was {old} and is {new[key]}"
+        if entry["settings"] and state["init_from"] != made.init_from:
+            return f"init_from was {state['init_from']} and is {made.init_from}"
+        new = made.settings[entry["phase"]].model_dump(mode="json")
+        for key, old in (entry["settings"] or {}).items():
+            if key in new and key not in free and new[key] != old:
+                return f"in {entry['phase']}, {key} was {old} and is {new[key]}"
+    return ""
 
 
 # -- run -------------------------------------------------------------------------------------------
@@ -187,27 +163,41 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
     made.folder.mkdir(parents=True, exist_ok=True)
     busy = f"another process is training the phases in {made.folder}: wait for it, or give another name"
     with exclusive(made.folder, RunError(busy)):
-        state = _load_state(made)
-        before, source = state["before"], made.init_from
-        for entry in state["phases"][: len(made.settings)]:
+        state: dict[str, Any] = {"name": made.folder.name, "init_from": made.init_from, "before": None}
+        state |= read(made.folder) if (made.folder / STATE).is_file() else {"phases": []}
+        fresh = [{"phase": name, **NOT_BEGUN} for name in made.settings]
+        state["phases"] += fresh[len(state["phases"]) :]
+        source = made.init_from
+        for number, entry in enumerate(state["phases"][: len(made.settings)]):
             name = entry["phase"]
             try:
                 if entry["state"] != "passed":
                     trained = _train(made, state, entry, source, on_epoch)
-                    _accept_or_reject(made, entry, trained, before or state["before"])
+                    before = state["phases"][number - 1]["after"] if number else state["before"]
+                    checks = accept(trained, before, margin=made.margin)
+                    entry.update(acceptance=[check._asdict() for check in checks], margin=made.margin)
+                    entry["after"] = trained.status().get("best")
+                    for check in checks:
+                        print(
+                            f"{name}: {'passed' if check.passed else 'FAILED'} {check.name}: {check.sentence}"
+                        )
+                    if failed := [f"{check.name}: {check.sentence}" for check in checks if not check.passed]:
+                        hint = "raise margin to accept it, or train the phase alone with other settings"
+                        raise PhaseError(f"{'; '.join(failed)}. Its run is {trained.folder.name}; {hint}")
+                    entry["state"] = "passed"
                 print(f"{name}: accepted", flush=True)
             except (KeyboardInterrupt, Exception) as error:  # the run's own status has it too
-                ends = {KeyboardInterrupt: "interrupted", PhaseError: "rejected"}
-                entry["state"] = ends.get(type(error), "failed")
-                state["state"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                kind = "" if isinstance(error, PhaseError) else f"{type(error).__name__}: "
+                interrupted, rejected = isinstance(error, KeyboardInterrupt), isinstance(error, PhaseError)
+                entry["state"] = "interrupted" if interrupted else "rejected" if rejected else "failed"
+                kind = "" if rejected else f"{type(error).__name__}: "
                 reason = f"{name} {entry['state']}, {kind}{error}".splitlines()[0]
-                _write(made.folder, state, last_error=reason)
+                stopped = "interrupted" if interrupted else "failed"
+                _write(made.folder, state, state=stopped, last_error=reason)
                 print(reason, flush=True)
-                if isinstance(error, KeyboardInterrupt):
+                if interrupted:
                     raise
                 return made.folder
-            before, source = entry["after"], str(made.folder / entry["run"])
+            source = str(made.folder / entry["run"])
         _write(made.folder, state, state="ok", last_error=None, phase=None)
     return made.folder
 
@@ -216,9 +206,6 @@ def _train(
     made: Plan, state: dict[str, Any], entry: dict[str, Any], source: str | None, on_epoch: Any
 ) -> Run:
     """Train what is left of one phase."""
-    from refinelib import checkpoints  # imports torch
-    from refinelib.trainer import train
-
     name, settings = entry["phase"], made.settings[entry["phase"]]
     begun = made.folder / (entry["run"] or name)
     if entry["run"] and (begun / "status.json").is_file() and Run(begun).status()["state"] == "ok":
@@ -234,34 +221,19 @@ def _train(
     if source is not None:
         source = str(checkpoints.find(source, output_dir=str(made.folder.parent)))
         if made.init_from is not None and state["before"] is None:
-            state["before"] = _starting_scores(settings, source)
+            # The source's own scores may be of other images: measure it as this phase is measured.
+            predictor = predict.load(source, device=settings.device)
+            size = {key: getattr(predictor.settings, key) for key in ("roi_size", "mask_size", "context")}
+            _, store = open_splits(settings.model_copy(update=size))
+            options = {"device": predictor.device, "mask_size": size["mask_size"]}
+            found = predict.score(predictor.roi_probs, store, **options).compute()
+            state["before"] = {key: found[key] for key in SCORES}
     changes = {"run": entry["run"], "resume": resume, "init_from": None if resume else source}
     return train(settings.model_copy(update=changes), on_epoch=on_epoch)
 
 
-def _starting_scores(settings: Settings, source: str) -> dict[str, Any]:
-    """Scores of a checkpoint, in its own crop size, on the phase's validation split."""
-    from refinelib.data import open_splits
-    from refinelib.metrics import predict
-    from refinelib.metrics.predict import score
-
-    predictor = predict.load(source, device=settings.device)
-    size = {key: getattr(predictor.settings, key) for key in ("roi_size", "mask_size", "context")}
-    _, store = open_splits(settings.model_copy(update=size))
-    found = score(predictor.roi_probs, store, device=predictor.device, mask_size=size["mask_size"]).compute()
-    return {key: found[key] for key in SCORES}
-
-
 # -- accept ----------------------------------------------------------------------------------------
-class Acceptance(NamedTuple):
-    """One acceptance check and what it found."""
-
-    name: str
-    passed: bool
-    sentence: str
-
-
-def accept(trained: Run, before: dict[str, Any] | None, *, margin: float) -> list[Acceptance]:
+def accept(trained: Run, before: dict[str, Any] | None, *, margin: float) -> list[Check]:
     """The acceptance checks of a trained phase: finite, no worse, loss falling.
 
     Args:
@@ -269,46 +241,44 @@ def accept(trained: Run, before: dict[str, Any] | None, *, margin: float) -> lis
         before: ``target_iou`` and ``boundary_iou`` of the weights it started from; none: from scratch.
         margin: by how much either may fall.
     """
-    status = trained.status()
-    wrong = next(_not_finite(trained, status), "")
-    good = f"every loss and weight is; {status['skipped_steps']} of {status['step']} steps were skipped"
-    scores = no_worse(status.get("best") or {}, before or {}, margin=margin)
+    scores = no_worse(trained.status().get("best") or {}, before or {}, margin=margin)
     falling = loss_falling([line["loss"] for line in trained.steps()], scratch=before is None)
-    return [Acceptance("finite", not wrong, wrong or good), scores, falling]
+    return [finite(trained), scores, falling]
 
 
-def _not_finite(trained: Run, status: dict[str, Any]) -> Iterator[str]:
-    from refinelib import checkpoints  # imports torch
-
-    skipped, steps = status["skipped_steps"], status["step"]
+def finite(trained: Run) -> Check:
+    """The run ended well, losses and weights of its checkpoints are finite, few steps were skipped."""
+    status, wrong = trained.status(), []
+    skipped = f"{status['skipped_steps']} of {status['step']} steps were skipped"
     if status["state"] != "ok":
-        yield f"the run is {status['state']}: {status.get('last_error') or 'it recorded no error'}"
-    if skipped > MAX_SKIPPED * steps:
-        yield f"{skipped} of {steps} steps were skipped, more than {MAX_SKIPPED:.0%}; events.jsonl says why"
+        wrong.append(f"the run is {status['state']}: {status.get('last_error') or 'it recorded no error'}")
+    if status["skipped_steps"] > MAX_SKIPPED * status["step"]:
+        wrong.append(f"{skipped}, more than {MAX_SKIPPED:.0%}; events.jsonl says why")
     for line in trained.epochs():
         if line["train_loss"] is None:
-            yield f"the loss of epoch {line['epoch']} is not finite"
+            wrong.append(f"the loss of epoch {line['epoch']} is not finite")
     for file in sorted((trained.folder / "checkpoints").glob("*.pt")):
         saved = checkpoints.load(file)
         for name, value in [*saved["model"].items(), *(saved["average"] or {}).items()]:
             if not bool(value.isfinite().all()):
-                yield f"{name} in {file.name} is not finite"
+                wrong.append(f"{name} in {file.name} is not finite")
+    return Check("finite", not wrong, [*wrong, f"every loss and weight is; {skipped}"][0])
 
 
-def no_worse(after: dict[str, Any], before: dict[str, Any], *, margin: float) -> Acceptance:
+def no_worse(after: dict[str, Any], before: dict[str, Any], *, margin: float) -> Check:
     """Target IoU and Boundary IoU of the best epoch are at most ``margin`` below the scores before."""
-    fell, parts = [], []
-    for key in ("target_iou", "boundary_iou"):
-        name, old, new = SCORES[key], before.get(key), after.get(key)
+    fell, shown = [], []
+    for key, name in SCORES.items():
+        old, new = before.get(key), after.get(key)
         if new is None or (old is not None and new < old - margin):
             fell.append(name)
         change = " to ".join(f"{value:.3f}" for value in (old, new) if value is not None)
-        parts.append(f"{name} {change}" if new is not None else f"{name} was never measured")
-    limit = f": {' and '.join(fell)} fell by more than {margin:g}" if fell else f" (at most {margin:g} lower)"
-    return Acceptance("no worse than before", not fell, ", ".join(parts) + (limit if before or fell else ""))
+        shown.append(f"{name} {change}" if new is not None else f"{name} was never measured")
+    limit = f"fell by more than {margin:g}: {' and '.join(fell)}" if fell else f"at most {margin:g} lower"
+    return Check("no worse than before", not fell, f"{', '.join(shown)} ({limit})")
 
 
-def loss_falling(recorded: list[float | None], *, scratch: bool) -> Acceptance:
+def loss_falling(recorded: list[float | None], *, scratch: bool) -> Check:
     """The loss at the end against the loss at the start, and both against its noise.
 
     Start and end are the first and last quarter of the recorded windows of steps. The noise is three standard
@@ -319,10 +289,8 @@ def loss_falling(recorded: list[float | None], *, scratch: bool) -> Acceptance:
     if len(losses) < len(recorded) / 2:
         passed, found = False, f"{len(recorded) - len(losses)} of {len(recorded)} losses are not finite"
     elif len(losses) < 4:
-        passed, found = (
-            not scratch,
-            f"only {len(losses)} losses are recorded, too few to tell: lower log_every",
-        )
+        passed = not scratch
+        found = f"only {len(losses)} losses are recorded, too few to tell: lower log_every"
     else:
         quarter = max(2, len(losses) // 4)
         start, end = losses[:quarter], losses[-quarter:]
@@ -331,23 +299,10 @@ def loss_falling(recorded: list[float | None], *, scratch: bool) -> Acceptance:
         rose, fell, noisy = last > first + noise, last < first - noise, noise > MAX_NOISE * first
         word = "rose" if rose else "fell" if fell else "is within its noise" if noisy else "is constant"
         passed = fell or (not rose and (noisy or not scratch))
-        hint = (
-            "" if passed else ": try a smaller lr" if rose else ": try notebooks/debug.ipynb or a larger lr"
-        )
-        found = f"the loss {word}, {first:.3f} to {last:.3f}, noise {noise:.3f}{hint}"
-    return Acceptance("loss falling", passed, found)
-
-
-def _accept_or_reject(made: Plan, entry: dict[str, Any], trained: Run, before: dict[str, Any] | None) -> None:
-    """Write down what the acceptance checks found; one that did not pass raises PhaseError."""
-    checks = accept(trained, before, margin=made.margin)
-    entry.update(acceptance=[check._asdict() for check in checks], margin=made.margin, state="passed")
-    entry["after"] = trained.status().get("best")
-    for check in checks:
-        print(f"{entry['phase']}: {'passed' if check.passed else 'FAILED'} {check.name}: {check.sentence}")
-    if failed := "; ".join(f"{check.name}: {check.sentence}" for check in checks if not check.passed):
-        hint = f"Its run is {trained.folder.name}; set retry to train it again"
-        raise PhaseError(f"{failed}. {hint}")
+        found = f"the loss {word}, {first:.3f} to {last:.3f}, noise {noise:.3f}"
+        if not passed:
+            found += ": try a smaller lr" if rose else ": try notebooks/debug.ipynb or a larger lr"
+    return Check("loss falling", passed, found)
 
 
 # -- state -----------------------------------------------------------------------------------------
@@ -375,22 +330,9 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise RunError(f"{place / STATE} is damaged, {hint}") from None
 
 
-def _load_state(made: Plan) -> dict[str, Any]:
-    fresh = [{"phase": name, **NOT_BEGUN} for name in made.settings]
-    if not (made.folder / STATE).is_file():
-        begun = {"name": made.folder.name, "init_from": made.init_from, "before": None, "phases": fresh}
-        return {**begun, "state": "running", "last_error": None}
-    state = read(made.folder)
-    del state["folder"]
-    state["phases"] += fresh[len(state["phases"]) :]
-    for entry in state["phases"]:
-        if entry["state"] == "rejected" and made.retry:
-            entry.update(NOT_BEGUN)
-    return state
-
-
 def _write(folder: Path, state: dict[str, Any], /, **changes: Any) -> None:
     state.update(changes, updated=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    state.pop("folder", None)
     write_atomically(folder / STATE, dumps(state, indent=1))
     status = {key: state.get(key) for key in ("state", "last_error", "phase", "updated")}
     status["passed"] = [entry["phase"] for entry in state["phases"] if entry["state"] == "passed"]
@@ -410,37 +352,8 @@ def raise_if_failed(folder: str | os.PathLike[str]) -> str:
     return "\n".join([*lines, f"{len(lines)} of {len(lines)} phases accepted"])
 
 
-def table(folder: str | os.PathLike[str]) -> str:
-    """What each phase added, as a Markdown table; in brackets the change from the phase before."""
-    from refinelib.plots.style import table as markdown
-
-    state, rows = read(folder), []
-    before = state["before"] or {}
-    for entry in state["phases"]:
-        trained = Run(Path(state["folder"]) / (entry["run"] or "none"))
-        begun = (trained.folder / "status.json").is_file()
-        status, epochs = (trained.status(), trained.epochs()) if begun else ({}, [])
-        after = entry["after"] or status.get("best") or {}
-        scores = [_change(before.get(key), after.get(key)) for key in SCORES]
-        losses = [_change(None, line["train_loss"]) or "not finite" for line in epochs[:1] + epochs[1:][-1:]]
-        minutes = sum(line["seconds"] for line in epochs) / 60
-        failed = [check["name"] for check in entry["acceptance"] or [] if not check["passed"]]
-        course = [" to ".join(losses), status.get("skipped_steps"), f"{minutes:.1f}"]
-        stands = ": ".join([entry["state"], *failed])
-        rows.append([entry["phase"], ADDS[entry["phase"]], len(epochs), *scores, *course, stands])
-        before = entry["after"] or before
-    head = [
-        "phase",
-        "adds",
-        "epochs",
-        *SCORES.values(),
-        "loss, first to last epoch",
-        "skipped steps",
-        "minutes",
-    ]
-    return markdown(rows, [*head, "acceptance"])
-
-
-def _change(before: float | None, after: float | None) -> str:
-    difference = f" ({after - before:+.3f})" if before is not None and after is not None else ""
-    return "" if after is None else f"{after:.3f}{difference}"
+def runs(folder: str | os.PathLike[str]) -> list[Run]:
+    """The run of each phase that has begun, in order."""
+    state = read(folder)
+    found = [Run(Path(state["folder"]) / entry["run"]) for entry in state["phases"] if entry["run"]]
+    return [run for run in found if (run.folder / "status.json").is_file()]

@@ -20,13 +20,14 @@ from refinelib.files import dumps, shown, write_atomically
 from refinelib.metrics.evaluate import checked_folder
 from refinelib.metrics.image_space import CocoResults, encode
 
+Pixels = NDArray[Any]
 RULE = "give rows of x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, such as [[10, 20, 110, 220]]"
 
 
 class Inputs(NamedTuple):
     """An image and the boxes in it."""
 
-    pixels: NDArray[Any]  # uint8 [H, W, 3]
+    pixels: Pixels  # uint8 [H, W, 3]
     boxes: list[list[float]]  # xyxy, pixels
     name: str  # of the image, for file names
     image_id: int  # COCO's where an annotation file gave it, else 0
@@ -54,8 +55,7 @@ def read_inputs(
             raise DataError("annotations were given and no image: give the file of an image that they list")
         source = SyntheticPeople(1, split="val")
         return Inputs(source.scene(0).image, given or source.instances().boxes.tolist(), "synthetic", 0, 1)
-    path = _existing(image)
-    size, image_id, category_id = None, 0, 1
+    path, size, image_id, category_id = _existing(image), None, 0, 1
     if annotations is not None:
         size, image_id, category_id, listed = _annotated(_existing(annotations), path)
         given = given or listed
@@ -63,9 +63,8 @@ def read_inputs(
     height, width = pixels.shape[:2]
     for number, box in enumerate(given):
         if min(box[2], width) <= max(box[0], 0) or min(box[3], height) <= max(box[1], 0):
-            raise DataError(
-                f"box {number}, {box}, lies outside the image of {width} x {height} pixels: {RULE}"
-            )
+            where = f"lies outside the image of {width} x {height} pixels"
+            raise DataError(f"box {number}, {box}, {where}: {RULE}")
     return Inputs(pixels, given, path.stem, image_id, category_id)
 
 
@@ -101,22 +100,22 @@ def _annotated(annotations: Path, image: Path) -> tuple[tuple[int, int], int, in
     if not is_image(entry):
         rule = "without a whole number as its id, height or width: give it all three, or boxes by hand"
         raise DataError(f"{annotations} lists {image.name} {rule}")
-    people = person_ids(content)
-    found = [
-        one for one in content["annotations"] if isinstance(one, dict) and one.get("category_id") in people
-    ]
-    found = [one for one in found if one.get("image_id") == entry["id"] and not one.get("iscrowd")]
-    boxes = [list(xyxy(one.get("bbox"))) for one in found]
-    boxes = [box for box in boxes if math.isfinite(sum(box)) and box[2] > box[0] and box[3] > box[1]]
+    people, boxes = person_ids(content), []
+    for one in content["annotations"]:
+        if isinstance(one, dict) and one.get("category_id") in people and not one.get("iscrowd"):
+            x0, y0, x1, y1 = xyxy(one.get("bbox"))
+            if (
+                one.get("image_id") == entry["id"]
+                and math.isfinite(x0 + y0 + x1 + y1)
+                and x1 > x0
+                and y1 > y0
+            ):
+                boxes.append([x0, y0, x1, y1])
     return (entry["height"], entry["width"]), entry["id"], people[0] if people else 1, boxes
 
 
 def save_masks(
-    folder: str | os.PathLike[str],
-    inputs: Inputs,
-    masks: NDArray[Any],
-    scores: NDArray[Any],
-    overlay: NDArray[Any],
+    folder: str | os.PathLike[str], inputs: Inputs, masks: Pixels, scores: Pixels, overlay: Pixels
 ) -> list[Path]:
     """Write a PNG a person (0 and 255), the overlay as PNG, and all masks as COCO results.
 
@@ -138,13 +137,13 @@ def save_masks(
     for old in folder.glob(f"{glob.escape(inputs.name)}_person*.png"):  # there may have been more boxes
         if old.stem.removeprefix(f"{inputs.name}_person").isdigit():
             old.unlink()
-    coco = CocoResults()
+    coco, files = CocoResults(), []
     pictures = {f"person{number}": mask.astype(np.uint8) * 255 for number, mask in enumerate(masks)}
-    pictures["overlay"] = overlay
-    for name, picture in pictures.items():
-        Image.fromarray(picture).save(folder / f"{inputs.name}_{name}.png")
+    for name, picture in [*pictures.items(), ("overlay", overlay)]:
+        files.append(folder / f"{inputs.name}_{name}.png")
+        Image.fromarray(picture).save(files[-1])
     for mask, score in zip(masks, scores, strict=True):
         coco.add(inputs.image_id, inputs.category_id, encode(mask), float(score))
     results = folder / f"{inputs.name}_coco.json"
     write_atomically(results, "[\n" + ",\n".join(dumps(entry) for entry in coco.entries) + "\n]\n")
-    return [*(folder / f"{inputs.name}_{name}.png" for name in pictures), results]
+    return [*files, results]

@@ -45,7 +45,7 @@ NOTEBOOKS = [
 ]
 #: What must be there to be moved, by cell.
 WIDGETS = {
-    "train": {"epochs-slider": ["epoch"], "threshold-slider": ["threshold"]},
+    "train": {"epochs-slider": ["epoch"]},
     "gradients": {"picker": ["layers"]},
     "predict": {"boxes": ["columns", "rows", "add", "remove last"]},
 }
@@ -107,9 +107,6 @@ def _move(widgets: Widgets) -> None:
         if label == "epoch":
             widgets.answers(widgets.drag, label, 0.0)
             widgets.answers(widgets.drag, label, 1.0)
-        elif label == "threshold":
-            for share in (0.1, 0.9, 0.5):
-                widgets.answers(widgets.drag, label, share)
         elif label == "layers":
             first, *others = widgets.options(label)
             for option in (*others[::5], first):

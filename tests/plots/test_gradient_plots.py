@@ -169,8 +169,8 @@ def pixels(figure) -> np.ndarray:
 def test_every_figure_is_whole(runs, inject):
     run = runs(inject)
     for name in FIGURES:
-        for layers in (None, "boundary,contour") if name in ("heat", "module_norms", "updates") else (None,):
-            figure = getattr(gradient_plots, name)(run, layers)
+        for layers in ((), ("boundary,contour",)) if name in ("heat", "module_norms", "updates") else ((),):
+            figure = getattr(gradient_plots, name)(run, gradients.read(run), *layers)
             picture = pixels(figure)
             frame = (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])
             assert all((side == 255).all() for side in frame), f"{name}: something touches the figure's edge"
@@ -186,19 +186,18 @@ def test_every_figure_is_whole(runs, inject):
 
 def test_the_heat_map_shows_the_spike_in_its_column_and_the_loss_of_finiteness_in_black(runs):
     run = runs("grad:nan@20:contour")
-    above, below = (axes for axes in gradient_plots.heat(run).axes if axes.get_title(loc="left"))
+    above, below = (
+        axes for axes in gradient_plots.heat(run, gradients.read(run)).axes if axes.get_title(loc="left")
+    )
     found = gradients.read(run)
     lost = np.ma.filled(np.ma.masked_invalid(above.collections[0].get_array()), np.nan)
     lost = np.isnan(lost).reshape(len(found.modules), -1)
     assert lost.sum() == 1 and lost[found.modules.index("contour"), 19]
     assert [line.get_xdata().tolist() for line in above.lines if line.get_gid() == "skips"] == [[20]]
-    times = gradient_plots.heat(runs("grad:spike@20:boundary.trunk")).axes[1].collections[0].get_array()
+    run = runs("grad:spike@20:boundary.trunk")
+    times = gradient_plots.heat(run, gradients.read(run)).axes[1].collections[0].get_array()
     row, column = np.unravel_index(times.argmax(), (len(found.modules), len(found.steps)))
     assert (found.modules[row], column) == ("boundary", 19)
-
-
-def texts(figure) -> str:
-    return " ".join(text.get_text() for text in figure.texts)
 
 
 def test_a_run_without_gradients_says_so(tmp_path):
@@ -207,7 +206,6 @@ def test_a_run_without_gradients_says_so(tmp_path):
     (folder / "status.json").write_text('{"state": "running"}')
     with pytest.raises(RunError, match="probe_every = 0"):
         gradients.read(folder)
-    assert all("probe_every = 0" in texts(getattr(gradient_plots, name)(folder)) for name in FIGURES)
     with pytest.raises(RunError, match="there is no run"):
         gradients.read(tmp_path / "nowhere")
 
@@ -236,8 +234,6 @@ def test_damaged_files_are_passed_over_and_named_where_nothing_is_left(runs, tmp
             RunError, match="holds no gradients: .*epoch_0001.npz is damaged.*epoch_0002.npz is damaged"
         ):
             gradients.read(folder)
-    for name in FIGURES:
-        assert "holds no gradients" in texts(getattr(gradient_plots, name)(folder))
 
 
 def execute(tmp_path, *arguments) -> dict:

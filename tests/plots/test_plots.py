@@ -18,7 +18,7 @@ from refinelib.plots import style
 from refinelib.registry import LOSSES, METRICS
 from refinelib.runs import Run
 
-FIGURES = ("losses", "gradient_norm", "learning_rate", "ious", "sample_grid", "overview")
+FIGURES = [*((name,) for name in plots.PANELS), ("losses", "scores"), ()]
 
 
 def pixels(figure) -> np.ndarray:
@@ -56,8 +56,8 @@ def any_run(request, tmp_path: Path) -> Run:
 
 
 def test_every_figure_of_every_run_is_whole_and_no_legend_hides_a_line(any_run: Run):
-    for name in FIGURES:
-        figure = getattr(plots, name)(any_run)
+    figures = {panels: plots.curves(any_run, *panels) for panels in FIGURES}
+    for name, figure in (figures | {"samples": plots.sample_grid(any_run)}).items():
         picture = pixels(figure)
         assert picture.shape[1] == style.WIDTH * style.DPI, name
         frame = (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])
@@ -75,7 +75,7 @@ def test_every_figure_of_every_run_is_whole_and_no_legend_hides_a_line(any_run: 
 
 
 def test_lines_hold_the_recorded_numbers(finished: Run):
-    (axes,) = plots.losses(finished).axes
+    (axes,) = plots.curves(finished, "losses").axes
     steps, settings = finished.steps(), finished.settings()
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["total"].get_ydata().tolist() == [step["loss"] for step in steps]
@@ -100,15 +100,15 @@ def test_a_loss_and_a_metric_that_are_registered_are_drawn(finished: Run, reques
         record["losses"]["roughness"] = 0.5
         record.get("metrics", {})["smoothness"] = 0.25
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert "roughness" in [line.get_label() for line in plots.losses(finished).axes[0].lines]
+    assert "roughness" in [line.get_label() for line in plots.curves(finished, "losses").axes[0].lines]
     assert style.loss_color("roughness") not in {style.loss_color(name) for name in list(LOSSES)[:-1]}
-    lines = {line.get_label(): line for line in plots.ious(finished).axes[0].lines}
+    lines = {line.get_label(): line for line in plots.curves(finished, "scores").axes[0].lines}
     assert lines["smoothness"].get_ydata().tolist() == [0.25] * 3
     assert "| smoothness | 0.250 | 0.250 |" in plots.metrics_table(finished)
 
 
 def test_gradient_norm_has_a_log_axis_with_its_three_lines(finished: Run):
-    (axes,) = plots.gradient_norm(finished).axes
+    (axes,) = plots.curves(finished, "gradient norm").axes
     assert axes.get_yscale() == "log"
     levels = [line.get_ydata()[0] for line in axes.lines if line.get_gid() == "limit"]
     assert levels == [10, 50, 100, finished.settings().grad_clip]
@@ -119,7 +119,7 @@ def test_gradient_norm_has_a_log_axis_with_its_three_lines(finished: Run):
 
 def test_skipped_steps_and_lost_values_are_marked(tmp_path: Path):
     run = make_run(tmp_path / "diverged", bad_from=70, skips=(69, 70, 76))
-    (axes,) = plots.gradient_norm(run).axes
+    (axes,) = plots.curves(run, "gradient norm").axes
     marks = {
         line.get_gid(): line.get_xdata() for line in axes.lines if line.get_gid() in ("skips", "nonfinite")
     }
@@ -129,19 +129,15 @@ def test_skipped_steps_and_lost_values_are_marked(tmp_path: Path):
 
 
 def test_epochs_count_from_one_and_the_best_is_marked(finished: Run):
-    left, right = plots.ious(finished).axes
+    (left,) = plots.curves(finished, "scores").axes
     assert left.lines[0].get_xdata().tolist() == [1, 2, 3]
     star = next(line for line in left.lines if line.get_marker() == "*")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([3], [pytest.approx(0.9 - 0.5 / 3)])
-    assert [line.get_color() for line in right.lines[:2]] == [
-        style.CLASSES["background"],
-        style.CLASSES["target"],
-    ]
 
 
 def test_loss_scale_is_shown_under_fp16_only(tmp_path: Path):
-    assert len(plots.learning_rate(make_run(tmp_path / "a", amp="fp16")).axes) == 2
-    assert len(plots.learning_rate(make_run(tmp_path / "b", amp="off")).axes) == 1
+    assert len(plots.curves(make_run(tmp_path / "a", amp="fp16"), "learning rate").axes) == 2
+    assert len(plots.curves(make_run(tmp_path / "b", amp="off"), "learning rate").axes) == 1
 
 
 def test_samples_show_truth_prediction_and_error_in_the_class_colours(finished: Run):
@@ -181,7 +177,7 @@ def test_an_epoch_without_samples_is_refused_with_those_there_are(finished: Run)
 
 
 def test_save_writes_the_figure_into_the_run_and_returns_it(finished: Run):
-    figure = plots.ious(finished)
+    figure = plots.curves(finished, "scores")
     assert plots.save(finished, figure, "ious") is figure
     assert [file.name for file in (finished.folder / "figures").iterdir()] == ["ious.png"]
     assert (
@@ -190,7 +186,7 @@ def test_save_writes_the_figure_into_the_run_and_returns_it(finished: Run):
 
 
 def test_a_run_is_found_by_folder_too(finished: Run):
-    assert "finished" in plots.overview(str(finished.folder)).get_suptitle()
+    assert "finished" in plots.curves(str(finished.folder)).get_suptitle()
 
 
 def test_table_names_last_and_best_epoch(finished: Run):

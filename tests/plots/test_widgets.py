@@ -38,10 +38,7 @@ def test_nothing_is_made_where_nobody_watches(trained, monkeypatch):
 
     monkeypatch.setattr(ipywidgets.Widget, "__init__", forbidden)
     assert widgets.live_panel() is None
-    assert all(
-        make(trained) is None
-        for make in (widgets.epoch_slider, widgets.threshold_slider, widgets.layer_picker)
-    )
+    assert all(make(trained) is None for make in (widgets.epoch_slider, widgets.layer_picker))
 
 
 def test_the_epoch_slider_shows_the_masks_of_its_epoch(tmp_path, watched):
@@ -60,39 +57,22 @@ def test_the_epoch_slider_shows_the_masks_of_its_epoch(tmp_path, watched):
     assert note.value == "" and bytes(picture.value) == before
 
 
-def test_the_threshold_slider_moves_the_mask(trained, watched):
-    slider, picture, _ = widgets.threshold_slider(trained).children
-    assert slider.value == 0.5 and bytes(picture.value) == pictures.thresholded(trained, 0.5)._repr_png_()
-    before = bytes(picture.value)
-    slider.value = 0.9
-    assert bytes(picture.value) != before
-
-
-def test_thresholds_at_their_ends_take_all_and_nothing(trained):
-    epoch, samples = pictures.read_samples(trained)
-    labels = samples["labels"][samples["kind"] == "fixed"][:8]
-    title = pictures.thresholded(trained, 0.0).get_suptitle()
-    assert f"P >= 0.00, epoch {epoch}: IoU {(labels > 0).mean():.3f}" in title
-    assert "IoU 0.000" in pictures.thresholded(trained, 1.1).get_suptitle()
-
-
 def test_the_layer_picker_shows_the_layers_of_a_module(trained, watched):
     picker, picture, _ = widgets.layer_picker(trained).children
-    assert bytes(picture.value) == gradient_plots.module_norms(trained)._repr_png_()
+    assert bytes(picture.value) == gradient_plots.module_norms(trained, read(trained))._repr_png_()
     found = read(trained)
     for module, value in picker.options[1:]:  # "person" must not bring "person_head" with it
         assert {name.split(".")[0] for name in found.select(value)} == {module}
     picker.value = "boundary."
-    assert bytes(picture.value) == gradient_plots.module_norms(trained, "boundary.")._repr_png_()
+    assert (
+        bytes(picture.value) == gradient_plots.module_norms(trained, read(trained), "boundary.")._repr_png_()
+    )
 
 
 def test_a_run_with_nothing_on_disk_yet_has_no_widgets(tmp_path, watched):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "status.json").write_text(json.dumps({"state": "running"}))
-    assert all(
-        make(tmp_path / "new") is None
-        for make in (widgets.epoch_slider, widgets.threshold_slider, widgets.layer_picker)
-    )
+    assert all(make(tmp_path / "new") is None for make in (widgets.epoch_slider, widgets.layer_picker))
 
 
 def test_the_live_panel_is_shown_once_and_then_replaced_in_place(tmp_path, watched, monkeypatch):

@@ -100,9 +100,8 @@ def test_validated_now_and_then_it_is_the_same_run(tiny):
     assert all(line["metrics"] == by_epoch[line["epoch"]] for line in seldom.validations())
     assert seldom.status()["best"]["epoch"] in (2, 4, 5) and seldom.status()["metrics"] == by_epoch[5]
     assert len(list((seldom.folder / "samples").iterdir())) == 3
-    for draw in (plots.overview, plots.ious, plots.losses):
-        draw(seldom)
-    (line, *_) = plots.ious(seldom).axes[0].get_lines()
+    plots.curves(seldom)
+    (line, *_) = plots.curves(seldom, "scores").axes[0].get_lines()
     assert list(line.get_xdata()) == [2, 4, 5]
 
 

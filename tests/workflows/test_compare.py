@@ -12,9 +12,9 @@ from helpers import make_run
 
 from refinelib import checkpoints
 from refinelib.files import dumps
-from refinelib.plots.compare import groups, names_of
 from refinelib.runs import Run, RunError, latest
 from refinelib.workflows import compare, examples
+from refinelib.workflows.compare import groups, names_of
 
 
 def shift(run: Run, by: float) -> Run:
