@@ -54,7 +54,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from refinelib import build, checkpoints
-from refinelib import trainer as training
 from refinelib.config import Settings, resolve
 from refinelib.guard.guard import REPORT, Guard
 from refinelib.guard.rewind import DivergedError
@@ -718,9 +717,8 @@ def whole(fault: Fault, folder: str, device: str = "cpu") -> Outcome:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        for module in (build, training):
-            model = functools.partial(small_model, buffers=fault["buffers"])
-            stack.enter_context(patch.object(module, "build_model", model))
+        model = functools.partial(small_model, buffers=fault["buffers"])
+        stack.enter_context(patch.object(build, "build_model", model))
         with patch.object(Trainer, "fit", fit):
             try:
                 train(settings)
