@@ -132,13 +132,8 @@ def _by_step(axes: Axes, run: Run, key: str, color: str, **look: Any) -> None:
 
 def _mark_skips(axes: Axes, run: Run) -> None:
     """A triangle at the foot of the panel at every skipped step on record."""
-    steps = []
-    for event in run.events():
-        spike = event["kind"] == "spike"
-        if "step" in event and (
-            event.get("skipped") if spike else "skip" in (event["kind"], event.get("of"))
-        ):
-            steps.append(event["step"])
+    skips = [e for e in run.events() if e.get("skipped") or "skip" in (e["kind"], e.get("of"))]
+    steps = [event["step"] for event in skips if "step" in event]
     style.mark(axes, sorted(steps), 0.025, "^", color=VERMILLION, label="skipped", gid="skips")
 
 
