@@ -46,7 +46,7 @@ KINDS: dict[str, bool | None] = {
     **dict.fromkeys(("input:overflow", "input:spike", "label:swap"), None),
 }
 PRECISIONS = ("off", "bf16", "fp16")
-#: Settings by the path's name. On CUDA all of them are captured as graphs, but for those that are not fused.
+#: Settings by the path's name. On CUDA all of them are captured as graphs, except those that are not fused.
 PATHS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adam": {"optimizer": "adam"},
@@ -137,7 +137,7 @@ def advance(trainer: Trainer) -> None:
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Every tensor that a step may move, but for the counts of skips and the loss scale's own rule."""
+    """Every tensor that a step may move, except the counts of skips and the loss scale's own rule."""
     guard = trainer.guard
     found = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
     found |= {f"average.{i}": v for i, v in enumerate(guard.averages)}

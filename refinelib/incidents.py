@@ -103,7 +103,7 @@ def capture(
 
 
 def replay(incident: str | os.PathLike[str], *, device: str = "auto") -> Finding:
-    """Take the step of an incident again and say what was not finite first, where, and for which sample.
+    """Replay an incident's step and say what was not finite first, where, and for which sample.
 
     The process keeps what the run had: threads (on a CPU), determinism, random state.
 

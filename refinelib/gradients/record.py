@@ -84,7 +84,7 @@ class Probe:
             self.reports += list(reports.astype(np.float32))
 
     def rewind(self, step: int) -> None:
-        """Drop what was collected of the steps after this one: they are taken again."""
+        """Drop what was collected of the steps after this one: they are repeated."""
         kept = sum(each <= step for each in self.steps)
         del self.steps[kept:], self.reports[kept:]
 

@@ -334,7 +334,7 @@ def _sentence(step: Step, finding: Finding, parameters: int) -> str:
         "gradient": f"all was finite, but not the gradient of {parameter}: it was changed afterwards",
         "large": f"all is finite, but the gradient is too large to clip in float32, most of it in {module}",
         "overflow": "the gradients overflow by the loss scale alone: without it they are finite",
-        "none": "everything was finite when the step was taken again",
+        "none": "everything was finite when the step was replayed",
     }[finding.phase]
     parts = [f"step {step.number}: {where}"]
     if finding.terms and finding.phase not in ("weights", "gradient"):

@@ -182,8 +182,8 @@ class Guard:
 
         names = ["applied", "skipped", "skips_in_a_row", "scale", "headroom_peak", "good_in_a_row"]
         names += ["lr_factor", "lr_factor_until"]  # the latter in applied steps
-        names += ["loss_center", "norm_center"]  # means of log loss and log gradient norm
-        names += ["loss_spread", "norm_spread", "seen"]  # mean absolute deviations; number of values
+        # of log loss and log gradient norm: means, mean absolute deviations, number of values
+        names += ["loss_center", "norm_center", "loss_spread", "norm_spread", "seen"]
         # rate_sum: of the planned learning rates of the steps that led to these weights
         names += ["capture_enabled", "updates_suspended", "damaged", "rate_sum"]
         #: All that the guard remembers, in one tensor, so that one copy renews it; float64 counts exactly.
@@ -383,8 +383,7 @@ class Guard:
         moved, size = (torch.stack(torch._foreach_norm(x, math.inf)).double() for x in (apart, then))
         decayed = rates * max(group["weight_decay"] for group in self.optimizer.param_groups)
         rounded = steps * torch.finfo(then[0].dtype).eps
-        far: Tensor = moved > (self.reach * rates + size * (decayed + rounded)) * (1 + decayed)
-        return far
+        return torch.gt(moved, (self.reach * rates + size * (decayed + rounded)) * (1 + decayed))
 
     def check_state(self, since: tuple[Mapping[str, Tensor], Tensor] | None = None) -> None:
         """Suspend all updates if the training state is damaged; the next report says so.

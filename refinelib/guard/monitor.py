@@ -97,8 +97,8 @@ class StepMonitor:
         # 1.2533: a normal distribution's standard deviation over its mean absolute deviation
         limit = (UNUSUAL_SIGMA * 1.2533 * self.spread).clamp(min=math.log(UNUSUAL_FACTOR))
         past = self.center, self.spread, self.count
-        found = compare_with_past(values, *past, limit=limit, window=UNUSUAL_WINDOW)
-        unusual, self.center, self.spread = found
+        compared = compare_with_past(values, *past, limit=limit, window=UNUSUAL_WINDOW)
+        unusual, self.center, self.spread = compared
         self.count = self.count + 1
         return (unusual & (self.count > UNUSUAL_AFTER)).tolist()
 

@@ -5,8 +5,8 @@ healthy. Several are kept, and each rewind that follows another without a stable
 further back.
 
 After a loss that stays high, or a damaged state (not finite, or weights that moved further than the learning
-rates allow), the same steps are taken again: a fault that does not come again has then changed nothing.
-Where it does come again, and after too many skips in a row, training continues with the data after the
+rates allow), the same steps are repeated: a fault that does not recur has then changed nothing.
+Where it does recur, and after too many skips in a row, training continues with the data after the
 trouble, at a lower learning rate.
 """
 
@@ -30,6 +30,7 @@ GENERATIONS, OLD = 3, 400
 #: Applied steps with a lower learning rate after a rewind past the data: half at the first, a quarter at the
 #: second, ...
 SLOW_STEPS = 200
+LogState = Callable[[], dict[str, Any]]
 #: What a rewind leaves alone: counts of the run, and the loss scale, which an older state knows nothing of.
 _NOT_RESTORED = ("skipped", "scale", "headroom_peak", "good_in_a_row", "capture_enabled")
 
@@ -101,12 +102,7 @@ class Rewinder:
     """
 
     def __init__(
-        self,
-        guard: Guard,
-        *,
-        max_consecutive_skips: int,
-        max_rewinds: int,
-        log: Callable[[], dict[str, Any]] = dict,
+        self, guard: Guard, *, max_consecutive_skips: int, max_rewinds: int, log: LogState = dict
     ) -> None:
         self.guard, self.log = guard, log
         self.max_consecutive_skips, self.max_rewinds = max_consecutive_skips, max_rewinds
@@ -184,7 +180,7 @@ class Rewinder:
     # -- reports -------------------------------------------------------------------------------------
     def update(self, row: Row) -> str | None:
         """Take in one row, in order, which the log has; why the run has to go back, if it has to."""
-        if row.report["incident"]:  # the steps after it are taken again
+        if row.report["incident"]:  # the steps after it are repeated
             self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step <= row.step]
         reason = self._judge(row.step, row.report)
         self.seen = row.step
@@ -228,8 +224,8 @@ class Rewinder:
             step: number of the last step taken.
 
         Returns:
-            What was done, in a sentence; the snapshot whose steps are to be taken again, none where the data
-            goes on.
+            What was done, in a sentence; the snapshot after which steps are to be repeated, none where the
+            data goes on.
 
         Raises:
             DivergedError: it went back as often as it may, or there is no finite state to go back to.
@@ -253,7 +249,7 @@ class Rewinder:
         if again and host is not None:
             self.monitor.load_state_dict(host["monitor"])
             self.steps, self.skips, self.seen = list(host["steps"]), host["skips"], snapshot.step
-            then = "takes the steps after it again: a fault that does not come again has changed nothing"
+            then = "repeats the steps after it: a fault that does not recur has changed nothing"
             return f"{went}, {then} {which}", snapshot
         self._go_past(now)
         self.monitor.restart(host["monitor"] if host else self.monitor.state_dict())
@@ -262,7 +258,7 @@ class Rewinder:
         return f"{went}, {then} for {SLOW_STEPS} steps {which}", None
 
     def _go_past(self, now: dict[str, float]) -> None:
-        """Keep the run's own counts, go on with its schedule, more slowly."""
+        """Keep the run's own counts and place in the schedule, at a lower rate."""
         state = self.guard.state
         if int(state["applied"]) < self.guard.schedule.warmup_steps:
             del now["applied"]  # a warm-up is done again; elsewhere the schedule ends where the data does

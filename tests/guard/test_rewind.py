@@ -363,7 +363,7 @@ def shift(trainer, by):
 
 @pytest.mark.parametrize(("at", "by"), [(3, 100.0), (150, 1.0), (-2, 100.0)])
 def test_a_finite_damage_that_comes_once_has_changed_nothing(tiny, monkeypatch, at, by):
-    """Loss or weights reveal it, the steps are taken again: weights and records are an undamaged run's."""
+    """Loss or weights reveal it, the steps are repeated: weights and records are an undamaged run's."""
     given = dict(
         epochs=80,
         batch_size=3,
