@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pickletools
-import threading
 import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +64,6 @@ class Writer:
     def __init__(self) -> None:
         self.failing: dict[Path, str] = {}
         self._waiting: dict[Path, dict[str, Any]] = {}  # the newest content of each file that is not on disk
-        self._lock = threading.Lock()
         self._problems: list[str] = []
         self._worker = ThreadPoolExecutor(1, "checkpoints")  # the interpreter waits for it before it ends
 
@@ -78,9 +76,8 @@ class Writer:
             copy: false: it is a copy on the CPU already, which nobody changes.
         """
         content = to_cpu(content) if copy else content
-        with self._lock:
-            self._waiting.pop(path, None)
-            self._waiting[path] = content  # at the end: files are written in the order of their saving
+        self._waiting.pop(path, None)
+        self._waiting[path] = content  # at the end: files are written in the order of their saving
         self._worker.submit(self._write_waiting)
 
     def flush(self) -> None:
@@ -96,19 +93,19 @@ class Writer:
 
     def _write_waiting(self) -> None:
         for path in list(self._waiting):
-            content = self._waiting[path]
+            content = self._waiting.pop(path, None)
+            if content is None:  # save is just replacing it, with a call of its own
+                continue
             try:
                 _write(path, content)
             except Exception as error:  # torch.save turns a full disk into a RuntimeError
+                self._waiting.setdefault(path, content)  # unless a newer one came
                 old = "the one before it stays" if path.exists() else "there is none before it"
                 message = f"the checkpoint {path.name} could not be written ({reason(error)}); {old}"
                 if path not in self.failing:
                     self._problems.append(message)
                 self.failing[path] = message
                 continue
-            with self._lock:
-                if self._waiting[path] is content:  # else a newer one came, with a call of its own
-                    del self._waiting[path]
             if self.failing.pop(path, None) is not None:
                 self._problems.append(f"the checkpoint {path.name} could be written after all")
 

@@ -180,10 +180,9 @@ class TrainingState:
         """The usable snapshots of a checkpoint; an event names the others."""
         found = []
         shapes = {name: x.shape for name, x in self.guard.tensors().items()}
-        listed = saved["recovery"].get("snapshots", [])
         if not self.snapshot_file(0).parent.is_dir():  # the run had ended, and goes on with more epochs
             return []
-        for number, *_ in listed:
+        for number, *_ in saved["recovery"].get("snapshots", []):
             file = self.snapshot_file(number)
             try:
                 content = checkpoints.load(file, needs=("tensors", "memory", "host"))

@@ -20,7 +20,7 @@ from limits import read_in_little_memory
 from refinelib import checkpoints
 from refinelib.checkpoints import CheckpointError
 from refinelib.runs import Run
-from refinelib.trainer import train
+from refinelib.trainer import Trainer, train
 
 
 def content(step=3):
@@ -374,6 +374,20 @@ def test_what_failed_is_told_once_and_tried_again_with_the_newest_content(tmp_pa
         3,
         4,
     ]
+
+
+def test_a_snapshot_taken_again_after_a_rewind_replaces_the_file_of_the_first(tiny):
+    settings = tiny()
+    trainer = Trainer(settings, Run.start(settings))
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            weight = trainer.guard.parameters[0].fill_(value)
+        trainer.rewinder.snapshots.clear()
+        trainer.rewinder.start(0)
+        trainer.save("last.pt")
+        trainer.writer.flush()
+    kept = checkpoints.load(trainer.snapshot_file(0))["tensors"]
+    assert any(x.shape == weight.shape and torch.equal(x, weight) for x in kept.values())
 
 
 def test_content_that_cannot_be_written_at_all_does_not_end_the_thread_for_the_others(tmp_path):
