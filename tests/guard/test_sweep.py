@@ -136,9 +136,9 @@ def test_the_same_draws_every_time():
 
 
 # -- that it can fail ----------------------------------------------------------------------------------
-def judge_of_before(self, loss, norms, largest, judge=Guard.decide):
-    """Until 2026-11-26: float32, and no look at whether the norm and the clipping are finite."""
-    found, scale = judge(self, loss, norms, largest), self.state["scale"].float()
+def decide_in_float32(self, loss, norms, largest, decide=Guard.decide):
+    """In float32, and whether norm and clipping are finite is not checked."""
+    found, scale = decide(self, loss, norms, largest), self.state["scale"].float()
     norms, largest = guards.unscaled(norms, largest, scale, self.root_sizes)
     peak = norms.amax()
     total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
@@ -150,8 +150,8 @@ def judge_of_before(self, loss, norms, largest, judge=Guard.decide):
     return found._replace(skip=skip, divisor=scale / clip, report=report)
 
 
-def judge_that_forgives_nothing(self, loss, norms, largest, judge=Guard.decide):
-    found = judge(self, loss, norms, largest)
+def decide_without_forgiveness(self, loss, norms, largest, decide=Guard.decide):
+    found = decide(self, loss, norms, largest)
     skip, report = found.skip | (self.state["skipped"] > 0), found.report.clone()
     report[REPORT.index("skipped")] = skip.float()
     return found._replace(skip=skip, report=report)
@@ -169,7 +169,7 @@ def without_moments(self, guard):
     guard.memory.copy_(self.memory)
 
 
-def recovery_with(**changes):
+def rewinder_with(**changes):
     return lambda guard, **given: Rewinder(guard, **{**given, **changes})
 
 
@@ -181,21 +181,24 @@ def nothing(*_, **__):
     return None
 
 
-def old_average(average, weights, share, skip):
-    average.lerp_(weights, share)
+def ungated_average(average, weights, ema_weight, skip):
+    average.lerp_(weights, ema_weight)
 
 
-LASTING = recovery_with(max_consecutive_skips=10**6)
-HASTY = recovery_with(max_consecutive_skips=1, max_rewinds=0)
-JUDGE, FORGIVES_NOTHING = (Guard, "decide", judge_of_before), (Guard, "decide", judge_that_forgives_nothing)
+LASTING = rewinder_with(max_consecutive_skips=10**6)
+HASTY = rewinder_with(max_consecutive_skips=1, max_rewinds=0)
+FLOAT32, FORGIVES_NOTHING = (
+    (Guard, "decide", decide_in_float32),
+    (Guard, "decide", decide_without_forgiveness),
+)
 BLIND = (Guard, "check_state", nothing)
-#: What is spoilt, where faults are drawn and when, and the properties that have to fail.
+#: What is broken on purpose, where faults are drawn and when, and the properties that have to fail.
 MUTATIONS = {
-    "a norm that overflows": ([JUDGE], "gradient", "middle", "report"),
-    "the guard of before": ([JUDGE, BLIND], "gradient", "last", "report finite disk"),
-    "an average times zero": ([(guards, "_update_average", old_average)], "parameter", "middle", "exact"),
-    "buffers not put back": ([(guards, "_persistent_buffers", lambda _: [])], "gradient", "middle", "exact"),
-    "a state that nobody looks at": ([BLIND], "exp_avg average step", "after stop", "finite disk"),
+    "a norm that overflows": ([FLOAT32], "gradient", "middle", "report"),
+    "a guard that does not check": ([FLOAT32, BLIND], "gradient", "last", "report finite disk"),
+    "an average times zero": ([(guards, "_update_average", ungated_average)], "parameter", "middle", "exact"),
+    "buffers not restored": ([(guards, "_persistent_buffers", lambda _: [])], "gradient", "middle", "exact"),
+    "a state that is not checked": ([BLIND], "exp_avg average step", "after stop", "finite disk"),
     "a log that says nothing": ([(StepMonitor, "_once", nothing)], "gradient term", "middle last", "record"),
     "moments not restored": ([(Snapshot, "restore", without_moments)], "exp_avg step", "middle", "restored"),
     "statistics not restored": ([(Snapshot, "restore", without_memory)], "exp_avg step", "middle", "again"),
