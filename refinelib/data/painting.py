@@ -21,9 +21,9 @@ FINER = 2
 SKIN = ((245, 209, 184), (230, 184, 148), (199, 148, 112), (153, 107, 77), (112, 74, 51), (77, 51, 38))
 HAIR = ((26, 20, 18), (64, 41, 26), (115, 74, 41), (189, 148, 87), (140, 64, 31), (158, 156, 153))
 #: Weights of what mixes the two colours of a cloth: waves along and across it, coarse and fine noise. Plain
-#: (twice as often), mottled, striped along and across, checked, and printed finely and coarsely.
-PATTERNS: list[tuple[float, ...]] = [(0, 0, 0.15, 0.15), (0, 0, 0.15, 0.15), (0, 0, 0.3, 0), (2, 0, 0, 0)]
-PATTERNS += [(0, 1, 0, 0.1), (0.5, 0.5, 0, 0.1), (0, 0, 0, 1.2), (0, 0, 1, 0.4)]
+#: (twice as often), striped along and across, checked, and printed finely and coarsely.
+PLAIN = (0, 0, 0.15, 0.15)
+PATTERNS = (PLAIN, PLAIN, (2, 0, 0, 0), (0, 1, 0, 0.1), (0.5, 0.5, 0, 0.1), (0, 0, 0, 1.2), (0, 0, 1, 0.4))
 
 Point = tuple[float, float]
 Floats = NDArray[Any]
@@ -35,7 +35,7 @@ class Cloth:
 
     first: Floats
     second: Floats
-    mix: tuple[float, ...] = PATTERNS[0]
+    mix: tuple[float, ...] = PLAIN
     wavelength: float = 8.0
 
 
