@@ -192,7 +192,7 @@ def test_an_interrupted_run_keeps_its_rows_and_a_resumed_one_adds_to_them(tiny, 
     assert read(run, 1)["steps"].tolist() == list(range(1, per_epoch + 1)) and "weight_norms" in read(run, 1)
 
 
-SPOILT = {
+CORRUPTED = {
     "cut": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
     "text": lambda data: b"hello",
@@ -200,8 +200,8 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("what", SPOILT)
-def test_a_damaged_file_is_told_of_and_written_anew(tiny, what):
+@pytest.mark.parametrize("what", CORRUPTED)
+def test_a_damaged_file_is_reported_and_rewritten(tiny, what):
     """What a run interrupted in an epoch left there; a resumed run ends that epoch."""
     trainer, _ = trained(tiny(probe_every=1))
     told = []
@@ -212,7 +212,7 @@ def test_a_damaged_file_is_told_of_and_written_anew(tiny, what):
             content = {name: old[name] for name in old.files}
         np.savez_compressed(file, **content | {"norms": content["norms"][:, 1:]})
     else:
-        file.write_bytes(SPOILT[what](file.read_bytes()))
+        file.write_bytes(CORRUPTED[what](file.read_bytes()))
     (file.parent / "epoch_x.npz").touch()
     report = torch.zeros(1, len(trainer.loss.names) + len(REPORT) + len(trainer.guard.names)).numpy()
     trainer.probe.add([9], report)
