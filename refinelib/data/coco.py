@@ -111,22 +111,24 @@ class CocoPeople:
             size = entry["height"], entry["width"]
             segmentations, found = [], []
             for annotation in persons[image_id]:
+                number = annotation["id"]
                 segmentation = usable(annotation["segmentation"], *size)
                 if segmentation is None:
-                    where = f"image {image_id} in {self.annotations.name}"
-                    builder.skip(sources.NO_MASK, f"annotation {annotation['id']} of {where}")
+                    where = f"annotation {number} of image {image_id} in {self.annotations.name}"
+                    builder.skip(sources.NO_MASK, where)
                     continue
                 box, area = xyxy(annotation["bbox"]), annotation.get("area")
                 if not (isinstance(area, (int, float)) and 0 < area < 1e12):
                     area = (box[2] - box[0]) * (box[3] - box[1])
-                person = {"annotation_id": annotation["id"], "category_id": annotation["category_id"]}
-                found.append({**person, "box": box, "area": float(area)})
                 segmentations.append(segmentation)
+                category = annotation["category_id"]
+                found.append(
+                    {"annotation_id": number, "category_id": category, "box": box, "area": float(area)}
+                )
             ids, boxes, areas = ([one[key] for one in found] for key in ("annotation_id", "box", "area"))
             if builder.add(f"image {image_id}", image_id, size, ids, boxes, areas):
-                scenes.append(
-                    (entry["file_name"], size, json.dumps(segmentations).encode(), json.dumps(found).encode())
-                )
+                columns = json.dumps(segmentations).encode(), json.dumps(found).encode()
+                scenes.append((entry["file_name"], size, *columns))
         instances = builder.instances(str(self.annotations), "no annotation of a person")
         self._scenes = max(self._scenes, scenes, key=len)  # a shorter index is a prefix of a longer one
         return instances
@@ -136,7 +138,7 @@ class CocoPeople:
         content = read_annotations(self.annotations)
         categories = person_ids(content)
         if not categories:
-            names = [shown(one.get("name")) for one in content["categories"] if isinstance(one, dict)]
+            names = (shown(one.get("name")) for one in content["categories"] if isinstance(one, dict))
             known = ", ".join(sorted(names)[:10]).replace("'", "") or "none"
             raise DataError(f"{self.annotations} has no category 'person'; its categories are {known}")
         builder, entries = InstancesBuilder(), dict[int, Any]()
@@ -148,10 +150,8 @@ class CocoPeople:
             other = entries.setdefault(entry["id"], entry)
             if any(other[name] != entry[name] for name in ("file_name", "height", "width")):
                 both = " and ".join(sources.printable(one["file_name"]) for one in (other, entry))
-                several = f"{self.annotations} has two images of id {entry['id']}, {both}"
-                raise DataError(
-                    f"{several}: give each image an id of its own (files put together need new ones)"
-                )
+                rule = "give each image an id of its own (files put together need new ones)"
+                raise DataError(f"{self.annotations} has two images of id {entry['id']}, {both}: {rule}")
         persons: dict[int, list[Any]] = {}
         for number, one in enumerate(content["annotations"]):
             if not isinstance(one, dict) or "category_id" not in one:
@@ -168,9 +168,8 @@ class CocoPeople:
                 builder.skip(NO_IMAGE, f"{name}, image {shown(one['image_id'])}")
             else:
                 persons.setdefault(one["image_id"], []).append(one)
-        every = [one for mine in persons.values() for one in mine]
         taken, free = set[int](), itertools.count(-1, -1)
-        for one in every:
+        for one in itertools.chain.from_iterable(persons.values()):
             while not _is_whole(one.get("id")) or one["id"] in taken:  # metrics and masks are kept by it
                 one["id"] = next(free)
             taken.add(one["id"])
@@ -251,18 +250,18 @@ def read_annotations(file: Path) -> dict[str, list[Any]]:
     """
     try:
         found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode):  # reading a FIFO would wait for its writer
-            raise DataError(f"{file} is no regular file: give an annotation file in JSON")
-        if found.st_size > MOST_BYTES:
-            sizes = f"{found.st_size / 1e9:.0f} GB, more than {MOST_BYTES / 1e9:.0f} GB"
-            raise DataError(f"{file} has {sizes}: leave only persons in it")
-        content = json.loads(file.read_bytes())
-    except DataError:
-        raise
+        regular, small = stat.S_ISREG(found.st_mode), found.st_size <= MOST_BYTES
+        # Reading a FIFO would wait for its writer.
+        content = json.loads(file.read_bytes()) if regular and small else None
     except (OSError, MemoryError) as error:
         raise DataError(f"{file} cannot be read: {str(error) or 'it does not fit into the memory'}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON ({error}): fetch it again, it may be cut short") from None
+    if not regular:
+        raise DataError(f"{file} is no regular file: give an annotation file in JSON")
+    if not small:
+        sizes = f"{found.st_size / 1e9:.0f} GB, more than {MOST_BYTES / 1e9:.0f} GB"
+        raise DataError(f"{file} has {sizes}: leave only persons in it")
     parts = ("images", "annotations", "categories")
     content = content if isinstance(content, dict) else {}
     if missing := [part for part in parts if not isinstance(content.get(part), list)]:
@@ -298,13 +297,10 @@ def xyxy(bbox: Any) -> tuple[float, float, float, float]:
 
 def is_image(entry: Any) -> bool:
     """Whether an entry of a COCO file's images says all that is needed."""
-    if not (
-        isinstance(entry, dict) and all(_is_whole(entry.get(name)) for name in ("id", "height", "width"))
-    ):
+    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
         return False
-    return isinstance(entry.get("file_name"), str) and all(
-        0 < entry[one] < 2**31 for one in ("height", "width")
-    )
+    whole = all(_is_whole(entry.get(name)) for name in ("id", "height", "width"))
+    return whole and all(0 < entry[side] < 2**31 for side in ("height", "width"))
 
 
 def _is_whole(value: Any) -> bool:
