@@ -131,7 +131,8 @@ def _remove_if_repaired(folder: Path) -> None:
 
     def repaired() -> bool:
         built, unread = os.stat(folder / "store.json").st_mtime, read_info(folder).unread
-        return any(os.path.exists(file) and os.stat(file).st_ctime > built for file in unread)
+        names = [file for file in unread if isinstance(file, str)]
+        return any(os.path.exists(file) and os.stat(file).st_ctime > built for file in names)
 
     with suppress(OSError, DataError):  # a store that cannot be read or removed is left to Store.open
         if repaired():
@@ -144,8 +145,7 @@ def _remove_if_repaired(folder: Path) -> None:
 def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, progress: bool) -> None:
     started, instances = time.perf_counter(), source.instances(info.max_images)
     needed = len(instances) * (3 * math.prod(info.canvas) + 2 * math.prod(info.mask_canvas))
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
+    if needed > (free := shutil.disk_usage(folder.parent).free):
         room = f"{needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free"
         raise DataError(f"the store needs {room}: set store_dir to a larger disk")
     temporary = folder.parent / f".{folder.name}.building-{os.getpid()}-{time.time_ns():x}"

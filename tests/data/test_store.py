@@ -442,7 +442,7 @@ def test_what_was_left_out_is_looked_at_again_whatever_its_name(coco_files, tmp_
     source = coco_files.source()
     built = open_store(source, root=tmp_path, **SMALL)
     names = ["a\0b", "\ud800.jpg", "x" * 5000, str(tmp_path / "none")]
-    for unread in (names, {name: [1, 1] for name in names}):
+    for unread in (names, [*names, None], {name: [1, 1] for name in names}):
         edit(built.folder, unread=unread)
         assert open_store(source, root=tmp_path, **SMALL).info.unread == unread
     time.sleep(0.02)
@@ -629,33 +629,33 @@ def test_synthetic_stores_lie_in_the_output_folder(tmp_path):
     assert np.array_equal(train.boxes, index.boxes)
 
 
-# -- files that inject spoils ----------------------------------------------------------------------------
+# -- corrupted files of the setting inject ----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("how", "reason", "words"),
     [("truncated", UNREADABLE, "cannot be decoded"), ("missing", MISSING, "there is no image file")],
 )
-def test_a_file_that_inject_spoils_is_left_out_and_counted(tmp_path, how, reason, words):
+def test_a_corrupted_file_is_left_out_and_counted(tmp_path, how, reason, words):
     common = dict(output_dir=str(tmp_path), max_images=6, roi_size=16, mask_size=16, workers=1)
     whole = open_split(resolve("demo", **common), "train", progress=False)
     settings = resolve("demo", inject=f"file:{how}@3;grad:nan@9", **common)
-    spoilt, val = open_splits(settings, progress=False)
+    corrupted, val = open_splits(settings, progress=False)
     lost = int((whole.image_index == 2).sum())
-    assert lost and len(spoilt) == len(whole) - lost and 2 not in spoilt.image_index
-    assert spoilt.skipped == {**whole.skipped, reason: 1} and f"{reason} (1)" in spoilt.summary()
-    assert words in spoilt.examples[reason] and "image 3 of synthetic train" in spoilt.examples[reason]
+    assert lost and len(corrupted) == len(whole) - lost and 2 not in corrupted.image_index
+    assert corrupted.skipped == {**whole.skipped, reason: 1} and f"{reason} (1)" in corrupted.summary()
+    assert words in corrupted.examples[reason] and "image 3 of synthetic train" in corrupted.examples[reason]
     kept = whole.image_index != 2
-    assert np.array_equal(spoilt.images, whole.images[kept]) and np.array_equal(
-        spoilt.annotation_ids, whole.annotation_ids[kept]
+    assert np.array_equal(corrupted.images, whole.images[kept]) and np.array_equal(
+        corrupted.annotation_ids, whole.annotation_ids[kept]
     )
     assert reason not in val.skipped  # training images only
-    assert spoilt.folder != whole.folder  # the good store is not taken for it, nor it for the good one
+    assert corrupted.folder != whole.folder  # the good store is not taken for it, nor it for the good one
     again = open_split(resolve("demo", **common), "train", progress=False)
     assert again.folder == whole.folder and len(again) == len(whole)
 
 
-def test_spoilt_files_cost_a_run_nothing_but_those_people(tiny):
+def test_corrupted_files_cost_a_run_nothing_but_those_people(tiny):
     from refinelib.trainer import train
 
-    run = train(tiny(run="spoilt", epochs=1, inject="file:truncated@1;file:missing@4"))
+    run = train(tiny(run="corrupted", epochs=1, inject="file:truncated@1;file:missing@4"))
     assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 0
     assert run.status()["rois"] < train(tiny(run="whole", epochs=1)).status()["rois"]
