@@ -53,9 +53,8 @@ def open_split(settings: Settings, split: str, *, progress: bool = True) -> Stor
         if progress:
             print(f"images are not at hand, using the store {found.folder}: {found.summary()}", flush=True)
         return found
-    corrupted = [fault for fault in faults.parse(settings.inject or "") if fault.what == "file"]
     return open_store(
-        CorruptedImages(source, corrupted) if corrupted and split == "train" else source,
+        source,
         roi_size=settings.roi_size,
         mask_size=settings.mask_size,
         context=settings.context,
@@ -72,10 +71,13 @@ def make_source(settings: Settings, split: str) -> Source:
     Raises:
         DataError: a file or folder is missing.
     """
-    source: Source = DATASETS[settings.data](settings, split)
-    if settings.add_pennfudan and split == "train":
-        return JoinedSources([source, PennFudanPeople(settings.path(settings.add_pennfudan), split)], split)
-    return source
+    parts: list[Source] = [DATASETS[settings.data](settings, split)]
+    if split == "train":
+        if settings.add_pennfudan:
+            parts.append(PennFudanPeople(settings.path(settings.add_pennfudan), split))
+        if corrupted := [fault for fault in faults.parse(settings.inject or "") if fault.what == "file"]:
+            return CorruptedImages(parts, split, corrupted)
+    return JoinedSources(parts, split) if len(parts) > 1 else parts[0]
 
 
 def find_store(root: Path, settings: Settings, split: str) -> Store | None:
@@ -87,8 +89,8 @@ def find_store(root: Path, settings: Settings, split: str) -> Store | None:
     Raises:
         DataError: stores of different data fit, or the one that fits is damaged.
     """
-    wanted: dict[str, Any] = {"source": _name(settings, split), "split": split}
-    wanted |= store_sizes(settings.roi_size, settings.mask_size, settings.context)
+    sizes = store_sizes(settings.roi_size, settings.mask_size, settings.context)
+    wanted = {"source": _name(settings, split), "split": split, **sizes}
     fitting: dict[str, Path] = {}
     unreadable = None
     for file in sorted([*root.glob("*/store.json"), *root.glob("store.json")]):
@@ -107,9 +109,8 @@ def find_store(root: Path, settings: Settings, split: str) -> Store | None:
         raise DataError(f"{root} holds {several}: {names}; leave one there or give data_dir")
     if not fitting and unreadable:
         raise unreadable
-    for folder in fitting.values():
-        return Store.open(folder).first_images(settings.max_images)
-    return None
+    found = next(iter(fitting.values()), None)
+    return None if found is None else Store.open(found).first_images(settings.max_images)
 
 
 def _name(settings: Settings, split: str) -> str:
@@ -172,31 +173,24 @@ class JoinedSources:
         return "; ".join(source.fingerprint() for source in self.sources)
 
 
-class CorruptedImages:
-    """``source`` with the bad image files that the setting ``inject`` plants.
+class CorruptedImages(JoinedSources):
+    """``sources`` with the bad image files that the setting ``inject`` plants.
 
     The faults ``file:truncated@N`` and ``file:missing@N`` name images, from 1. The bad file is a real one,
     cut in half, and goes through the reader that all files go through.
     """
 
-    def __init__(self, source: Source, planted: Sequence[faults.Fault]) -> None:
-        self.source, self.name, self.split = source, source.name, source.split
+    def __init__(self, sources: Sequence[Source], split: str, planted: Sequence[faults.Fault]) -> None:
+        super().__init__(sources, split)
         self.bad = {fault.step - 1: fault.value for fault in planted}
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def instances(self, max_images: int | None = None) -> Instances:
-        """Those of the source."""
-        return self.source.instances(max_images)
-
     def fingerprint(self) -> str:
-        """Of the source and the faults."""
-        return f"{self.source.fingerprint()} but for {sorted(self.bad.items())}"
+        """Of the sources and the faults."""
+        return f"{super().fingerprint()} but for {sorted(self.bad.items())}"
 
     def scene(self, index: int) -> Scene:
-        """The source's scene; for an image with a fault ``SceneError``."""
-        scene = self.source.scene(index)
+        """The scene; for an image with a fault ``SceneError``."""
+        scene = super().scene(index)
         if index not in self.bad:
             return scene
         with tempfile.TemporaryDirectory() as folder:
