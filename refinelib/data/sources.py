@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,10 +109,6 @@ class Masks:
         """Pixels of any person; ``axis`` is 0, as for an array ``[P, H, W]``."""
         if axis != 0:
             raise ValueError(f"masks are united over persons, axis 0, not {axis}")
-        return self._union
-
-    @cached_property
-    def _union(self) -> Mask:
         union = np.zeros(self._size, bool)
         for slot in range(self._count):
             union |= self[slot]
@@ -167,9 +162,9 @@ class Instances:
         return len(self.image_index)
 
 
-_NAMES = ("image_index", "slots", "image_ids", "annotation_ids", "boxes", "areas", "image_sizes")
 #: Columns of :class:`Instances` and their types.
-COLUMNS = dict(zip(_NAMES, ("i4", "i4", "i8", "i8", "f4", "f4", "i4"), strict=True))
+COLUMNS = {"image_index": "i4", "slots": "i4", "image_ids": "i8", "annotation_ids": "i8"}
+COLUMNS |= {"boxes": "f4", "areas": "f4", "image_sizes": "i4"}
 
 
 class Source(Protocol):
@@ -331,8 +326,8 @@ def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
     """
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for its writer
-            message = f"{file} is no regular file: put the {what} there or take it out"
-            raise SceneError(UNREADABLE, message, file)
+            rule = f"put the {what} there or take it out"
+            raise SceneError(UNREADABLE, f"{file} is no regular file: {rule}", file)
         with Image.open(file) as image:
             yield image
     except FileNotFoundError:
@@ -340,9 +335,8 @@ def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
     except SceneError:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, its own...
-        why = str(error) or type(error).__name__
-        message = f"{file} cannot be decoded ({why}): fetch it again or take it out"
-        raise SceneError(UNREADABLE, message, file) from None
+        what = f"{file} cannot be decoded ({str(error) or type(error).__name__})"
+        raise SceneError(UNREADABLE, f"{what}: fetch it again or take it out", file) from None
 
 
 def decode_image(file: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
