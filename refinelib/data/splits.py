@@ -203,10 +203,6 @@ class CorruptedImages(JoinedSources):
 
 
 # -- the data sets by name -----------------------------------------------------------------------------
-def _synthetic(settings: Settings, split: str) -> Source:
-    return SyntheticPeople(SYNTHETIC[split], split=split)
-
-
 def _pennfudan(settings: Settings, split: str) -> Source:
     if not settings.data_dir:
         raise DataError("data = pennfudan needs data_dir, the folder that holds PNGImages and PedMasks")
@@ -221,18 +217,21 @@ def _coco(settings: Settings, split: str) -> Source:
 
 _FOLDER = Option("data_dir", None, "folder of the data set in its published layout", role="run")
 _PLACES = {
-    "train_annotations": "COCO JSON to train on, where it is not in data_dir",
-    "train_images": "folder of its images, where it is not in data_dir",
-    "val_annotations": "COCO JSON to validate on, where it is not in data_dir",
-    "val_images": "folder of its images, where it is not in data_dir",
+    "train_annotations": "COCO JSON to train on",
+    "train_images": "folder of its images",
+    "val_annotations": "COCO JSON to validate on",
+    "val_images": "folder of its images",
 }
 _OUTSIDE = "also read images that a COCO file names outside its image folder"
-DATASETS.add("synthetic", _synthetic)
+DATASETS.add("synthetic", lambda settings, split: SyntheticPeople(SYNTHETIC[split], split))
 DATASETS.add("pennfudan", _pennfudan, _FOLDER)
 DATASETS.add(
     "coco",
     _coco,
     _FOLDER,
-    *(Option(name, None, text, role="run") for name, text in _PLACES.items()),
+    *(
+        Option(name, None, f"{text}, where it is not in data_dir", role="run")
+        for name, text in _PLACES.items()
+    ),
     Option("allow_images_outside", False, _OUTSIDE, role="run"),
 )

@@ -39,8 +39,7 @@ PATTERNS = (PLAIN, PLAIN, (2, 0, 0, 0), (0, 1, 0, 0.1), (0.5, 0.5, 0, 0.1), (0, 
 STAND = (2, 9, -7, 2, 6, 18, -20, 0)
 UP = (2, 9, -7, 2, 95, 165, 5, 30)
 STAR = (14, 28, -8, -2, 50, 120, 5, 30)
-HIP = (2, 9, -7, 2, 38, 50, -95, -70)
-FRONT_POSES = ((STAND, STAND),) * 7 + ((UP, STAND), (UP, UP), (STAND, HIP), (STAR, STAR))
+FRONT_POSES = ((STAND, STAND),) * 7 + ((UP, STAND), (UP, UP), (STAR, STAR))
 WALK = ((-30, -12, -35, -5, 10, 32, 10, 45), (12, 30, -12, 0, -32, -10, 5, 30))
 RUN = ((-35, -10, -80, -20, 30, 55, 60, 95), (35, 65, -80, -40, -55, -30, 50, 90))
 SIDE_STAND = (-8, 8, -8, 0, -12, 12, 8, 25)
@@ -96,8 +95,8 @@ class Pen:
     def _fresh(self) -> Floats:
         """Mostly dull, sometimes vivid."""
         hue = self.rng.random(3)
-        dull = 1 - self.rng.beta(1.1, 2.2) * (1 - hue / hue.max())
-        return np.asarray(self.rng.uniform(0.08, 0.97) * dull)
+        vivid = 1 - self.rng.beta(1.1, 2.2) * (1 - hue / hue.max())
+        return np.asarray(self.rng.uniform(0.08, 0.97) * vivid)
 
     def varied(self, colour: Floats, spread: float) -> Floats:
         """A little lighter or darker, and of slightly another hue."""
@@ -226,13 +225,11 @@ def _head(pen: Pen, centre: Point, size: float, view: str, facing: float, skin: 
     """The head, its hair, and eyes where there are pixels for them."""
     full, dark = (0, 360), Cloth(np.full(3, 0.1), np.full(3, 0.2))
     ovals = [(skin, 0.0, 0.0, 0.84, 1.1, full)]
-    if view == "back":
-        ovals.append((hair, 0, -0.08, 0.92, 1.15, full))
-    elif view == "side":
+    if view == "side":
         ovals.append((skin, 0.8 * facing, 0.15, 0.18, 0.16, full))
         ovals.append((hair, -0.12 * facing, -0.2, 0.92, 1, (95, 330) if facing > 0 else (210, 85)))
     else:
-        ovals.append((hair, 0, -0.12, 0.92, 1.08, (190, 350)))
+        ovals.append((hair, 0, -0.1, 0.92, 1.1, full if view == "back" else (190, 350)))
     if view != "back" and size > 4.5:
         eyes = (0.45 * facing,) if view == "side" else (-0.34, 0.34)
         ovals += [(dark, dx, 0.02, 0.11, 0.09, full) for dx in eyes]
@@ -303,9 +300,9 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Pen, NDArray[np.bool_]]:
     pen = Pen(height, width, rng)
     horizon, camera, tilt = height * rng.uniform(0.3, 0.6), rng.uniform(0.6, 1.0), rng.normal(0, 4)
     wall, floor = pen.colour(), pen.colour()
-    noise = (0, 0, rng.uniform(0.1, 0.6), rng.uniform(0, 0.5))
-    pen.block(Cloth(wall, pen.varied(wall, 0.12), noise), 0, 0, width, height)
-    tiles = (rng.choice([0, 0.4]), rng.choice([0, 0.3]), *noise[2:])
+    noise = rng.uniform(0.1, 0.6), rng.uniform(0, 0.5)
+    pen.block(Cloth(wall, pen.varied(wall, 0.12), (0, 0, *noise)), 0, 0, width, height)
+    tiles = (rng.choice([0, 0.4]), rng.choice([0, 0.3]), *noise)
     ground = Cloth(floor, pen.varied(floor, 0.1), tiles, rng.uniform(5, 40))
     code = pen.brush(ground, (0, horizon), (width, horizon + rng.normal(0, 40)), 150)
     pen.polygon(code, [(0, horizon - tilt), (width, horizon + tilt), (width, height), (0, height)])
