@@ -73,7 +73,7 @@ def test_masks_lie_inside_their_boxes_and_fit_the_image(run):
     assert masks.shape == (3, *image.shape[:2]) and masks.dtype == bool
     rows, columns = np.arange(image.shape[0]) + 0.5, np.arange(image.shape[1]) + 0.5
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=False):
-        outside = ~((rows[:, None] > y0) & (rows[:, None] < y1) & (columns > x0) & (columns < x1))
+        outside = ~((rows[:, None] >= y0) & (rows[:, None] < y1) & (columns >= x0) & (columns < x1))
         assert not mask[outside].any()
     assert masks[0].any()
 
