@@ -27,8 +27,7 @@ from refinelib.guard import faults
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError, diverged
 from refinelib.incidents import capture
-from refinelib.metrics.predict import predict_probs, score
-from refinelib.metrics.samples import write_samples
+from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.runs import Interruption, Run
 from refinelib.state import TrainingState, random_state
