@@ -195,7 +195,7 @@ KILLED = """
 import json, sys
 from refinelib.workflows import phases
 made = phases.plan(**json.loads(sys.argv[1]))
-made.settings["phase2"] = made.settings["phase2"].model_copy(update={"inject": "kill@6"})
+made.settings["phase2"] = made.settings["phase2"].model_copy(update={"inject": "kill@9"})
 phases.run(made)
 """
 
@@ -211,7 +211,7 @@ def test_a_killed_sequence_continues_where_it_was(tmp_path, stores, tiny):
     assert state_of(folder) == {"phase1": "passed", "phase2": "running", "phase3": "waiting"}
     killed = Run(folder / "phase2")
     per_epoch = killed.status()["steps"] // 2
-    assert killed.status()["state"] == "running" and per_epoch < 6, (
+    assert killed.status()["state"] == "running" and per_epoch < 9, (
         "killed after the first epoch's checkpoint"
     )
     before = (folder / "phase1" / "metrics.jsonl").read_bytes()
