@@ -154,7 +154,7 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
         kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 2), np.int64)
         reasons, examples = Counter(instances.skipped), dict(instances.examples)
         decoded = _decoded(_Rows(source, instances, info), workers)
-        how = {"unit": " images", "file": sys.stdout, "delay": 2, "disable": not progress}
+        how = {"unit": " images", "file": sys.stdout, "delay": 2, "mininterval": 5, "disable": not progress}
         bar = tqdm(decoded, f"{info.source} {info.split}: decoding", instances.images, **how)
         with open(temporary / "images.u8", "wb") as crops, open(temporary / "coverage.u8", "wb") as coverage:
             for found in bar:
