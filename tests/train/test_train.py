@@ -205,7 +205,7 @@ def test_a_fault_that_cannot_be_read_is_refused(tiny, text):
 
 
 def test_every_step_bad_never_writes_nan(tiny):
-    with pytest.raises(DivergedError, match="none of . steps were applied"):
+    with pytest.raises(DivergedError, match=r"none of \d+ steps were applied"):
         train(tiny(amp="bf16", inject="loss:inf@1:always"))
     run = latest(tiny().output_dir)
     assert run.status()["skipped_steps"] == run.status()["steps"] and run.status()["state"] == "diverged"
