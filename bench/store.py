@@ -82,6 +82,7 @@ def main() -> None:
     import torch
 
     from refinelib.data import DataError
+    from refinelib.data.store_build import usable_cores
 
     try:
         with tempfile.TemporaryDirectory(prefix="refinelib-bench-", dir=options.scratch) as scratch:
@@ -89,8 +90,7 @@ def main() -> None:
     except DataError as error:
         sys.exit(f"bench/store.py: {error}")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(json.dumps({**report, "cores": cores, **versions}))
+    print(json.dumps({**report, "cores": usable_cores(), **versions}))
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refinelib.config import Settings
 from refinelib.data import Store
@@ -74,6 +74,12 @@ def build_model(settings: Settings) -> HierarchicalUNet:
     own = settings.pick("width", "coarse_width", "coarse_depth", "roi_size", "blend_init")
     refinements = settings.pick(*(option.name for option in REFINEMENTS.options()))
     return HierarchicalUNet(canvas=canvas, mask_canvas=mask_canvas, **own, **refinements)
+
+
+def forward(settings: Settings, model: nn.Module, images: Tensor) -> Any:
+    """A model's output for normalised crops (float ``[B, 3, H, W]``), in the run's precision."""
+    with autocast(settings, images.device):
+        return model(images.contiguous(memory_format=torch.channels_last))
 
 
 def build_loss(settings: Settings) -> MaskLoss:

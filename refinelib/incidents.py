@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import checkpoints
-from refinelib.build import StepParts, autocast, build_device, build_loss, build_model
+from refinelib.build import StepParts, build_device, build_loss, forward, fresh_model
 from refinelib.config import Settings, absolute
 from refinelib.files import dumps, read_json, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
@@ -146,7 +146,7 @@ def load(incident: str | os.PathLike[str], *, device: str = "auto") -> tuple[dic
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not settings.deterministic
     torch.set_rng_state(state["random"]["torch"])
-    model = build_model(settings).to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+    model = fresh_model(settings, target)
     model.load_state_dict(state["model"])
     model.train(state["training"])
     batches = [(x.to(target), y.to(target)) for x, y in zip(batch["images"], batch["labels"], strict=True)]
@@ -162,10 +162,6 @@ def load(incident: str | os.PathLike[str], *, device: str = "auto") -> tuple[dic
 
 
 def _step(settings: Settings, model: nn.Module, loss: MaskLoss, injector: Injector, **given: Any) -> Step:
-    def forward(images: Tensor) -> Any:
-        with autocast(settings, images.device):
-            return model(images.contiguous(memory_format=torch.channels_last))
-
     def describe(sample: dict[str, Any]) -> str:
         return f"annotation {sample['annotation_id']} in image {sample['image_id']} of {sample['source']}"
 
@@ -175,7 +171,7 @@ def _step(settings: Settings, model: nn.Module, loss: MaskLoss, injector: Inject
         "per_sample": loss.per_sample,
         "injector": injector,
     }
-    return Step(forward=forward, describe=describe, **parts, **given)
+    return Step(forward=functools.partial(forward, settings, model), describe=describe, **parts, **given)
 
 
 def find(incident: str | os.PathLike[str] | None = None, *, output_dir: str = "outputs") -> Path | None:

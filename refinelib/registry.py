@@ -78,9 +78,10 @@ class Registry(Mapping[str, Part], Generic[Part]):
             yield from parts[part][1]
 
     def __getitem__(self, name: str) -> Part:
-        if name not in self._parts:
-            raise KeyError(f"there is no {self.kind} {name!r}; there are {', '.join(self._parts)}")
-        return self._parts[name][0]
+        parts = self._parts
+        if name not in parts:
+            raise KeyError(f"there is no {self.kind} {name!r}; there are {', '.join(parts)}")
+        return parts[name][0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)

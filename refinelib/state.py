@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import checkpoints
-from refinelib.build import autocast, build_device, build_step
+from refinelib.build import build_device, build_step, forward
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings, names_with_role
 from refinelib.data import open_splits
@@ -71,8 +71,7 @@ class TrainingState:
 
     def forward(self, images: Tensor) -> Any:
         """The trained model's output for normalised crops, in the run's precision."""
-        with autocast(self.settings, self.device):
-            return self.model(images.contiguous(memory_format=torch.channels_last))
+        return forward(self.settings, self.model, images)
 
     # -- messages ----------------------------------------------------------------------------------
     def say(self, kind: str, message: str, **fields: Any) -> None:

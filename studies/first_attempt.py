@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import pickle
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +26,7 @@ from refinelib.build import autocast, build_device, build_guard, build_loss, bui
 from refinelib.config import Settings
 from refinelib.data import make_source
 from refinelib.data.augment import normalise
+from refinelib.data.store_build import usable_cores
 from refinelib.guard.guard import REPORT, WarmupCosine
 from refinelib.modeling.layers import Head
 from refinelib.modeling.losses import MaskLoss
@@ -438,9 +438,8 @@ def attempts(
         return
     # Bytes, not tensors: those would travel through shared memory, of which a container has little.
     parcels = [pickle.dumps((settings, learn, judge, job)) for job in jobs.values()]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ProcessPoolExecutor(
-        min(cores, len(jobs), 4), mp_context=multiprocessing.get_context("spawn")
+        min(usable_cores(), len(jobs), 4), mp_context=multiprocessing.get_context("spawn")
     ) as pool:
         yield from zip(jobs, pool.map(_attempt, parcels), strict=False)
 

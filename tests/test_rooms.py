@@ -42,9 +42,9 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of the package that a file imports from, at its top or inside its functions."""
-    names = []
+def imports(path: Path) -> list[str]:
+    """Modules that a file imports from, at its top or inside its functions."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, (
@@ -54,7 +54,12 @@ def imported_rooms(path: Path) -> set[str]:
             names += [f"{module}.{alias.name}" for alias in node.names] if module == "refinelib" else [module]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("refinelib.")}
+    return names
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of the package that a file imports from."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("refinelib.")}
 
 
 def wrong_imports(path: Path) -> set[str]:
@@ -117,13 +122,7 @@ def test_the_search_finds_an_arrow_to_the_right(tmp_path, monkeypatch):
 
 
 def test_studies_stay_outside():
-    assert not [path for path in FILES if "studies" in {name.split(".")[0] for name in _imports(path)}]
-
-
-def _imports(path: Path) -> list[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
-    return names + [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert not [path for path in FILES if "studies" in {name.split(".")[0] for name in imports(path)}]
 
 
 def test_the_package_stays_thin():

@@ -186,10 +186,14 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _decoded(rows: _Rows, workers: int | None) -> Iterator[_Decoded]:
     """All images in order, decoded by several processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, -(-len(rows) // 8))
+    workers = min(workers or usable_cores(), -(-len(rows) // 8))
     loader: DataLoader[_Decoded] = DataLoader(
         rows,
         batch_size=None,

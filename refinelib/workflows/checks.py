@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refinelib.build import autocast, build_device, build_guard, build_loss, build_model, precision
+from refinelib.build import autocast, build_device, build_guard, build_loss, fresh_model, precision
 from refinelib.config import Settings
 from refinelib.data import open_splits
 from refinelib.data.augment import normalise
@@ -108,8 +108,7 @@ def parts(settings: Settings) -> Parts:
     device = build_device(settings)
     torch.manual_seed(settings.seed)
     store, _ = open_splits(settings)
-    model: Any = build_model(settings)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = fresh_model(settings, device)
     loader = BatchLoader(store, device=device, batch_size=settings.batch_size, seed=settings.seed)
     return Parts(settings, model, build_loss(settings).to(device), loader.batch(loader.plan(0), 0))
 

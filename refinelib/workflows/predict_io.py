@@ -83,10 +83,15 @@ def _read_boxes(boxes: str | list[Any] | None) -> list[list[float]]:
         assert all(len(row) == 4 for row in table)
     except Exception:  # literal_eval alone raises seven kinds
         raise DataError(f"boxes = {shown(boxes)}: {RULE}") from None
-    for number, (x0, y0, x1, y1) in enumerate(table):
-        if not (math.isfinite(x0 + y0 + x1 + y1) and x1 > x0 and y1 > y0):
-            raise DataError(f"box {number} is {[x0, y0, x1, y1]}: {RULE}")
+    for number, box in enumerate(table):
+        if not _has_area(*box):
+            raise DataError(f"box {number} is {box}: {RULE}")
     return table
+
+
+def _has_area(x0: float, y0: float, x1: float, y1: float) -> bool:
+    """Whether a box is finite and not empty."""
+    return math.isfinite(x0 + y0 + x1 + y1) and x1 > x0 and y1 > y0
 
 
 def _annotated(annotations: Path, image: Path) -> tuple[tuple[int, int], int, int, list[list[float]]]:
@@ -103,14 +108,9 @@ def _annotated(annotations: Path, image: Path) -> tuple[tuple[int, int], int, in
     people, boxes = person_ids(content), []
     for one in content["annotations"]:
         if isinstance(one, dict) and one.get("category_id") in people and not one.get("iscrowd"):
-            x0, y0, x1, y1 = xyxy(one.get("bbox"))
-            if (
-                one.get("image_id") == entry["id"]
-                and math.isfinite(x0 + y0 + x1 + y1)
-                and x1 > x0
-                and y1 > y0
-            ):
-                boxes.append([x0, y0, x1, y1])
+            box = xyxy(one.get("bbox"))
+            if one.get("image_id") == entry["id"] and _has_area(*box):
+                boxes.append([*box])
     return (entry["height"], entry["width"]), entry["id"], people[0] if people else 1, boxes
 
 
