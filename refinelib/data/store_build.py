@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -218,6 +220,15 @@ def _unchanged(decoded: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler belongs to the training loop
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        """PyTorch's own check does not reach a worker whose results wait in a pipe that nobody reads."""
+        while parent is not None and os.getppid() == parent.pid:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 # -- one image -----------------------------------------------------------------------------------------
