@@ -70,10 +70,10 @@ def run_contract(folder, chosen):
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115 (until the child ends)
-        for name in [
-            name for name in sys.modules if name.split(".")[0] in ("refinelib", "inputs", "conftest")
-        ]:
-            del sys.modules[name]
+        here = (str(project_root() / "refinelib"), str(project_root() / "tests"))
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(here):
+                del sys.modules[name]
         sys.path[:0] = [str(folder), str(folder / "tests")]
         os.chdir(folder)
         file = str(folder / "tests" / "modeling" / "test_contract.py")
