@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--max-images", type=int, help="score only the first so many images")
     score.add_argument("--flip", action=switch, help="average with the mirror image, or not")
     score.add_argument("--allow-images-outside", action=switch, help="images outside the folder, too, or not")
+    score.add_argument("--category", help="names of the persons' categories in the JSON, by commas")
+    score.add_argument("--crowd", choices=["auto", "skip", "keep"], help="what iscrowd means")
+    score.add_argument("--exif", choices=["ignore", "apply"], help="orientation of image files")
     score.add_argument("--save", metavar="DIR", help="write report.json, people.csv, coco_results.json there")
     score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
 
@@ -65,7 +68,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         checked_folder(options.save)  # before the work, not after it
     predictor = load(options.run, device=options.device, output_dir=options.output_dir, flip=options.flip)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
-        names = ("images", "annotations", "pennfudan", "max_images", "allow_images_outside")
+        places, reading = ("images", "annotations", "pennfudan"), ("category", "crowd", "exif")
+        names = (*places, "max_images", "allow_images_outside", *reading)
         chosen = {name: getattr(options, name) for name in names}
         found = measure(predictor, **chosen, progress=sys.stderr.isatty())
     print(dumps(found.report, indent=2), flush=True)  # first: it is worth more than the files

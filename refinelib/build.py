@@ -55,7 +55,8 @@ def build_step(
     options = settings.pick("batch_size", "accumulate", "seed")
     loader = BatchLoader(store, device=device, mode=settings.augment, **options)
     guard = build_guard(settings, model, average, steps_per_epoch=steps_per_epoch or loader.steps_per_epoch)
-    loss, injector = build_loss(settings).to(device), Injector(settings.inject, model)
+    loss = build_loss(settings, ignores=store.ignores).to(device)
+    injector = Injector(settings.inject, model)
     return StepParts(model, average, loss, guard, injector, loader)
 
 
@@ -82,15 +83,15 @@ def forward(settings: Settings, model: nn.Module, images: Tensor) -> Any:
         return model(images.contiguous(memory_format=torch.channels_last))
 
 
-def build_loss(settings: Settings) -> MaskLoss:
-    """The weighted sum of the losses that are switched on."""
+def build_loss(settings: Settings, *, ignores: bool = False) -> MaskLoss:
+    """The weighted sum of the losses that are switched on; ``ignores``: labels may be ignored."""
     weights = {
         name: getattr(settings, f"{name}_weight")
         for name, term in LOSSES.items()
         if term.switch is None or getattr(settings, term.switch)
     }
     options = settings.pick(*(option.name for option in LOSSES.options()))
-    return MaskLoss(weights, options, cap=settings.refinement_loss_cap)
+    return MaskLoss(weights, options, cap=settings.refinement_loss_cap, ignores=ignores)
 
 
 def build_guard(

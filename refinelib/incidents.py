@@ -29,6 +29,7 @@ from refinelib.files import dumps, read_json, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
 from refinelib.guard.faults import Injector
 from refinelib.guard.monitor import Row
+from refinelib.modeling import IGNORED
 from refinelib.modeling.losses import MaskLoss
 from refinelib.runs import find_runs
 
@@ -151,7 +152,8 @@ def load(incident: str | os.PathLike[str], *, device: str = "auto") -> tuple[dic
     model.train(state["training"])
     batches = [(x.to(target), y.to(target)) for x, y in zip(batch["images"], batch["labels"], strict=True)]
     recorded = number(report, "recorded", "loss"), gradient_norms(report)
-    loss, injector = build_loss(settings).to(target), Injector(settings.inject, model)
+    ignores = any(bool((labels == IGNORED).any()) for _, labels in batches)
+    loss, injector = build_loss(settings, ignores=ignores).to(target), Injector(settings.inject, model)
     given = {
         "batches": batches,
         "samples": report["people"],

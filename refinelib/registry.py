@@ -22,7 +22,8 @@ class Option:
         name: the setting's name, as users type it.
         default: its value where a recipe does not give one; the setting has its type, a text for None.
         description: one sentence; it stands in the notebooks' parameter cell.
-        limits: keyword arguments of :func:`pydantic.Field`, such as ``ge`` and ``le``.
+        limits: keyword arguments of :func:`pydantic.Field`, such as ``ge`` and ``le``; or ``choices``, the
+            texts that it may have.
         role: ``run``, ``data``, ``model``, ``training`` or ``inference``; see :mod:`refinelib.config`.
     """
 

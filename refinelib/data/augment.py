@@ -143,13 +143,14 @@ def apply(
 
     Args:
         images: uint8 ``[B, Hc, Wc, 3]``.
-        coverage: uint8 ``[B, Hm, Wm, 2]``: fraction of a cell covered by this person, by others (255: all).
+        coverage: uint8 ``[B, Hm, Wm, 2]``: fraction of a cell covered by this person, by others (255: all);
+            with three channels also ignored.
         params: float32 ``[B, COLUMNS]`` from :func:`draw`, on the same device.
         mode: as given to :func:`draw`.
         window: fraction of the crop's height and width that the person's box takes.
 
     Returns:
-        images float32 ``[B, 3, Hc, Wc]``, normalised, and fractions float32 ``[B, 2, Hm, Wm]`` in 0..255.
+        images float32 ``[B, 3, Hc, Wc]``, normalised, and fractions float32 ``[B, 2 or 3, Hm, Wm]`` in 0..255.
 
     Example:
         >>> crops, coverage = torch.zeros(2, 8, 8, 3).byte(), torch.zeros(2, 4, 4, 2).byte()
@@ -170,7 +171,8 @@ def apply(
         target = _warp(fractions[:, :1], mask_grid, "zeros")
         # Beyond the crop lies its mirror image; a person seen there is a non-target.
         pixels, fractions = _warp(pixels, grid, "reflection"), _warp(fractions, mask_grid, "reflection")
-        fractions = torch.cat([target, fractions.sum(dim=1, keepdim=True) - target], dim=1)
+        people, ignored = fractions[:, :2], fractions[:, 2:]
+        fractions = torch.cat([target, people.sum(dim=1, keepdim=True) - target, ignored], dim=1)
         pixels = _recolour(pixels, params, tinted=AMOUNTS[mode].tint > 0)
     return normalise(pixels), fractions
 
@@ -260,7 +262,7 @@ def _paste(pixels: Tensor, fractions: Tensor, params: Tensor) -> tuple[Tensor, T
     cut = _resized(cut, size)
     layer = _warp(torch.cat([pixels.roll(1, 0) * cut, cut], dim=1), grid, "zeros") * pasted
 
-    target, other = (fractions / 255).split(1, dim=1)
+    target, other, *ignored = (fractions / 255).split(1, dim=1)
     left = (target * (1 - on_mask)).sum(dim=(1, 2, 3), keepdim=True)
     front = front & (left >= LEAST_VISIBLE * target.sum(dim=(1, 2, 3), keepdim=True))
     layer = layer * (1 - torch.where(front, 0.0, _resized(target, size)))
@@ -268,7 +270,7 @@ def _paste(pixels: Tensor, fractions: Tensor, params: Tensor) -> tuple[Tensor, T
     visible = on_mask * (1 - torch.where(front, 0.0, target))  # the target hides a person behind it
     target = torch.where(front, target * (1 - on_mask), target)
     other = torch.minimum(other * (1 - on_mask) + visible, 1 - target)
-    return pixels, 255 * torch.cat([target, other], dim=1)
+    return pixels, 255 * torch.cat([target, other, *(x * (1 - on_mask) for x in ignored)], dim=1)
 
 
 def _recolour(pixels: Tensor, params: Tensor, *, tinted: bool) -> Tensor:

@@ -92,7 +92,7 @@ class BatchLoader:
         """What micro-batch ``micro`` of step ``step`` of a planned epoch is made from, on the device.
 
         These are the places in the resident store, or the streamed pixels themselves (uint8 ``[B, Hc, Wc,
-        3]`` and ``[B, Hm, Wm, 2]``), then the augmentation's parameters.
+        3]`` and ``[B, Hm, Wm, C]``), then the augmentation's parameters.
         """
         params = plan.augment_params[step, micro]
         if self.resident is not None:

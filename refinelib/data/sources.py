@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,8 @@ MAX_INSTANCES = 10
 MASK_BYTES = 256 << 20
 #: Pixels of an image that are converted to RGB at a time.
 _BAND = 1 << 24
+#: EXIF tag of the orientation: 1 is upright, 2 to 4 are mirrored or half turned, 5 to 8 a quarter.
+_ORIENTATION = 0x0112
 
 NO_AREA = "box of no area"
 OUTSIDE = "box outside the image"
@@ -38,6 +40,8 @@ NO_MASK = "annotation without mask"
 MISSING = "missing image"
 UNREADABLE = "unreadable image"
 OTHER_SIZE = "image of another size than its annotation"
+TURNED = "image turned upright by its EXIF orientation, since only so it has the size of its annotation"
+NOT_TURNED = "image whose EXIF orientation was not applied"
 
 
 class DataError(ValueError):
@@ -122,10 +126,14 @@ class Scene:
     Attributes:
         image: uint8 ``[H, W, 3]``.
         masks: bool ``[P, H, W]``.
+        ignored: bool ``[H, W]``, where nobody knows who is there; None: nowhere. Masks go before it.
+        notes: what is unusual about the image, and an example of it.
     """
 
     image: NDArray[np.uint8]
     masks: Mask | Masks
+    ignored: Mask | None = None
+    notes: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,8 @@ class Instances:
         image_sizes: int32 ``[N, 2]``, (h, w).
         images: number of images with a ROI.
         skipped: number of persons and images left out, by reason.
-        examples: the first of each reason, in words.
+        notes: number of things found unusual, in what is used, by kind.
+        examples: the first of each reason and kind, in words.
         starts: where several data sets are joined, the first ``image_index`` of each, by its name.
     """
 
@@ -155,6 +164,7 @@ class Instances:
     image_sizes: NDArray[np.int32]
     images: int
     skipped: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     starts: dict[str, int] = field(default_factory=dict)
 
@@ -169,6 +179,8 @@ COLUMNS |= {"boxes": "f4", "areas": "f4", "image_sizes": "i4"}
 
 class Source(Protocol):
     """A data set's split.
+
+    One that reads files has a method ``files()`` too, see :func:`files_of`.
 
     Attributes:
         name: of the data set, as ``settings.data`` has it.
@@ -188,7 +200,13 @@ class Source(Protocol):
         """Decode one image and its masks. Raises ``SceneError`` for an image that cannot be used."""
 
     def fingerprint(self) -> str:
-        """A text that changes when the data may have changed; cheap, whatever the size of the data set."""
+        """A text that changes with what the data are; cheap, whatever the size of the data set."""
+
+
+def files_of(source: Source) -> Iterable[Path]:
+    """The files that the scenes of ``source.instances()`` are read from: their change makes a store stale."""
+    files: Callable[[], Iterable[Path]] = getattr(source, "files", tuple)
+    return files()
 
 
 class InstancesBuilder:
@@ -207,6 +225,7 @@ class InstancesBuilder:
         self._rows: list[tuple[object, ...]] = []
         self.images = 0
         self.skipped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
     def skip(self, reason: str, example: str) -> None:
@@ -214,6 +233,12 @@ class InstancesBuilder:
         self.skipped[reason] += 1
         if reason not in self.examples:
             self.examples[reason] = printable(example)
+
+    def note(self, kind: str, example: str) -> None:
+        """Count something unusual about what is used."""
+        self.notes[kind] += 1
+        if kind not in self.examples:
+            self.examples[kind] = printable(example)
 
     def add(
         self, where: str, image_id: int, size: tuple[int, int], ids: Sequence[int], boxes: Any, areas: Any
@@ -264,21 +289,30 @@ class InstancesBuilder:
             DataError: there is none.
         """
         if not self._rows:
-            raise DataError(f"{data} has no person that can be used: {counted(self.skipped) or otherwise}")
+            reasons = counted(self.skipped, self.examples) or otherwise
+            raise DataError(f"{data} has no person that can be used: {reasons}")
         columns: dict[str, Any] = {}
         for name, values in zip(COLUMNS, zip(*self._rows, strict=True), strict=True):
             columns[name] = np.array(values, COLUMNS[name])
-        return Instances(**columns, images=self.images, skipped=dict(self.skipped), examples=self.examples)
+        found: dict[str, Any] = {
+            "skipped": dict(self.skipped),
+            "notes": dict(self.notes),
+            "examples": self.examples,
+        }
+        return Instances(**columns, images=self.images, **found)
 
 
-def counted(skipped: dict[str, int]) -> str:
-    """What was left out, in one line.
+def counted(skipped: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
+    """What was left out, in one line, with an example of up to three reasons.
 
     Example:
-        >>> counted({"missing image": 2, "crowd annotation": 1})
-        'crowd annotation (1), missing image (2)'
+        >>> counted({"missing image": 2, "crowd annotation": 1}, {"missing image": "there is no 1.png"})
+        'crowd annotation (1), missing image (2); such as missing image: there is no 1.png'
     """
-    return ", ".join(f"{reason} ({count})" for reason, count in sorted(skipped.items()))
+    line = ", ".join(f"{reason} ({count})" for reason, count in sorted(skipped.items()))
+    examples = examples or {}
+    some = [f"{reason}: {examples[reason]}" for reason in skipped if reason in examples][:3]
+    return "; such as ".join([line, "; ".join(some)]) if some else line
 
 
 def box_of(mask: Mask) -> tuple[int, int, int, int]:
@@ -339,7 +373,13 @@ def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
         raise SceneError(UNREADABLE, f"{what}: fetch it again or take it out", file) from None
 
 
-def decode_image(file: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def decode_image(
+    file: Path,
+    size: tuple[int, int] | None = None,
+    *,
+    upright: bool = False,
+    notes: list[tuple[str, str]] | None = None,
+) -> NDArray[np.uint8]:
     """An image file as uint8 ``[H, W, 3]``, in the frame its annotations are in.
 
     COCO annotates the pixels as stored, so an EXIF orientation is not applied. Where the stored size differs
@@ -349,16 +389,43 @@ def decode_image(file: Path, size: tuple[int, int] | None = None) -> NDArray[np.
     Args:
         file: to read.
         size: ``(h, w)`` that the annotation says; None: any.
+        upright: apply the orientation in any case.
+        notes: takes what is said of an image with an orientation.
 
     Raises:
         SceneError: missing, unreadable or truncated file, or another size.
     """
     with opened(file) as image:
+        turned, fits = exif_size(image) != image.size, size in (None, (image.height, image.width))
         picture: Image.Image = image
-        if size is not None and (image.height, image.width) != tuple(size):
-            if (image.width, image.height) == tuple(size):  # only then can turning it help
-                picture = ImageOps.exif_transpose(image)
-            if (picture.height, picture.width) != tuple(size):
-                found, wanted = f"{image.width}x{image.height}", f"{size[1]}x{size[0]}"
-                raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}", file)
-        return as_rgb(picture)
+        if upright or (not fits and turned and size == exif_size(image)[::-1]):
+            picture = ImageOps.exif_transpose(image)
+        if size is not None and (picture.height, picture.width) != tuple(size):
+            found, wanted = f"{picture.width}x{picture.height}", f"{size[1]}x{size[0]}"
+            raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}", file)
+        pixels = as_rgb(picture)
+        orientation = image.getexif().get(_ORIENTATION, 1)  # now: a PNG may have it behind the pixels
+    if notes is not None and orientation in range(2, 9) and not upright:
+        rule = "set exif to apply if people were annotated on the upright image"
+        kind = TURNED if picture is not image else NOT_TURNED
+        notes.append(
+            (kind, f"{file}, orientation {orientation}" + (f": {rule}" if kind == NOT_TURNED else ""))
+        )
+    return pixels
+
+
+def exif_size(image: Image.Image) -> tuple[int, int]:
+    """``(width, height)`` of an image when its EXIF orientation is applied."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION, 1) in range(5, 9) else (width, height)
+
+
+def image_size(file: Path, upright: bool = False) -> tuple[int, int]:
+    """``(h, w)`` of an image file, or of the image turned upright.
+
+    Raises:
+        SceneError: missing or unreadable file.
+    """
+    with opened(file) as image:
+        width, height = exif_size(image) if upright else image.size
+    return height, width

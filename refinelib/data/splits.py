@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from PIL import Image
 from refinelib.config import Settings
 from refinelib.data.coco import CocoPeople, coco_paths
 from refinelib.data.pennfudan import PennFudanPeople
-from refinelib.data.sources import COLUMNS, DataError, Instances, Scene, Source, decode_image
+from refinelib.data.sources import COLUMNS, DataError, Instances, Scene, Source, decode_image, files_of
 from refinelib.data.store import Store, read_info
 from refinelib.data.store_build import open_store, store_sizes
 from refinelib.data.synthetic import SyntheticPeople
@@ -157,8 +159,10 @@ class JoinedSources:
         columns["image_index"] += np.repeat(np.array(starts[:-1], np.int32), [len(part) for part in parts])
         examples = {reason: words for part in reversed(parts) for reason, words in part.examples.items()}
         skipped = dict(sum((Counter(part.skipped) for part in parts), Counter()))
+        notes = dict(sum((Counter(part.notes) for part in parts), Counter()))
         by_name = dict(zip([source.name for source in self.sources], starts[:-1], strict=False))
-        return Instances(**columns, images=starts[-1], skipped=skipped, examples=examples, starts=by_name)
+        counts: Any = {"skipped": skipped, "notes": notes, "examples": examples}
+        return Instances(**columns, images=starts[-1], starts=by_name, **counts)
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
@@ -167,6 +171,10 @@ class JoinedSources:
                 return source.scene(index)
             index -= length
         raise IndexError(f"{self.name} {self.split} has {len(self)} images")
+
+    def files(self) -> Iterator[Path]:
+        """Those of all parts."""
+        return itertools.chain.from_iterable(map(files_of, self.sources))
 
     def fingerprint(self) -> str:
         """Of all parts."""
@@ -199,7 +207,7 @@ class CorruptedImages(JoinedSources):
                 buffer = io.BytesIO()
                 Image.fromarray(scene.image).save(buffer, "JPEG")
                 file.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-            return Scene(decode_image(file), scene.masks)
+            return dataclasses.replace(scene, image=decode_image(file))
 
 
 # -- the data sets by name -----------------------------------------------------------------------------
@@ -212,7 +220,12 @@ def _pennfudan(settings: Settings, split: str) -> Source:
 def _coco(settings: Settings, split: str) -> Source:
     given = settings.data_dir, getattr(settings, f"{split}_annotations"), getattr(settings, f"{split}_images")
     paths = coco_paths(split, *(settings.path(place) if place else None for place in given))
-    return CocoPeople(*paths, split, allow_outside=settings.allow_images_outside)
+    return CocoPeople(*paths, split, **coco_options(settings))
+
+
+def coco_options(settings: Settings) -> dict[str, Any]:
+    """The settings that say how a COCO file is read, as arguments of :class:`CocoPeople`."""
+    return {"allow_outside": settings.allow_images_outside, **settings.pick("category", "crowd", "exif")}
 
 
 _FOLDER = Option("data_dir", None, "folder of the data set in its published layout", role="run")
@@ -222,6 +235,8 @@ _PLACES = {
     "val_annotations": "COCO JSON to validate on",
     "val_images": "folder of its images",
 }
+_CROWD = "iscrowd: skip: a region, ignored; keep: one person; auto: keep where nearly all persons have it"
+_EXIF = "orientation of image files; ignore: people were annotated on the pixels as stored"
 _OUTSIDE = "also read images that a COCO file names outside its image folder"
 DATASETS.add("synthetic", lambda settings, split: SyntheticPeople(SYNTHETIC[split], split))
 DATASETS.add("pennfudan", _pennfudan, _FOLDER)
@@ -234,4 +249,7 @@ DATASETS.add(
         for name, text in _PLACES.items()
     ),
     Option("allow_images_outside", False, _OUTSIDE, role="run"),
+    Option("category", "person", "categories of a COCO file that are persons, by commas", role="data"),
+    Option("crowd", "auto", _CROWD, {"choices": ("auto", "skip", "keep")}, role="data"),
+    Option("exif", "ignore", _EXIF, {"choices": ("ignore", "apply")}, role="data"),
 )

@@ -6,7 +6,9 @@ A store is a folder that can be copied to another machine; the images are not ne
     index.npz      a column a property, a row a ROI
     images.u8      uint8 [N, Hc, Wc, 3]
     coverage.u8    uint8 [N, Hm, Wm, 2]: area fractions of a cell in 255ths, covered by this
-                   person; by other persons and not by this one
+                   person; by other persons and not by this one. A third one, where there is any:
+                   ignored, since nobody knows who is there
+    files.npz      the files that it was made from, their sizes and times
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from torch import Tensor
 from refinelib import files
 from refinelib.data.sources import COLUMNS, DataError, counted
 
-#: Of the folder's layout and content: a store of another version is not read.
-FORMAT = 1
+#: Of the folder's layout and content. Format 1 knew two channels and no files.
+FORMAT = 2
 #: Bytes of the largest ``store.json`` that is read.
 MOST_INFO = 8 << 20
 #: Kind and axes of each column in ``index.npz``, see :func:`refinelib.files.check_arrays`.
@@ -54,8 +56,9 @@ class StoreInfo(BaseModel):
     max_images: Count | None = None
     skipped: dict[str, int] = {}
     examples: dict[str, str] = {}
-    #: Files that could not be used; their names need not be Unicode. (Older stores: with size and time.)
-    unread: list[Any] | dict[Any, Any] = []
+    channels: Annotated[int, Field(ge=2, le=3)] = 2
+    ignored: float = 0.0
+    notes: dict[str, int] = {}
     starts: dict[str, int] = {}
     fingerprint: str = ""
     seconds: float = 0.0
@@ -66,7 +69,7 @@ class Store:
 
     Attributes:
         images: uint8 ``[N, Hc, Wc, 3]``, mapped from disk, read-only.
-        coverage: uint8 ``[N, Hm, Wm, 2]``, mapped from disk, read-only.
+        coverage: uint8 ``[N, Hm, Wm, C]``, mapped from disk, read-only.
         image_index: int32 ``[N]``, place of the image among the source's images.
         image_ids: int64 ``[N]``, the data set's own; ``annotation_ids`` likewise.
         boxes: float32 ``[N, 4]`` xyxy in pixels of the image (the person's box, without context).
@@ -76,6 +79,7 @@ class Store:
         canvas: (h, w) of the whole crop in ``images``; ``mask_canvas`` in ``coverage``.
         skipped: how many persons and images were left out, by reason.
         examples: the first of each reason, in words.
+        ignores: whether pixels are ignored: ``C`` is 3, else 2.
         info: all of ``store.json``.
     """
 
@@ -93,11 +97,11 @@ class Store:
         self.source, self.split, self.max_images = info.source, info.split, info.max_images
         self.roi_size, self.mask_size = info.roi_size, info.mask_size
         self.canvas, self.mask_canvas = info.canvas, info.mask_canvas
-        self.skipped, self.examples = info.skipped, info.examples
+        self.skipped, self.examples, self.ignores = info.skipped, info.examples, info.channels == 3
         for name, column in columns.items():
             setattr(self, name, column)
         self.images = np.memmap(folder / "images.u8", np.uint8, "r", shape=(info.rois, *info.canvas, 3))
-        shape = (info.rois, *info.mask_canvas, 2)
+        shape = (info.rois, *info.mask_canvas, info.channels)
         self.coverage = np.memmap(folder / "coverage.u8", np.uint8, "r", shape=shape)
         # Indexing a np.memmap costs more than indexing the plain array beneath it.
         self._plain = np.asarray(self.images), np.asarray(self.coverage)
@@ -115,7 +119,7 @@ class Store:
             index = files.read_npz(folder / "index.npz", _SHAPES)
         except (OSError, ValueError) as error:
             raise _damaged(folder, f"index.npz cannot be read ({error})") from None
-        rows = {"images.u8": (*info.canvas, 3), "coverage.u8": (*info.mask_canvas, 2)}
+        rows = {"images.u8": (*info.canvas, 3), "coverage.u8": (*info.mask_canvas, info.channels)}
         for name, shape in rows.items():
             wanted = info.rois * math.prod(shape)
             found = (folder / name).stat().st_size if (folder / name).is_file() else 0
@@ -134,7 +138,7 @@ class Store:
         return _reopened, (self.folder, self.max_images)
 
     def gather(self, indices: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of some ROIs on the CPU: images uint8 ``[n, Hc, Wc, 3]``, coverage uint8 ``[n, Hm, Wm, 2]``.
+        """Copies of some ROIs on the CPU: images uint8 ``[n, Hc, Wc, 3]``, coverage uint8 ``[n, Hm, Wm, C]``.
 
         Raises:
             IndexError: an index outside 0..N-1.
@@ -160,7 +164,7 @@ class Store:
         if self._mean is None:
             total = np.zeros((*self.mask_canvas, 2), np.int64)
             for row in range(0, len(self), 4096):
-                total += self._plain[1][row : row + 4096].sum(0, dtype=np.int64)
+                total += self._plain[1][row : row + 4096, ..., :2].sum(0, dtype=np.int64)
             self._mean = (total / (255 * len(self))).astype(np.float32)
         return self._mean
 
@@ -207,8 +211,12 @@ class Store:
         if self.canvas != self.roi_size:
             size += ", {}x{} with context,".format(*self.canvas)
         images = len(np.unique(self.image_index))
-        line = f"{self.source} {self.split}: {len(self)} ROIs of {size} from {images} images"
-        return f"{line}; left out: {counted(self.skipped)}" if self.skipped else line
+        parts = [f"{self.source} {self.split}: {len(self)} ROIs of {size} from {images} images"]
+        parts += [f"left out: {counted(self.skipped)}"] if self.skipped else []
+        parts += [f"noted: {counted(self.info.notes)}"] if self.info.notes else []
+        return "; ".join(
+            [*parts, *([f"{self.info.ignored:.2%} of all cells ignored"] if self.ignores else [])]
+        )
 
 
 def read_info(folder: Path) -> StoreInfo:
@@ -226,7 +234,7 @@ def read_info(folder: Path) -> StoreInfo:
         version = content["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _damaged(folder, f"store.json cannot be read ({error})") from None
-    if version != FORMAT:
+    if version not in (1, FORMAT):
         rule = f"this version reads format {FORMAT}: delete the folder, and it is built again from the images"
         raise DataError(f"the store {folder} has format {files.shown(version)}, {rule}")
     try:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +22,19 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from refinelib import files
 from refinelib.data import sources
 from refinelib.data.augment import MEAN
 from refinelib.data.sources import COLUMNS, DataError, Instances, SceneError, Source, counted
-from refinelib.data.store import FORMAT, Store, StoreInfo, read_info
+from refinelib.data.store import FORMAT, Store, StoreInfo
 from refinelib.modeling.roi import canvas_size, centre_window, crop_rois, expand_boxes, mask_canvas_size
 
-#: Files that could not be used, of which a store notes the names.
-MOST_UNREAD = 1000
+#: Beside a store's rows: the files that it was made from, with size, time of change and time of the entry.
+FILES = "files.npz"
 Sizes = dict[str, Any]
 
 
@@ -58,7 +60,8 @@ def open_store(
 
     It lies in ``root/<source>-<split>-<key>``; the key changes with the data, the sizes and ``max_images``.
     It is built in a hidden folder beside it and renamed when whole: a folder of this name is a whole store,
-    whatever was killed. Of two processes that want it, one waits for the other.
+    whatever was killed. Of two processes that want it, one waits for the other. It is built again where a
+    file that it was made from has changed or come since.
 
     Args:
         source: of images and masks.
@@ -81,19 +84,20 @@ def open_store(
         return root / f"{source.name}-{source.split}-{key}"
 
     whole, folder = place(None), place(max_images)
-    for store in {whole, folder}:
-        _remove_if_repaired(store)
-    if folder.exists():
-        return Store.open(folder)
-    if whole.exists():
-        return Store.open(whole).first_images(max_images)
+    for store in (folder, whole):
+        if store.exists() and not changed_files(store):
+            return Store.open(store).first_images(max_images)
     info = StoreInfo(
         source=source.name, split=source.split, **sizes, max_images=max_images, fingerprint=fingerprint
     )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder, progress):
-            if not folder.exists():
+            if not folder.exists() or (changed := changed_files(folder)):
+                if folder.exists() and progress:
+                    print(
+                        f"{changed} of the files of {folder.name} have changed: builds it again", flush=True
+                    )
                 _build(source, folder, info, workers, progress)
     except OSError as error:
         raise DataError(f"the store {folder} cannot be written: {error}") from error
@@ -128,19 +132,29 @@ def _only_builder(folder: Path, progress: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def _remove_if_repaired(folder: Path) -> None:
-    """Remove a store that left out a file which was written since: the file may be usable now."""
+def changed_files(store: Path) -> int:
+    """How many of the files that a store was made from are not what they were then, or are there only now."""
+    try:
+        found = files.read_npz(store / FILES, {"names": "u n", "stamps": "i k3"})
+        names = found["names"].tobytes().split(b"\0") if found["names"].size else []
+        return int((_stamps(names) != found["stamps"]).any(1).sum())
+    except FileNotFoundError:
+        return 0  # one of a source without files
+    except (OSError, ValueError):
+        return 1
 
-    def repaired() -> bool:
-        built, unread = os.stat(folder / "store.json").st_mtime, read_info(folder).unread
-        names = [file for file in unread if isinstance(file, str)]
-        return any(os.path.exists(file) and os.stat(file).st_ctime > built for file in names)
 
-    with suppress(OSError, DataError):  # a store that cannot be read or removed is left to Store.open
-        if repaired():
-            with _only_builder(folder):
-                if repaired():  # still, after another process had the lock
-                    shutil.rmtree(folder)
+def _stamps(names: Sequence[bytes | Path]) -> NDArray[np.int64]:
+    """Size, time of the content and time of the entry of files, int64 ``[N, 3]``; -1 where there is none."""
+
+    def stamp(name: bytes | Path) -> tuple[int, int, int]:
+        try:
+            found = os.stat(name)
+        except (OSError, ValueError):
+            return (-1, -1, -1)
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    return np.array([stamp(name) for name in names], np.int64).reshape(-1, 3)
 
 
 # -- the whole store -----------------------------------------------------------------------------------
@@ -153,8 +167,15 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
     temporary = folder.parent / f".{folder.name}.building-{os.getpid()}-{time.time_ns():x}"
     temporary.mkdir()
     try:
-        kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 2), np.int64)
-        reasons, examples = Counter(instances.skipped), dict(instances.examples)
+        if names := [*sources.files_of(source)]:  # before they are read: a change from now on is seen
+            text = np.frombuffer(b"\0".join(os.fsencode(os.path.abspath(name)) for name in names), np.uint8)
+            np.savez(temporary / FILES, names=text, stamps=_stamps(names))
+        kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 3), np.int64)
+        reasons, notes, examples = (
+            Counter(instances.skipped),
+            Counter(instances.notes),
+            {**instances.examples},
+        )
         decoded = _decoded(_Rows(source, instances, info), workers)
         how = {"unit": " images", "file": sys.stdout, "delay": 2, "mininterval": 5, "disable": not progress}
         bar = tqdm(decoded, f"{info.source} {info.split}: decoding", instances.images, **how)
@@ -164,28 +185,42 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
                 crops.write(found.crops)
                 coverage.write(found.coverage)
                 total += found.total
-                info.unread = [*info.unread, *found.unread][:MOST_UNREAD]
-                for reason, example in found.left_out:
-                    reasons[reason] += 1
-                    examples.setdefault(reason, example)
+                for counts, left in ((reasons, found.left_out), (notes, found.notes)):
+                    for reason, example in left:
+                        counts[reason] += 1
+                        examples.setdefault(reason, sources.printable(example))
         info.rois, info.starts = int(kept.sum()), instances.starts
         if not info.rois:
-            such = "; ".join(f"{reason}: {example}" for reason, example in examples.items())
             none = f"none of the {instances.images} images of {info.source} {info.split} could be used"
-            raise DataError(f"{none}: {counted(reasons)}; such as {such}")
+            raise DataError(f"{none}: {counted(reasons, examples)}")
         columns = {name: getattr(instances, name)[kept] for name in COLUMNS}
         mean = (total / (255 * info.rois)).astype(np.float32)
-        np.savez(temporary / "index.npz", mean_coverage=mean, **columns)
-        info.seconds = time.perf_counter() - started
+        info.channels, info.ignored = 3 if total[..., 2].any() else 2, float(mean[..., 2].mean())
+        if info.channels == 2:
+            _drop_channel(temporary / "coverage.u8")
+        np.savez(temporary / "index.npz", mean_coverage=mean[..., :2], **columns)
+        info.seconds, info.notes = time.perf_counter() - started, dict(sorted(notes.items()))
         info.skipped, info.examples = dict(sorted(reasons.items())), dict(sorted(examples.items()))
         (temporary / "store.json").write_text(json.dumps(info.model_dump(), indent=1))
         try:
+            with suppress(FileNotFoundError):
+                os.rename(folder, f"{temporary}.old")  # its files have changed
             os.rename(temporary, folder)
         except OSError:
             if not folder.exists():  # else another builder was first, with the same content
                 raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for rest in (temporary, f"{temporary}.old"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def _drop_channel(file: Path) -> None:
+    """Leave the first two of three channels: nothing is ignored, as in most data."""
+    half = file.with_suffix(".half")
+    with open(file, "rb") as three, open(half, "wb") as two:
+        while piece := three.read(3 << 22):
+            two.write(np.frombuffer(piece, np.uint8).reshape(-1, 3)[:, :2].tobytes())
+    os.replace(half, file)
 
 
 def usable_cores() -> int:
@@ -237,10 +272,10 @@ class _Decoded(NamedTuple):
 
     rows: list[int] = []  # of the index, one a ROI that has a mask
     crops: bytes = b""  # uint8 [n, Hc, Wc, 3]
-    coverage: bytes = b""  # uint8 [n, Hm, Wm, 2]
-    total: NDArray[np.int64] | int = 0  # [Hm, Wm, 2], the sum of the coverage
-    left_out: list[tuple[str, str]] = []  # reason and example
-    unread: list[str] = []  # the file, if it could not be used
+    coverage: bytes = b""  # uint8 [n, Hm, Wm, 3]
+    total: NDArray[np.int64] | int = 0  # [Hm, Wm, 3], the sum of the coverage
+    left_out: Sequence[tuple[str, str]] = ()  # reason and example
+    notes: Sequence[tuple[str, str]] = ()  # kind and example
 
 
 class _Rows(Dataset[_Decoded]):
@@ -258,9 +293,7 @@ class _Rows(Dataset[_Decoded]):
         try:
             scene = self.source.scene(index)
         except SceneError as error:
-            small = error.file is not None and len(str(error.file)) < 1000  # store.json must stay small
-            unread = [str(error.file)] if small else []
-            return _Decoded(left_out=[(error.reason, str(error))], unread=unread)
+            return _Decoded(left_out=[(error.reason, str(error))])
         except OSError as error:  # a name too long, a folder that may not be read, a disk that fails
             message = f"image {index} of {self.source.name} cannot be read: {error}"
             return _Decoded(left_out=[(sources.UNREADABLE, message)])
@@ -272,11 +305,13 @@ class _Rows(Dataset[_Decoded]):
         pixels = torch.from_numpy(scene.image).permute(2, 0, 1)
         crops = crop_rois(pixels, regions(info.canvas, info.roi_size), info.canvas, fill=MEAN)
         anyone, fractions = scene.masks.any(0), []
+        ignored = np.zeros_like(anyone) if scene.ignored is None else scene.ignored & ~anyone
         places = zip(self.instances.slots[rows], regions(info.mask_canvas, info.mask_size), strict=True)
         for slot, region in places:
             mine = scene.masks[slot]
-            both = torch.from_numpy(np.stack([mine, anyone & ~mine]))
-            fractions.append(crop_rois(both, region[None], info.mask_canvas)[0])
+            layers = [mine, anyone & ~mine, ignored][: 2 if scene.ignored is None else 3]
+            cells = crop_rois(torch.from_numpy(np.stack(layers)), region[None], info.mask_canvas)[0]
+            fractions.append(functional.pad(cells, (0, 0, 0, 0, 0, 3 - len(layers))))
         coverage = _bytes(255 * torch.stack(fractions))
         window = centre_window(torch.from_numpy(coverage[..., 0]), info.mask_size)
         covered = (window > 0).flatten(1).any(1).numpy()
@@ -284,7 +319,9 @@ class _Rows(Dataset[_Decoded]):
         left_out = [(sources.NO_MASK, f"annotation {number} has no mask inside its box") for number in ids]
         kept, coverage = (np.flatnonzero(covered) + rows.start).tolist(), coverage[covered]
         total = coverage.sum(0, dtype=np.int64)
-        return _Decoded(kept, _bytes(crops)[covered].tobytes(), coverage.tobytes(), total, left_out)
+        return _Decoded(
+            kept, _bytes(crops)[covered].tobytes(), coverage.tobytes(), total, left_out, scene.notes
+        )
 
 
 def _bytes(planes: torch.Tensor) -> NDArray[np.uint8]:

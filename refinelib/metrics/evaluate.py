@@ -166,6 +166,9 @@ def measure(
     max_images: int | None = None,
     store_dir: str | os.PathLike[str] | None = None,
     allow_images_outside: bool | None = None,
+    category: str | None = None,
+    crowd: str | None = None,
+    exif: str | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Score a model on annotated images: figures, one row a person, masks as COCO results.
@@ -182,6 +185,9 @@ def measure(
         max_images: score only the first so many images.
         store_dir: keep the decoded crops there for the next time; none: a temporary folder.
         allow_images_outside: see the setting of that name; none: as the run's settings say.
+        category: likewise.
+        crowd: likewise.
+        exif: likewise.
         progress: show a bar while crops are decoded.
 
     Raises:
@@ -201,8 +207,10 @@ def measure(
     if pennfudan is not None:
         source = PennFudanPeople(Path(pennfudan), split="val")
     elif coco is not None:
+        given = {"category": category, "crowd": crowd, "exif": exif}
+        reading = {name: value or getattr(settings, name) for name, value in given.items()}
         outside = settings.allow_images_outside if allow_images_outside is None else allow_images_outside
-        source = CocoPeople(*coco, split="val", allow_outside=outside)
+        source = CocoPeople(*coco, split="val", allow_outside=outside, **reading)
     assert source is not None
     with tempfile.TemporaryDirectory() as temporary:
         shape: Any = {name: getattr(settings, name) for name in ("roi_size", "mask_size", "context")}
@@ -242,9 +250,13 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     model = precision.pop("model")
     report["coco"] = {**model, **precision, "people": len(truth.entries), "score": SCORE}
     report |= {"images": len(np.unique(store.image_ids)), "skipped": dict(store.skipped)}
+    report |= {"noted": dict(store.info.notes), "ignored": store.info.ignored}
     report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
     people, confusion = _columns(on_roi, pasted["model"], store), on_roi.per_roi()["confusion"].cpu().numpy()
+    written: dict[str, dict[int, Any]] = getattr(source, "as_written", {})
     results, masks = pasted["model"].coco.entries, pasted["model"].masks
+    for name, ids in written.items():  # the file's own, which are not numbers
+        results = [{**entry, name: ids.get(entry[name], entry[name])} for entry in results]
     return Evaluation(report, people, results, masks, confusion, predictor.name, settings)
 
 

@@ -22,7 +22,7 @@ from refinelib.data.sources import Masks, box_of
 from refinelib.metrics.boundary import band_width
 from refinelib.metrics.predict import Pasted, paste_labels, threads
 from refinelib.metrics.segmentation import Comparison, confusion_per_roi, summarise
-from refinelib.modeling import NON_TARGET, TARGET
+from refinelib.modeling import IGNORED, NON_TARGET, TARGET
 from refinelib.modeling.roi import crop_rois, labels_from_coverage
 
 #: Persons of an image that are worked on at a time; what a predictor returns is in memory for all of them.
@@ -43,6 +43,7 @@ class AnnotatedImage:
         pixels: uint8 ``[H, W, 3]``.
         masks: bool ``[P, H, W]``: of everybody.
         anyone: bool ``[H, W]``: where anybody is.
+        ignored: bool ``[H, W]``: where nobody knows who is there; None: nowhere.
         slots: int ``[N]``: place in ``masks``.
         boxes: float64 ``[N, 4]`` xyxy.
         areas: float64 ``[N]``, pixels.
@@ -56,6 +57,7 @@ class AnnotatedImage:
     pixels: Any
     masks: Any | Masks
     anyone: Any
+    ignored: Any
     slots: Any
     boxes: Tensor
     areas: Any
@@ -113,6 +115,7 @@ def annotated_images(
                 pixels=scene.image,
                 masks=scene.masks,
                 anyone=anyone,
+                ignored=scene.ignored,
                 slots=np.array(some),
                 boxes=torch.as_tensor(np.array(boxes), dtype=torch.float64),
                 areas=np.array(areas, dtype=np.float64),
@@ -192,7 +195,7 @@ def compare(
 
     Args:
         found: labels of the box.
-        truth: integers ``[H, W]``, holds the target.
+        truth: integers ``[H, W]``, holds the target; where it is ``IGNORED``, no mask counts.
         extent: xyxy of the target's own pixels.
         width: of the Boundary IoU band, pixels.
         full: the costly metrics too.
@@ -211,11 +214,13 @@ def compare(
     if labels.numel():
         x0, x1 = min(x0, found.left), max(x1, found.left + columns)
         y0, y1 = min(y0, found.top), max(y1, found.top + rows)
-    true = truth[y0:y1, x0:x1] == TARGET
+    window = truth[y0:y1, x0:x1]
+    true = window == TARGET
     pred = torch.zeros_like(true)
     if labels.numel():
         top, left = found.top - y0, found.left - x0
         pred[top : top + rows, left : left + columns] = labels == TARGET
+        pred &= window != IGNORED
     confusion = confusion_per_roi(labels[None], inside[None])
     masks = Comparison(pred[None], true[None], confusion, width, size=(truth.shape[0], truth.shape[1]))
     return {"confusion": confusion, **masks.figures(full=full)}
@@ -246,13 +251,14 @@ def score_in_images(
     found = {name: ImageMetrics(full=name in full) for name in predictors}
     for image in annotated_images(source, max_images=max_images, only=only):
         anyone = torch.from_numpy(image.anyone).to(device)
+        ignored = None if image.ignored is None else torch.from_numpy(image.ignored).to(device)
         # Person by person: the truth of one is as large as the image.
         each = zip(image.slots.tolist(), *(predict(image) for predict in predictors.values()), strict=True)
         with threads(1):
             for person, (slot, *pasted) in enumerate(each):
                 mask = image.masks[slot]
                 extent, scored = box_of(mask), image.scored[person]
-                labels = _labels(torch.from_numpy(mask).to(device), anyone) if scored else anyone
+                labels = _labels(torch.from_numpy(mask).to(device), anyone, ignored) if scored else anyone
                 for one, figures in zip(pasted, found.values(), strict=True):
                     figures.add(image, person, one, labels, extent)
                 if truth is not None:
@@ -263,8 +269,9 @@ def score_in_images(
     return found
 
 
-def _labels(target: Tensor, anyone: Tensor) -> Tensor:
-    return target.byte() * TARGET + (anyone & ~target).byte() * NON_TARGET
+def _labels(target: Tensor, anyone: Tensor, ignored: Tensor | None) -> Tensor:
+    labels = target.byte() * TARGET + (anyone & ~target).byte() * NON_TARGET
+    return labels if ignored is None else labels.masked_fill_(ignored & ~anyone, IGNORED)
 
 
 # -- predictors ------------------------------------------------------------------------------------

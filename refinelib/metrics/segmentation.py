@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from refinelib.metrics import boundary
-from refinelib.modeling import NON_TARGET, TARGET
+from refinelib.modeling import IGNORED, NON_TARGET, TARGET
 from refinelib.registry import METRICS
 
 CLASSES = 3
@@ -202,7 +202,7 @@ class SegmentationMetrics:
 
         Args:
             pred_labels: integers ``[B, H, W]``, cut to the box window.
-            labels: the same of the truth.
+            labels: the same of the truth; where it is ``IGNORED``, the prediction does not count.
             areas: ``[B]``, the persons' areas in image pixels, which sort the ROIs into size groups; a ROI
                 without one (nan) is in none of them.
             image_ids: ``[B]`` whole numbers, for intervals over images.
@@ -212,7 +212,8 @@ class SegmentationMetrics:
         """
         confusion = confusion_per_roi(pred_labels, labels)
         width = boundary.band_width(labels.shape[-2:]) if self.width is None else self.width
-        masks = Comparison(pred_labels == TARGET, labels == TARGET, confusion, width)
+        found = (pred_labels == TARGET) & (labels != IGNORED)
+        masks = Comparison(found, labels == TARGET, confusion, width)
         row = {"confusion": confusion, **masks.figures(full=self.full)}
         row["area"] = _column(areas, labels, math.nan, torch.float64)
         row["image_id"] = _column(image_ids, labels, -1, torch.int64)

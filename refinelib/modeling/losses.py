@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from refinelib.modeling import BACKGROUND, TARGET, geometry
+from refinelib.modeling import BACKGROUND, IGNORED, TARGET, geometry
 from refinelib.modeling.geometry import EDGE_EPS, edge_strength, scaled_sdf, to_float32
 from refinelib.modeling.output import MaskOutput, hierarchical_log_probs, mask_probs
 from refinelib.registry import LOSSES, Option
@@ -32,25 +32,40 @@ class Targets(NamedTuple):
         labels: int64 ``[B, H, W]``.
         masks: bool ``[B, 2, H, W]``: any person, this person.
         signed: float32 ``[B, 2, H, W]``: signed distance to the outline of each, pixels.
+        unknown: float32 ``[B, 1, H, W]``: distance to the edge of the nearest ignored pixels (0.5 beside
+            them, -0.5 in them), beyond which an outline may hide; None: no pixel is ignored.
     """
 
     labels: Tensor
     masks: Tensor
     signed: Tensor
+    unknown: Tensor | None = None
+
+    def within_known(self, chosen: Tensor, reach: float) -> Tensor:
+        """Of ``chosen`` pixels (bool ``[B, 2, H, W]``), those whose distance, clipped at ``reach``, is known."""
+        if self.unknown is None:
+            return chosen
+        return chosen & (self.signed.abs().clamp(max=reach) < self.unknown)
 
 
-def targets_of(labels: Tensor) -> Targets:
+def targets_of(labels: Tensor, *, ignores: bool = False) -> Targets:
     """Masks and signed distances of a batch of label maps.
 
     Args:
-        labels: int64 ``[B, H, W]``: 0 background, 1 target, 2 non-target.
+        labels: int64 ``[B, H, W]``: 0 background, 1 target, 2 non-target, and with ``ignores`` also
+            ``IGNORED``, which counts as background.
+        ignores: whether pixels may be ignored.
 
     Example:
         >>> targets_of(torch.tensor([[[0, 1, 2]]])).signed[0, :, 0].tolist()
         [[-0.5, 0.5, 1.5], [-0.5, 0.5, -0.5]]
     """
+    ignored = labels == IGNORED
+    if ignores:
+        labels = labels.masked_fill(ignored, BACKGROUND)
     masks = torch.stack([labels != BACKGROUND, labels == TARGET], dim=1)
-    return Targets(labels, masks, geometry.signed_distance(masks))
+    unknown = -geometry.signed_distance(ignored[:, None]) if ignores else None
+    return Targets(labels, masks, geometry.signed_distance(masks), unknown)
 
 
 class Prediction(NamedTuple):
@@ -218,7 +233,8 @@ def contour_head(contour_logits: Tensor, targets: Targets, *, radius: float = 1.
     band = geometry.contour_band(targets.signed, radius=radius)
     cost = F.softplus(torch.where(band, -logits, logits))
     halves = []
-    for chosen in (band, ~band):
+    for side in (band, ~band):
+        chosen = targets.within_known(side, radius)
         count = chosen.sum(dim=(-2, -1))
         mean = (cost * chosen).sum(dim=(-2, -1)) / count.clamp(min=1)
         halves.append((mean, (count > 0).to(cost.dtype)))
@@ -280,6 +296,8 @@ def distance_head(distance: Tensor, targets: Targets, *, clip: float = 8.0, beta
     """
     target = scaled_sdf(targets.signed, clip=clip)
     cost = F.smooth_l1_loss(to_float32(distance), target, beta=beta, reduction="none")
+    if targets.unknown is not None:
+        cost = cost * targets.within_known(torch.ones_like(targets.masks), clip)
     return cost.mean(dim=(-3, -2, -1))
 
 
@@ -340,6 +358,8 @@ class MaskLoss(nn.Module):
         weights: of each loss by name; what is not in it, or has weight 0, is not computed.
         options: of the losses, by the settings' names; for what is not in it the function's default holds.
         cap: on the cost of one sample of each loss that is ``capped``, before its weight; None: no cap.
+        ignores: whether labels may be ``IGNORED``. Such a pixel counts as predicted rightly; a contour or
+            distance that one may hide is not learnt.
 
     Raises:
         KeyError: a weight of a loss, or an option, that nobody registered; the message has the known names.
@@ -357,6 +377,7 @@ class MaskLoss(nn.Module):
         options: Mapping[str, Any] | None = None,
         *,
         cap: float | None = None,
+        ignores: bool = False,
     ) -> None:
         super().__init__()
         self.terms: dict[str, LossTerm] = {name: LOSSES[name] for name, weight in weights.items() if weight}
@@ -369,7 +390,7 @@ class MaskLoss(nn.Module):
         for name, term in self.terms.items():
             own = {option.name for option in LOSSES.options(name)} - {f"{name}_weight", term.switch}
             self.keywords[name] = {key: value for key, value in self.options.items() if key in own}
-        self.cap = cap
+        self.cap, self.ignores = cap, ignores
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -386,12 +407,15 @@ class MaskLoss(nn.Module):
 
         Args:
             output: what the model returns.
-            labels: int64 ``[B, H, W]``.
+            labels: int64 ``[B, H, W]``; where ``ignores`` is set, also ``IGNORED``.
 
         Raises:
             ValueError: a loss needs a head that the model does not have.
         """
-        prediction, targets = Prediction(hierarchical_log_probs(output.logits), output), targets_of(labels)
+        targets, logits = targets_of(labels, ignores=self.ignores), output.logits
+        if self.ignores:  # as if predicted rightly, and without gradient
+            logits = logits.masked_fill((labels == IGNORED)[:, None], -30.0)
+        prediction = Prediction(hierarchical_log_probs(logits), output)
         costs = {}
         for name, term in self.terms.items():
             if term.requires is not None and getattr(output, term.requires, None) is None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from refinelib.modeling import IGNORED
+
 #: Elements of a float64 temporary that one product may hold (128 MB).
 _CHUNK = 1 << 24
 
@@ -163,21 +165,27 @@ def labels_from_coverage(coverage: Tensor) -> Tensor:
 
     Args:
         coverage: ``[..., 2]`` uint8, or whole numbers of another type, in 255ths of the cell: covered by this
-            person; by other people and not by this one.
+            person; by other people and not by this one. ``[..., 3]``: also ignored.
 
     Returns:
-        ``[...]`` int64: argmax of (the rest, target, non-target), the earlier one where equal;
-        0 background, 1 target, 2 non-target.
+        ``[...]`` int64: argmax of (the rest, target, non-target, ignored), the earlier one where equal;
+        0 background, 1 target, 2 non-target, ``IGNORED`` (255).
 
     Example:
         >>> labels_from_coverage(torch.tensor([[0, 0], [255, 0], [100, 155]], dtype=torch.uint8))
         tensor([0, 1, 2])
+        >>> labels_from_coverage(torch.tensor([[0, 0, 200], [100, 0, 90]]))
+        tensor([255,   1])
     """
-    target, other = coverage.to(torch.int16).unbind(-1)
-    rest = 255 - target - other
+    target, other, *ignored = coverage.to(torch.int16).unbind(-1)
+    rest = 255 - target - other - sum(ignored)
     is_target = (target > rest) & (target >= other)
     is_other = other > torch.maximum(rest, target)
-    return is_other.to(torch.int64).mul_(2).add_(is_target)
+    labels = is_other.to(torch.int64).mul_(2).add_(is_target)
+    if ignored:
+        covered = torch.maximum(rest, torch.maximum(target, other))
+        labels = torch.where(ignored[0] > covered, IGNORED, labels)
+    return labels
 
 
 def checked_boxes(boxes: Tensor) -> Tensor:

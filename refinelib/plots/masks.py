@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from refinelib.data import Store
 from refinelib.files import by_epoch, read_npz
 from refinelib.metrics.boundary import contour
+from refinelib.modeling import IGNORED, TARGET
 from refinelib.modeling.roi import labels_from_coverage
 from refinelib.plots import style
 from refinelib.plots.style import CLASSES, ERRORS, PALETTE, Figure, RunLike
@@ -176,8 +177,8 @@ def rgb(color: str) -> Pixels:
 
 
 def class_picture(labels: Pixels) -> Pixels:
-    """Label maps as colours, uint8 ``[h, w, 3]``."""
-    return np.stack([rgb(color) for color in CLASSES.values()])[labels]
+    """Label maps as colours, uint8 ``[h, w, 3]``; ignored pixels are white."""
+    return np.stack([rgb(color) for color in (*CLASSES.values(), "white")])[np.minimum(labels, len(CLASSES))]
 
 
 def error_picture(image: Pixels, labels: Pixels, predicted: Pixels) -> Pixels:
@@ -185,7 +186,8 @@ def error_picture(image: Pixels, labels: Pixels, predicted: Pixels) -> Pixels:
     rows, columns = (np.linspace(0, image.shape[i], labels.shape[i], False).astype(int) for i in (0, 1))
     grey = image[rows][:, columns].mean(-1, keepdims=True) * 0.35 + 160
     picture: Pixels = grey.repeat(3, -1).astype(np.uint8)
-    truth, found = labels == 1, predicted == 1
+    truth, found = labels == TARGET, predicted == TARGET
+    predicted, found = np.where(labels == IGNORED, labels, predicted), found & (labels != IGNORED)
     wrong = (truth & ~found, found & ~truth, (labels != predicted) & ~truth & ~found)
     for color, where in zip(ERRORS.values(), wrong, strict=True):
         picture[where] = rgb(color)

@@ -1,0 +1,135 @@
+"""Which file of a folder an annotation file means by a name."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import unicodedata
+from functools import cached_property
+from pathlib import Path, PureWindowsPath
+from urllib.parse import unquote, urlsplit
+
+from refinelib.data.sources import MISSING, SceneError
+
+ELSEWHERE = "image outside the image folder, refused without allow_images_outside"
+SEVERAL = "image name that fits several files"
+Parts = tuple[str, ...]
+
+
+class ImageFolder:
+    """Finds images by the names in an annotation file.
+
+    A name fits a file where one of the two paths, from the last part on, is the end of the other: the name
+    ``train2017/1.jpg`` fits ``train2017/1.jpg`` and ``1.jpg`` in the folder, and ``1.jpg`` fits
+    ``camera/1.jpg``. The longest common end wins. Backslashes separate parts; of a URL the path counts. Where
+    no file fits as written, ``%20``, upper and lower case, and the normal form of Unicode may differ.
+
+    Args:
+        folder: of the images.
+        allow_outside: take names that are absolute or climb out of the folder with ``..``, too. The author
+            of the annotations can then have any picture of this machine read.
+    """
+
+    def __init__(self, folder: Path, allow_outside: bool = False) -> None:
+        self.folder, self.allow_outside = folder, allow_outside
+
+    def find(self, name: str) -> Path:
+        """The file that is meant. Only names are looked at: links may lead anywhere.
+
+        Raises:
+            SceneError: there is none, there are several, or the name leads out of the folder.
+        """
+        parts = name_parts(name)
+        depths = itertools.accumulate(-1 if part == ".." else 1 for part in parts)
+        anchored = "://" not in name and bool(PureWindowsPath(name).anchor)
+        if anchored or min(depths, default=0) < 0:
+            if not self.allow_outside:
+                rule = "name the file in that folder, or set allow_images_outside to true"
+                leads = f"the file_name {name!r} leads out of the image folder {self.folder}"
+                raise SceneError(ELSEWHERE, f"{leads}: {rule}")
+            return self.folder / name
+        for first in range(len(parts)):
+            if ".." not in parts[first + 1 :] and os.path.isfile(
+                file := self.folder.joinpath(*parts[first:])
+            ):
+                return file
+        wanted = tuple(map(plain, parts))
+        found = [
+            file for file in self._files.get(wanted[-1] if wanted else "", []) if self._fits(file, wanted)
+        ]
+        ends = [common_end(self._whole(file), wanted) for file in found]
+        best = [file for file, end in zip(found, ends, strict=True) if end == max(ends)]
+        if len(best) > 1:
+            both = " and ".join(str(self.folder.joinpath(*file)) for file in best[:2])
+            raise SceneError(SEVERAL, f"{name!r} may be {both}: write more of the path into file_name")
+        file = self.folder.joinpath(*(best[0] if best else parts))
+        if not best:
+            raise SceneError(MISSING, f"there is no image file {file}", file)
+        return file
+
+    def _whole(self, file: Parts) -> Parts:
+        return tuple(map(plain, (*self._above, *file)))
+
+    def _fits(self, file: Parts, wanted: Parts) -> bool:
+        end = common_end(self._whole(file), wanted)
+        return end >= min(len(file), len(wanted))
+
+    @cached_property
+    def _above(self) -> Parts:
+        return self.folder.absolute().parts
+
+    @cached_property
+    def _files(self) -> dict[str, list[Parts]]:
+        """Files in the folder, as parts of their paths in it, by the plain form of their names."""
+        found: dict[str, list[Parts]] = {}
+        for place, folders, names in os.walk(self.folder):
+            folders.sort()
+            above = Path(place).relative_to(self.folder).parts
+            for name in sorted(names):
+                if not is_leftover(name):
+                    found.setdefault(plain(name), []).append((*above, name))
+        return found
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file's name is one that macOS or Windows leaves beside people's files.
+
+    Example:
+        >>> is_leftover("._1.png"), is_leftover("Thumbs.db"), is_leftover("1.png")
+        (True, True, False)
+    """
+    return name.startswith("._") or name.lower() in (".ds_store", "thumbs.db", "desktop.ini")
+
+
+def name_parts(name: str) -> Parts:
+    r"""The parts of a path or URL, separated by ``/`` or a backslash.
+
+    Example:
+        >>> name_parts("http://host/val/1.jpg?x=2"), name_parts("val\\\\1.jpg")
+        (('val', '1.jpg'), ('val', '1.jpg'))
+    """
+    if "://" in name:
+        name = unquote(urlsplit(name).path).lstrip("/")
+    return tuple(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def plain(part: str) -> str:
+    """A part of a path in the form in which it is compared where nothing fits as written.
+
+    Example:
+        >>> plain("My%20Image.JPG")
+        'my image.jpg'
+    """
+    return unicodedata.normalize("NFC", unquote(part)).casefold()
+
+
+def common_end(a: Parts, b: Parts) -> int:
+    """How many parts two paths share, from the last one on.
+
+    Example:
+        >>> common_end(("cam1", "x.png"), ("cam2", "x.png"))
+        1
+    """
+    return sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a[::-1], b[::-1], strict=False))
+    )
