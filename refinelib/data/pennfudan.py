@@ -1,10 +1,11 @@
-"""The Penn-Fudan pedestrian set in its published layout as a source."""
+"""Images with masks whose pixel values are the persons' numbers, Penn-Fudan among them, as sources."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,32 +17,42 @@ from scipy import ndimage
 from refinelib.data import sources
 from refinelib.data.sources import DataError, Instances, InstancesBuilder, Masks, Scene, SceneError
 
+#: Endings of the files that are taken for images.
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+NO_PICTURE = "mask without image"
 
-class PennFudanPeople:
-    """Persons of Penn-Fudan: instance ids are pixel values of the masks, boxes are taken from them.
 
-    The set has no split of its own: an image is in ``val`` where the SHA-1 of its name is a multiple of 5
-    (about every fifth), whatever other images are there, and in ``train`` otherwise.
+class MaskPeople:
+    """Persons whose numbers are the pixel values of masks: the image ``NAME.jpg`` has the mask ``NAME.png``.
+
+    Masks have 1, 8 or 16 bits or a palette, and 0 where there is nobody. Boxes are taken from them. Folders
+    are searched with the folders in them; one folder may hold both images and masks.
 
     Args:
-        folder: holds ``PNGImages`` and ``PedMasks``.
-        split: ``train``, ``val`` or ``all``.
+        images: folder of images.
+        masks: folder of masks.
+        split: name for reports and for the store's folder.
+        part: the images to take, by :func:`split_of`: ``train``, ``val`` or ``all``.
 
     Raises:
         DataError: a folder is missing.
     """
 
-    name = "pennfudan"
+    name = "masks"
+    rule = "data_dir must hold images and masks, or give train_images and train_annotations, and those of val"
+    suffixes: tuple[str, ...] = IMAGES
+    #: Of a mask's name, after that of its image; and the step from one image's annotation ids to the next's.
+    ending, ids = ".png", 1 << 16
 
-    def __init__(self, folder: str | Path, split: str = "train") -> None:
-        self.folder, self.split = Path(os.path.expanduser(folder)), split
+    def __init__(
+        self, images: str | Path, masks: str | Path, split: str = "train", part: str = "all"
+    ) -> None:
+        self.images, self.masks = (Path(os.path.expanduser(folder)) for folder in (images, masks))
+        self.split, self.part = split, part
         self._used: list[Path] = []
-        if split not in ("train", "val", "all"):
-            raise DataError(f"Penn-Fudan has no split {split!r}: give train, val or all")
-        for place in (self.folder, self.folder / "PNGImages", self.folder / "PedMasks"):
+        for place in (self.images, self.masks):
             if not os.path.isdir(place):
-                rule = "data_dir (or add_pennfudan) must hold PNGImages and PedMasks, as PennFudanPed does"
-                raise DataError(f"there is no folder {place}: {rule}")
+                raise DataError(f"there is no folder {place}: {self.rule}")
 
     def __len__(self) -> int:
         return self.instances().images
@@ -53,6 +64,8 @@ class PennFudanPeople:
             DataError: no person that can be used.
         """
         builder, used = InstancesBuilder(), []
+        for mask in self._strays:
+            builder.skip(NO_PICTURE, f"there is no image of the mask {mask} in {self.images}")
         for image_id, file in self._files:
             if max_images is not None and builder.images >= max_images:
                 break
@@ -64,11 +77,12 @@ class PennFudanPeople:
             found = ndimage.find_objects(owner)  # one pass: a damaged mask may hold thousands of numbers
             boxes = [(x.start, y.start, x.stop, y.stop) for y, x in (found[i - 1] for i in ids)]
             # An annotation id names the image and the person in it.
-            numbers = [image_id * 1000 + int(i) for i in ids]
+            numbers = [image_id * self.ids + int(i) for i in ids]
             if builder.add(file.name, image_id, owner.shape, numbers, boxes, areas):
                 used.append(file)
         self._used = max(self._used, used, key=len)
-        return builder.instances(f"the split {self.split} of {self.folder}", "no PNG in PNGImages")
+        empty = f"no {' or '.join(self.suffixes)} file in {self.images}"
+        return builder.instances(f"the split {self.split} of {self.images.parent}", empty)
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
@@ -76,32 +90,99 @@ class PennFudanPeople:
             self.instances()
         file = self._used[index]
         ids, _, owner = _read_mask(self._mask_file(file))
-        image = sources.decode_image(file)
-        if image.shape[:2] != owner.shape:
-            found, wanted = (f"{each.shape[1]}x{each.shape[0]}" for each in (image, owner))
-            raise SceneError(sources.OTHER_SIZE, f"{file} has {found} pixels, its mask {wanted}")
+        image = sources.decode_image(file, owner.shape)
         return Scene(image, Masks(len(ids), owner.shape, lambda slot: owner == ids[slot]))
+
+    def files(self) -> list[Path]:
+        """All images and masks of the split."""
+        return [file for _, image in self._files for file in (image, self._mask_file(image))]
 
     def fingerprint(self) -> str:
         """Of names, sizes and times of all images and masks of the split."""
-        parts = []
-        for _, image in self._files:
-            for file in (image, self._mask_file(image)):
-                found = file.stat() if file.exists() else None
-                parts.append([file.name, found and (found.st_size, found.st_mtime_ns)])
-        return hashlib.sha256(json.dumps([self.split, parts]).encode()).hexdigest()
+        parts = [self.split, stamps([*self.files(), *self._strays])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @cached_property
+    def _images(self) -> list[Path]:
+        found = listed(self.images, self.suffixes)
+        masks = {self._mask_file(file) for file in found}  # those that lie among the images are none
+        return [file for file in found if file not in masks]
 
     @cached_property
     def _files(self) -> list[tuple[int, Path]]:
         """Images of the split, each with its number among all images."""
-        every = enumerate(sorted((self.folder / "PNGImages").glob("*.png")), 1)
-        return [(number, file) for number, file in every if self.split in ("all", _split_of(file))]
+        return [(number, file) for number, file in enumerate(self._images, 1) if self._takes(file)]
+
+    @cached_property
+    def _strays(self) -> list[Path]:
+        """Masks of the split that no image has."""
+        masks = {*listed(self.masks, (".png",))} - {self._mask_file(file) for file in self._images}
+        return sorted(filter(self._takes, masks))
+
+    def _takes(self, file: Path) -> bool:
+        return self.part in ("all", split_of(file))
 
     def _mask_file(self, file: Path) -> Path:
-        return self.folder / "PedMasks" / f"{file.stem}_mask.png"
+        return self.masks / file.relative_to(self.images).with_name(file.stem + self.ending)
 
 
-def _split_of(file: Path) -> str:
+class PennFudanPeople(MaskPeople):
+    """Persons of the Penn-Fudan pedestrian set in its published layout.
+
+    The set has no split of its own: :func:`split_of` tells it by an image's name.
+
+    Args:
+        folder: holds ``PNGImages`` and ``PedMasks``.
+        split: ``train``, ``val`` or ``all``.
+
+    Raises:
+        DataError: a folder is missing.
+    """
+
+    name = "pennfudan"
+    rule = "data_dir (or add_pennfudan) must hold PNGImages and PedMasks, as PennFudanPed does"
+    suffixes = (".png",)
+    ending, ids = "_mask.png", 1000
+
+    def __init__(self, folder: str | Path, split: str = "train") -> None:
+        if split not in ("train", "val", "all"):
+            raise DataError(f"Penn-Fudan has no split {split!r}: give train, val or all")
+        super().__init__(Path(folder, "PNGImages"), Path(folder, "PedMasks"), split, part=split)
+
+
+def listed(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files with these endings in a folder and the folders in it, sorted.
+
+    Hidden ones are none of the data set: a Mac leaves a file ``._1.png`` beside ``1.png``.
+
+    Example:
+        >>> listed(Path("nowhere"), (".png",))
+        []
+    """
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    return sorted(f for f in found if not any(p.startswith(".") for p in f.relative_to(folder).parts))
+
+
+def stamps(files: Iterable[Path]) -> list[Any]:
+    """Names, sizes and times of files, for a fingerprint; None for what is not there.
+
+    Example:
+        >>> stamps([Path("nowhere/1.png")])
+        [['1.png', None]]
+    """
+    found = ((file.name, file.stat() if file.exists() else None) for file in files)
+    return [[name, status and (status.st_size, status.st_mtime_ns)] for name, status in found]
+
+
+def split_of(file: Path) -> str:
+    """The split of an image in a set that has none: ``val`` where its name's SHA-1 is a multiple of 5.
+
+    That is about every fifth, whatever other images are there.
+
+    Example:
+        >>> split_of(Path("FudanPed00001.png"))
+        'train'
+    """
     return "train" if int(hashlib.sha1(os.fsencode(file.stem)).hexdigest(), 16) % 5 else "val"
 
 

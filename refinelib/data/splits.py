@@ -17,7 +17,8 @@ from PIL import Image
 
 from refinelib.config import Settings
 from refinelib.data.coco import CocoPeople, coco_paths
-from refinelib.data.pennfudan import PennFudanPeople
+from refinelib.data.formats import LabelmePeople, YoloPeople
+from refinelib.data.pennfudan import MaskPeople, PennFudanPeople
 from refinelib.data.sources import COLUMNS, DataError, Instances, Scene, Source, decode_image, files_of
 from refinelib.data.store import Store, read_info
 from refinelib.data.store_build import open_store, store_sizes
@@ -228,6 +229,48 @@ def coco_options(settings: Settings) -> dict[str, Any]:
     return {"allow_outside": settings.allow_images_outside, **settings.pick("category", "crowd", "exif")}
 
 
+def _yolo(settings: Settings, split: str) -> Source:
+    if not settings.data_dir:
+        raise DataError("data = yolo needs data_dir, the folder of data.yaml, or that file")
+    return YoloPeople(settings.path(settings.data_dir), split, **_reading(settings))
+
+
+def _labelme(settings: Settings, split: str) -> Source:
+    files, images, part = _places(settings, split)
+    return LabelmePeople(files, images, split, part, **_reading(settings))
+
+
+def _masks(settings: Settings, split: str) -> Source:
+    masks, images, part = _places(settings, split, "masks", "images")
+    return MaskPeople(images, masks, split, part)
+
+
+def _reading(settings: Settings) -> dict[str, Any]:
+    return {"allow_outside": settings.allow_images_outside, "category": settings.category}
+
+
+def _places(settings: Settings, split: str, files: str = "", images: str = "") -> tuple[Path, Path, str]:
+    """Folders of a split's annotations and images, and the part to take; see :func:`pennfudan.split_of`."""
+    own = [getattr(settings, f"{split}_{what}") for what in ("annotations", "images")]
+    if not settings.data_dir and not all(own):
+        rule = f"give data_dir, or {split}_annotations and {split}_images"
+        raise DataError(f"data = {settings.data} needs folders of annotations and images: {rule}")
+    root = settings.path(settings.data_dir or "")
+    place, part = _split_folder(root, files, split)
+    pictures = _split_folder(root, images, split)[0] if images else root  # LabelMe's may lie above the JSON
+    place, part = (settings.path(own[0]), "all") if own[0] else (place, part)
+    return place, settings.path(own[1]) if own[1] else pictures, part
+
+
+def _split_folder(root: Path, what: str, split: str) -> tuple[Path, str]:
+    """All of ``root/SPLIT/what`` or ``root/what/SPLIT``, where one is there; else a part of ``root/what``."""
+    for pattern in ("{0}/{1}", "{1}/{0}"):
+        places = {one: root / pattern.format(one, what or ".") for one in ("train", "val")}
+        if any(place.is_dir() for place in places.values()):
+            return places[split], "all"
+    return root / what, split
+
+
 _FOLDER = Option("data_dir", None, "folder of the data set in its published layout", role="run")
 _PLACES = {
     "train_annotations": "COCO JSON to train on",
@@ -238,18 +281,27 @@ _PLACES = {
 _CROWD = "iscrowd: skip: a region, ignored; keep: one person; auto: keep where nearly all persons have it"
 _EXIF = "orientation of image files; ignore: people were annotated on the pixels as stored"
 _OUTSIDE = "also read images that a COCO file names outside its image folder"
-DATASETS.add("synthetic", lambda settings, split: SyntheticPeople(SYNTHETIC[split], split))
-DATASETS.add("pennfudan", _pennfudan, _FOLDER)
-DATASETS.add(
-    "coco",
-    _coco,
+_WHERE = (
     _FOLDER,
     *(
         Option(name, None, f"{text}, where it is not in data_dir", role="run")
         for name, text in _PLACES.items()
     ),
+)
+_READ = (
     Option("allow_images_outside", False, _OUTSIDE, role="run"),
     Option("category", "person", "categories of a COCO file that are persons, by commas", role="data"),
+)
+DATASETS.add("synthetic", lambda settings, split: SyntheticPeople(SYNTHETIC[split], split))
+DATASETS.add("pennfudan", _pennfudan, _FOLDER)
+DATASETS.add(
+    "coco",
+    _coco,
+    *_WHERE,
+    *_READ,
     Option("crowd", "auto", _CROWD, {"choices": ("auto", "skip", "keep")}, role="data"),
     Option("exif", "ignore", _EXIF, {"choices": ("ignore", "apply")}, role="data"),
 )
+DATASETS.add("yolo", _yolo, _FOLDER, *_READ)
+DATASETS.add("labelme", _labelme, *_WHERE, *_READ)
+DATASETS.add("masks", _masks, *_WHERE)

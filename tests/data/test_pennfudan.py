@@ -15,6 +15,7 @@ from PIL import Image
 from refinelib.config import Settings
 from refinelib.data import DataError, PennFudanPeople, open_split, open_store
 from refinelib.data import sources as scenes
+from refinelib.data.pennfudan import NO_PICTURE
 from refinelib.data.sources import MISSING, NO_MASK, OTHER_SIZE, SMALL, UNREADABLE
 from refinelib.modeling.roi import labels_from_coverage
 
@@ -127,17 +128,38 @@ def test_settings_lead_to_it(files, tmp_path):
         open_split(Settings(data="pennfudan", store_dir=str(tmp_path / "none")), "train")
 
 
+def test_what_a_mac_or_windows_leaves_moves_no_id(files):
+    for name in "abc":
+        files.add(name)
+    clean = files.source().instances()
+    for folder in (files.folder / "PNGImages", files.folder / "PedMasks"):
+        for file in list(folder.iterdir()):
+            (folder / f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (folder / name).write_bytes(b"\0\0\0\1Bud1")
+    found = files.source().instances()
+    assert found.annotation_ids.tolist() == clean.annotation_ids.tolist() == [1001, 2001, 3001]
+    assert found.image_ids.tolist() == [1, 2, 3] and not found.skipped
+
+
+def test_masks_without_image_are_counted(files):
+    files.add("a"), files.add("b")
+    (files.folder / "PNGImages" / "a.png").unlink()
+    found = files.source().instances()
+    assert len(found) == 1 and found.skipped == {NO_PICTURE: 1} and "a_mask.png" in found.examples[NO_PICTURE]
+
+
 # -- what is wrong ---------------------------------------------------------------------------------------
 def test_missing_folders_and_splits_are_told(files, tmp_path):
     with pytest.raises(
         DataError,
-        match="there is no folder .*nowhere: data_dir .or add_pennfudan. must hold PNGImages and PedMasks",
+        match="there is no folder .*nowhere.PNGImages: data_dir .or add_pennfudan. must hold PNGImages and",
     ):
         PennFudanPeople(tmp_path / "nowhere")
     with pytest.raises(DataError, match="has no split 'test': give train, val or all"):
         files.source("test")
     with pytest.raises(
-        DataError, match="the split all of .* has no person that can be used: no PNG in PNGImages"
+        DataError, match="the split all of .* has no person that can be used: no .png file in .*PNGImages"
     ):
         files.source().instances()
     (files.folder / "PedMasks").rmdir()
@@ -163,7 +185,7 @@ def test_bad_files_are_counted_and_the_rest_is_used(files, tmp_path):
     assert store.image_ids.tolist() == [9]
     assert store.skipped == {UNREADABLE: 5, MISSING: 1, NO_MASK: 1, OTHER_SIZE: 1}
     assert "there is no mask file" in store.examples[MISSING] and "c_mask.png" in store.examples[MISSING]
-    assert "f.png has 90x71 pixels, its mask 90x70" in store.examples[OTHER_SIZE]
+    assert "f.png has 90x71 pixels, its annotation says 90x70" in store.examples[OTHER_SIZE]
     assert "e_mask.png has no person in it" in store.examples[NO_MASK]
     assert "fetch it again or take it out" in store.examples[UNREADABLE]
 

@@ -1,0 +1,269 @@
+"""Persons of data sets in YOLO's and LabelMe's formats, handed to :class:`CocoPeople` as COCO content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refinelib.data import sources
+from refinelib.data.annotations import Content, People, read_people
+from refinelib.data.coco import CocoPeople
+from refinelib.data.pennfudan import IMAGES, listed, split_of, stamps
+from refinelib.data.sources import DataError, InstancesBuilder, SceneError, printable
+from refinelib.files import JSON, read_json, read_yaml, shown
+
+DAMAGED = "annotation file that cannot be read"
+NO_PICTURE = "labels without image"
+NO_CLASS = "label of no class"
+#: Bytes of the largest LabelMe file that is read: it may hold its image, too.
+MOST_BYTES = 32 << 20
+#: Corners of the polygon in place of a circle.
+CORNERS = 64
+Points = NDArray[np.float64]
+#: Name of an image in the image folder, its (h, w), and its persons as COCO's annotations but for the ids.
+Found = tuple[str, tuple[int, int], list[dict[str, Any]]]
+
+
+class _Files(CocoPeople):
+    """Turns files into COCO content, and counts those that it cannot."""
+
+    #: Folders whose files the persons are read from.
+    places: list[Path]
+    #: Names of the categories by number.
+    kinds: dict[Any, Any]
+
+    def read(self) -> Content:
+        """The split's files as a COCO file would have them.
+
+        Raises:
+            DataError: no image has annotations.
+        """
+        self._lost, content = InstancesBuilder(), Content(images=[], annotations=[])  # filled image by image
+        for read in self._readers():
+            try:
+                name, (height, width), persons = read()
+            except (OSError, ValueError) as error:
+                self._lost.skip(getattr(error, "reason", DAMAGED), str(error))
+                continue
+            image, first = len(content["images"]) + 1, len(content["annotations"]) + 1
+            content["images"].append({"id": image, "file_name": name, "height": height, "width": width})
+            numbered = enumerate(persons, first)
+            content["annotations"] += [{"id": n, "image_id": image, **one} for n, one in numbered]
+        if not content["images"]:
+            self._lost.instances(f"the split {self.split} of {self.annotations}", "no image has annotations")
+        return {**content, "categories": [{"id": kind, "name": name} for kind, name in self.kinds.items()]}
+
+    def fingerprint(self) -> str:
+        """Of the names, sizes and times of all files, and of the options."""
+        files = (file for place in self.places for file in listed(place, (*IMAGES, ".txt", ".json")))
+        parts = [super().fingerprint(), self.split, stamps(files)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @cached_property
+    def _people(self) -> People:
+        people = read_people(self.read(), str(self.annotations), category=self.category, crowd=self.crowd)
+        examples = self._lost.examples
+        people.left_out += [(reason, examples[reason], None) for reason in self._lost.skipped.elements()]
+        return people
+
+    def _readers(self) -> Iterator[Callable[[], Found]]:
+        """One an image; it raises ``OSError`` or ``ValueError`` where the image or its labels are damaged."""
+        raise NotImplementedError
+
+
+class YoloPeople(_Files):
+    """Persons of a data set in YOLO's segmentation format.
+
+    ``data.yaml`` has ``path`` (else its own folder), ``names``, and by split the folders of its images, such
+    as ``images/train``. The labels of ``images/train/1.jpg`` are the lines of ``labels/train/1.txt``: the
+    number of a class, and corners ``x y x y ...`` of a polygon in fractions of the upright image. A box in
+    place of a polygon is counted as a person without mask; an image without labels has no persons.
+
+    Args:
+        data: the folder of ``data.yaml``, or a file like it.
+        split: ``train``, ``val``, or another that the file has.
+        **options: of :class:`CocoPeople`.
+
+    Raises:
+        DataError: the file cannot be read, or a folder is missing.
+    """
+
+    name = "yolo"
+
+    def __init__(self, data: str | Path, split: str = "val", **options: Any) -> None:
+        file = Path(os.path.expanduser(data))
+        file = file if os.path.isfile(file) else file / "data.yaml"
+        try:
+            content = read_yaml(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{error}; give its folder, or a file like it") from None
+        content = content if isinstance(content, dict) else {}
+        names, root, places = content.get("names"), content.get("path") or ".", content.get(split)
+        names = dict(enumerate(names)) if isinstance(names, list) else names
+        places = places if isinstance(places, list) else [places]
+        if not isinstance(names, dict) or not places or {*map(type, (root, *places))} != {str}:
+            rule = (
+                f"names, a list or a mapping from numbers; {split}, its folder of images in the folder path"
+            )
+            raise DataError(f"{file} must have {rule}")
+        self._pairs = [_folders(file, root, place) for place in places]
+        self.kinds, self.places = names, [place for pair in self._pairs for place in pair]
+        images = os.path.commonpath([images for images, _ in self._pairs])
+        super().__init__(file, images, split, **{"exif": "apply", **options})  # YOLO turns images upright
+
+    def _readers(self) -> Iterator[Callable[[], Found]]:
+        for images, labels in self._pairs:
+            texts = {text.relative_to(labels).with_suffix(""): text for text in listed(labels, (".txt",))}
+            found = {image: image.relative_to(images).with_suffix("") for image in listed(images, IMAGES)}
+            yield from (partial(self._read, one, texts[stem]) for one, stem in found.items() if stem in texts)
+            for stem in sorted({*texts} - {*found.values()}):
+                self._lost.skip(NO_PICTURE, f"there is no image of {texts[stem]} in {images}")
+
+    def _read(self, image: Path, file: Path) -> Found:
+        size = sources.image_size(image, upright=True)
+        if not os.path.isfile(file) or os.path.getsize(file) > JSON:  # reading a FIFO would wait
+            raise SceneError(DAMAGED, f"{file} must be a text file of at most {JSON} bytes")
+        text = file.read_bytes().decode("utf-8-sig", "replace")
+        lines = [(f"line {n} of {file.name}", line.split()) for n, line in enumerate(text.splitlines(), 1)]
+        persons = [self._person(words, size, where) for where, words in lines if words]
+        return os.path.relpath(image, self.images), size, list(filter(None, persons))
+
+    def _person(self, words: list[str], size: tuple[int, int], where: str) -> dict[str, Any] | None:
+        """A line's annotation; without a mask, words stand in its place. None: of no class, and counted."""
+        try:
+            kind, *values = map(float, words)
+        except ValueError:
+            kind, values = math.nan, []
+        if kind not in self.kinds:
+            rule = f"must be numbers, the first that of one of the {len(self.kinds)} names"
+            self._lost.skip(NO_CLASS, f"{where} {rule}, and is {shown(' '.join(words))}")
+            return None
+        one = {"category_id": int(kind), "segmentation": f"{where}, not x y x y x y ... in 0 to 1,"}
+        if all(-0.01 <= value <= 1.01 for value in values) and len(values) > 3 and len(values) % 2 == 0:
+            points = np.reshape(values, (-1, 2)) * size[::-1]
+            if len(points) > 2:
+                return one | _mask([points])
+            box = [*(points[0] - points[1] / 2).tolist(), *points[1].tolist()]
+            one |= {"bbox": box, "segmentation": f"{where}, a box,"}
+        return one
+
+
+class LabelmePeople(_Files):
+    """Persons of a folder of LabelMe's JSON files.
+
+    Shapes of one label and ``group_id`` in an image are one person. Polygons, rectangles and circles are
+    masks; other shapes are counted as persons without mask.
+
+    Args:
+        annotations: folder of the JSON files, also in folders in it.
+        images: folder that holds the images, also in folders in it; ``imagePath`` counts from the JSON file,
+            and where nothing is there, from this folder.
+        split: name for reports and for the store's folder.
+        part: the files to take, by :func:`split_of`: ``train``, ``val`` or ``all``.
+        **options: of :class:`CocoPeople`.
+
+    Raises:
+        DataError: a folder is missing.
+    """
+
+    name = "labelme"
+
+    def __init__(
+        self, annotations: str | Path, images: str | Path, split: str, part: str = "all", **options: Any
+    ) -> None:
+        super().__init__(annotations, images, split, **{"exif": "apply", **options})  # LabelMe shows them so
+        self.part, self.places = part, [self.annotations, self.images]
+        self.kinds, self._numbers = {}, dict[str, int]()
+
+    def _check_places(self) -> None:
+        for place in (self.annotations, self.images):
+            if not os.path.isdir(place):
+                rule = f"give data_dir, or {self.split}_annotations and {self.split}_images"
+                raise DataError(f"there is no folder {place}: {rule}")
+
+    def _readers(self) -> Iterator[Callable[[], Found]]:
+        files = listed(self.annotations, (".json",))
+        return (partial(self._read, file) for file in files if self.part in ("all", split_of(file)))
+
+    def _read(self, file: Path) -> Found:
+        content = read_json(file, limit=MOST_BYTES)
+        content = content if isinstance(content, dict) else {}
+        shapes, path = content.get("shapes"), content.get("imagePath")
+        if not isinstance(shapes, list) or not isinstance(path, str):
+            raise SceneError(DAMAGED, f"{file} lacks shapes or imagePath, which LabelMe writes")
+        path = path.replace("\\", "/")
+        name = os.path.relpath(file.parent / path, self.images)
+        try:
+            name = name if os.path.isfile(self.images / name) else path.rsplit("/", 1)[-1]
+            image = self.folder.find(name)
+        except SceneError as error:
+            inside = f": save the one inside {file} (imageData) there" if content.get("imageData") else ""
+            raise SceneError(error.reason, f"{error}{inside}") from None
+        size: Any = content.get("imageHeight"), content.get("imageWidth")
+        if not all(type(side) is int and 0 < side < 2**31 for side in size):
+            size = sources.image_size(image, upright=True)
+        persons, groups = list[dict[str, Any]](), dict[tuple[int, Any], list[Points]]()
+        for place, shape in enumerate(shapes, 1):
+            label = shape.get("label") if isinstance(shape, dict) else None
+            if not isinstance(label, str):
+                self._lost.skip(NO_CLASS, f"shape {place} of {file} has no label")
+                continue
+            kind = self._numbers.setdefault(label, len(self._numbers) + 1)
+            self.kinds[kind], group, outline = label, shape.get("group_id"), _outline(shape)
+            if outline is not None:
+                groups.setdefault((kind, place if group is None else shown(group)), []).append(outline)
+            else:
+                what = f"shape {place} of {file.name}, a {shape.get('shape_type') or 'polygon'} without area,"
+                persons.append({"category_id": kind, "segmentation": what})
+        persons += [{"category_id": kind, **_mask(outlines)} for (kind, _), outlines in groups.items()]
+        return name, size, persons
+
+
+def _mask(polygons: list[Points]) -> dict[str, Any]:
+    """COCO's segmentation, box and area of polygons ``[N, 2]``."""
+    corners = np.concatenate(polygons)
+    areas = [abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2 for x, y in (one.T for one in polygons)]
+    one = {"bbox": [*corners.min(0).tolist(), *np.ptp(corners, axis=0).tolist()], "area": float(sum(areas))}
+    return {**one, "segmentation": [polygon.ravel().tolist() for polygon in polygons]}
+
+
+def _outline(shape: dict[str, Any]) -> Points | None:
+    """Corners ``[N, 2]`` of a LabelMe shape; None: it has no area, or is damaged."""
+    try:
+        points = np.array(shape.get("points"), np.float64)
+    except (TypeError, ValueError):
+        return None
+    if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) < 1e6).all():
+        return None
+    kind = shape.get("shape_type") or "polygon"
+    if kind == "circle" and len(points) == 2:
+        turn = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
+        points = points[0] + math.dist(*points) * np.stack([np.cos(turn), np.sin(turn)], 1)
+    elif kind == "rectangle" and len(points) == 2:
+        (left, top), (right, bottom) = points
+        points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+    return points if kind in ("polygon", "rectangle", "circle") and len(points) > 2 else None
+
+
+def _folders(file: Path, root: str, place: str) -> tuple[Path, Path]:
+    """Folders of a split's images and labels, as ``file`` names them or as they lie beside it."""
+    place = place.replace("\\", "/")
+    names = place, place.removeprefix("../")  # Roboflow writes ../train/images for train/images
+    tried = [Path(os.path.abspath(top / name)) for top in (file.parent / root, file.parent) for name in names]
+    images = next((folder for folder in tried if os.path.isdir(folder)), tried[0])
+    before, found, after = f"{images}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
+    labels = Path(before, "labels", after) if found else images
+    for what, folder in (("image", images), ("label", labels)):
+        if not os.path.isdir(folder):
+            rule = f"correct {place} or path in {file}, and have labels/ beside images/"
+            raise DataError(printable(f"there is no {what} folder {folder}: {rule}"))
+    return images, labels
