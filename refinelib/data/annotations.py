@@ -157,9 +157,8 @@ def _sort(found: list[tuple[dict[str, Any], int, bool]], people: People, crowd: 
         if is_crowd and not keep:
             rule = f"one of {crowds} of {len(found)}; set crowd to keep if each is a single person"
             people.left_out.append((CROWD, f"{what}, {rule}", image))
-        elif not one.get("segmentation"):
-            was = f"is {shown(one['segmentation'])}" if "segmentation" in one else "is missing"
-            people.left_out.append((NO_FIELD, f"{what}: its segmentation {was}", image))
+        elif "segmentation" not in one:
+            people.left_out.append((NO_FIELD, f"{what} lacks segmentation", image))
         else:
             if is_crowd:
                 rule = f"{crowds} of {len(found)} are marked; set crowd to skip if they are regions"
@@ -200,7 +199,7 @@ def _entries(listed: list[Any], name: str, people: People) -> dict[Any, int]:
 def _name(entry: Any) -> str | None:
     """The name of an entry's file; LVIS gives a URL in its place."""
     names = [entry.get(key) for key in ("file_name", "coco_url")] if isinstance(entry, dict) else []
-    return next((one for one in names if isinstance(one, str) and one), None)
+    return next((one for one in names if isinstance(one, str)), None)
 
 
 def _key(raw: Any) -> int | str | None:

@@ -47,32 +47,27 @@ class ImageFolder:
                 rule = "name the file in that folder, or set allow_images_outside to true"
                 leads = f"the file_name {name!r} leads out of the image folder {self.folder}"
                 raise SceneError(ELSEWHERE, f"{leads}: {rule}")
-            return self.folder / name
-        for first in range(len(parts)):
-            if ".." not in parts[first + 1 :] and os.path.isfile(
-                file := self.folder.joinpath(*parts[first:])
-            ):
-                return file
-        wanted = tuple(map(plain, parts))
-        found = [
-            file for file in self._files.get(wanted[-1] if wanted else "", []) if self._fits(file, wanted)
-        ]
-        ends = [common_end(self._whole(file), wanted) for file in found]
-        best = [file for file, end in zip(found, ends, strict=True) if end == max(ends)]
-        if len(best) > 1:
-            both = " and ".join(str(self.folder.joinpath(*file)) for file in best[:2])
+            return self.folder / name if anchored else self.folder.joinpath(*parts)
+        file = self.folder.joinpath(*parts)
+        if os.path.exists(file):
+            return file
+        fitting = self._fitting(parts)
+        if len(fitting) > 1:
+            both = " and ".join(str(self.folder.joinpath(*one)) for one in fitting[:2])
             raise SceneError(SEVERAL, f"{name!r} may be {both}: write more of the path into file_name")
-        file = self.folder.joinpath(*(best[0] if best else parts))
-        if not best:
+        if not fitting:
             raise SceneError(MISSING, f"there is no image file {file}", file)
-        return file
+        return self.folder.joinpath(*fitting[0])
 
-    def _whole(self, file: Parts) -> Parts:
-        return tuple(map(plain, (*self._above, *file)))
-
-    def _fits(self, file: Parts, wanted: Parts) -> bool:
-        end = common_end(self._whole(file), wanted)
-        return end >= min(len(file), len(wanted))
+    def _fitting(self, parts: Parts) -> list[Parts]:
+        """The files that share the longest end with a name; of these, the whole name, or as written."""
+        wanted, ends = tuple(map(plain, parts)), dict[Parts, tuple[int, bool, int]]()
+        for file in self._files.get(wanted[-1] if wanted else "", []):
+            path = (*self._above, *file)
+            end = common_end(tuple(map(plain, path)), wanted)
+            if end >= min(len(file), len(wanted)):
+                ends[file] = end, len(file) == len(wanted), common_end(path, parts)
+        return [file for file, end in ends.items() if end == max(ends.values())]
 
     @cached_property
     def _above(self) -> Parts:

@@ -68,7 +68,7 @@ def usable(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
         return None, 0
     if isinstance(counts, list) and {*map(type, counts)} != {int}:
         counts = [whole(count) for count in counts]
-    if not isinstance(counts, (str, list)) or None in counts:
+    if not isinstance(counts, str) and (not isinstance(counts, list) or None in counts):
         return None, 0
     return {"size": [height, width], "counts": counts}, 0
 

@@ -395,10 +395,11 @@ def decode_image(
     Raises:
         SceneError: missing, unreadable or truncated file, or another size.
     """
+    picture: Image.Image
     with opened(file) as image:
-        turned, fits = exif_size(image) != image.size, size in (None, (image.height, image.width))
-        picture: Image.Image = image
-        if upright or (not fits and turned and size == exif_size(image)[::-1]):
+        picture, stored = image, (image.height, image.width)
+        wanted = stored if size is None else tuple(size)
+        if (upright or wanted != stored) and wanted in (stored, stored[::-1]):  # else turning cannot help
             picture = ImageOps.exif_transpose(image)
         if size is not None and (picture.height, picture.width) != tuple(size):
             found, wanted = f"{picture.width}x{picture.height}", f"{size[1]}x{size[0]}"

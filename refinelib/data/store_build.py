@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,10 +144,19 @@ def changed_files(store: Path) -> int:
         return 1
 
 
-def _stamps(names: Sequence[bytes | Path]) -> NDArray[np.int64]:
+def _names(found: Iterable[Path]) -> list[bytes]:
+    """Absolute names of files, without those that no file can have."""
+    names = []
+    for file in found:
+        with suppress(UnicodeEncodeError):
+            names.append(os.fsencode(os.path.abspath(file)))
+    return [name for name in names if b"\0" not in name]
+
+
+def _stamps(names: Sequence[bytes]) -> NDArray[np.int64]:
     """Size, time of the content and time of the entry of files, int64 ``[N, 3]``; -1 where there is none."""
 
-    def stamp(name: bytes | Path) -> tuple[int, int, int]:
+    def stamp(name: bytes) -> tuple[int, int, int]:
         try:
             found = os.stat(name)
         except (OSError, ValueError):
@@ -167,8 +176,8 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
     temporary = folder.parent / f".{folder.name}.building-{os.getpid()}-{time.time_ns():x}"
     temporary.mkdir()
     try:
-        if names := [*sources.files_of(source)]:  # before they are read: a change from now on is seen
-            text = np.frombuffer(b"\0".join(os.fsencode(os.path.abspath(name)) for name in names), np.uint8)
+        if names := _names(sources.files_of(source)):  # before they are read: a change from now on is seen
+            text = np.frombuffer(b"\0".join(names), np.uint8)
             np.savez(temporary / FILES, names=text, stamps=_stamps(names))
         kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 3), np.int64)
         reasons, notes, examples = (

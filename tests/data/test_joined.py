@@ -9,8 +9,8 @@ from PIL import Image
 
 from refinelib.config import SettingsError, resolve
 from refinelib.data import PennFudanPeople, Store, SyntheticPeople, open_split, open_store
-from refinelib.data.coco import ELSEWHERE
-from refinelib.data.sources import UNREADABLE
+from refinelib.data.image_folder import ELSEWHERE
+from refinelib.data.sources import MISSING, UNREADABLE
 from refinelib.data.splits import SYNTHETIC, JoinedSources
 
 
@@ -90,7 +90,7 @@ def test_bad_images_of_each_part_are_counted(pennfudan, coco_files, tmp_path):
             workers=1,
             progress=False,
         )
-    assert store.skipped == {UNREADABLE: 2, ELSEWHERE: 1} and len(store) == 1 + 8
+    assert store.skipped == {UNREADABLE: 1, MISSING: 1, ELSEWHERE: 1} and len(store) == 1 + 8
 
 
 def test_it_is_not_added_to_itself(pennfudan):

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits import in_memory, in_time
+from PIL import Image
 
 from refinelib.config import Settings, resolve
 from refinelib.data import CocoPeople, DataError, Store, SyntheticPeople, open_split, open_splits, open_store
@@ -435,18 +436,48 @@ def test_other_formats_and_contents_are_told(copy):
         Store.open(copy)
 
 
-def test_what_was_left_out_is_looked_at_again_whatever_its_name(coco_files, tmp_path):
-    """A name that no file can have; a store of an earlier version, which notes sizes and times."""
+def test_a_store_is_built_again_when_a_file_changes(coco_files, tmp_path):
+    """Content, content of the same size and time, a file that was missing, one that went."""
+    for _ in range(4):
+        coco_files.person(coco_files.image((60, 70)), (4, 4, 40, 50))
+    first, second, missing, _ = (coco_files.images / f"{number:03d}.jpg" for number in range(1, 5))
+    kept = missing.read_bytes()
+    missing.unlink()
+    source = coco_files.source()
+
+    def built_again(rois):
+        before = folder.stat().st_ino
+        store = open_store(source, root=tmp_path / "stores", **SMALL)
+        assert len(store) == rois and open_store(source, root=tmp_path / "stores", **SMALL).folder == folder
+        return folder.stat().st_ino != before and store
+
+    folder = open_store(source, root=tmp_path / "stores", **SMALL).folder
+    assert not built_again(3)
+    Image.new("RGB", (70, 60), (200, 0, 0)).save(first)
+    assert (built_again(3).images[0, ..., 0] > 190).all()
+    times, size = second.stat(), second.stat().st_size
+    Image.new("RGB", (70, 60), (0, 200, 0)).save(second)
+    second.write_bytes(second.read_bytes().ljust(size, b"\0"))
+    os.utime(second, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (built_again(3).images[1, ..., 1] > 190).all()
+    missing.write_bytes(kept)
+    assert built_again(4)
+    (coco_files.images / "another.jpg").write_bytes(kept)
+    assert not built_again(4)
+    first.unlink()
+    assert built_again(3)
+    (folder / "files.npz").write_bytes(b"damaged")
+    assert built_again(3)
+
+
+def test_a_store_stays_where_it_cannot_be_built_again(coco_files, tmp_path):
     coco_files.person(coco_files.image((60, 70)), (4, 4, 40, 50))
     source = coco_files.source()
-    built = open_store(source, root=tmp_path, **SMALL)
-    names = ["a\0b", "\ud800.jpg", "x" * 5000, str(tmp_path / "none")]
-    for unread in (names, [*names, None], {name: [1, 1] for name in names}):
-        edit(built.folder, unread=unread)
-        assert open_store(source, root=tmp_path, **SMALL).info.unread == unread
-    time.sleep(0.02)
-    (tmp_path / "none").touch()
-    assert not open_store(source, root=tmp_path, **SMALL).info.unread
+    store = open_store(source, root=tmp_path, **SMALL)
+    (coco_files.images / "001.jpg").unlink()
+    with pytest.raises(DataError, match="none of the 1 images of coco val could be used"):
+        open_store(source, root=tmp_path, **SMALL)
+    assert len(Store.open(store.folder)) == 1 and len([*tmp_path.glob(".*building*")]) == 0
 
 
 HOSTILE_INFO = {
@@ -531,7 +562,7 @@ def test_whatever_store_json_holds_is_a_store_or_a_sentence(store, copy, data):
     whole = (store.folder / "store.json").read_text()
     changes = data.draw(
         st.dictionaries(
-            st.sampled_from([*json.loads(whole), "starts", "unread"]), JSON, min_size=1, max_size=2
+            st.sampled_from([*json.loads(whole), "starts", "notes", "channels"]), JSON, min_size=1, max_size=2
         )
     )
     edit(copy, **{**json.loads(whole), **changes})
@@ -544,9 +575,6 @@ def test_whatever_store_json_holds_is_a_store_or_a_sentence(store, copy, data):
             continue
         if found is not None:
             assert found.summary() and found.instance(0) and found.gather([0])[0].shape == (1, 24, 48, 3)
-    building._remove_if_repaired(copy)
-    if not copy.exists():  # what it says it left out is another by now
-        shutil.copytree(store.folder, copy)
 
 
 # -- it travels ------------------------------------------------------------------------------------------
