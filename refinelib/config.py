@@ -24,6 +24,7 @@ import difflib
 import functools
 import os
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -88,7 +89,18 @@ class _Values(pydantic.BaseModel):
             value = "on" if value else "off"  # YAML 1.1 reads these words as truth values
             if value not in _choices(annotation):
                 raise ValueError(f"give {_kind(annotation)}, not a truth value")
+        if str in (annotation, *get_args(annotation)):
+            _say_if_number(str(info.field_name), value)
         return value
+
+
+def _say_if_number(name: str, value: Any) -> None:
+    """Warn of a text that arrives as a number, as papermill and YAML make one of 007 and 1e5."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        keeps = (
+            f"papermill's -r {name} VALUE, or quotes in a recipe, keep a text such as 007 as it is written"
+        )
+        warnings.warn(f"{name} arrived as a number and is read as {shown(value)}: {keeps}", stacklevel=2)
 
 
 def _setting(role: str, default: Any, description: str, **limits: Any) -> Any:
@@ -250,9 +262,11 @@ def _class_with(options: tuple[Option, ...]) -> type[Settings]:
     for option in options:
         if option.name in {*Settings.model_fields, *found}:
             raise ValueError(f"there is another setting {option.name!r} already: give yours another name")
-        default = str | None if option.default is None else type(option.default)
-        field = _setting(option.role, option.default, option.description, **option.limits)
-        found[option.name] = default, field
+        kind: Any = str | None if option.default is None else type(option.default)
+        limits = dict(option.limits)
+        if "choices" in limits:
+            kind = Literal[limits.pop("choices")]
+        found[option.name] = kind, _setting(option.role, option.default, option.description, **limits)
     return pydantic.create_model("Settings", __base__=Settings, __module__=__name__, **found)
 
 
@@ -291,7 +305,9 @@ def resolve(recipe: str | None = None, /, **overrides: Any) -> Settings:
     Raises:
         SettingsError: a sentence for every wrong name, type or range, with the nearest right name.
     """
-    recipe = str(recipe or overrides.get("recipe") or Settings.model_fields["recipe"].default)
+    recipe = recipe or overrides.get("recipe") or Settings.model_fields["recipe"].default
+    _say_if_number("recipe", recipe)
+    recipe = str(recipe)
     recipe = RECIPE_ALIASES.get(recipe, recipe)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     values = {**load_recipe(recipe), **overrides, "recipe": recipe}

@@ -1,5 +1,6 @@
 """Settings: what is accepted, what is refused, and in which words."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
@@ -160,6 +161,26 @@ def test_parameters_cell_sets_nothing_by_itself():
     exec(config.parameters_cell(), {}, space)
     assert from_notebook(space) == resolve("demo")
     assert set(space) - {"__annotations__"} == set(config.fields())
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"run": 7}, "run arrived as a number and is read as 7: papermill's -r run VALUE, or quotes"),
+        ({"run": 1e5}, "run arrived as a number and is read as 100000.0"),
+        ({"recipe": 7}, "recipe arrived as a number and is read as 7"),
+        ({"recipe": "demo", "store_dir": 12}, "store_dir arrived as a number and is read as 12"),
+    ],
+)
+def test_a_text_that_arrives_as_a_number_is_said(given, sentence):
+    with pytest.warns(UserWarning, match=sentence), contextlib.suppress(SettingsError):
+        resolve(**given)
+
+
+def test_a_text_that_arrives_as_one_is_kept(recwarn):
+    assert resolve(run="007").run == "007" and checked(run="1e5") == "1e5"
+    assert resolve(run="none", lr="5e-6", epochs=3, amp=False, roi_size=48).run is None
+    assert not recwarn.list
 
 
 def test_parameters_that_belong_to_no_run():

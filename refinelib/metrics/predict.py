@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import os
@@ -17,25 +18,21 @@ from torch import Tensor, nn
 from refinelib import checkpoints
 from refinelib.build import autocast, build_device, build_model
 from refinelib.config import Settings
-from refinelib.data import Store, decode_image
+from refinelib.data import DataError, Store, decode_image
 from refinelib.data.augment import MEAN, normalise
 from refinelib.data.sources import as_rgb
-from refinelib.files import replacing
+from refinelib.files import replacing, shown
 from refinelib.guard.guard import ran_out
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.modeling import TARGET
-from refinelib.modeling.roi import (
-    centre_window,
-    checked_boxes,
-    crop_rois,
-    expand_boxes,
-    labels_from_coverage,
-    paste_patches,
-)
+from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, labels_from_coverage, paste_patches
 
 #: Boxes whose probabilities are in memory at a time while masks are pasted.
 BOXES_AT_ONCE = 256
 
+
+#: What a box has to be, for messages.
+BOX_RULE = "give rows of x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, such as [[10, 20, 110, 220]]"
 
 #: Threads of a model on a CPU, at most: processes beside each other wait for each other's threads.
 MOST_THREADS = 4
@@ -158,18 +155,18 @@ class Predictor:
             image: uint8 ``[H, W, 3]`` RGB (array, PIL image, or path of a file). The pixels as stored, as
                 COCO annotates them: a file's or a PIL image's EXIF orientation is not applied, and
                 boxes made on the upright image need that (``PIL.ImageOps.exif_transpose``).
-            boxes: ``[N, 4]`` xyxy in pixels; may reach outside the image.
+            boxes: ``[N, 4]`` xyxy in pixels, or one box (:func:`as_boxes`); may lie outside the image.
             batch_size: ROIs at once.
 
         Returns:
             float32 ``[N, 3, *mask_size]`` on the CPU: background, this person, other people.
 
         Raises:
-            ValueError: an image that is not RGB, or a box without area.
+            ValueError: an image that is not RGB, or boxes that are not what they should be.
         """
         pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
         canvas, size = self.model.canvas, self.settings.roi_size
-        regions = expand_boxes(_boxes(boxes), (canvas[0] / size[0], canvas[1] / size[1]))
+        regions = expand_boxes(as_boxes(boxes), (canvas[0] / size[0], canvas[1] / size[1]))
         found = [torch.zeros(0, 3, *self.settings.mask_size)]
         for part in regions.split(batch_size):
             with threads(1):
@@ -181,7 +178,7 @@ class Predictor:
     def predict(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Any:
         """One mask a box, in image coordinates.
 
-        Arguments and errors are those of :meth:`probs`.
+        Arguments and errors are those of :meth:`probs`; a box that lies outside the image is an error too.
 
         Returns:
             bool ``[N, H, W]``: where this person is likelier than background and than other people, as the
@@ -199,8 +196,9 @@ class Predictor:
             masks bool ``[N, H, W]``; scores float64 ``[N]`` in 0..1: the mean probability of this person
             (weighed, see :meth:`probs`) over the pixels of the mask, 0 for an empty one.
         """
-        pixels, boxes = _rgb(image), _boxes(boxes)
+        pixels = _rgb(image)
         size = pixels.shape[:2]
+        boxes = as_boxes(boxes, size)
         masks, scores = np.zeros((len(boxes), *size), dtype=bool), np.zeros(len(boxes))
         for i, found in enumerate(self.pasted(pixels, boxes, batch_size=batch_size)):
             rows, columns = found.labels.shape
@@ -212,10 +210,10 @@ class Predictor:
     def pasted(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Iterator[Pasted]:
         """Labels of each box at the image's own pixels, one after the other, in bounded memory.
 
-        Arguments and errors are those of :meth:`probs`.
+        Arguments and errors are those of :meth:`predict`.
         """
         pixels = _rgb(image)
-        for some in _boxes(boxes).split(BOXES_AT_ONCE):
+        for some in as_boxes(boxes, pixels.shape[:2]).split(BOXES_AT_ONCE):
             yield from paste_labels(self.probs(pixels, some, batch_size=batch_size), some, pixels.shape[:2])
 
     def roi_probs(self, images: Tensor) -> Tensor:
@@ -452,15 +450,71 @@ def _rgb(image: Any) -> Any:
         return decode_image(Path(image))
     if isinstance(image, Image.Image):
         image = as_rgb(image)
-    array = np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+    array = image.detach().cpu() if isinstance(image, Tensor) else np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or str(array.dtype).removeprefix("torch.") != "uint8":
         raise ValueError(
             f"the image must be uint8 [H, W, 3] in RGB, and is {array.dtype} {list(array.shape)}"
         )
-    return np.array(array)
+    return np.array(array.numpy() if isinstance(array, Tensor) else array)
 
 
-def _boxes(boxes: Any) -> Tensor:
-    boxes = boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes
-    table = torch.as_tensor(np.asarray(boxes, dtype=np.float64))
-    return checked_boxes(table if table.numel() else table.reshape(0, 4))
+def as_boxes(boxes: Any, size: tuple[int, int] | None = None) -> Tensor:
+    """Boxes as a user gives them, checked.
+
+    Args:
+        boxes: rows of x0, y0, x1, y1 in pixels: lists, tuples, an array, tensors of any type and device, or
+            the text of a list; four numbers are one box.
+        size: ``(H, W)`` of the image that they must touch; none: they may lie anywhere.
+
+    Returns:
+        float64 ``[N, 4]`` on the CPU.
+
+    Raises:
+        DataError: they are no such rows, not finite, without area, normalised, or outside the image.
+
+    Example:
+        >>> as_boxes([0, 0, 2, 1])
+        tensor([[0., 0., 2., 1.]], dtype=torch.float64)
+        >>> as_boxes([[0.1, 0.2, 0.5, 1.0]], (40, 60))
+        Traceback (most recent call last):
+        ...
+        refinelib.data.sources.DataError: the boxes look normalised, no coordinate is above 1: multiply x by \
+the image's width, 60, and y by its height, 40
+    """
+    try:
+        rows = _plain(ast.literal_eval(boxes) if isinstance(boxes, str) else boxes)
+        if not isinstance(rows, list):
+            raise TypeError
+        rows = [rows] if len(rows) == 4 and not isinstance(rows[0], list) else rows
+        rows = [[float(side) for side in row] for row in rows]
+    except Exception:  # whatever a user's value raises
+        raise DataError(f"boxes = {' '.join(shown(boxes).split())}: {BOX_RULE}") from None
+    for number, row in enumerate(rows):
+        if len(row) != 4:
+            raise DataError(f"box {number} is {shown(row)}, {len(row)} numbers: {BOX_RULE}")
+    found = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+    lowest, highest = found.split(2, dim=1)
+    _refuse(found, ~(found.isfinite().all(1) & (highest > lowest).all(1)), "not finite or without area")
+    if size is not None:
+        height, width = size
+        if len(found) and found.abs().max() <= 1 and max(size) > 2:
+            rule = f"multiply x by the image's width, {width}, and y by its height, {height}"
+            raise DataError(f"the boxes look normalised, no coordinate is above 1: {rule}")
+        outside = (highest <= 0) | (lowest >= torch.tensor([width, height]))
+        _refuse(found, outside.any(1), f"outside the image of {width} x {height} pixels")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays, whole or in lists, as lists of numbers."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return np.asarray(value).tolist() if hasattr(value, "__array__") else value
+
+
+def _refuse(boxes: Tensor, wrong: Tensor, what: str) -> None:
+    if wrong.any():
+        number = int(wrong.nonzero()[0])
+        raise DataError(f"box {number} is {boxes[number].tolist()}, {what}: {BOX_RULE}")

@@ -32,7 +32,8 @@ def run(
 ) -> list[Outcome]:
     """Execute ``notebooks/train.ipynb`` for each recipe; a recipe that fails does not stop the next one.
 
-    The executed notebook is ``<recipe>.ipynb`` beside the run folders; what it prints is printed here too.
+    The executed notebook is ``<recipe>.ipynb`` beside the run folders, ``<recipe>-2.ipynb`` for the second of
+    that name; what it prints is printed here too.
 
     Args:
         recipes: names of files in ``params/``, or paths to some.
@@ -48,19 +49,21 @@ def run(
     outcomes: list[Outcome] = []
     for recipe in recipes:
         print(f"-- {recipe}, {len(outcomes) + 1} of {len(recipes)}", flush=True)
-        outcomes.append(_run_one(recipe, settings[recipe], {**given, "recipe": recipe}))
+        same = sum(Path(before.recipe).stem == Path(recipe).stem for before in outcomes)
+        name = Path(recipe).stem + (f"-{same + 1}" if same else "")
+        outcomes.append(_run_one(name, settings[recipe], {**given, "recipe": recipe}))
         print(f"-- {recipe}: {outcomes[-1].state} {outcomes[-1].error}", flush=True)
         if outcomes[-1].state == "interrupted":
             break
     return outcomes
 
 
-def _run_one(recipe: str, settings: Settings, parameters: dict[str, Any]) -> Outcome:
+def _run_one(name: str, settings: Settings, parameters: dict[str, Any]) -> Outcome:
     import papermill  # slow to import
 
     root, source = settings.path(settings.output_dir), project_root() / "notebooks" / "train.ipynb"
     root.mkdir(parents=True, exist_ok=True)
-    notebook, state, error, started = root / f"{Path(recipe).stem}.ipynb", "ok", "", time.time()
+    notebook, state, error, started = root / f"{name}.ipynb", "ok", "", time.time()
     options = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
     try:
         papermill.execute_notebook(str(source), str(notebook), parameters=parameters, **options)
@@ -80,7 +83,7 @@ def _run_one(recipe: str, settings: Settings, parameters: dict[str, Any]) -> Out
         made.update(**status | {"state": "failed" if state == "ok" else state, "last_error": error})
     elif status["state"] != "ok":
         state, error = status["state"], status.get("last_error") or error
-    return Outcome(recipe, state, error.split("\n")[0], time.time() - started, notebook, made)
+    return Outcome(parameters["recipe"], state, error.split("\n")[0], time.time() - started, notebook, made)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

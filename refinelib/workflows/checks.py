@@ -129,10 +129,11 @@ def shapes(figures: dict[str, Any], parts: Parts) -> str:
     must_be("the batch of crops", images, settings.batch_size, 3, *model.canvas, torch.float32)
     must_be("the batch of labels", labels, settings.batch_size, *model.mask_canvas, torch.int64)
     low, high = float(images.min()), float(images.max())
-    if not -3 <= low <= high <= 3 or float(images.std((-2, -1)).max()) < 1e-3:
-        raise CheckError(
-            f"crops from {low:.2f} to {high:.2f}, no pictures within -3 to 3: see data/augment.py"
-        )
+    if not -3 <= low <= high <= 3:
+        raise CheckError(f"crops run from {low:.2f} to {high:.2f}, outside -3 to 3: see data/augment.py")
+    if (contrast := float(images.std((-2, -1)).max())) < 1e-3:
+        flat = f"every crop is of one flat colour, its values vary by {contrast:.1g} at most"
+        raise CheckError(f"{flat}: look at the images of the data set, then at data/augment.py")
     found = set(labels.flatten().tolist())
     if TARGET not in found or not found <= {0, TARGET, NON_TARGET}:
         raise CheckError(f"the labels are {found}, not 0, 1, 2 with a target (1): see modeling/roi.py")

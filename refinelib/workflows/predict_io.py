@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import glob
-import math
+import itertools
 import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +19,18 @@ from PIL import Image
 
 from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
-from refinelib.data.coco import is_image, person_ids, read_annotations, xyxy
+from refinelib.data.annotations import read_annotations, read_people
+from refinelib.data.coco import xyxy
+from refinelib.data.image_folder import common_end, name_parts
+from refinelib.data.segmentation import decode_segmentation
+from refinelib.data.sources import NO_AREA, OUTSIDE, box_of, counted
 from refinelib.files import dumps, shown, write_atomically
 from refinelib.metrics.evaluate import checked_folder
 from refinelib.metrics.image_space import CocoResults, encode
+from refinelib.metrics.predict import as_boxes
 
 Pixels = NDArray[Any]
-RULE = "give rows of x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, such as [[10, 20, 110, 220]]"
+NO_BOX = "annotation without box or mask"
 
 
 class Inputs(NamedTuple):
@@ -29,43 +38,68 @@ class Inputs(NamedTuple):
 
     pixels: Pixels  # uint8 [H, W, 3]
     boxes: list[list[float]]  # xyxy, pixels
+    category_ids: list[Any]  # of each box, as its annotation gives it
     name: str  # of the image, for file names
-    image_id: int  # COCO's where an annotation file gave it, else 0
-    category_id: int  # the person's
+    image_id: Any = 0  # as an annotation file gives it
+    category_id: Any = 1  # of boxes given by hand: the annotation file's first person's where there is one
+    left_out: str = ""  # the image's annotations that are not used, counted by reason
+    source: str = "synthetic"  # the image's file
+
+    def with_boxes(self, boxes: Sequence[Sequence[float]]) -> Inputs:
+        """The same image with other boxes; one that stays in its place keeps its category.
+
+        Example:
+            >>> inputs = Inputs(np.zeros((9, 9, 3), np.uint8), [[0, 0, 9, 9]], [7], "a")
+            >>> inputs.with_boxes([[0, 0, 9, 9], [2, 2, 5, 5]]).category_ids
+            [7, 1]
+        """
+        rows = [[*box] for box in boxes]
+        ids = [self.category_id] * len(rows)
+        for number, (box, before) in enumerate(zip(rows, self.boxes, strict=False)):
+            ids[number] = self.category_ids[number] if box == before else self.category_id
+        return self._replace(boxes=rows, category_ids=ids)
 
 
 def read_inputs(
     image: str | os.PathLike[str] | None = None,
-    boxes: str | list[Any] | None = None,
+    boxes: Any = None,
     annotations: str | os.PathLike[str] | None = None,
+    *,
+    category: str = "person",
 ) -> Inputs:
     """The image and its boxes, checked.
 
     Args:
         image: file; none: a synthetic picture with people in it and their boxes.
-        boxes: rows of x0, y0, x1, y1 in pixels, as a list or as its text.
-        annotations: COCO JSON that lists the image by its file name; its persons' boxes, if none are given.
+        boxes: rows of x0, y0, x1, y1 in pixels, see :func:`~refinelib.metrics.predict.as_boxes`.
+        annotations: COCO JSON that lists the image (:func:`index_of`); its persons' boxes, if none are given.
+        category: see :func:`~refinelib.data.annotations.read_people`.
 
     Raises:
-        DataError: a file is missing or does not list the image, or a box is not what it should be.
+        DataError: a file is missing, does not list the image or has no person's box in it, or a box is not
+            what it should be.
     """
-    given = _read_boxes(boxes)
+    blank = boxes is None or (isinstance(boxes, str) and not boxes.strip())
+    given = as_boxes([] if blank else boxes).tolist()
     if image is None:
         if annotations is not None:
             raise DataError("annotations were given and no image: give the file of an image that they list")
         source = SyntheticPeople(1, split="val")
-        return Inputs(source.scene(0).image, given or source.instances().boxes.tolist(), "synthetic", 0, 1)
-    path, size, image_id, category_id = _existing(image), None, 0, 1
-    if annotations is not None:
-        size, image_id, category_id, listed = _annotated(_existing(annotations), path)
-        given = given or listed
-    pixels = decode_image(path, size)
-    height, width = pixels.shape[:2]
-    for number, box in enumerate(given):
-        if min(box[2], width) <= max(box[0], 0) or min(box[3], height) <= max(box[1], 0):
-            where = f"lies outside the image of {width} x {height} pixels"
-            raise DataError(f"box {number}, {box}, {where}: {RULE}")
-    return Inputs(pixels, given, path.stem, image_id, category_id)
+        drawn = source.instances().boxes.tolist()
+        inputs = Inputs(source.scene(0).image, drawn, [1] * len(drawn), "synthetic")
+    else:
+        path = Path(os.path.abspath(_existing(image)))
+        if annotations is None:
+            inputs = Inputs(decode_image(path), [], [], path.stem, source=str(path))
+        else:
+            inputs = _annotated(_existing(annotations), path, category)
+    if given:
+        inputs = inputs.with_boxes(given)
+    if annotations is not None and not inputs.boxes:
+        why = f", left out: {inputs.left_out}" if inputs.left_out else ""
+        raise DataError(f"{annotations} has no person's box that can be used in {image}{why}: give boxes")
+    as_boxes(inputs.boxes, inputs.pixels.shape[:2])
+    return inputs
 
 
 def _existing(file: str | os.PathLike[str]) -> Path:
@@ -73,54 +107,107 @@ def _existing(file: str | os.PathLike[str]) -> Path:
     return path if os.path.exists(path) else absolute(path)
 
 
-def _read_boxes(boxes: str | list[Any] | None) -> list[list[float]]:
-    if boxes is None or (isinstance(boxes, str) and not boxes.strip()):
-        return []
-    try:
-        rows = ast.literal_eval(boxes) if isinstance(boxes, str) else boxes
-        rows = [rows] if len(rows) == 4 and not isinstance(rows[0], (list, tuple)) else rows
-        table = [[float(side) for side in row] for row in rows]
-        assert all(len(row) == 4 for row in table)
-    except Exception:  # literal_eval alone raises seven kinds
-        raise DataError(f"boxes = {shown(boxes)}: {RULE}") from None
-    for number, box in enumerate(table):
-        if not _has_area(*box):
-            raise DataError(f"box {number} is {box}: {RULE}")
-    return table
-
-
-def _has_area(x0: float, y0: float, x1: float, y1: float) -> bool:
-    """Whether a box is finite and not empty."""
-    return math.isfinite(x0 + y0 + x1 + y1) and x1 > x0 and y1 > y0
-
-
-def _annotated(annotations: Path, image: Path) -> tuple[tuple[int, int], int, int, list[list[float]]]:
-    """Size ``(h, w)``, image id, category id and boxes of the persons of one image in a COCO JSON."""
+def _annotated(annotations: Path, image: Path, category: str) -> Inputs:
+    """An image and its persons' boxes of a COCO JSON."""
     content = read_annotations(annotations)
-    images = [one for one in content["images"] if isinstance(one, dict)]
-    named = {Path(one["file_name"]).name: one for one in images if isinstance(one.get("file_name"), str)}
-    if (entry := named.get(image.name)) is None:
-        rule = f"give one of its {len(named)} images, or boxes by hand"
-        raise DataError(f"{annotations} lists no image {image.name}: {rule}")
-    if not is_image(entry):
-        rule = "without a whole number as its id, height or width: give it all three, or boxes by hand"
-        raise DataError(f"{annotations} lists {image.name} {rule}")
-    people, boxes = person_ids(content), []
     for one in content["annotations"]:
-        if isinstance(one, dict) and one.get("category_id") in people and not one.get("iscrowd"):
-            box = xyxy(one.get("bbox"))
-            if one.get("image_id") == entry["id"] and _has_area(*box):
-                boxes.append([*box])
-    return (entry["height"], entry["width"]), entry["id"], people[0] if people else 1, boxes
+        if isinstance(one, dict):
+            one["segmentation"] = one.get("segmentation") or True  # a person's box is enough here
+    people = read_people(content, str(annotations), category=category)
+    numbers, names = [*people.images], [entry["file_name"] for entry in people.images.values()]
+    try:
+        index = index_of(image, names)
+    except DataError as error:
+        raise DataError(f"{annotations} lists {error}") from None
+    number = numbers[index]
+    size = people.images[number]["height"], people.images[number]["width"]
+    pixels = decode_image(image, size if all(size) else None)
+    left_out = Counter(reason for reason, _, where in people.left_out if where == number)
+    images, categories = people.as_written["image_id"], people.as_written["category_id"]
+    boxes, ids = list[list[float]](), list[Any]()
+    for one in people.persons.get(number, []):
+        box = _box(one, *pixels.shape[:2])
+        if isinstance(box, str):
+            left_out[box] += 1
+        else:
+            boxes.append(box)
+            ids.append(categories.get(one["category_id"], one["category_id"]))
+    first = next((one["category_id"] for persons in people.persons.values() for one in persons), 1)
+    own_ids = images.get(number, number), categories.get(first, first)
+    return Inputs(pixels, boxes, ids, _name(image, names, index), *own_ids, counted(left_out), str(image))
 
 
+def _box(annotation: dict[str, Any], height: int, width: int) -> list[float] | str:
+    """An annotation's box, of its mask where it has none else, or why it cannot be used."""
+    x0, y0, x1, y1 = box = xyxy(annotation.get("bbox"))
+    if not annotation.get("bbox"):
+        mask = decode_segmentation(annotation["segmentation"], height, width)
+        return NO_BOX if mask is None or not mask.any() else [float(side) for side in box_of(mask)]
+    if not (np.isfinite(box).all() and x1 > x0 and y1 > y0):
+        return NO_AREA
+    return OUTSIDE if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height else [*box]
+
+
+# -- which entry of an annotation file -----------------------------------------------------------------
+def index_of(image: str | os.PathLike[str], file_names: Sequence[str]) -> int:
+    r"""Which of an annotation file's names is an image's: the one that ends as its path does, for longest.
+
+    Whole parts of the path count, from the file's name upwards. ``\`` is ``/``; a URL's ``%20``, letters with
+    their accents apart, and other cases count as equal, unless another name is closer in its very letters.
+
+    Raises:
+        DataError: none has the image's name, or several come equally close.
+
+    Example:
+        >>> index_of("images/cam1/x.png", ["cam1/x.png", "cam2/x.png"])
+        0
+        >>> index_of("images/cam2/my x.png", [r"cam1\my x.png", r"Cam2\my%20x.png"])
+        1
+    """
+    path, ranks = _parts(os.fspath(image)), []
+    for name in file_names:
+        parts = _parts(name)
+        ranks.append((common_end(_folded(path), _folded(parts)), common_end(path, parts)))
+    loose, exact = (max(column) for column in zip((0, 0), *ranks, strict=True))
+    if not loose:
+        raise DataError(
+            f"no image {Path(image).name}: give one of its {len(ranks)} images, or boxes and no annotations"
+        )
+    best = [index for index, rank in enumerate(ranks) if rank == (loose, exact)]
+    if len(best) != 1:
+        close = best or [index for index, rank in enumerate(ranks) if rank[0] == loose or rank[1] == exact]
+        both = " and ".join(shown(file_names[index]) for index in close[:2])
+        rule = "give a path whose folders fit only one, or boxes and no annotations"
+        raise DataError(f"{both}, and either may be {image}: {rule}")
+    return best[0]
+
+
+def _name(image: Path, file_names: Sequence[str], index: int) -> str:
+    """The image's name with as many folders before it as tell it from the other images listed."""
+    stems = [_folded(_parts(os.path.splitext(name)[0])) for name in file_names]
+    alike = (common_end(stem, stems[index]) for number, stem in enumerate(stems) if number != index)
+    return "_".join([*image.parts[1:-1], image.stem][-1 - max(alike, default=0) :])
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(unicodedata.normalize("NFC", unquote(part)) for part in name_parts(path))
+
+
+def _folded(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(part.casefold() for part in parts)
+
+
+# -- files ---------------------------------------------------------------------------------------------
 def save_masks(
     folder: str | os.PathLike[str], inputs: Inputs, masks: Pixels, scores: Pixels, overlay: Pixels
 ) -> list[Path]:
     """Write a PNG a person (0 and 255), the overlay as PNG, and all masks as COCO results.
 
+    They go into a folder of the image's own: its name, with a number where another image has that folder, as
+    ``image.json`` in it says. Files of an earlier prediction of the same image are replaced.
+
     Args:
-        folder: created if needed; files of the same image in it are replaced.
+        folder: of all predictions; created if needed.
         inputs: image and boxes.
         masks: bool ``[N, H, W]``.
         scores: float ``[N]``.
@@ -132,8 +219,7 @@ def save_masks(
     Raises:
         ValueError: there is a file of the folder's name.
     """
-    folder = checked_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _own_folder(checked_folder(folder), inputs)
     for old in folder.glob(f"{glob.escape(inputs.name)}_person*.png"):  # there may have been more boxes
         if old.stem.removeprefix(f"{inputs.name}_person").isdigit():
             old.unlink()
@@ -142,8 +228,23 @@ def save_masks(
     for name, picture in [*pictures.items(), ("overlay", overlay)]:
         files.append(folder / f"{inputs.name}_{name}.png")
         Image.fromarray(picture).save(files[-1])
-    for mask, score in zip(masks, scores, strict=True):
-        coco.add(inputs.image_id, inputs.category_id, encode(mask), float(score))
+    for category, mask, score in zip(inputs.category_ids, masks, scores, strict=True):
+        coco.add(inputs.image_id, category, encode(mask), float(score))
     results = folder / f"{inputs.name}_coco.json"
     write_atomically(results, "[\n" + ",\n".join(dumps(entry) for entry in coco.entries) + "\n]\n")
     return [*files, results]
+
+
+def _own_folder(root: Path, inputs: Inputs) -> Path:
+    """The image's folder in ``root``, made if there is none."""
+    mark = dumps({"image": inputs.source}) + "\n"
+    for number in itertools.count(1):
+        folder = root / (inputs.name if number == 1 else f"{inputs.name}-{number}")
+        file = folder / "image.json"
+        if file.is_file() and file.read_text("utf-8") == mark:
+            break
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            write_atomically(file, mark)
+            break
+    return folder

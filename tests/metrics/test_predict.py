@@ -105,12 +105,39 @@ def test_bad_input_gets_a_sentence(run):
     for boxes in ([[5, 5, 5, 20]], [[0, 0, float("nan"), 4]], [[10, 10, 2, 20]]):
         with pytest.raises(ValueError, match="box 0"):
             predictor.predict(image, boxes)
+    with pytest.raises(DataError, match="look normalised"):
+        predictor.predict(image, [[0.1, 0.1, 0.5, 0.9]])
+    with pytest.raises(DataError, match="box 1 is .*, outside the image of 60 x 50 pixels"):
+        predictor.predict(image, [[0, 0, 9, 9], [60, 0, 90, 9]])
+    with pytest.raises(DataError, match="box 1 is .*, 3 numbers: give rows"):
+        predictor.predict(image, [[0, 0, 9, 9], [0, 0, 9]])
+    with pytest.raises(ValueError, match=r"and is torch.bfloat16 \[50, 60, 3\]"):
+        predictor.predict(torch.zeros(50, 60, 3, dtype=torch.bfloat16), [[0, 0, 9, 9]])
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
         predictor.predict(image[..., 0], [[0, 0, 10, 10]])
     with pytest.raises(ValueError, match="uint8"):
         predictor.predict(image.astype(np.float32), [[0, 0, 10, 10]])
     with pytest.raises(CheckpointError, match="no run"):
         refinelib.load("never-trained")
+
+
+def test_boxes_of_any_kind_give_the_same_masks(run):
+    predictor = refinelib.load(run.folder)
+    image = torch.from_numpy(SyntheticPeople(1, split="val").scene(0).image)
+    rows = [[10.0, 20, 90, 160], [100, 50, 200, 150]]
+    masks = predictor.predict(image.numpy(), np.array(rows))
+    assert masks.any((1, 2)).all()
+    for boxes in (
+        torch.tensor(rows, dtype=torch.bfloat16),
+        torch.tensor(rows, requires_grad=True),
+        [torch.tensor(row) for row in rows],
+        str(rows),
+    ):
+        assert np.array_equal(predictor.predict(image, boxes), masks)
+    assert np.array_equal(predictor.predict(image, rows[0]), masks[:1])
+    assert (
+        predictor.probs(image, [[-90, 0, -10, 9]]).isfinite().all()
+    )  # a score of moved boxes may ask for it
 
 
 def test_where_the_best_checkpoint_is_damaged_the_whole_one_is_named(run, tmp_path):

@@ -95,6 +95,20 @@ def test_a_recipe_that_fails_does_not_stop_the_next_one(outcomes, tmp_path):
     assert "| stable | ok | 1 of 2 |" in table and "| phase4 | failed |  |" in table
 
 
+def test_recipes_of_one_name_keep_their_notebooks(tmp_path, monkeypatch):
+    recipes = [str(tmp_path / folder / "mine.yaml") for folder in "ab"]
+    for recipe in map(Path, recipes):
+        recipe.parent.mkdir()
+        recipe.write_text("epochs: 2\n")
+    monkeypatch.setattr(
+        papermill, "execute_notebook", lambda source, target, **_: Path(target).write_text("")
+    )
+    found = batch.run([*recipes, "phase1"], {"output_dir": str(tmp_path)})
+    names = ["mine.ipynb", "mine-2.ipynb", "phase1.ipynb"]
+    assert [outcome.notebook.name for outcome in found] == names and [o.recipe for o in found][:2] == recipes
+    assert all((tmp_path / name).is_file() for name in names)
+
+
 def test_an_interruption_ends_the_batch(outcomes):
     found = outcomes(phase1=("interrupted", KeyboardInterrupt()), phase2=("ok", None))
     assert [outcome.state for outcome in found.values()] == ["interrupted"]

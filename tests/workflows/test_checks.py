@@ -90,8 +90,13 @@ def test_a_wrong_output_is_named(parts, change, words):
     "change, words",
     [
         (lambda batch: batch._replace(images=batch.images[:, :1]), "crops is torch.float32 [1, 1, 32, 32]"),
-        (lambda batch: batch._replace(images=batch.images * 0), "no pictures"),
-        (lambda batch: batch._replace(images=batch.images * 100), "no pictures"),
+        (lambda batch: batch._replace(images=batch.images * 0), "every crop is of one flat colour"),
+        (
+            lambda batch: batch._replace(images=batch.images * 0 + 1.65),
+            "vary by 0 at most: look at the images",
+        ),
+        (lambda batch: batch._replace(images=batch.images * 100), "outside -3 to 3: see data/augment.py"),
+        (lambda batch: batch._replace(images=batch.images * float("nan")), "crops run from nan"),
         (lambda batch: batch._replace(labels=batch.labels.float()), "labels is torch.float32"),
         (lambda batch: batch._replace(labels=batch.labels + 2), "not 0, 1, 2"),
         (lambda batch: batch._replace(labels=batch.labels * 0), "a target"),
