@@ -2,8 +2,8 @@
 
 from refinelib.data.coco import CocoPeople as CocoPeople
 from refinelib.data.coco import coco_paths as coco_paths
-from refinelib.data.segmentation import decode_segmentation as decode_segmentation
 from refinelib.data.pennfudan import PennFudanPeople as PennFudanPeople
+from refinelib.data.segmentation import decode_segmentation as decode_segmentation
 from refinelib.data.sources import DataError as DataError
 from refinelib.data.sources import SceneError as SceneError
 from refinelib.data.sources import Source as Source

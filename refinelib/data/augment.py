@@ -150,7 +150,7 @@ def apply(
         window: fraction of the crop's height and width that the person's box takes.
 
     Returns:
-        images float32 ``[B, 3, Hc, Wc]``, normalised, and fractions float32 ``[B, 2 or 3, Hm, Wm]`` in 0..255.
+        images float32 ``[B, 3, Hc, Wc]``, normalised, and fractions float32 ``[B, C, Hm, Wm]`` in 0..255.
 
     Example:
         >>> crops, coverage = torch.zeros(2, 8, 8, 3).byte(), torch.zeros(2, 4, 4, 2).byte()

@@ -226,7 +226,7 @@ def _person(annotation: dict[str, Any], segmentation: Any, size: tuple[int, int]
     """A person's ids, box and area; from the mask, where they are not given. None: there is no mask."""
     area: Any
     area, bbox = annotation.get("area"), annotation.get("bbox")
-    box, has_area = xyxy(bbox), isinstance(area, (int, float)) and 0 < area < 1e12
+    box, has_area = xyxy(bbox), isinstance(area, (int, float)) and 1e-3 < area < 1e12
     if not (bbox and has_area):
         mask = decode_segmentation(segmentation, *size)
         if mask is None:
@@ -255,9 +255,8 @@ def _ignored(regions: list[Any], size: tuple[int, int]) -> Mask:
         if mask is not None:
             ignored |= mask
         else:
-            x0, y0, x1, y1 = (
-                int(min(max(side, 0), max(size))) for side in (*np.floor(box[:2]), *np.ceil(box[2:]))
-            )
+            sides = np.clip([*np.floor(box[:2]), *np.ceil(box[2:])], 0, max(size)).astype(int)
+            x0, y0, x1, y1 = sides.tolist()
             ignored[y0:y1, x0:x1] = True
     return ignored
 
@@ -279,16 +278,17 @@ def xyxy(bbox: Any) -> tuple[float, float, float, float]:
 def coco_paths(
     split: str, data_dir: Path | None = None, annotations: Path | None = None, images: Path | None = None
 ) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split (``train``, ``val``) in COCO's layout.
+    """Annotation file and image folder of a split (``train``, ``val``) in the layout of a tool.
 
-    A path given is taken as it is. Else the file is ``data_dir/annotations/instances_train2017.json`` or the
-    only match of ``instances_train2017*.json``, the folder ``data_dir/images/train2017`` or
-    ``data_dir/train2017``.
+    A path given is taken as it is. Else it is found in ``data_dir``: ``annotations/instances_train2017.json``
+    or the only match of ``instances_train2017*.json`` (COCO), ``annotations/instances_train.json`` (CVAT,
+    Datumaro), ``train/labels.json`` (FiftyOne) or ``train/_annotations.coco.json`` (Roboflow), and the images
+    in ``images/train2017``, ``train2017``, ``images/train``, ``train/data`` or ``train``.
 
     Raises:
         DataError: nothing or more than one file matches.
     """
-    folder = f"{split}2017"
+    names = (f"{split}2017", split, "valid") if split == "val" else (f"{split}2017", split)
     if annotations is not None and images is not None:
         return annotations, images
     if data_dir is None:
@@ -298,31 +298,18 @@ def coco_paths(
         rule = "data_dir must hold annotations/ and images/ in COCO's layout"
         raise DataError(f"there is no data folder {data_dir}: {rule}")
     if annotations is None:
-        place, name = data_dir / "annotations", f"instances_{folder}"
-        found = [*place.glob(f"{name}.json")] or sorted(place.glob(f"{name}*.json"))
+        tried = [f"annotations/instances_{name}{end}.json" for name in names for end in ("", "*")]
+        tried += [f"{name}/{file}" for name in names for file in ("labels.json", "_annotations.coco.json")]
+        found = next(filter(None, (sorted(data_dir.glob(pattern)) for pattern in tried)), [])
         if len(found) != 1:
             listing = ", ".join(file.name for file in found) or "no such file"
-            rule = f"one annotation file {name}*.json is needed in {place}"
+            rule = f"one annotation file {tried[1]} is needed in {data_dir}"
             raise DataError(f"{rule}, and there is {listing}: give {split}_annotations")
         annotations = found[0]
     if images is None:
-        places = [data_dir / "images" / folder, data_dir / folder]
+        places = [data_dir / place / name for name in names for place in ("images", ".")]
+        places = [part for place in places for part in (place / "data", place)]
         images = next((place for place in places if place.is_dir()), None)
         if images is None:
-            raise DataError(f"there is neither {places[0]} nor {places[1]}: give {split}_images")
+            raise DataError(f"there is neither {places[1]} nor {places[3]}: give {split}_images")
     return annotations, images
-
-
-from refinelib.data.annotations import _key  # noqa: E402
-from refinelib.data.segmentation import whole  # noqa: E402
-
-
-def person_ids(content: Content) -> list[int]:
-    categories = [one for one in content["categories"] if isinstance(one, dict)]
-    return [_key(one.get("id")) for one in categories if str(one.get("name")).lower() == "person"]
-
-
-def is_image(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-        return False
-    return all(whole(entry.get(name)) for name in ("id", "height", "width"))

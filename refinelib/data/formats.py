@@ -26,8 +26,6 @@ NO_PICTURE = "labels without image"
 NO_CLASS = "label of no class"
 #: Bytes of the largest LabelMe file that is read: it may hold its image, too.
 MOST_BYTES = 32 << 20
-#: Corners of the polygon in place of a circle.
-CORNERS = 64
 Points = NDArray[np.float64]
 #: Name of an image in the image folder, its (h, w), and its persons as COCO's annotations but for the ids.
 Found = tuple[str, tuple[int, int], list[dict[str, Any]]]
@@ -160,8 +158,8 @@ class YoloPeople(_Files):
 class LabelmePeople(_Files):
     """Persons of a folder of LabelMe's JSON files.
 
-    Shapes of one label and ``group_id`` in an image are one person. Polygons, rectangles and circles are
-    masks; other shapes are counted as persons without mask.
+    Polygons of one label and ``group_id`` in an image are one person. Other shapes, rectangles among them,
+    are counted as persons without mask.
 
     Args:
         annotations: folder of the JSON files, also in folders in it.
@@ -222,8 +220,10 @@ class LabelmePeople(_Files):
             if outline is not None:
                 groups.setdefault((kind, place if group is None else shown(group)), []).append(outline)
             else:
-                what = f"shape {place} of {file.name}, a {shape.get('shape_type') or 'polygon'} without area,"
-                persons.append({"category_id": kind, "segmentation": what})
+                what = f"shape {place} of {file.name}, a {shape.get('shape_type') or 'polygon'},"
+                corners = _points(shape)
+                box = {} if corners is None else {"bbox": _mask([corners])["bbox"]}
+                persons.append({"category_id": kind, "segmentation": what, **box})
         persons += [{"category_id": kind, **_mask(outlines)} for (kind, _), outlines in groups.items()]
         return name, size, persons
 
@@ -237,21 +237,20 @@ def _mask(polygons: list[Points]) -> dict[str, Any]:
 
 
 def _outline(shape: dict[str, Any]) -> Points | None:
-    """Corners ``[N, 2]`` of a LabelMe shape; None: it has no area, or is damaged."""
+    """Corners ``[N, 2]`` of a LabelMe polygon; None: it is none."""
+    points = _points(shape)
+    polygon = (shape.get("shape_type") or "polygon") == "polygon"
+    return points if polygon and points is not None and len(points) > 2 else None
+
+
+def _points(shape: dict[str, Any]) -> Points | None:
+    """Points ``[N, 2]`` of a LabelMe shape, two or more; None: they are damaged."""
     try:
         points = np.array(shape.get("points"), np.float64)
     except (TypeError, ValueError):
         return None
-    if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) < 1e6).all():
-        return None
-    kind = shape.get("shape_type") or "polygon"
-    if kind == "circle" and len(points) == 2:
-        turn = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
-        points = points[0] + math.dist(*points) * np.stack([np.cos(turn), np.sin(turn)], 1)
-    elif kind == "rectangle" and len(points) == 2:
-        (left, top), (right, bottom) = points
-        points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
-    return points if kind in ("polygon", "rectangle", "circle") and len(points) > 2 else None
+    pairs = points.ndim == 2 and points.shape[1] == 2 and len(points) > 1
+    return points if pairs and bool((np.abs(points) < 1e6).all()) else None
 
 
 def _folders(file: Path, root: str, place: str) -> tuple[Path, Path]:

@@ -15,18 +15,21 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from refinelib.data import sources
-from refinelib.data.sources import DataError, Instances, InstancesBuilder, Masks, Scene, SceneError
+from refinelib.data.sources import DataError, Instances, InstancesBuilder, Mask, Masks, Scene, SceneError
 
 #: Endings of the files that are taken for images.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 NO_PICTURE = "mask without image"
+#: Of a pixel of a mask with a palette: nobody knows who is there.
+VOID = 255
 
 
 class MaskPeople:
     """Persons whose numbers are the pixel values of masks: the image ``NAME.jpg`` has the mask ``NAME.png``.
 
-    Masks have 1, 8 or 16 bits or a palette, and 0 where there is nobody. Boxes are taken from them. Folders
-    are searched with the folders in them; one folder may hold both images and masks.
+    Masks have 1, 8 or 16 bits or a palette, and 0 where there is nobody; with a palette, 255 is ignored, as
+    in PASCAL VOC. Boxes are taken from them. Folders are searched with the folders in them; one folder may
+    hold both images and masks.
 
     Args:
         images: folder of images.
@@ -70,7 +73,7 @@ class MaskPeople:
             if max_images is not None and builder.images >= max_images:
                 break
             try:
-                ids, areas, owner = _read_mask(self._mask_file(file))
+                ids, areas, owner, _ = _read_mask(self._mask_file(file))
             except SceneError as error:
                 builder.skip(error.reason, str(error))
                 continue
@@ -89,9 +92,9 @@ class MaskPeople:
         if index >= len(self._used):
             self.instances()
         file = self._used[index]
-        ids, _, owner = _read_mask(self._mask_file(file))
+        ids, _, owner, void = _read_mask(self._mask_file(file))
         image = sources.decode_image(file, owner.shape)
-        return Scene(image, Masks(len(ids), owner.shape, lambda slot: owner == ids[slot]))
+        return Scene(image, Masks(len(ids), owner.shape, lambda slot: owner == ids[slot]), void)
 
     def files(self) -> list[Path]:
         """All images and masks of the split."""
@@ -186,19 +189,20 @@ def split_of(file: Path) -> str:
     return "train" if int(hashlib.sha1(os.fsencode(file.stem)).hexdigest(), 16) % 5 else "val"
 
 
-def _read_mask(file: Path) -> tuple[NDArray[np.uint16], NDArray[Any], NDArray[np.uint16]]:
-    """Instance ids ``[P]``, the pixels of each ``[P]``, and the id of each pixel uint16 ``[H, W]``."""
+def _read_mask(file: Path) -> tuple[NDArray[np.uint16], NDArray[Any], NDArray[np.uint16], Mask | None]:
+    """Instance ids ``[P]``, pixels of each ``[P]``, id of each pixel ``[H, W]``, and where it is void."""
     with sources.opened(file, "mask") as image:
         image.load()
-        owner = np.array(image)
+        owner, palette = np.array(image), image.mode == "P"
     if owner.ndim != 2:
         rule = "must have one value a pixel, the person's number"
         raise SceneError(sources.UNREADABLE, f"{file} {rule}, and has {owner.shape[2]}")
     if owner.dtype.kind not in "bu" and not ((owner % 1 == 0) & (owner >= 0) & (owner < 2**16)).all():
         rule = "must have the person's number in each pixel, from 1 to 65535 and 0 elsewhere"
         raise SceneError(sources.UNREADABLE, f"{file} {rule}")
-    owner = owner.astype(np.uint16)
+    void = owner == VOID if palette and (owner == VOID).any() else None
+    owner = np.where(False if void is None else void, 0, owner).astype(np.uint16)
     ids, areas = np.unique(owner, return_counts=True)
     if not ids.any():
         raise SceneError(sources.NO_MASK, f"{file} has no person in it")
-    return ids[ids > 0], areas[ids > 0], owner
+    return ids[ids > 0], areas[ids > 0], owner, void

@@ -398,12 +398,12 @@ def decode_image(
     picture: Image.Image
     with opened(file) as image:
         picture, stored = image, (image.height, image.width)
-        wanted = stored if size is None else tuple(size)
+        wanted = stored if size is None else size
         if (upright or wanted != stored) and wanted in (stored, stored[::-1]):  # else turning cannot help
             picture = ImageOps.exif_transpose(image)
         if size is not None and (picture.height, picture.width) != tuple(size):
-            found, wanted = f"{picture.width}x{picture.height}", f"{size[1]}x{size[0]}"
-            raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {wanted}", file)
+            found, said = f"{picture.width}x{picture.height}", f"{size[1]}x{size[0]}"
+            raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {said}", file)
         pixels = as_rgb(picture)
         orientation = image.getexif().get(_ORIENTATION, 1)  # now: a PNG may have it behind the pixels
     if notes is not None and orientation in range(2, 9) and not upright:

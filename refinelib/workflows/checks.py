@@ -25,7 +25,7 @@ from refinelib.data.loader import Batch, BatchLoader
 from refinelib.files import dumps, reason, write_atomically
 from refinelib.guard.guard import Guard
 from refinelib.metrics import predict
-from refinelib.modeling import NON_TARGET, TARGET
+from refinelib.modeling import IGNORED, NON_TARGET, TARGET
 from refinelib.plots.masks import read_samples
 from refinelib.runs import Run
 from refinelib.trainer import train
@@ -110,7 +110,12 @@ def parts(settings: Settings) -> Parts:
     store, _ = open_splits(settings)
     model = fresh_model(settings, device)
     loader = BatchLoader(store, device=device, batch_size=settings.batch_size, seed=settings.seed)
-    return Parts(settings, model, build_loss(settings).to(device), loader.batch(loader.plan(0), 0))
+    return Parts(
+        settings,
+        model,
+        build_loss(settings, ignores=loader.store.ignores).to(device),
+        loader.batch(loader.plan(0), 0),
+    )
 
 
 @check("shapes and types")
@@ -135,7 +140,7 @@ def shapes(figures: dict[str, Any], parts: Parts) -> str:
         flat = f"every crop is of one flat colour, its values vary by {contrast:.1g} at most"
         raise CheckError(f"{flat}: look at the images of the data set, then at data/augment.py")
     found = set(labels.flatten().tolist())
-    if TARGET not in found or not found <= {0, TARGET, NON_TARGET}:
+    if TARGET not in found or not found <= {0, TARGET, NON_TARGET, IGNORED}:
         raise CheckError(f"the labels are {found}, not 0, 1, 2 with a target (1): see modeling/roi.py")
     with torch.no_grad(), autocast(settings, images.device):
         output = model(images)

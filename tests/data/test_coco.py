@@ -432,11 +432,26 @@ def test_bad_images_are_counted_and_the_rest_is_used(coco_files, tmp_path):
 
 
 # -- where things lie ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "file, folder",
+    [
+        ("annotations/instances_val.json", "images/val"),  # CVAT and Datumaro
+        ("val/labels.json", "val/data"),  # FiftyOne
+        ("valid/_annotations.coco.json", "valid"),  # Roboflow
+    ],
+)
+def test_paths_in_other_tools_layouts(tmp_path, file, folder):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    assert coco_paths("val", tmp_path) == (tmp_path / file, tmp_path / folder)
+
+
 def test_paths_in_cocos_layout(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
     with pytest.raises(
-        DataError, match=r"one annotation file instances_val2017\*.json is needed .* no such file"
+        DataError, match=r"one annotation file annotations/instances_val2017\*.json is needed .* no such file"
     ):
         coco_paths("val", tmp_path)
     persons = tmp_path / "annotations" / "instances_val2017_persons.json"
@@ -451,7 +466,7 @@ def test_paths_in_cocos_layout(tmp_path):
     assert coco_paths("val", tmp_path) == (exact, tmp_path / "images" / "val2017")
     assert coco_paths("val", tmp_path, annotations=persons) == (persons, tmp_path / "images" / "val2017")
     assert coco_paths("val", None, persons, tmp_path) == (persons, tmp_path)
-    with pytest.raises(DataError, match="one annotation file instances_train2017"):
+    with pytest.raises(DataError, match="one annotation file annotations/instances_train2017"):
         coco_paths("train", tmp_path)
     with pytest.raises(DataError, match="there is neither .*: give train_images"):
         coco_paths("train", tmp_path, annotations=exact)

@@ -274,7 +274,7 @@ def test_labelme_persons_are_read_to_the_pixel(tmp_path):
         picture(tmp_path / f"{name}.png", *boxes)
         note(tmp_path / f"{name}.json", *(shape(corners(box)) for box in boxes))
     picture(tmp_path / "c.png", ONE)
-    note(tmp_path / "c.json", shape([ONE[2:], ONE[:2]], kind="rectangle"), imageHeight=None)
+    note(tmp_path / "c.json", shape(corners(ONE)), imageHeight=None)
     picture(tmp_path / "d.png", ONE)
     note(
         tmp_path / "d.json",
@@ -296,9 +296,10 @@ def test_labelme_groups_are_one_person(tmp_path):
     assert np.array_equal(scene.masks[0], filled(ONE) | filled(TWO)) and len(scene.masks) == 1
 
 
-def test_labelme_circles_and_other_shapes(tmp_path):
+def test_labelme_shapes_that_are_no_polygons(tmp_path):
     picture(tmp_path / "a.png")
     others = [
+        shape([ONE[2:], ONE[:2]], kind="rectangle"),
         shape([(50, 40), (60, 50)], kind="linestrip"),
         shape([(50, 40)], kind="point"),
         shape([(50, 40), (60, 50)]),
@@ -308,15 +309,14 @@ def test_labelme_circles_and_other_shapes(tmp_path):
         {"label": "person"},
     ]
     others += [shape([(50, 40)], "nose", "point"), shape(corners(ONE), 7), "no shape"]
-    note(tmp_path / "a.json", shape([(50, 40), (50, 60)], kind="circle"), *others)
+    note(tmp_path / "a.json", shape(corners(TWO)), *others)
     source = labelme(tmp_path)
     found = source.instances()
-    assert found.skipped == {NO_MASK: 7, NO_CLASS: 2} and len(found) == 1
-    assert "shape 2 of a.json, a linestrip without area, is no mask" in found.examples[NO_MASK]
-    assert "shape 10 of" in found.examples[NO_CLASS]
-    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]] + 0.5
-    disc = np.hypot(rows - 40, columns - 50) < 20
-    assert (source.scene(0).masks[0] != disc).sum() < 40 and abs(found.areas[0] - 400 * np.pi) < 5
+    assert found.skipped == {NO_MASK: 8, NO_CLASS: 2} and len(found) == 1
+    assert "shape 2 of a.json, a rectangle, is no mask" in found.examples[NO_MASK]
+    assert "shape 11 of" in found.examples[NO_CLASS]
+    scene = source.scene(0)
+    assert np.array_equal(scene.masks[0], filled(TWO)) and scene.ignored[filled(ONE)].all()
 
 
 @pytest.mark.parametrize("path", ["../photos/a.png", "..\\photos\\a.png", "photos/../../photos/./a.png"])
@@ -391,7 +391,7 @@ def owner(*boxes, ids=(1, 2), dtype=np.uint8):
 def palette(numbers):
     image = Image.fromarray(numbers, "L").convert("P")
     image.putdata(numbers.ravel().tolist())
-    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    image.putpalette([*range(256)] * 3)
     return image
 
 
@@ -417,6 +417,13 @@ def test_masks_of_every_depth(tmp_path, kind):
         assert all(np.array_equal(scene.masks[i], filled(box)) for i, box in enumerate(boxes))
         assert np.array_equal(scene.masks.any(0), scene.image[..., 0] > 130)
         assert len({*found.annotation_ids}) == len(boxes)
+
+
+def test_void_pixels_of_a_palette_are_ignored(tmp_path):
+    picture(tmp_path / "a.jpg", ONE)
+    palette(owner(ONE, TWO, ids=(1, 255))).save(tmp_path / "a.png")
+    scene = MaskPeople(tmp_path, tmp_path).scene(0)
+    assert len(scene.masks) == 1 and np.array_equal(scene.ignored, filled(TWO))
 
 
 def test_masks_and_images_without_the_other_are_counted(tmp_path):
