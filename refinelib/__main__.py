@@ -52,6 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
     pair = ("NAME", "VALUE")
     batch.add_argument("-p", nargs=2, action="append", default=[], metavar=pair, help="a setting")
 
+    look = commands.add_parser("check-data", help="read a data set once and say what training would use")
+    look.set_defaults(execute=_check_data)
+    look.add_argument("--annotations", help="COCO JSON of the people in the images")
+    look.add_argument("--images", help="folder of the images")
+    look.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=pair, help="a setting, as for train"
+    )
+    look.add_argument("--out", default="outputs/check-data", help="folder for a picture of each split")
+
     options = parser.parse_args(arguments)
     try:
         return int(options.execute(options))
@@ -92,6 +101,25 @@ def _summary(options: argparse.Namespace) -> int:
     run = latest() if options.run == "latest" else Run.open(options.run)
     print(run.summary())
     return 0 if run.status()["state"] in ("ok", "running") else 1
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from refinelib.config import resolve
+    from refinelib.data import make_source
+    from refinelib.metrics.evaluate import checked_folder
+    from refinelib.workflows.check_data import check_data
+
+    given, splits = dict(options.p), ["train", "val"]
+    if options.annotations or options.images:
+        places = {"val_annotations": options.annotations, "val_images": options.images}
+        given, splits = {**given, "data": "coco", **places}, ["val"]
+    settings, folder = resolve("original", **given), checked_folder(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        picture = folder / f"{split}.png"
+        print(check_data(make_source(settings, split), picture, progress=sys.stderr.isatty()))
+        print(f"picture: {picture}", flush=True)
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

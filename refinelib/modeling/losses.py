@@ -42,7 +42,7 @@ class Targets(NamedTuple):
     unknown: Tensor | None = None
 
     def within_known(self, chosen: Tensor, reach: float) -> Tensor:
-        """Of ``chosen`` pixels (bool ``[B, 2, H, W]``), those whose distance, clipped at ``reach``, is known."""
+        """Of ``chosen`` pixels (bool ``[B, 2, H, W]``), those of known distance, clipped at ``reach``."""
         if self.unknown is None:
             return chosen
         return chosen & (self.signed.abs().clamp(max=reach) < self.unknown)
@@ -238,7 +238,7 @@ def contour_head(contour_logits: Tensor, targets: Targets, *, radius: float = 1.
         count = chosen.sum(dim=(-2, -1))
         mean = (cost * chosen).sum(dim=(-2, -1)) / count.clamp(min=1)
         halves.append((mean, (count > 0).to(cost.dtype)))
-    weight = halves[0][1] + halves[1][1]
+    weight = (halves[0][1] + halves[1][1]).clamp(min=1)  # both may be unknown
     return ((halves[0][0] + halves[1][0]) / weight).mean(dim=-1)
 
 
