@@ -48,7 +48,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -773,15 +773,15 @@ class Sweep:
         """So many draws. None raises: a failure must not keep the others from being drawn."""
         drawn: set[str] = set()
         always = dict(database=None, deadline=None, suppress_health_check=list(HealthCheck))
-        profile = settings(phases=[Phase.generate], **always)
+        profile = settings(phases=[Phase.generate], max_examples=min(count, 1000), **always)
 
-        @seed(number)
-        @settings(profile, max_examples=count)
+        @settings(profile)
         @given(strategy)
         def body(fault: Fault) -> None:
             # Hypothesis likes to vary what it drew before: another element alone is not worth a draw.
             kind = json.dumps([x for name, x in fault.items() if name not in ("pick", "element", "snapshot")])
-            assume(kind not in drawn)
+            if kind in drawn or len(drawn) >= count:
+                return
             drawn.add(kind)
             try:
                 self.add(fault)
@@ -789,7 +789,11 @@ class Sweep:
                 wrong = [f"sweep: {type(error).__name__}: {error}"]
                 self.failures.append({"draw": fault, "where": "nowhere", "state": "unknown", "wrong": wrong})
 
-        body()
+        for part in itertools.count():  # Hypothesis stops early where much has been drawn
+            before = len(drawn)
+            seed(1000 * part + number)(body)()
+            if len(drawn) in (before, count):
+                break
 
     def shrunk(self, failure: dict[str, Any]) -> dict[str, Any]:
         """A failure with everything simpler that keeps one of its properties violated."""

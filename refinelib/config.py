@@ -144,7 +144,7 @@ class Settings(_Values):
     smoke: bool = _run(False, f"shrink everything to test size; {SMOKE_VARIABLE} set to 1 does so too")
 
     # -- data
-    data: str = _data("synthetic", "name of the data set: synthetic, coco, pennfudan")
+    data: str = _data("synthetic", "the data set: synthetic, coco, pennfudan, masks, yolo, labelme")
     add_pennfudan: str | None = _data(None, "folder of Penn-Fudan, whose training images are added")
     max_images: int | None = _data(None, "use only the first so many images of each split", ge=1)
     roi_size: tuple[Side, Side] = _data((64, 64), "input pixels of a crop, [height, width], each 16 to 512")
@@ -218,7 +218,8 @@ class Settings(_Values):
     @pydantic.model_validator(mode="after")
     def _fit_together(self) -> Settings:
         own = list(DATASETS.options(self.data))
-        others = [o.name for o in DATASETS.options() if o not in own and getattr(self, o.name) != o.default]
+        found = [o.name for o in DATASETS.options() if o not in own and getattr(self, o.name) != o.default]
+        others = [*dict.fromkeys(found)]  # several data sets share one
         places = [option.name for option in own if option.default is None]
         nowhere = places and not (self.store_dir or any(self.pick(*places).values()))
         both = self.use_subpixel_conv and self.use_progressive_upsampling

@@ -273,9 +273,9 @@ def _split_folder(root: Path, what: str, split: str) -> tuple[Path, str]:
 
 _FOLDER = Option("data_dir", None, "folder of the data set in its published layout", role="run")
 _PLACES = {
-    "train_annotations": "COCO JSON to train on",
+    "train_annotations": "COCO JSON, folder of masks or of LabelMe files to train on",
     "train_images": "folder of its images",
-    "val_annotations": "COCO JSON to validate on",
+    "val_annotations": "the same to validate on",
     "val_images": "folder of its images",
 }
 _CROWD = "iscrowd: skip: a region, ignored; keep: one person; auto: keep where nearly all persons have it"
@@ -290,7 +290,7 @@ _WHERE = (
 )
 _READ = (
     Option("allow_images_outside", False, _OUTSIDE, role="run"),
-    Option("category", "person", "categories of a COCO file that are persons, by commas", role="data"),
+    Option("category", "person", "names of the categories that are persons, by commas", role="data"),
 )
 DATASETS.add("synthetic", lambda settings, split: SyntheticPeople(SYNTHETIC[split], split))
 DATASETS.add("pennfudan", _pennfudan, _FOLDER)

@@ -14,6 +14,7 @@ import numpy as np
 
 from refinelib.config import Settings
 from refinelib.data import CocoPeople, PennFudanPeople, Source, Store, open_store
+from refinelib.data.splits import coco_options
 from refinelib.files import dumps, read_json, read_npz, replacing, write_atomically
 from refinelib.metrics.image_space import (
     CocoResults,
@@ -207,10 +208,9 @@ def measure(
     if pennfudan is not None:
         source = PennFudanPeople(Path(pennfudan), split="val")
     elif coco is not None:
-        given = {"category": category, "crowd": crowd, "exif": exif}
-        reading = {name: value or getattr(settings, name) for name, value in given.items()}
-        outside = settings.allow_images_outside if allow_images_outside is None else allow_images_outside
-        source = CocoPeople(*coco, split="val", allow_outside=outside, **reading)
+        given = {"allow_outside": allow_images_outside, "category": category, "crowd": crowd, "exif": exif}
+        given = {name: value for name, value in given.items() if value is not None}
+        source = CocoPeople(*coco, split="val", **{**coco_options(settings), **given})
     assert source is not None
     with tempfile.TemporaryDirectory() as temporary:
         shape: Any = {name: getattr(settings, name) for name in ("roi_size", "mask_size", "context")}

@@ -178,7 +178,9 @@ def rgb(color: str) -> Pixels:
 
 def class_picture(labels: Pixels) -> Pixels:
     """Label maps as colours, uint8 ``[h, w, 3]``; ignored pixels are black."""
-    return np.stack([rgb(color) for color in (*CLASSES.values(), style.BLACK)])[np.minimum(labels, len(CLASSES))]
+    return np.stack([rgb(color) for color in (*CLASSES.values(), style.BLACK)])[
+        np.minimum(labels, len(CLASSES))
+    ]
 
 
 def error_picture(image: Pixels, labels: Pixels, predicted: Pixels) -> Pixels:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
+from refinelib.config import resolve
 from refinelib.data import SyntheticPeople
 from refinelib.data import sources as scenes
 from refinelib.metrics import boundary, image_space
@@ -296,12 +296,11 @@ def test_evaluation_takes_images_outside_their_folder_as_training_does(
 
     monkeypatch.setattr(evaluation, "open_store", stop)
     predictor = object.__new__(Predictor)
-    predictor.settings = SimpleNamespace(
-        allow_images_outside=of_the_run, roi_size=(16, 16), mask_size=(16, 16), context=0.0
-    )
+    how = dict(data="coco", data_dir="any", roi_size=16, mask_size=16, context=0.0)
+    predictor.settings = resolve("demo", allow_images_outside=of_the_run, **how)
     with pytest.raises(KeyError, match="far enough"):
         measure(predictor, images=people.images, annotations=people.annotations, allow_images_outside=given)
-    assert seen[0].allow_outside is allowed
+    assert seen[0].folder.allow_outside is allowed
 
 
 @pytest.fixture
