@@ -26,6 +26,9 @@ CROWD_SHARE = 0.9
 #: Bytes of the largest annotation file that is read; COCO's own largest has half a GB.
 MOST_BYTES = 2 << 30
 
+#: Keys by which files mark a region of which nobody knows who is there.
+MARKS = ("iscrowd", "is_crowd", "ignore")
+
 Content = dict[str, list[Any]]
 
 
@@ -68,7 +71,8 @@ def read_annotations(file: Path) -> Content:
     except (OSError, MemoryError) as error:
         raise DataError(f"{file} cannot be read: {str(error) or 'it does not fit into the memory'}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not valid JSON ({error}): fetch it again, it may be cut short") from None
+        rule = "it must be one JSON object, not packed; it may be cut short"
+        raise DataError(f"{file} is not valid JSON ({error}): {rule}") from None
     if not regular:
         raise DataError(f"{file} is no regular file: give an annotation file in JSON")
     if not small:
@@ -84,10 +88,19 @@ def read_annotations(file: Path) -> Content:
 
 def _parsed(text: bytes) -> Any:
     """JSON in UTF-8, 16 or 32, with or without a byte order mark, or in Latin-1."""
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and "annotations" in found:
+            raise ValueError("a list stands in it twice, of which JSON keeps the last")
+        return found
+
+    twice = text.count(b'"annotations"') > 1 or text.count(b'"images"') > 1  # else the hook takes its time
+    hook = distinct if twice else None
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=hook)
     except UnicodeDecodeError:
-        return json.loads(text.decode("latin-1"))
+        return json.loads(text.decode("latin-1"), object_pairs_hook=hook)
 
 
 def read_people(content: Content, name: str, *, category: str = "person", crowd: str = "auto") -> People:
@@ -112,37 +125,47 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
         (1, {7: '7'})
     """
     people = People()
+    if crowd not in ("auto", "skip", "keep"):
+        raise DataError(f"crowd = {crowd!r}: give auto, skip or keep")
     listed = [one for one in content["categories"] if isinstance(one, dict)]
+    called = [(_key(one.get("id")), str(one.get("name")).strip().casefold()) for one in listed]
+    for key, title in called:
+        if key is not None and dict(called)[key] != title:
+            both = f"{title!r} and {dict(called)[key]!r}"
+            raise DataError(f"{name} has two categories of id {key}, {both}: give each an id of its own")
     categories = _numbers((one.get("id") for one in listed), people, "category_id")
     names = {part.strip().casefold() for part in category.split(",")}
-    chosen = {_key(one.get("id")) for one in listed if str(one.get("name")).strip().casefold() in names}
-    if not chosen - {None}:
+    chosen = {key for key, title in called if title in names and key is not None}
+    if not chosen:
         known = ", ".join(sorted(shown(one.get("name")) for one in listed)[:10]).replace("'", "") or "none"
         rule = "set category to the one of the persons"
         raise DataError(f"{name} has no category {category!r}; its categories are {known}: {rule}")
     images = _entries(content["images"], name, people)
     found: list[tuple[dict[str, Any], int, bool]] = []
     for number, one in enumerate(content["annotations"]):
-        if not isinstance(one, dict) or "category_id" not in one:
-            people.left_out.append((NO_FIELD, f"entry {number} of the annotations lacks category_id", None))
+        if not isinstance(one, dict):
+            people.left_out.append((NO_FIELD, f"entry {number} of the annotations is {shown(one)}", None))
             continue
-        kinds = one["category_id"] if isinstance(one["category_id"], list) else [one["category_id"]]
-        kind = next((key for key in map(_key, kinds) if key in chosen), None)
-        what = f"annotation {shown(one.get('id', number))}"
-        if kind is None:
-            if not any(_key(one) in categories for one in kinds):
-                example = f"{what}, category {shown(one['category_id'])}"
-                people.left_out.append((NO_CATEGORY, example, None))
-            continue
-        image = images.get(_key(one.get("image_id")))
-        if image is None:
-            if "image_id" in one:
-                people.left_out.append((NO_IMAGE, f"{what}, image {shown(one['image_id'])}", None))
-            else:
-                people.left_out.append((NO_FIELD, f"{what} lacks image_id", None))
-            continue
-        one = {**one, "category_id": categories[kind]}
-        found.append((one, image, whole(one.get("iscrowd")) not in (None, 0) or one.get("iscrowd") is True))
+        image, what = images.get(_key(one.get("image_id"))), f"annotation {shown(one.get('id', number))}"
+        kinds = one.get("category_id")
+        kinds = [_key(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])]
+        kind = next((key for key in kinds if key in chosen), None)
+        if kind is None and any(key in categories for key in kinds):
+            continue  # somebody or something else
+        if missing := {"category_id", "image_id"} - set(one):
+            people.left_out.append((NO_FIELD, f"{what} lacks {', '.join(sorted(missing))}", image))
+        elif kind is None:
+            people.left_out.append((NO_CATEGORY, f"{what}, category {shown(one['category_id'])}", image))
+        elif image is None:
+            people.left_out.append((NO_IMAGE, f"{what}, image {shown(one['image_id'])}", None))
+        else:
+            found.append(
+                (
+                    {**one, "category_id": categories[kind]},
+                    image,
+                    any(_is_set(one.get(mark)) for mark in MARKS),
+                )
+            )
     _sort(found, people, crowd)
     return people
 
@@ -189,7 +212,8 @@ def _entries(listed: list[Any], name: str, people: People) -> dict[Any, int]:
     numbers = _numbers((raw for raw, _ in usable), people, "image_id")
     for raw, entry in usable:
         other = people.images.setdefault(numbers[_key(raw)], entry)
-        if other != entry:
+        other |= {side: other[side] or entry[side] for side in ("height", "width")}
+        if other != entry | {side: entry[side] or other[side] for side in ("height", "width")}:
             both = " and ".join(sources.printable(one["file_name"]) for one in (other, entry))
             rule = "give each image an id of its own (files put together need new ones)"
             raise DataError(f"{name} has two images of id {shown(raw)}, {both}: {rule}")
@@ -202,10 +226,15 @@ def _name(entry: Any) -> str | None:
     return next((one for one in names if isinstance(one, str)), None)
 
 
+def _is_set(mark: Any) -> bool:
+    return mark is True or whole(mark) not in (None, 0) or str(mark).strip().lower() in ("true", "yes")
+
+
 def _key(raw: Any) -> int | str | None:
     """An id in the form in which ids are compared; None: it is none."""
     number = whole(raw)
-    return raw if number is None and isinstance(raw, str) else number
+    large = type(raw) is int and number is None
+    return str(raw) if large or (number is None and isinstance(raw, str)) else number
 
 
 def _numbers(ids: Any, people: People, kind: str) -> dict[Any, int]:
@@ -214,5 +243,7 @@ def _numbers(ids: Any, people: People, kind: str) -> dict[Any, int]:
     taken = {key for key in written if isinstance(key, int)}
     free = (number for number in itertools.count(1) if number not in taken)
     numbers = {key: key if isinstance(key, int) else next(free) for key in written}
-    people.as_written[kind] = {numbers[key]: raw for key, raw in written.items() if isinstance(raw, str)}
+    people.as_written[kind] = {
+        numbers[key]: raw for key, raw in written.items() if type(raw) is not float and raw != numbers[key]
+    }
     return numbers

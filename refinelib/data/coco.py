@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,10 @@ from refinelib.data.sources import (
     decode_image,
 )
 
-TWICE = "image file that two entries name"
-BAD_POLYGON = "polygon of an odd length or under three points, left out"
+BAD_POLYGON = "polygon of an odd length, under three points or far outside, left out"
+NOT_ITS_BOX = "mask that lies outside its box, ignored"
+PART_OF_BOX = "mask that fills less than half of its box"
+NOWHERE = "person or crowd of unknown place: the whole image is ignored"
 
 
 class _SceneData(NamedTuple):
@@ -114,8 +116,17 @@ class CocoPeople:
         image = decode_image(self.folder.find(found.file), size, upright=self.exif == "apply", notes=notes)
         masks = Masks(len(segmentations), size, lambda slot: decode_segmentation(segmentations[slot], *size))
         regions = json.loads(found.regions)
-        persons = self.annotated_instances(index)
-        regions += [(None, one["box"]) for slot, one in enumerate(persons) if not masks[slot].any()]
+        for slot, person in enumerate(self.annotated_instances(index)):
+            kind = compared(masks[slot], person["box"])
+            if kind in (NOT_ITS_BOX, PART_OF_BOX):
+                box = ", ".join(f"{side:g}" for side in person["box"])
+                notes.append(
+                    (kind, f"annotation {person['annotation_id']} in {found.file}, box {box} (xyxy)")
+                )
+            if kind in (NOT_ITS_BOX, sources.NO_MASK):
+                regions += [(segmentations[slot], None), (None, person["box"])]
+                segmentations[slot] = None
+                masks.forget(slot)
         return Scene(image, masks, _ignored(regions, size) if regions else None, notes)
 
     def annotated_instances(self, index: int) -> list[dict[str, Any]]:
@@ -132,21 +143,27 @@ class CocoPeople:
         """The file's own ids by number, for ``image_id`` and ``category_id``, where they are texts."""
         return self._people.as_written
 
-    def files(self) -> Iterator[Path]:
-        """The images of ``instances()``."""
-        for found in self._scenes:
-            try:
-                yield self.folder.find(found.file)
-            except SceneError as error:
-                if error.file is not None:
-                    yield error.file
+    def names(self) -> list[str]:
+        """The images with a person, as the annotation file names them."""
+        return [self._people.images[number]["file_name"] for number in sorted(self._people.persons)]
+
+    def locate(self, name: str) -> Path | None:
+        """The image file that a name means."""
+        try:
+            return self.folder.find(name)
+        except SceneError:
+            return None
 
     def fingerprint(self) -> str:
-        """Of the annotation file's name, size and time, the image folder's place, and how both are read."""
-        file = self.annotations.stat()
-        parts = [self.annotations.name, file.st_size, file.st_mtime_ns, str(self.images.resolve())]
-        parts += [self.folder.allow_outside, self.category, self.crowd, self.exif]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        """Of the annotation file's place, size and times, the image folder's, and how both are read."""
+        parts = [*self._stamp, str(self.images.resolve()), self.folder.allow_outside]
+        return hashlib.sha256(json.dumps([*parts, self.category, self.crowd, self.exif]).encode()).hexdigest()
+
+    @cached_property
+    def _stamp(self) -> list[Any]:
+        """Of the annotation file when it was first asked for, or read."""
+        found = self.annotations.stat()
+        return [str(self.annotations.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
     def _scene(self, index: int) -> _SceneData:
         if index >= len(self._scenes):
@@ -155,7 +172,7 @@ class CocoPeople:
 
     @cached_property
     def _people(self) -> People:
-        name = str(self.annotations)
+        name, _ = str(self.annotations), self._stamp  # before it is read
         return read_people(self.read(), name, category=self.category, crowd=self.crowd)
 
     def _index(self, max_images: int | None) -> Instances:
@@ -172,7 +189,7 @@ class CocoPeople:
             where, entry = f"image {image_id}", people.images[image_id]
             try:
                 if image_id in shared:
-                    raise SceneError(TWICE, shared[image_id])
+                    raise SceneError(sources.TWICE, shared[image_id])
                 size = entry["height"], entry["width"]
                 if size[0] is None:
                     size = sources.image_size(self.folder.find(entry["file_name"]), self.exif == "apply")
@@ -184,8 +201,10 @@ class CocoPeople:
             for annotation in people.persons[image_id]:
                 what = f"annotation {annotation['id']} of {where} in {self.annotations.name}"
                 segmentation, bad = usable(annotation["segmentation"], *size)
-                for _ in range(bad if segmentation else 0):
-                    builder.note(BAD_POLYGON, what)
+                for part in bad if segmentation else []:
+                    builder.note(BAD_POLYGON, f"{what}: {sources.printable(part, 80)}")
+                    if isinstance(part, list) and len(part) > 4:  # it may have been a part of the person
+                        regions.append(_region({**annotation, "segmentation": None}, size))
                 person = None if segmentation is None else _person(annotation, segmentation, size)
                 if person is None:
                     form = sources.printable(annotation["segmentation"], 80)
@@ -197,9 +216,10 @@ class CocoPeople:
                 found.append(person)
             ids, boxes, areas = ([one[key] for one in found] for key in ("annotation_id", "box", "area"))
             if builder.add(where, image_id, size, ids, boxes, areas):
-                parts = (
-                    json.dumps(part).encode() for part in (segmentations, found, list(filter(None, regions)))
-                )
+                if None in regions:
+                    builder.note(NOWHERE, f"{where}, {sources.printable(entry['file_name'])}")
+                places = [(None, (0, 0, size[1], size[0])) if one is None else one for one in regions]
+                parts = (json.dumps(part).encode() for part in (segmentations, found, places))
                 scenes.append(_SceneData(entry["file_name"], size, *parts))
         instances = builder.instances(str(self.annotations), "no annotation of a person")
         self._scenes = max(self._scenes, scenes, key=len)  # a shorter index is a prefix of a longer one
@@ -240,21 +260,45 @@ def _person(annotation: dict[str, Any], segmentation: Any, size: tuple[int, int]
 
 
 def _region(annotation: dict[str, Any], size: tuple[int, int]) -> tuple[Any, Any] | None:
-    """Segmentation and box of a crowd or a person without mask; None where neither is known."""
-    segmentation, _ = usable(annotation.get("segmentation"), *size)
-    box = xyxy(annotation.get("bbox"))
-    known = any(box) and all(map(math.isfinite, box))
-    return (segmentation, box if known else (0.0,) * 4) if segmentation or known else None
+    """Segmentation and box of a crowd or a person without mask; None where its place is not known."""
+    segmentation, bad = usable(annotation.get("segmentation"), *size)
+    x0, y0, x1, y1 = box = xyxy(annotation.get("bbox"))
+    has_box = all(map(math.isfinite, box)) and x1 > x0 and y1 > y0
+    if segmentation is None and not has_box:
+        return None
+    return segmentation, box if has_box and (bad or segmentation is None) else None
+
+
+def compared(mask: Mask, box: Sequence[float]) -> str | None:
+    """What is wrong with a mask and its box (xyxy); None: nothing, or the box is too small to tell.
+
+    Example:
+        >>> mask = np.zeros((40, 40), bool)
+        >>> mask[:20, :20] = True
+        >>> compared(mask, (0, 0, 20, 20)), compared(mask, (20, 0, 40, 20))
+        (None, 'mask that lies outside its box, ignored')
+    """
+    if not mask.any():
+        return sources.NO_MASK
+    x0, y0, x1, y1 = (min(max(side, 0), 2**31) for side in box)
+    left, top, right, bottom = box_of(mask)
+    common = max(0, min(x1, right) - max(x0, left)) * max(0, min(y1, bottom) - max(y0, top))
+    if min(x1 - x0, y1 - y0) < sources.MIN_SIDE:
+        return None
+    if common < (right - left) * (bottom - top) / 2:
+        return NOT_ITS_BOX
+    height, width = mask.shape
+    return PART_OF_BOX if common < (min(x1, width) - x0) * (min(y1, height) - y0) / 2 else None
 
 
 def _ignored(regions: list[Any], size: tuple[int, int]) -> Mask:
-    """Pixels of the regions: their masks, or their boxes where there is none."""
+    """Pixels of the regions: their masks and boxes."""
     ignored = np.zeros(size, bool)
     for segmentation, box in regions:
         mask = decode_segmentation(segmentation, *size)
         if mask is not None:
             ignored |= mask
-        else:
+        if box is not None and all(map(math.isfinite, box)):
             sides = np.clip([*np.floor(box[:2]), *np.ceil(box[2:])], 0, max(size)).astype(int)
             x0, y0, x1, y1 = sides.tolist()
             ignored[y0:y1, x0:x1] = True

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from refinelib.data import sources
 from refinelib.data.annotations import Content, People, read_people
 from refinelib.data.coco import CocoPeople
 from refinelib.data.pennfudan import IMAGES, listed, split_of, stamps
+from refinelib.data.segmentation import whole
 from refinelib.data.sources import DataError, InstancesBuilder, SceneError, printable
 from refinelib.files import JSON, read_json, read_yaml, shown
 
@@ -34,8 +36,6 @@ Found = tuple[str, tuple[int, int], list[dict[str, Any]]]
 class _Files(CocoPeople):
     """Turns files into COCO content, and counts those that it cannot."""
 
-    #: Folders whose files the persons are read from.
-    places: list[Path]
     #: Names of the categories by number.
     kinds: dict[Any, Any]
 
@@ -61,10 +61,17 @@ class _Files(CocoPeople):
         return {**content, "categories": [{"id": kind, "name": name} for kind, name in self.kinds.items()]}
 
     def fingerprint(self) -> str:
-        """Of the names, sizes and times of all files, and of the options."""
-        files = (file for place in self.places for file in listed(place, (*IMAGES, ".txt", ".json")))
-        parts = [super().fingerprint(), self.split, stamps(files)]
+        """Of the places, of the names, sizes and times of the label files, and of the options."""
+        parts = [super().fingerprint(), self.split, stamps(self._labels())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @cached_property
+    def _stamp(self) -> list[Any]:
+        return [str(self.annotations.resolve())]
+
+    def _labels(self) -> Iterable[Path]:
+        """The files that persons are read from."""
+        raise NotImplementedError
 
     @cached_property
     def _people(self) -> People:
@@ -107,6 +114,9 @@ class YoloPeople(_Files):
         content = content if isinstance(content, dict) else {}
         names, root, places = content.get("names"), content.get("path") or ".", content.get(split)
         names = dict(enumerate(names)) if isinstance(names, list) else names
+        names = {whole(n): name for n, name in names.items()} if isinstance(names, dict) else names
+        if "kpt_shape" in content:
+            raise DataError(f"{file} has kpt_shape: its labels are poses, and masks are needed")
         places = places if isinstance(places, list) else [places]
         if not isinstance(names, dict) or not places or {*map(type, (root, *places))} != {str}:
             rule = (
@@ -114,14 +124,23 @@ class YoloPeople(_Files):
             )
             raise DataError(f"{file} must have {rule}")
         self._pairs = [_folders(file, root, place) for place in places]
-        self.kinds, self.places = names, [place for pair in self._pairs for place in pair]
+        self.kinds, self._file = names, file
         images = os.path.commonpath([images for images, _ in self._pairs])
         super().__init__(file, images, split, **{"exif": "apply", **options})  # YOLO turns images upright
+
+    def _labels(self) -> Iterable[Path]:
+        return [self._file, *(text for _, labels in self._pairs for text in listed(labels, (".txt",)))]
 
     def _readers(self) -> Iterator[Callable[[], Found]]:
         for images, labels in self._pairs:
             texts = {text.relative_to(labels).with_suffix(""): text for text in listed(labels, (".txt",))}
             found = {image: image.relative_to(images).with_suffix("") for image in listed(images, IMAGES)}
+            for stem, count in Counter(found.values()).items():
+                if count > 1 and stem in texts:
+                    both = " and ".join(image.name for image, one in found.items() if one == stem)
+                    rule = "give each image a file of its own"
+                    self._lost.skip(sources.TWICE, f"{texts.pop(stem)} has the labels of {both}: {rule}")
+                    found = {image: one for image, one in found.items() if one != stem}
             yield from (partial(self._read, one, texts[stem]) for one, stem in found.items() if stem in texts)
             for stem in sorted({*texts} - {*found.values()}):
                 self._lost.skip(NO_PICTURE, f"there is no image of {texts[stem]} in {images}")
@@ -179,8 +198,7 @@ class LabelmePeople(_Files):
         self, annotations: str | Path, images: str | Path, split: str, part: str = "all", **options: Any
     ) -> None:
         super().__init__(annotations, images, split, **{"exif": "apply", **options})  # LabelMe shows them so
-        self.part, self.places = part, [self.annotations, self.images]
-        self.kinds, self._numbers = {}, dict[str, int]()
+        self.part, self.kinds, self._numbers = part, {}, dict[str, int]()
 
     def _check_places(self) -> None:
         for place in (self.annotations, self.images):
@@ -188,9 +206,12 @@ class LabelmePeople(_Files):
                 rule = f"give data_dir, or {self.split}_annotations and {self.split}_images"
                 raise DataError(f"there is no folder {place}: {rule}")
 
-    def _readers(self) -> Iterator[Callable[[], Found]]:
+    def _labels(self) -> Iterable[Path]:
         files = listed(self.annotations, (".json",))
-        return (partial(self._read, file) for file in files if self.part in ("all", split_of(file)))
+        return [file for file in files if self.part in ("all", split_of(file))]
+
+    def _readers(self) -> Iterator[Callable[[], Found]]:
+        return (partial(self._read, file) for file in self._labels())
 
     def _read(self, file: Path) -> Found:
         content = read_json(file, limit=MOST_BYTES)
@@ -198,10 +219,13 @@ class LabelmePeople(_Files):
         shapes, path = content.get("shapes"), content.get("imagePath")
         if not isinstance(shapes, list) or not isinstance(path, str):
             raise SceneError(DAMAGED, f"{file} lacks shapes or imagePath, which LabelMe writes")
-        path = path.replace("\\", "/")
-        name = os.path.relpath(file.parent / path, self.images)
+        written = PureWindowsPath(path)  # takes / and \ for separators, whatever the system
+        name = os.path.relpath(file.parent / written.as_posix(), self.images)
         try:
-            name = name if os.path.isfile(self.images / name) else path.rsplit("/", 1)[-1]
+            if not os.path.isfile(self.images / name):  # elsewhere: the folders that both have must agree
+                own = file.parent.relative_to(self.annotations).joinpath(*written.parts)
+                own = Path(*written.parts[1:]) if written.anchor else own
+                name = "/".join(part for part in Path(os.path.normpath(own)).parts if part != "..")
             image = self.folder.find(name)
         except SceneError as error:
             inside = f": save the one inside {file} (imageData) there" if content.get("imageData") else ""

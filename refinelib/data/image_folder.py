@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import unicodedata
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from refinelib.data.sources import MISSING, SceneError
 
@@ -77,13 +78,30 @@ class ImageFolder:
     def _files(self) -> dict[str, list[Parts]]:
         """Files in the folder, as parts of their paths in it, by the plain form of their names."""
         found: dict[str, list[Parts]] = {}
-        for place, folders, names in os.walk(self.folder):
-            folders.sort()
-            above = Path(place).relative_to(self.folder).parts
-            for name in sorted(names):
-                if not is_leftover(name):
-                    found.setdefault(plain(name), []).append((*above, name))
+        for file in files_in(self.folder):
+            found.setdefault(plain(file.name), []).append(file.relative_to(self.folder).parts)
         return found
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Files and folders in a folder and the folders in it, links followed; not what tools leave there.
+
+    Left out are hidden files and folders, leftovers (:func:`is_leftover`), and runs and stores of this
+    package, which may lie among the data.
+
+    Example:
+        >>> [*files_in(Path("nowhere"))]
+        []
+    """
+    seen = set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        if not {"store.json", "status.json"}.isdisjoint(names):
+            folders.clear()
+            continue
+        inner = (name for name in sorted(folders) if not name.startswith("."))
+        folders[:] = [name for name in inner if os.path.realpath(os.path.join(place, name)) not in seen]
+        yield from (Path(place, name) for name in sorted(names + folders) if not is_leftover(name))
 
 
 def is_leftover(name: str) -> bool:
@@ -93,7 +111,7 @@ def is_leftover(name: str) -> bool:
         >>> is_leftover("._1.png"), is_leftover("Thumbs.db"), is_leftover("1.png")
         (True, True, False)
     """
-    return name.startswith("._") or name.lower() in (".ds_store", "thumbs.db", "desktop.ini")
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def name_parts(name: str) -> Parts:
@@ -104,7 +122,8 @@ def name_parts(name: str) -> Parts:
         (('val', '1.jpg'), ('val', '1.jpg'))
     """
     if "://" in name:
-        name = unquote(urlsplit(name).path).lstrip("/")
+        path = name.partition("://")[2].partition("/")[2]
+        name = unquote(path.partition("?")[0].partition("#")[0]).lstrip("/")
     return tuple(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from refinelib.data import sources
+from refinelib.data.image_folder import files_in
 from refinelib.data.sources import DataError, Instances, InstancesBuilder, Mask, Masks, Scene, SceneError
 
 #: Endings of the files that are taken for images.
@@ -36,6 +38,7 @@ class MaskPeople:
         masks: folder of masks.
         split: name for reports and for the store's folder.
         part: the images to take, by :func:`split_of`: ``train``, ``val`` or ``all``.
+        exif: ``ignore``: masks were made of the pixels as stored; ``apply``: of the image turned upright.
 
     Raises:
         DataError: a folder is missing.
@@ -48,10 +51,16 @@ class MaskPeople:
     ending, ids = ".png", 1 << 16
 
     def __init__(
-        self, images: str | Path, masks: str | Path, split: str = "train", part: str = "all"
+        self,
+        images: str | Path,
+        masks: str | Path,
+        split: str = "train",
+        part: str = "all",
+        *,
+        exif: str = "ignore",
     ) -> None:
         self.images, self.masks = (Path(os.path.expanduser(folder)) for folder in (images, masks))
-        self.split, self.part = split, part
+        self.split, self.part, self.exif = split, part, exif
         self._used: list[Path] = []
         for place in (self.images, self.masks):
             if not os.path.isdir(place):
@@ -69,11 +78,16 @@ class MaskPeople:
         builder, used = InstancesBuilder(), []
         for mask in self._strays:
             builder.skip(NO_PICTURE, f"there is no image of the mask {mask} in {self.images}")
+        twins = Counter(self._mask_file(file) for _, file in self._files)
         for image_id, file in self._files:
+            if twins[mask := self._mask_file(file)] > 1:
+                both = " and ".join(one.name for _, one in self._files if self._mask_file(one) == mask)
+                builder.skip(sources.TWICE, f"{mask} is the mask of {both}: give each image one of its own")
+                continue
             if max_images is not None and builder.images >= max_images:
                 break
             try:
-                ids, areas, owner, _ = _read_mask(self._mask_file(file))
+                ids, areas, owner, _ = _read_mask(mask)
             except SceneError as error:
                 builder.skip(error.reason, str(error))
                 continue
@@ -93,16 +107,21 @@ class MaskPeople:
             self.instances()
         file = self._used[index]
         ids, _, owner, void = _read_mask(self._mask_file(file))
-        image = sources.decode_image(file, owner.shape)
-        return Scene(image, Masks(len(ids), owner.shape, lambda slot: owner == ids[slot]), void)
+        size, upright, notes = owner.shape, self.exif == "apply", list[tuple[str, str]]()
+        image = sources.decode_image(file, (size[0], size[1]), upright=upright, notes=notes)
+        return Scene(image, Masks(len(ids), size, lambda slot: owner == ids[slot]), void, notes)
 
-    def files(self) -> list[Path]:
+    def names(self) -> list[str]:
         """All images and masks of the split."""
-        return [file for _, image in self._files for file in (image, self._mask_file(image))]
+        return [str(file) for _, image in self._files for file in (image, self._mask_file(image))]
+
+    def locate(self, name: str) -> Path | None:
+        """The file of that name."""
+        return Path(name)
 
     def fingerprint(self) -> str:
-        """Of names, sizes and times of all images and masks of the split."""
-        parts = [self.split, stamps([*self.files(), *self._strays])]
+        """Of the folders, the names of all images and masks of the split, and how they are read."""
+        parts = [self.split, self.part, self.exif, *self.names(), *map(str, self._strays)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
@@ -154,16 +173,13 @@ class PennFudanPeople(MaskPeople):
 
 
 def listed(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files with these endings in a folder and the folders in it, sorted.
-
-    Hidden ones are none of the data set: a Mac leaves a file ``._1.png`` beside ``1.png``.
+    """Files with these endings in a folder and the folders in it, sorted; see :func:`files_in`.
 
     Example:
         >>> listed(Path("nowhere"), (".png",))
         []
     """
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
-    return sorted(f for f in found if not any(p.startswith(".") for p in f.relative_to(folder).parts))
+    return sorted(file for file in files_in(folder) if file.suffix.lower() in suffixes)
 
 
 def stamps(files: Iterable[Path]) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import numpy as np
@@ -11,33 +13,33 @@ from refinelib.data.sources import Mask
 
 #: Pixels along the outlines of one person's polygons, at most: pycocotools takes up to 200 bytes for each.
 MOST_OUTLINE = 1 << 20
+#: Pixels of the largest image of which a mask is decoded.
+MOST_PIXELS = 1 << 28
+_WHOLE = re.compile(r"(0|-?[1-9][0-9]{0,18})(\.0{1,9})?")
 
 
 def whole(value: Any) -> int | None:
     """A whole number of under 64 bits in any dress (``1``, ``1.0``, ``"1"``); None: it is none.
 
+    Texts that number things in another way (``"007"``, ``"1_2"``, ``"1e2"``) are none.
+
     Example:
-        >>> whole("7"), whole(7.0), whole("7.5"), whole(True), whole("x7")
+        >>> whole("7"), whole(7.0), whole("7.5"), whole(True), whole("007")
         (7, 7, None, None, None)
     """
     if type(value) is int:
         return value if abs(value) < 2**63 else None
-    if isinstance(value, bool) or not isinstance(value, (str, float)) or len(str(value)) > 40:
-        return None
-    try:
-        number = int(value) if isinstance(value, str) else value
-    except ValueError:
-        try:
-            number = float(value)  # "7.0"
-        except ValueError:
-            return None
-    return int(number) if abs(number) < 2**63 and number == int(number) else None
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return whole(int(value.partition(".")[0]))
+    whole_float = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+    return int(value) if whole_float else None
 
 
-def usable(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
-    """What of a segmentation may hold a mask, at a glance, and the number of its polygons that may not.
+def usable(segmentation: Any, height: int, width: int) -> tuple[Any, list[Any]]:
+    """What of a segmentation may hold a mask, at a glance, and its polygons that may not.
 
-    Whether they cover anything shows when they are decoded.
+    Whether they cover anything shows when they are decoded. A polygon is left out that has an odd length or
+    under three points, or a corner that is not finite or far outside the image.
 
     Args:
         segmentation: a polygon ``[x, y, x, y, ...]`` or ``[[x, y], ...]``, a list of such, or run lengths.
@@ -49,58 +51,63 @@ def usable(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
 
     Example:
         >>> usable([0, 0, 9, 0, 9, 9], 10, 10)
-        ([[0, 0, 9, 0, 9, 9]], 0)
+        ([[0, 0, 9, 0, 9, 9]], [])
         >>> usable([[[0, 0], [9, 0], [9, 9]], [5, 5, 6]], 10, 10)
-        ([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]], 1)
+        ([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]], [[5, 5, 6]])
     """
     if isinstance(segmentation, list):
         points = len(segmentation) > 2 and all(
             isinstance(one, list) and len(one) == 2 for one in segmentation
         )
         one = points or not any(isinstance(part, (list, dict)) for part in segmentation)
-        parts = [segmentation] if one and segmentation else segmentation
-        good = [polygon for polygon in map(_polygon, parts) if polygon]
-        return good or None, len(parts) - len(good)
+        parts, reach = [segmentation] if one and segmentation else segmentation, 2 * max(height, width)
+        found = [_polygon(part, reach) for part in parts]
+        bad = [part for part, polygon in zip(parts, found, strict=True) if polygon is None]
+        return [polygon for polygon in found if polygon] or None, bad
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("size"), list):
-        return None, 0
+        return None, []
     counts = segmentation.get("counts")
     if [whole(side) for side in segmentation["size"]] != [height, width] or not counts:
-        return None, 0
+        return None, []
     if isinstance(counts, list) and {*map(type, counts)} != {int}:
         counts = [whole(count) for count in counts]
     if not isinstance(counts, str) and (not isinstance(counts, list) or None in counts):
-        return None, 0
-    return {"size": [height, width], "counts": counts}, 0
+        return None, []
+    return {"size": [height, width], "counts": counts}, []
 
 
-def _polygon(part: Any) -> list[float] | None:
-    """A polygon as a plain list of numbers; None: of an odd length, under three points, or no numbers."""
+def _polygon(part: Any, reach: float) -> list[float] | None:
+    """A polygon as a plain list of numbers; None: it is none, or one that pycocotools cannot draw."""
     if isinstance(part, list) and not {*map(type, part)} <= {int, float}:
         try:
-            part = np.array(part, np.float64).ravel().tolist()
+            corners = np.array(part, np.float64)
         except (TypeError, ValueError, OverflowError):  # uneven rows, words, numbers beyond any
             return None
-    return part if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 else None
+        part = corners.ravel().tolist() if corners.ndim == 1 or corners.shape[1:] == (2,) else None
+    if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
+        return None
+    near = -reach <= min(part) and max(part) <= 2 * reach
+    return part if near and math.isfinite(sum(part)) else None
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> Mask | None:
     """A COCO segmentation (polygons, RLE, compressed RLE) as bool ``[height, width]``; None: no mask in it.
 
-    pycocotools draws the polygons. Those that it would read or write out of bounds (coordinates that are not
-    finite or far away, millions of pixels of outline) are left out. Run lengths are checked and decoded here:
-    pycocotools does not check them, and damaged ones make it read uninitialised memory or end the process.
+    pycocotools draws the polygons, unless they have millions of pixels of outline. Run lengths are checked
+    and decoded here: pycocotools does not check them, and damaged ones make it read uninitialised memory or
+    end the process.
 
     Example:
         >>> decode_segmentation({"size": [2, 2], "counts": [1, 2, 1]}, 2, 2).tolist()
         [[False, True], [True, False]]
     """
     segmentation, _ = usable(segmentation, height, width)
+    if height * width > MOST_PIXELS:
+        return None
     if isinstance(segmentation, list):
-        reach = 2 * max(height, width)
-        polygons = [one for one in segmentation if all(-reach <= value <= 2 * reach for value in one)]
-        if not polygons or _outline(polygons) > MOST_OUTLINE:
+        if _outline(segmentation) > MOST_OUTLINE:
             return None
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         segmentation["counts"] = segmentation["counts"].decode()
     counts = segmentation and segmentation["counts"]
     if isinstance(counts, str):

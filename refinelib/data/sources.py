@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ MISSING = "missing image"
 UNREADABLE = "unreadable image"
 OTHER_SIZE = "image of another size than its annotation"
 TURNED = "image turned upright by its EXIF orientation, since only so it has the size of its annotation"
+TWICE = "image file that two entries name"
 NOT_TURNED = "image whose EXIF orientation was not applied"
 
 
@@ -108,6 +109,10 @@ class Masks:
             if (len(self._kept) + 1) * mask.nbytes <= MASK_BYTES:
                 self._kept[slot] = mask
         return mask
+
+    def forget(self, slot: int) -> None:
+        """Decode a mask again when it is used next."""
+        self._kept.pop(slot, None)
 
     def any(self, axis: int) -> Mask:
         """Pixels of any person; ``axis`` is 0, as for an array ``[P, H, W]``."""
@@ -180,7 +185,7 @@ COLUMNS |= {"boxes": "f4", "areas": "f4", "image_sizes": "i4"}
 class Source(Protocol):
     """A data set's split.
 
-    One that reads files has a method ``files()`` too, see :func:`files_of`.
+    One that reads files is a :class:`FileSource` too.
 
     Attributes:
         name: of the data set, as ``settings.data`` has it.
@@ -203,10 +208,15 @@ class Source(Protocol):
         """A text that changes with what the data are; cheap, whatever the size of the data set."""
 
 
-def files_of(source: Source) -> Iterable[Path]:
-    """The files that the scenes of ``source.instances()`` are read from: their change makes a store stale."""
-    files: Callable[[], Iterable[Path]] = getattr(source, "files", tuple)
-    return files()
+@runtime_checkable
+class FileSource(Source, Protocol):
+    """A source that reads files: a store is built again when one of them is another than it was."""
+
+    def names(self) -> Iterable[str]:
+        """The names of the files, after ``instances()``."""
+
+    def locate(self, name: str) -> Path | None:
+        """The file that a name means now; None: none, or several."""
 
 
 class InstancesBuilder:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from refinelib.config import Settings
 from refinelib.data.coco import CocoPeople, coco_paths
 from refinelib.data.formats import LabelmePeople, YoloPeople
 from refinelib.data.pennfudan import MaskPeople, PennFudanPeople
-from refinelib.data.sources import COLUMNS, DataError, Instances, Scene, Source, decode_image, files_of
+from refinelib.data.sources import COLUMNS, DataError, FileSource, Instances, Scene, Source, decode_image
 from refinelib.data.store import Store, read_info
 from refinelib.data.store_build import open_store, store_sizes
 from refinelib.data.synthetic import SyntheticPeople
@@ -173,9 +172,17 @@ class JoinedSources:
             index -= length
         raise IndexError(f"{self.name} {self.split} has {len(self)} images")
 
-    def files(self) -> Iterator[Path]:
-        """Those of all parts."""
-        return itertools.chain.from_iterable(map(files_of, self.sources))
+    def names(self) -> list[str]:
+        """Those of all parts, with the part's number before each."""
+        parts = [(i, one.names()) for i, one in enumerate(self.sources) if isinstance(one, FileSource)]
+        return [f"{i}:{name}" for i, names in parts for name in names]
+
+    def locate(self, name: str) -> Path | None:
+        """The file that a name of a part means."""
+        part, _, name = name.partition(":")
+        source = self.sources[int(part)]
+        assert isinstance(source, FileSource)
+        return source.locate(name)
 
     def fingerprint(self) -> str:
         """Of all parts."""
@@ -242,7 +249,7 @@ def _labelme(settings: Settings, split: str) -> Source:
 
 def _masks(settings: Settings, split: str) -> Source:
     masks, images, part = _places(settings, split, "masks", "images")
-    return MaskPeople(images, masks, split, part)
+    return MaskPeople(images, masks, split, part, exif=settings.exif)
 
 
 def _reading(settings: Settings) -> dict[str, Any]:
@@ -292,6 +299,7 @@ _READ = (
     Option("allow_images_outside", False, _OUTSIDE, role="run"),
     Option("category", "person", "names of the categories that are persons, by commas", role="data"),
 )
+_TURN = Option("exif", "ignore", _EXIF, {"choices": ("ignore", "apply")}, role="data")
 DATASETS.add("synthetic", lambda settings, split: SyntheticPeople(SYNTHETIC[split], split))
 DATASETS.add("pennfudan", _pennfudan, _FOLDER)
 DATASETS.add(
@@ -300,8 +308,8 @@ DATASETS.add(
     *_WHERE,
     *_READ,
     Option("crowd", "auto", _CROWD, {"choices": ("auto", "skip", "keep")}, role="data"),
-    Option("exif", "ignore", _EXIF, {"choices": ("ignore", "apply")}, role="data"),
+    _TURN,
 )
 DATASETS.add("yolo", _yolo, _FOLDER, *_READ)
 DATASETS.add("labelme", _labelme, *_WHERE, *_READ)
-DATASETS.add("masks", _masks, *_WHERE)
+DATASETS.add("masks", _masks, *_WHERE, _TURN)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from refinelib import files
 from refinelib.data import sources
 from refinelib.data.augment import MEAN
-from refinelib.data.sources import COLUMNS, DataError, Instances, SceneError, Source, counted
+from refinelib.data.sources import COLUMNS, DataError, FileSource, Instances, SceneError, Source, counted
 from refinelib.data.store import FORMAT, Store, StoreInfo
 from refinelib.modeling.roi import canvas_size, centre_window, crop_rois, expand_boxes, mask_canvas_size
 
@@ -85,7 +85,7 @@ def open_store(
 
     whole, folder = place(None), place(max_images)
     for store in (folder, whole):
-        if store.exists() and not changed_files(store):
+        if store.exists() and not changed_files(store, source):
             return Store.open(store).first_images(max_images)
     info = StoreInfo(
         source=source.name, split=source.split, **sizes, max_images=max_images, fingerprint=fingerprint
@@ -93,7 +93,7 @@ def open_store(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder, progress):
-            if not folder.exists() or (changed := changed_files(folder)):
+            if not folder.exists() or (changed := changed_files(folder, source)):
                 if folder.exists() and progress:
                     print(
                         f"{changed} of the files of {folder.name} have changed: builds it again", flush=True
@@ -132,33 +132,25 @@ def _only_builder(folder: Path, progress: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def changed_files(store: Path) -> int:
-    """How many of the files that a store was made from are not what they were then, or are there only now."""
+def changed_files(store: Path, source: Source) -> int:
+    """How many of the files that a store was made from are others now, or are there only now."""
     try:
         found = files.read_npz(store / FILES, {"names": "u n", "stamps": "i k3"})
-        names = found["names"].tobytes().split(b"\0") if found["names"].size else []
-        return int((_stamps(names) != found["stamps"]).any(1).sum())
+        names = found["names"].tobytes().decode("utf-8", "surrogatepass").split("\0")
+        assert isinstance(source, FileSource)
+        return int((_stamps(source, names) != found["stamps"]).any(1).sum())
     except FileNotFoundError:
         return 0  # one of a source without files
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # it is damaged
         return 1
 
 
-def _names(found: Iterable[Path]) -> list[bytes]:
-    """Absolute names of files, without those that no file can have."""
-    names = []
-    for file in found:
-        with suppress(UnicodeEncodeError):
-            names.append(os.fsencode(os.path.abspath(file)))
-    return [name for name in names if b"\0" not in name]
-
-
-def _stamps(names: Sequence[bytes]) -> NDArray[np.int64]:
+def _stamps(source: FileSource, names: Sequence[str]) -> NDArray[np.int64]:
     """Size, time of the content and time of the entry of files, int64 ``[N, 3]``; -1 where there is none."""
 
-    def stamp(name: bytes) -> tuple[int, int, int]:
+    def stamp(name: str) -> tuple[int, int, int]:
         try:
-            found = os.stat(name)
+            found = os.stat(source.locate(name) or "")
         except (OSError, ValueError):
             return (-1, -1, -1)
         return found.st_size, found.st_mtime_ns, found.st_ctime_ns
@@ -168,7 +160,12 @@ def _stamps(names: Sequence[bytes]) -> NDArray[np.int64]:
 
 # -- the whole store -----------------------------------------------------------------------------------
 def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, progress: bool) -> None:
-    started, instances = time.perf_counter(), source.instances(info.max_images)
+    started, read = time.perf_counter(), dict[str, Any]()
+    if isinstance(source, FileSource):  # before they are read: a change from now on is seen
+        names = [name.replace("\0", "") for name in source.names()]
+        text = np.frombuffer("\0".join(names).encode("utf-8", "surrogatepass"), np.uint8)
+        read = {"names": text, "stamps": _stamps(source, names)}
+    instances = source.instances(info.max_images)
     needed = len(instances) * (3 * math.prod(info.canvas) + 2 * math.prod(info.mask_canvas))
     if needed > (free := shutil.disk_usage(folder.parent).free):
         room = f"{needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free"
@@ -176,9 +173,8 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
     temporary = folder.parent / f".{folder.name}.building-{os.getpid()}-{time.time_ns():x}"
     temporary.mkdir()
     try:
-        if names := _names(sources.files_of(source)):  # before they are read: a change from now on is seen
-            text = np.frombuffer(b"\0".join(names), np.uint8)
-            np.savez(temporary / FILES, names=text, stamps=_stamps(names))
+        if read:
+            np.savez(temporary / FILES, **read)
         kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 3), np.int64)
         reasons, notes, examples = (
             Counter(instances.skipped),
@@ -306,6 +302,10 @@ class _Rows(Dataset[_Decoded]):
         except OSError as error:  # a name too long, a folder that may not be read, a disk that fails
             message = f"image {index} of {self.source.name} cannot be read: {error}"
             return _Decoded(left_out=[(sources.UNREADABLE, message)])
+        slots = self.instances.slots[rows]
+        if len(slots) and slots.max() >= len(scene.masks):
+            message = f"image {index} of {self.source.name} has fewer persons than when it was listed"
+            return _Decoded(left_out=[(sources.UNREADABLE, f"{message}: its files were changed meanwhile")])
         boxes, info = torch.from_numpy(self.instances.boxes[rows]).double(), self.info
 
         def regions(canvas: tuple[int, int], box: tuple[int, int]) -> torch.Tensor:
@@ -315,7 +315,7 @@ class _Rows(Dataset[_Decoded]):
         crops = crop_rois(pixels, regions(info.canvas, info.roi_size), info.canvas, fill=MEAN)
         anyone, fractions = scene.masks.any(0), []
         ignored = np.zeros_like(anyone) if scene.ignored is None else scene.ignored & ~anyone
-        places = zip(self.instances.slots[rows], regions(info.mask_canvas, info.mask_size), strict=True)
+        places = zip(slots, regions(info.mask_canvas, info.mask_size), strict=True)
         for slot, region in places:
             mine = scene.masks[slot]
             layers = [mine, anyone & ~mine, ignored][: 2 if scene.ignored is None else 3]

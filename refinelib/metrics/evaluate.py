@@ -244,7 +244,9 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
         report = on_roi.compute(intervals=True)
         report["mean_mask"] = of_baseline.compute(intervals=True)
         in_image = {name: one.compute(intervals=True) for name, one in pasted.items()}
-        precision = {name: average_precision(truth.entries, one.coco.entries) for name, one in pasted.items()}
+        precision = {
+            name: average_precision(truth.entries, one.counted.entries) for name, one in pasted.items()
+        }
     report["resolution_bound"] = in_image["resolution_bound"]
     report["image"] = {**in_image["model"], "mean_mask": in_image["mean_mask"]}
     model = precision.pop("model")

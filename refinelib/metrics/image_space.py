@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +44,7 @@ class AnnotatedImage:
         pixels: uint8 ``[H, W, 3]``.
         masks: bool ``[P, H, W]``: of everybody.
         anyone: bool ``[H, W]``: where anybody is.
-        ignored: bool ``[H, W]``: where nobody knows who is there; None: nowhere.
+        ignored: bool ``[H, W]``: where nobody is known to be, and somebody may be; None: nowhere.
         slots: int ``[N]``: place in ``masks``.
         boxes: float64 ``[N, 4]`` xyxy.
         areas: float64 ``[N]``, pixels.
@@ -115,7 +116,7 @@ def annotated_images(
                 pixels=scene.image,
                 masks=scene.masks,
                 anyone=anyone,
-                ignored=scene.ignored,
+                ignored=None if scene.ignored is None else scene.ignored & ~anyone,
                 slots=np.array(some),
                 boxes=torch.as_tensor(np.array(boxes), dtype=torch.float64),
                 areas=np.array(areas, dtype=np.float64),
@@ -138,13 +139,14 @@ class ImageMetrics:
     Attributes:
         full: the costly metrics too.
         coco: everybody's mask.
+        counted: the same without ignored pixels, for :func:`average_precision`.
         annotation_ids: of the persons scored, in the order of :meth:`table`.
         masks: run lengths of their masks, by annotation id.
     """
 
     def __init__(self, *, full: bool = True) -> None:
         self.full = full
-        self.coco = CocoResults()
+        self.coco, self.counted = CocoResults(), CocoResults()
         self.annotation_ids: list[int] = []
         self.masks: dict[int, dict[str, Any]] = {}
         self._rows: list[dict[str, Tensor]] = []
@@ -161,7 +163,13 @@ class ImageMetrics:
         """
         mask = (found.labels == TARGET).cpu().numpy()
         segmentation = encode(mask, top=found.top, left=found.left, size=image.size)
-        self.coco.add(image.image_id, image.category_ids[person], segmentation, float(found.score))
+        ids, score = (image.image_id, image.category_ids[person]), float(found.score)
+        self.coco.add(*ids, segmentation, score)
+        if image.ignored is not None:
+            rows, columns = mask.shape
+            mask &= ~image.ignored[found.top : found.top + rows, found.left : found.left + columns]
+            counted = encode(mask, top=found.top, left=found.left, size=image.size)
+        self.counted.add(*ids, segmentation if image.ignored is None else counted, score)
         if not image.scored[person]:
             return
         x0, y0, x1, y1 = image.boxes[person].tolist()
@@ -271,7 +279,7 @@ def score_in_images(
 
 def _labels(target: Tensor, anyone: Tensor, ignored: Tensor | None) -> Tensor:
     labels = target.byte() * TARGET + (anyone & ~target).byte() * NON_TARGET
-    return labels if ignored is None else labels.masked_fill_(ignored & ~anyone, IGNORED)
+    return labels if ignored is None else labels.masked_fill_(ignored, IGNORED)
 
 
 # -- predictors ------------------------------------------------------------------------------------
@@ -284,7 +292,8 @@ def pasted_model(probs: Callable[[Any, Tensor], Tensor], device: torch.device) -
     """
 
     def predict(image: AnnotatedImage) -> Iterable[Pasted]:
-        return paste_labels(probs(image.pixels, image.boxes).to(device), image.boxes, image.size)
+        ignored = None if image.ignored is None else torch.from_numpy(image.ignored).to(device)
+        return paste_labels(probs(image.pixels, image.boxes).to(device), image.boxes, image.size, ignored)
 
     return predict
 
@@ -419,7 +428,8 @@ def _apart(truth: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -
         people[entry["image_id"], entry["category_id"]].append(entry)
     for entry in results:
         found[entry["image_id"], entry["category_id"]].append(entry)
-    elsewhere = 1 + max((entry["image_id"] for entry in truth), default=0)
+    ids = {entry["image_id"] for entry in truth}
+    elsewhere = next(number for number in itertools.count(1) if number not in ids)
     for place, entries in people.items():
         surest = sorted(found[place], key=lambda entry: -entry["score"])[:100]
         masks = [[entry["segmentation"] for entry in some] for some in (surest, entries)]

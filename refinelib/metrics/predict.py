@@ -420,7 +420,9 @@ class Pasted(NamedTuple):
     score: Tensor
 
 
-def paste_labels(probs: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Iterator[Pasted]:
+def paste_labels(
+    probs: Tensor, boxes: Tensor, image_size: tuple[int, int], ignored: Tensor | None = None
+) -> Iterator[Pasted]:
     """Labels of each box at the image's own pixels, one box at a time.
 
     The probabilities are interpolated and then compared: the outline runs between grid cells where
@@ -430,6 +432,7 @@ def paste_labels(probs: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> I
         probs: float ``[N, 3, h, w]`` in the grids of the boxes.
         boxes: ``[N, 4]`` xyxy in pixels.
         image_size: ``(H, W)``.
+        ignored: bool ``[H, W]``, pixels that do not count in the score; none: all do.
 
     Raises:
         ValueError: shapes that do not fit, or a box without area.
@@ -442,6 +445,8 @@ def paste_labels(probs: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> I
     for top, left, patch in paste_patches(probs, boxes, image_size):
         labels = patch.argmax(dim=0)
         mask = labels == TARGET
+        if ignored is not None:
+            mask &= ~ignored[top : top + len(mask), left : left + mask.shape[1]]
         yield Pasted(top, left, labels, (patch[TARGET] * mask).sum() / mask.sum().clamp(min=1))
 
 

@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     name: str  # of the image, for file names
     image_id: Any = 0  # as an annotation file gives it
     category_id: Any = 1  # of boxes given by hand: the annotation file's first person's where there is one
-    left_out: str = ""  # the image's annotations that are not used, counted by reason
+    left_out: str = ""  # the image's annotations that are not used, by reason; what is unusual about it
     source: str = "synthetic"  # the image's file
 
     def with_boxes(self, boxes: Sequence[Sequence[float]]) -> Inputs:
@@ -66,6 +66,7 @@ def read_inputs(
     annotations: str | os.PathLike[str] | None = None,
     *,
     category: str = "person",
+    exif: str = "ignore",
 ) -> Inputs:
     """The image and its boxes, checked.
 
@@ -74,6 +75,7 @@ def read_inputs(
         boxes: rows of x0, y0, x1, y1 in pixels, see :func:`~refinelib.metrics.predict.as_boxes`.
         annotations: COCO JSON that lists the image (:func:`index_of`); its persons' boxes, if none are given.
         category: see :func:`~refinelib.data.annotations.read_people`.
+        exif: ``ignore``: boxes are in the pixels as stored; ``apply``: in the image turned upright.
 
     Raises:
         DataError: a file is missing, does not list the image or has no person's box in it, or a box is not
@@ -90,9 +92,11 @@ def read_inputs(
     else:
         path = Path(os.path.abspath(_existing(image)))
         if annotations is None:
-            inputs = Inputs(decode_image(path), [], [], path.stem, source=str(path))
+            notes = list[tuple[str, str]]()
+            pixels = decode_image(path, upright=exif == "apply", notes=notes)
+            inputs = Inputs(pixels, [], [], path.stem, left_out=_noted(notes), source=str(path))
         else:
-            inputs = _annotated(_existing(annotations), path, category)
+            inputs = _annotated(_existing(annotations), path, category, exif)
     if given:
         inputs = inputs.with_boxes(given)
     if annotations is not None and not inputs.boxes:
@@ -107,7 +111,7 @@ def _existing(file: str | os.PathLike[str]) -> Path:
     return path if os.path.exists(path) else absolute(path)
 
 
-def _annotated(annotations: Path, image: Path, category: str) -> Inputs:
+def _annotated(annotations: Path, image: Path, category: str, exif: str) -> Inputs:
     """An image and its persons' boxes of a COCO JSON."""
     content = read_annotations(annotations)
     for one in content["annotations"]:
@@ -121,7 +125,8 @@ def _annotated(annotations: Path, image: Path, category: str) -> Inputs:
         raise DataError(f"{annotations} lists {error}") from None
     number = numbers[index]
     size = people.images[number]["height"], people.images[number]["width"]
-    pixels = decode_image(image, size if all(size) else None)
+    notes = list[tuple[str, str]]()
+    pixels = decode_image(image, size if all(size) else None, upright=exif == "apply", notes=notes)
     left_out = Counter(reason for reason, _, where in people.left_out if where == number)
     images, categories = people.as_written["image_id"], people.as_written["category_id"]
     boxes, ids = list[list[float]](), list[Any]()
@@ -134,7 +139,12 @@ def _annotated(annotations: Path, image: Path, category: str) -> Inputs:
             ids.append(categories.get(one["category_id"], one["category_id"]))
     first = next((one["category_id"] for persons in people.persons.values() for one in persons), 1)
     own_ids = images.get(number, number), categories.get(first, first)
-    return Inputs(pixels, boxes, ids, _name(image, names, index), *own_ids, counted(left_out), str(image))
+    told = "; ".join(filter(None, (counted(left_out), _noted(notes))))
+    return Inputs(pixels, boxes, ids, _name(image, names, index), *own_ids, told, str(image))
+
+
+def _noted(notes: Iterable[tuple[str, str]]) -> str:
+    return "; ".join(f"{kind}: {example}" for kind, example in notes)
 
 
 def _box(annotation: dict[str, Any], height: int, width: int) -> list[float] | str:

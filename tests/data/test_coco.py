@@ -302,7 +302,7 @@ def test_missing_files_are_told(tmp_path, coco_files):
 @pytest.mark.parametrize(
     "text, told",
     [
-        ('{"images": [', "is not valid JSON .*: fetch it again, it may be cut short"),
+        ('{"images": [', "is not valid JSON .*: it must be one JSON object, not packed; it may be cut short"),
         ("", "is not valid JSON"),
         ("\x00\xff", "is not valid JSON"),
         ('{"images": [' + "9" * 5000 + "]}", "is not valid JSON"),

@@ -10,11 +10,13 @@ from PIL import Image
 
 from refinelib.config import resolve
 from refinelib.data import DataError, make_source, open_split, open_store
+from refinelib.data.coco import NOWHERE
 from refinelib.data.formats import DAMAGED, NO_CLASS, NO_PICTURE, LabelmePeople, YoloPeople
 from refinelib.data.image_folder import ELSEWHERE
 from refinelib.data.pennfudan import NO_PICTURE as NO_MASKED
 from refinelib.data.pennfudan import MaskPeople, split_of
-from refinelib.data.sources import MISSING, NO_MASK, OTHER_SIZE, UNREADABLE
+from refinelib.data.sources import MISSING, NO_MASK, NOT_TURNED, OTHER_SIZE, TWICE, UNREADABLE
+from refinelib.data.store_build import _stamps
 
 SIZE = (80, 100)
 #: Two persons that do not touch, xyxy.
@@ -167,7 +169,10 @@ def test_yolo_boxes_and_bad_lines_are_counted(yolo):
     assert found.skipped == {NO_MASK: 7, NO_CLASS: 4} and found.boxes.tolist() == [[*ONE]]
     assert "line 2 of a.txt, a box, is no mask; give polygons" in found.examples[NO_MASK]
     assert "line 9 of a.txt must be numbers" in found.examples[NO_CLASS]
-    assert np.array_equal(source.scene(0).ignored, filled(TWO))  # nobody knows which pixels are the person
+    assert source.scene(0).ignored.all() and found.notes == {NOWHERE: 1}  # nobody knows where line 3's is
+    yolo.add("a", ONE, text="\n".join(lines[:2]))
+    boxed = YoloPeople(yolo.folder, "train")
+    assert np.array_equal(boxed.scene(0).ignored, filled(TWO)) and not boxed.instances().notes
 
 
 def test_yolo_files_that_cannot_be_used_are_counted(yolo):
@@ -509,13 +514,15 @@ def test_other_splits_of_masks(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fingerprints_change_with_every_file(tmp_path, kind):
+def test_every_file_is_seen(tmp_path, kind):
     images, labels = layout(kind, tmp_path, "train")
     write(kind, images, labels, "a"), write(kind, images, labels, "b")
     (tmp_path / "data.yaml").write_text("train: images/train\nnames: [person]\n")
 
     def fingerprint():
-        return make_source(resolve("demo", data=kind, data_dir=str(tmp_path)), "train").fingerprint()
+        source = make_source(resolve("demo", data=kind, data_dir=str(tmp_path)), "train")
+        source.instances()
+        return json.dumps([source.fingerprint(), _stamps(source, source.names()).tolist()])
 
     seen = [fingerprint()]
     assert fingerprint() == seen[0]
@@ -530,3 +537,83 @@ def test_fingerprints_change_with_every_file(tmp_path, kind):
     (images / "c.png").unlink()
     seen.append(fingerprint())
     assert len({*seen}) == len(seen)
+
+
+# -- whose file is it --------------------------------------------------------------------------------
+def test_labels_and_masks_of_two_images_are_neither_s(tmp_path, yolo):
+    yolo.add("a", ONE), yolo.add("b", TWO)
+    picture(yolo.image("a").with_suffix(".jpg"), TWO)
+    found = check(YoloPeople(yolo.folder, "train"), [TWO])
+    assert found.skipped == {TWICE: 1} and "a.jpg and a.png" in found.examples[TWICE]
+    for name in ("a.png", "a.jpg", "b.png"):
+        picture(tmp_path / "m" / "images" / name, ONE)
+    for name in "ab":
+        write("masks", tmp_path / "m" / "images", tmp_path / "m" / "masks", name, ONE)
+    found = check(MaskPeople(tmp_path / "m" / "images", tmp_path / "m" / "masks"), [ONE])
+    assert found.skipped == {TWICE: 2} and "a.jpg and a.png" in found.examples[TWICE]
+
+
+def test_labelme_does_not_take_another_camera_s_image(tmp_path):
+    for camera, box in (("cam1", ONE), ("cam2", TWO)):
+        picture(tmp_path / "images" / camera / "a.png", box)
+        note(tmp_path / "notes" / camera / "a.json", shape(corners(box)), path="a.png")
+    source = labelme(tmp_path / "notes", tmp_path / "images")
+    check(source, [ONE], [TWO])  # the folder of the JSON file decides
+    (tmp_path / "images" / "cam1" / "a.png").unlink()
+    for path in ("a.png", "..\\..\\images\\cam1\\a.png"):
+        note(tmp_path / "notes" / "cam1" / "a.json", shape(corners(ONE)), path=path)
+        assert check(labelme(tmp_path / "notes", tmp_path / "images"), [TWO]).skipped == {MISSING: 1}
+
+
+def test_yolo_poses_are_refused(yolo):
+    yolo.add("a", ONE)
+    (yolo.folder / "data.yaml").write_text("train: images/train\nnames: [person]\nkpt_shape: [17, 3]\n")
+    with pytest.raises(DataError, match="has kpt_shape: its labels are poses"):
+        YoloPeople(yolo.folder, "train")
+    (yolo.folder / "data.yaml").write_text("train: images/train\nnames: {'0': person}\n")
+    check(YoloPeople(yolo.folder, "train"), [ONE])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_among_the_data_changes_nothing(tmp_path, kind):
+    images, labels = layout(kind, tmp_path, "train")
+    write(kind, images, labels, "a")
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [person]\n")
+    settings = resolve("demo", data=kind, data_dir=str(tmp_path))
+    places = {
+        open_store(make_source(settings, "train"), root=tmp_path / place, **OWN).folder
+        for place in ("stores", "stores")
+    }
+    assert len(places) == 1
+    (labels / "README.md").write_text("a note")
+    store = open_store(make_source(settings, "train"), root=tmp_path / "stores", **OWN)
+    assert {store.folder} == places and not store.skipped
+
+
+def test_masks_of_turned_images(tmp_path):
+    picture(tmp_path / "a.jpg", ONE)
+    upright = Image.open(tmp_path / "a.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    upright.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    Image.fromarray(owner(ONE)).save(tmp_path / "a.png")
+    scene = MaskPeople(tmp_path, tmp_path).scene(0)
+    assert [kind for kind, _ in scene.notes] == [NOT_TURNED]
+    scene = MaskPeople(tmp_path, tmp_path, exif="apply").scene(0)
+    assert not scene.notes and np.array_equal(scene.masks[0], scene.image[..., 0] > 130)
+
+
+def test_a_mask_that_loses_its_people_meanwhile(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.jpg", ONE, TWO)
+        Image.fromarray(owner(ONE, TWO)).save(tmp_path / f"{name}.png")
+
+    class Changing(MaskPeople):
+        def instances(self, max_images=None):
+            found = super().instances(max_images)
+            Image.fromarray(owner(ONE)).save(tmp_path / "a.png")
+            return found
+
+    store = open_store(Changing(tmp_path, tmp_path), root=tmp_path / "stores", **OWN)
+    assert len(store) == 2 and "its files were changed meanwhile" in store.examples[UNREADABLE]
+    assert len(open_store(MaskPeople(tmp_path, tmp_path), root=tmp_path / "stores", **OWN)) == 3

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 import tempfile
 import unicodedata
@@ -14,14 +15,16 @@ import torch
 from conftest import CocoFiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limits import in_memory
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from refinelib.data import CocoPeople, DataError, open_store
-from refinelib.data.annotations import CROWD, CROWD_KEPT, NO_CATEGORY
-from refinelib.data.coco import BAD_POLYGON, TWICE
+from refinelib.data.annotations import CROWD, CROWD_KEPT, NO_CATEGORY, NO_IMAGE
+from refinelib.data.coco import BAD_POLYGON, NOT_ITS_BOX, NOWHERE, PART_OF_BOX
 from refinelib.data.image_folder import SEVERAL, ImageFolder
 from refinelib.data.segmentation import whole
-from refinelib.data.sources import MISSING, NO_MASK, NOT_TURNED, TURNED, SceneError
+from refinelib.data.sources import MISSING, NO_MASK, NOT_TURNED, TURNED, TWICE, UNREADABLE, SceneError
 from refinelib.modeling import IGNORED
 from refinelib.modeling.roi import labels_from_coverage
 
@@ -161,6 +164,20 @@ def test_ids_that_are_no_numbers(tmp_path):
     assert source.as_written["category_id"][number] == "person"
 
 
+def test_texts_that_number_in_another_way_are_texts(tmp_path):
+    """Video and frame "1_12", hexadecimal "0e1", "007" beside "7": each is an id of its own."""
+    files = people_of(tmp_path / "data", 6)
+    texts = ["1_12", "11_2", "0e1", "0e2", "007", "7"]
+    for entry, one, text in zip(files.content["images"], files.content["annotations"], texts, strict=True):
+        entry["id"] = one["image_id"] = text
+    source = files.source()
+    found = source.instances()
+    own = [source.as_written["image_id"][number] for number in found.image_ids.tolist()]
+    assert sorted(own) == sorted(texts) and 7 in found.image_ids and not found.skipped
+    files.content["annotations"][0]["image_id"] = "1e2"
+    assert files.source().instances().skipped == {NO_IMAGE: 1}
+
+
 @given(st.one_of(st.integers(), st.floats(), st.text(max_size=6), st.booleans(), st.none(), st.binary()))
 def test_whole(value):
     found = whole(value)
@@ -170,7 +187,7 @@ def test_whole(value):
         same = value == value and abs(value) < 2**63 and value == int(value)
         assert found == (int(value) if same else None)
     elif found is not None:
-        assert float(value) == found
+        assert value.removesuffix(".0").rstrip("0").rstrip(".") == str(found).rstrip("0")
 
 
 # -- whose file is it --------------------------------------------------------------------------------
@@ -238,6 +255,105 @@ def test_a_file_that_two_entries_name_is_neither_s(tmp_path, names):
     )
     with pytest.raises(DataError, match="no person that can be used: image file that two .*image 3.*image 4"):
         files.source().instances()
+
+
+NAMES = {
+    "a file that was missing": ("9.png", [], ["9.png"]),
+    "one in a folder": ("9.png", [], ["sub/9.png"]),
+    "one of another case": ("9.png", [], ["9.PNG"]),
+    "one closer to the name": ("x/9.png", ["9.png"], ["x/9.png"]),
+    "a second that fits": ("9.png", ["sub/9.png"], ["other/9.png"]),
+}
+
+
+@pytest.mark.parametrize("name, before, after", NAMES.values(), ids=list(NAMES))
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_store_follows_what_a_name_means(tmp_path, name, before, after, sized):
+    files = people_of(tmp_path / "data", 2)
+    size = dict(height=80, width=100) if sized else {}
+    files.person(3, (30, 30, 60, 70))
+    files.content["images"].append(dict(id=3, file_name=name, **size))
+
+    def put(place, grey):
+        (files.images / place).parent.mkdir(exist_ok=True)
+        Image.new("L", (100, 80), grey).save(files.images / place)
+
+    def store():
+        return build(CocoPeople(files.annotations, files.images), tmp_path / "stores")
+
+    files.source()
+    for place in before:
+        put(place, 100)
+    first = store()
+    for place in after:
+        put(place, 200)
+    second = store()
+    several = len(before) and "other" in after[0]
+    assert len(first) == (3 if before else 2) and len(second) == (2 if several else 3)
+    assert several or np.median(second.images[-1]) == 200
+    (files.images / "unrelated.png").touch()
+    assert store().folder.stat().st_ino == second.folder.stat().st_ino
+
+
+def test_an_annotation_file_of_the_same_size_and_time(tmp_path):
+    files = people_of(tmp_path / "data")
+    source, times = files.source(), files.annotations.stat()
+    assert len(build(source, tmp_path / "stores")) == 3
+    text = files.annotations.read_text().replace('"category_id": 1', '"category_id": 7', 1)
+    files.annotations.write_text(text)
+    os.utime(files.annotations, ns=(times.st_atime_ns, times.st_mtime_ns))
+    again = CocoPeople(files.annotations, files.images)
+    assert len(build(source, tmp_path / "stores")) == 3  # read before, and known by that
+    assert len(build(again, tmp_path / "stores")) == 2
+
+
+# -- masks and boxes -------------------------------------------------------------------------------------
+def test_a_part_that_cannot_be_drawn_is_ignored(tmp_path):
+    files = CocoFiles(tmp_path / "data")
+    half, far = [20, 10, 36, 10, 36, 42, 20, 42], [36, 10, 52, 10, 99999, 42]
+    files.person(files.image((80, 100)), (20, 10, 52, 42), [half, far])
+    files.person(files.image((80, 100)), (20, 10, 52, 42), [half, [1, 2, 3, 4]])
+    store = build(files.source(), tmp_path)
+    assert store.info.notes == {BAD_POLYGON: 2} and not store.skipped
+    assert (labels(store)[:, 16:] == IGNORED).all() and (labels(store)[:, :16] == 1).all()
+    assert (labels(store, 1)[:, 16:] == 0).all()  # two points cover nothing
+
+
+@pytest.mark.parametrize(
+    "box, kind",
+    [
+        ([20, 10, 52, 42], PART_OF_BOX),  # x, y, x, y
+        ([36, 26, 32, 32], NOT_ITS_BOX),  # centre
+        ([10, 60, 32, 32], NOT_ITS_BOX),
+        ([19.5, 9.5, 33, 33], None),
+    ],
+)
+def test_masks_that_are_not_their_boxes(tmp_path, box, kind):
+    files = people_of(tmp_path / "data")
+    files.content["annotations"][0]["bbox"] = box
+    store = build(files.source(), tmp_path)
+    assert store.info.notes == ({kind: 1} if kind else {})
+    assert len(store) == (2 if kind == NOT_ITS_BOX else 3)
+    assert kind is None or "annotation 100" in store.examples[kind]
+
+
+def test_who_is_somewhere_makes_all_of_the_image_unknown(tmp_path):
+    def nowhere(files, image):
+        files.person(image, (0, 0, 1, 1), segmentation="lost", bbox={"x": 1})
+
+    store = build(with_neighbour(tmp_path / "data", nowhere).source(), tmp_path)
+    assert store.info.notes == {NOWHERE: 1} and store.skipped == {NO_MASK: 1}
+    assert (labels(store)[:, :16] == 1).all() and (labels(store)[:, 16:] == IGNORED).all()
+
+
+def test_a_mask_of_gigabytes_is_not_decoded(tmp_path):
+    files = people_of(tmp_path / "data")
+    side = 2**31 - 1
+    files.content["images"][0].update(height=side, width=side)
+    files.content["annotations"][0]["segmentation"] = {"size": [side, side], "counts": [0, side * side]}
+    del files.content["annotations"][0]["bbox"]
+    with in_memory(30):
+        assert build(files.source(), tmp_path).skipped == {NO_MASK: 1}
 
 
 # -- ignored is not background -----------------------------------------------------------------------
@@ -367,6 +483,35 @@ def test_people_called_otherwise(tmp_path):
     assert len(one.instances()) == 1
 
 
+def test_categories_of_one_id_are_refused(tmp_path):
+    files = people_of(tmp_path / "data")
+    files.content["categories"] = [{"id": 1, "name": "person"}, {"id": "1", "name": "car"}]
+    with pytest.raises(DataError, match="two categories of id 1, 'person' and 'car': give each an id"):
+        files.source().instances()
+
+
+@pytest.mark.parametrize("mark", [{"iscrowd": "true"}, {"iscrowd": "1"}, {"ignore": 1}, {"is_crowd": True}])
+def test_marks_in_other_dress(tmp_path, mark):
+    files = people_of(tmp_path / "data")
+    files.content["annotations"][0].update(mark)
+    assert build(files.source(), tmp_path).skipped == {CROWD: 1}
+
+
+def test_a_list_that_stands_twice_is_refused(tmp_path):
+    files = people_of(tmp_path / "data")
+    source = files.source()
+    files.annotations.write_text('{"annotations": [], ' + files.annotations.read_text()[1:])
+    with pytest.raises(DataError, match="a list stands in it twice"):
+        source.instances()
+
+
+@pytest.mark.parametrize("name", ["http://[bad/9.png", "http://\u2100/x.png", "://", "http://", "a://?#"])
+def test_a_name_that_is_no_url(tmp_path, name):
+    files = people_of(tmp_path / "data")
+    files.content["images"][0]["file_name"] = name
+    assert build(files.source(), tmp_path).skipped in ({MISSING: 1}, {UNREADABLE: 1})
+
+
 def test_the_error_has_up_to_three_examples(tmp_path):
     files = people_of(tmp_path / "data", 4)
     first, second, third, fourth = files.content["annotations"]
@@ -423,6 +568,9 @@ def test_what_is_ignored_scores_nothing(tmp_path):
     predictor.probs = lambda image, boxes: everywhere
     found = measure(predictor, images=files.images, annotations=files.annotations)
     assert found.report["target_iou"] == found.report["image"]["target_iou"] == 1.0
+    assert found.report["coco"]["AP"] == pytest.approx(1.0)
+    whole_mask = coco_mask.decode(found.results[0]["segmentation"])
+    assert whole_mask[10:26, 20:52].all()  # what is saved is what was predicted
     assert found.report["ignored"] == pytest.approx(0.25) and found.confusion.sum() == 32 * 32 * 3 / 4
 
 

@@ -454,12 +454,12 @@ def test_a_store_is_built_again_when_a_file_changes(coco_files, tmp_path):
     folder = open_store(source, root=tmp_path / "stores", **SMALL).folder
     assert not built_again(3)
     Image.new("RGB", (70, 60), (200, 0, 0)).save(first)
-    assert (built_again(3).images[0, ..., 0] > 190).all()
+    assert np.median(built_again(3).images[0, ..., 0]) > 190
     times, size = second.stat(), second.stat().st_size
     Image.new("RGB", (70, 60), (0, 200, 0)).save(second)
     second.write_bytes(second.read_bytes().ljust(size, b"\0"))
     os.utime(second, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert (built_again(3).images[1, ..., 1] > 190).all()
+    assert np.median(built_again(3).images[1, ..., 1]) > 190
     missing.write_bytes(kept)
     assert built_again(4)
     (coco_files.images / "another.jpg").write_bytes(kept)
