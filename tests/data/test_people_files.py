@@ -22,9 +22,18 @@ from pycocotools import mask as coco_mask
 from refinelib.data import CocoPeople, DataError, open_store
 from refinelib.data.annotations import CROWD, CROWD_KEPT, NO_CATEGORY, NO_IMAGE
 from refinelib.data.coco import BAD_POLYGON, NOT_ITS_BOX, NOWHERE, PART_OF_BOX
-from refinelib.data.image_folder import SEVERAL, ImageFolder
+from refinelib.data.image_folder import ELSEWHERE, SEVERAL, ImageFolder
 from refinelib.data.segmentation import whole
-from refinelib.data.sources import MISSING, NO_MASK, NOT_TURNED, TURNED, TWICE, UNREADABLE, SceneError
+from refinelib.data.sources import (
+    MISSING,
+    NO_MASK,
+    NOT_TURNED,
+    OTHER_SIZE,
+    TURNED,
+    TWICE,
+    UNREADABLE,
+    SceneError,
+)
 from refinelib.modeling import IGNORED
 from refinelib.modeling.roi import labels_from_coverage
 
@@ -588,6 +597,10 @@ VALUES = st.one_of(
 )
 
 
+#: Reasons for which an image is left out, and all people in it.
+OF_IMAGES = (MISSING, UNREADABLE, OTHER_SIZE, TWICE, ELSEWHERE, SEVERAL)
+
+
 def changed(draw, content):
     """One random change somewhere in the content."""
     part = draw(st.sampled_from(["images", "annotations", "annotations", "categories"]))
@@ -635,7 +648,8 @@ def check_damaged(plain, draw, changes):
             return
         # Every annotation is used, of another known category, or counted, by itself or with its image.
         people = len(content["annotations"]) - of_others(content)
-        assert len(store) + sum(store.skipped.values()) >= people
+        of_images = sum(store.skipped.get(reason, 0) for reason in OF_IMAGES)  # each may have had them all
+        assert len(store) + sum(store.skipped.values()) + of_images * (people - 1) >= people
         assert np.isfinite(store.boxes).all() and (store.areas > 0).all()
         del store
 
