@@ -43,13 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     again.add_argument("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
     again.add_argument("--device", default="auto", choices=DEVICES)
 
+    pair = ("NAME", "VALUE")
+    one = commands.add_parser("train", help="train a recipe in this process; returns 0 if the run ends as ok")
+    one.set_defaults(execute=_train)
+    one.add_argument("-f", dest="recipe", metavar="RECIPE", help="name of a file in params/, or a path")
+    one.add_argument("-p", nargs=2, action="append", default=[], metavar=pair, help="a setting")
+
     batch = commands.add_parser("run", help="train recipes in a row, through notebooks/train.ipynb")
     batch.set_defaults(execute=_run)
     batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths")
     batch.add_argument("--epochs", type=int, help="passes over the training set, for all of them")
     batch.add_argument("--batch-size", type=int, help="ROIs in a micro-batch, for all of them")
     batch.add_argument("--debug", action="store_true", help="a few images, two epochs, a small model")
-    pair = ("NAME", "VALUE")
     batch.add_argument("-p", nargs=2, action="append", default=[], metavar=pair, help="a setting")
 
     look = commands.add_parser("check-data", help="read a data set once and say what training would use")
@@ -101,6 +106,18 @@ def _summary(options: argparse.Namespace) -> int:
     run = latest() if options.run == "latest" else Run.open(options.run)
     print(run.summary())
     return 0 if run.status()["state"] in ("ok", "running") else 1
+
+
+def _train(options: argparse.Namespace) -> int:
+    from refinelib.config import resolve
+    from refinelib.trainer import train
+
+    try:
+        print(train(resolve(options.recipe, **dict(options.p))).summary())
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command with -p resume true goes on", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _check_data(options: argparse.Namespace) -> int:
