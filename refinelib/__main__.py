@@ -128,13 +128,16 @@ def _check_data(options: argparse.Namespace) -> int:
 
     given, splits = dict(options.p), ["train", "val"]
     if options.annotations or options.images:
+        if not (options.annotations and options.images) or given.get("data", "coco") != "coco":
+            raise ValueError("give --annotations and --images, of COCO's kind, or settings with -p, not both")
         places = {"val_annotations": options.annotations, "val_images": options.images}
         given, splits = {**given, "data": "coco", **places}, ["val"]
     settings, folder = resolve("original", **given), checked_folder(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     for split in splits:
         picture = folder / f"{split}.png"
-        print(check_data(make_source(settings, split), picture, progress=sys.stderr.isatty()))
+        source, progress = make_source(settings, split), sys.stderr.isatty()
+        print(check_data(source, picture, max_images=settings.max_images, progress=progress))
         print(f"picture: {picture}", flush=True)
     return 0
 

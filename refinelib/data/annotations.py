@@ -16,6 +16,8 @@ from refinelib.data.sources import DataError
 from refinelib.files import shown
 
 CROWD = "crowd annotation"
+MARKED = "annotation marked to be ignored"
+NEW_ID = "annotation whose id is missing, no number, or another's: numbered from -1 downwards"
 NO_FIELD = "annotation that lacks a field"
 NO_IMAGE = "annotation of an image that is not listed"
 NO_CATEGORY = "annotation of a category that is not listed"
@@ -26,8 +28,8 @@ CROWD_SHARE = 0.9
 #: Bytes of the largest annotation file that is read; COCO's own largest has half a GB.
 MOST_BYTES = 2 << 30
 
-#: Keys by which files mark a region of which nobody knows who is there.
-MARKS = ("iscrowd", "is_crowd", "ignore")
+#: Keys by which files mark a crowd, and what is to be ignored whatever it is.
+CROWD_MARKS, IGNORE_MARK = ("iscrowd", "is_crowd"), "ignore"
 
 Content = dict[str, list[Any]]
 
@@ -163,7 +165,7 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
                 (
                     {**one, "category_id": categories[kind]},
                     image,
-                    any(_is_set(one.get(mark)) for mark in MARKS),
+                    any(_is_set(one.get(mark)) for mark in CROWD_MARKS),
                 )
             )
     _sort(found, people, crowd)
@@ -177,7 +179,9 @@ def _sort(found: list[tuple[dict[str, Any], int, bool]], people: People, crowd: 
     taken, free = set[int](), itertools.count(-1, -1)
     for one, image, is_crowd in found:
         what = f"annotation {shown(one.get('id'))}"
-        if is_crowd and not keep:
+        if _is_set(one.get(IGNORE_MARK)):
+            people.left_out.append((MARKED, what, image))
+        elif is_crowd and not keep:
             rule = f"one of {crowds} of {len(found)}; set crowd to keep if each is a single person"
             people.left_out.append((CROWD, f"{what}, {rule}", image))
         elif "segmentation" not in one:
@@ -187,6 +191,8 @@ def _sort(found: list[tuple[dict[str, Any], int, bool]], people: People, crowd: 
                 rule = f"{crowds} of {len(found)} are marked; set crowd to skip if they are regions"
                 people.notes.append((CROWD_KEPT, f"{what}: {rule}"))
             one["id"] = whole(one.get("id"))
+            if one["id"] is None or one["id"] in taken:
+                people.notes.append((NEW_ID, what))
             while one["id"] is None or one["id"] in taken:  # metrics and masks are kept by it
                 one["id"] = next(free)
             taken.add(one["id"])

@@ -124,10 +124,12 @@ class CocoPeople:
                     (kind, f"annotation {person['annotation_id']} in {found.file}, box {box} (xyxy)")
                 )
             if kind in (NOT_ITS_BOX, sources.NO_MASK):
-                regions += [(segmentations[slot], None), (None, person["box"])]
+                regions.append((segmentations[slot], person["box"], True))
                 segmentations[slot] = None
                 masks.forget(slot)
-        return Scene(image, masks, _ignored(regions, size) if regions else None, notes)
+        ignored, nowhere = _ignored(regions, size) if regions else (None, 0)
+        notes += [(NOWHERE, found.file)] * nowhere
+        return Scene(image, masks, ignored, notes)
 
     def annotated_instances(self, index: int) -> list[dict[str, Any]]:
         """All persons of image ``index``, small ones too, in the order of the scene's masks.
@@ -203,7 +205,7 @@ class CocoPeople:
                 segmentation, bad = usable(annotation["segmentation"], *size)
                 for part in bad if segmentation else []:
                     builder.note(BAD_POLYGON, f"{what}: {sources.printable(part, 80)}")
-                    if isinstance(part, list) and len(part) > 4:  # it may have been a part of the person
+                    if isinstance(part, dict) or (isinstance(part, list) and len(part) > 4):  # of the person?
                         regions.append(_region({**annotation, "segmentation": None}, size))
                 person = None if segmentation is None else _person(annotation, segmentation, size)
                 if person is None:
@@ -216,10 +218,7 @@ class CocoPeople:
                 found.append(person)
             ids, boxes, areas = ([one[key] for one in found] for key in ("annotation_id", "box", "area"))
             if builder.add(where, image_id, size, ids, boxes, areas):
-                if None in regions:
-                    builder.note(NOWHERE, f"{where}, {sources.printable(entry['file_name'])}")
-                places = [(None, (0, 0, size[1], size[0])) if one is None else one for one in regions]
-                parts = (json.dumps(part).encode() for part in (segmentations, found, places))
+                parts = (json.dumps(part).encode() for part in (segmentations, found, regions))
                 scenes.append(_SceneData(entry["file_name"], size, *parts))
         instances = builder.instances(str(self.annotations), "no annotation of a person")
         self._scenes = max(self._scenes, scenes, key=len)  # a shorter index is a prefix of a longer one
@@ -259,14 +258,10 @@ def _person(annotation: dict[str, Any], segmentation: Any, size: tuple[int, int]
     return {**ids, "box": box, "area": float(area)}
 
 
-def _region(annotation: dict[str, Any], size: tuple[int, int]) -> tuple[Any, Any] | None:
-    """Segmentation and box of a crowd or a person without mask; None where its place is not known."""
+def _region(annotation: dict[str, Any], size: tuple[int, int]) -> tuple[Any, Any, bool]:
+    """Segmentation and box of a crowd or a person without mask, and whether the former is only a part."""
     segmentation, bad = usable(annotation.get("segmentation"), *size)
-    x0, y0, x1, y1 = box = xyxy(annotation.get("bbox"))
-    has_box = all(map(math.isfinite, box)) and x1 > x0 and y1 > y0
-    if segmentation is None and not has_box:
-        return None
-    return segmentation, box if has_box and (bad or segmentation is None) else None
+    return segmentation, xyxy(annotation.get("bbox")), bool(bad)
 
 
 def compared(mask: Mask, box: Sequence[float]) -> str | None:
@@ -280,29 +275,37 @@ def compared(mask: Mask, box: Sequence[float]) -> str | None:
     """
     if not mask.any():
         return sources.NO_MASK
-    x0, y0, x1, y1 = (min(max(side, 0), 2**31) for side in box)
-    left, top, right, bottom = box_of(mask)
-    common = max(0, min(x1, right) - max(x0, left)) * max(0, min(y1, bottom) - max(y0, top))
-    if min(x1 - x0, y1 - y0) < sources.MIN_SIDE:
+    if not (min(box[2] - box[0], box[3] - box[1]) >= sources.MIN_SIDE):
         return None
-    if common < (right - left) * (bottom - top) / 2:
+    inside = _cut(box, mask.shape)
+    if mask[inside].sum() < mask.sum() / 2:
         return NOT_ITS_BOX
-    height, width = mask.shape
-    return PART_OF_BOX if common < (min(x1, width) - x0) * (min(y1, height) - y0) / 2 else None
+    left, top, right, bottom = box_of(mask[inside])
+    return PART_OF_BOX if (right - left) * (bottom - top) < mask[inside].size / 2 else None
 
 
-def _ignored(regions: list[Any], size: tuple[int, int]) -> Mask:
-    """Pixels of the regions: their masks and boxes."""
-    ignored = np.zeros(size, bool)
-    for segmentation, box in regions:
+def _cut(box: Sequence[float], size: tuple[int, ...]) -> tuple[slice, slice]:
+    """The pixels that a box (xyxy) touches; none where it is not finite."""
+    sides = box if all(map(math.isfinite, box)) else (0.0,) * 4
+    x0, y0, x1, y1 = np.clip([*np.floor(sides[:2]), *np.ceil(sides[2:])], 0, max(size)).astype(int).tolist()
+    return slice(y0, y1), slice(x0, x1)
+
+
+def _ignored(regions: list[Any], size: tuple[int, int]) -> tuple[Mask, int]:
+    """Pixels of regions, and the number of those of unknown place, for which all pixels are ignored.
+
+    A region's pixels are those of its mask, and of its box where the mask is only a part or cannot be drawn.
+    """
+    ignored, nowhere = np.zeros(size, bool), 0
+    for segmentation, box, part in regions:
         mask = decode_segmentation(segmentation, *size)
         if mask is not None:
             ignored |= mask
-        if box is not None and all(map(math.isfinite, box)):
-            sides = np.clip([*np.floor(box[:2]), *np.ceil(box[2:])], 0, max(size)).astype(int)
-            x0, y0, x1, y1 = sides.tolist()
-            ignored[y0:y1, x0:x1] = True
-    return ignored
+        if mask is None or part:
+            inside = _cut(box, size) if max(box) > 1 else _cut((0.0,) * 4, size)  # 0 to 1: fractions
+            nowhere += ignored[inside].size == 0
+            ignored[inside if ignored[inside].size else ...] = True
+    return ignored, nowhere
 
 
 def xyxy(bbox: Any) -> tuple[float, float, float, float]:

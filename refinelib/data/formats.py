@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path, PureWindowsPath
@@ -46,11 +46,14 @@ class _Files(CocoPeople):
             DataError: no image has annotations.
         """
         self._lost, content = InstancesBuilder(), Content(images=[], annotations=[])  # filled image by image
+        self._unread: list[str] = []
         for read in self._readers():
             try:
                 name, (height, width), persons = read()
             except (OSError, ValueError) as error:
                 self._lost.skip(getattr(error, "reason", DAMAGED), str(error))
+                if (file := getattr(error, "file", None)) is not None:
+                    self._unread.append(os.path.relpath(file, self.images))
                 continue
             image, first = len(content["images"]) + 1, len(content["annotations"]) + 1
             content["images"].append({"id": image, "file_name": name, "height": height, "width": width})
@@ -59,6 +62,10 @@ class _Files(CocoPeople):
         if not content["images"]:
             self._lost.instances(f"the split {self.split} of {self.annotations}", "no image has annotations")
         return {**content, "categories": [{"id": kind, "name": name} for kind, name in self.kinds.items()]}
+
+    def names(self) -> list[str]:
+        """The images, also those that could not be read."""
+        return [*super().names(), *self._unread]
 
     def fingerprint(self) -> str:
         """Of the places, of the names, sizes and times of the label files, and of the options."""
@@ -129,21 +136,31 @@ class YoloPeople(_Files):
         super().__init__(file, images, split, **{"exif": "apply", **options})  # YOLO turns images upright
 
     def _labels(self) -> Iterable[Path]:
-        return [self._file, *(text for _, labels in self._pairs for text in listed(labels, (".txt",)))]
+        pairs = [(image, text) for _, _, found in self._labelled() for image, text in found]
+        return [self._file, *(text for _, text in pairs if text), *(image for image, _ in pairs if image)]
+
+    def _labelled(self) -> Iterator[tuple[Path, Path, list[tuple[Path | None, Path]]]]:
+        """Folders of images and labels, and in them each label file with its image, or None."""
+        for images, labels in self._pairs:
+            found = defaultdict[Path, list[Path | None]](list)
+            for image in listed(images, IMAGES):
+                found[image.relative_to(images).with_suffix("")].append(image)
+            texts = ((text.relative_to(labels).with_suffix(""), text) for text in listed(labels, (".txt",)))
+            yield images, labels, [(image, text) for stem, text in texts for image in found[stem] or [None]]
 
     def _readers(self) -> Iterator[Callable[[], Found]]:
-        for images, labels in self._pairs:
-            texts = {text.relative_to(labels).with_suffix(""): text for text in listed(labels, (".txt",))}
-            found = {image: image.relative_to(images).with_suffix("") for image in listed(images, IMAGES)}
-            for stem, count in Counter(found.values()).items():
-                if count > 1 and stem in texts:
-                    both = " and ".join(image.name for image, one in found.items() if one == stem)
-                    rule = "give each image a file of its own"
-                    self._lost.skip(sources.TWICE, f"{texts.pop(stem)} has the labels of {both}: {rule}")
-                    found = {image: one for image, one in found.items() if one != stem}
-            yield from (partial(self._read, one, texts[stem]) for one, stem in found.items() if stem in texts)
-            for stem in sorted({*texts} - {*found.values()}):
-                self._lost.skip(NO_PICTURE, f"there is no image of {texts[stem]} in {images}")
+        for images, _, pairs in self._labelled():
+            owners = defaultdict[Path, list[str]](list)
+            for image, text in pairs:
+                owners[text].append(image.name if image else "")
+            for image, text in pairs:
+                if image is None:
+                    self._lost.skip(NO_PICTURE, f"there is no image of {text} in {images}")
+                elif len(owners[text]) == 1:
+                    yield partial(self._read, image, text)
+                elif image.name == owners[text][0]:
+                    both, rule = " and ".join(owners[text]), "give each image a file of its own"
+                    self._lost.skip(sources.TWICE, f"{text} has the labels of {both}: {rule}")
 
     def _read(self, image: Path, file: Path) -> Found:
         size = sources.image_size(image, upright=True)
@@ -229,7 +246,7 @@ class LabelmePeople(_Files):
             image = self.folder.find(name)
         except SceneError as error:
             inside = f": save the one inside {file} (imageData) there" if content.get("imageData") else ""
-            raise SceneError(error.reason, f"{error}{inside}") from None
+            raise SceneError(error.reason, f"{error}{inside}", error.file) from None
         size: Any = content.get("imageHeight"), content.get("imageWidth")
         if not all(type(side) is int and 0 < side < 2**31 for side in size):
             size = sources.image_size(image, upright=True)

@@ -63,7 +63,10 @@ class ImageFolder:
     def _fitting(self, parts: Parts) -> list[Parts]:
         """The files that share the longest end with a name; of these, the whole name, or as written."""
         wanted, ends = tuple(map(plain, parts)), dict[Parts, tuple[int, bool, int]]()
-        for file in self._files.get(wanted[-1] if wanted else "", []):
+        alike = self._files.get(wanted[-1:], [])
+        if len(wanted) > 1:  # then two parts must agree, unless the file lies in the folder itself
+            alike = self._files.get(("", *wanted[-1:]), []) + self._files.get(wanted[-2:], [])
+        for file in alike:
             path = (*self._above, *file)
             end = common_end(tuple(map(plain, path)), wanted)
             if end >= min(len(file), len(wanted)):
@@ -75,11 +78,13 @@ class ImageFolder:
         return self.folder.absolute().parts
 
     @cached_property
-    def _files(self) -> dict[str, list[Parts]]:
-        """Files in the folder, as parts of their paths in it, by the plain form of their names."""
-        found: dict[str, list[Parts]] = {}
+    def _files(self) -> dict[Parts, list[Parts]]:
+        """Files in the folder, as parts of their paths in it, by the plain form of the last one and two."""
+        found: dict[Parts, list[Parts]] = {}
         for file in files_in(self.folder):
-            found.setdefault(plain(file.name), []).append(file.relative_to(self.folder).parts)
+            parts = file.relative_to(self.folder).parts
+            for end in (parts[-1:], parts[-2:] if len(parts) > 1 else ("", *parts)):
+                found.setdefault(tuple(map(plain, end)), []).append(parts)
         return found
 
 
@@ -93,14 +98,17 @@ def files_in(folder: Path) -> Iterator[Path]:
         >>> [*files_in(Path("nowhere"))]
         []
     """
-    seen = set[str]()
+    seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        if not {"store.json", "status.json"}.isdisjoint(names):
+        if {"store.json", "images.u8"} <= {*names} or {"status.json", "config.json"} <= {*names}:
             folders.clear()
             continue
-        inner = (name for name in sorted(folders) if not name.startswith("."))
-        folders[:] = [name for name in inner if os.path.realpath(os.path.join(place, name)) not in seen]
+        new: dict[str, str] = {}
+        for name in sorted(folders, key=lambda name: (os.path.islink(os.path.join(place, name)), name)):
+            if not name.startswith(".") and (real := os.path.realpath(os.path.join(place, name))) not in seen:
+                new.setdefault(real, name)
+        folders[:] = new.values()
+        seen.update(new)
         yield from (Path(place, name) for name in sorted(names + folders) if not is_leftover(name))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -78,11 +78,13 @@ class MaskPeople:
         builder, used = InstancesBuilder(), []
         for mask in self._strays:
             builder.skip(NO_PICTURE, f"there is no image of the mask {mask} in {self.images}")
-        twins = Counter(self._mask_file(file) for _, file in self._files)
+        owners = defaultdict[Path, list[str]](list)
+        for _, file in self._files:
+            owners[self._mask_file(file)].append(file.name)
         for image_id, file in self._files:
-            if twins[mask := self._mask_file(file)] > 1:
-                both = " and ".join(one.name for _, one in self._files if self._mask_file(one) == mask)
-                builder.skip(sources.TWICE, f"{mask} is the mask of {both}: give each image one of its own")
+            if len(both := owners[mask := self._mask_file(file)]) > 1:
+                rule = "give each image one of its own"
+                builder.skip(sources.TWICE, f"{mask} is the mask of {' and '.join(both)}: {rule}")
                 continue
             if max_images is not None and builder.images >= max_images:
                 break

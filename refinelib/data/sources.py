@@ -42,6 +42,7 @@ UNREADABLE = "unreadable image"
 OTHER_SIZE = "image of another size than its annotation"
 TURNED = "image turned upright by its EXIF orientation, since only so it has the size of its annotation"
 TWICE = "image file that two entries name"
+TURNED_TIFF = "TIFF image turned upright by its orientation, as all of them are"
 NOT_TURNED = "image whose EXIF orientation was not applied"
 
 
@@ -213,7 +214,7 @@ class FileSource(Source, Protocol):
     """A source that reads files: a store is built again when one of them is another than it was."""
 
     def names(self) -> Iterable[str]:
-        """The names of the files, after ``instances()``."""
+        """The names of the files that the scenes are read from."""
 
     def locate(self, name: str) -> Path | None:
         """The file that a name means now; None: none, or several."""
@@ -408,6 +409,7 @@ def decode_image(
     picture: Image.Image
     with opened(file) as image:
         picture, stored = image, (image.height, image.width)
+        tiff = image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1  # PIL applies it itself
         wanted = stored if size is None else size
         if (upright or wanted != stored) and wanted in (stored, stored[::-1]):  # else turning cannot help
             picture = ImageOps.exif_transpose(image)
@@ -416,7 +418,9 @@ def decode_image(
             raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {said}", file)
         pixels = as_rgb(picture)
         orientation = image.getexif().get(_ORIENTATION, 1)  # now: a PNG may have it behind the pixels
-    if notes is not None and orientation in range(2, 9) and not upright:
+    if notes is not None and tiff in range(2, 9):
+        notes.append((TURNED_TIFF, f"{file}, orientation {tiff}"))
+    elif notes is not None and orientation in range(2, 9) and not upright:
         rule = "set exif to apply if people were annotated on the upright image"
         kind = TURNED if picture is not image else NOT_TURNED
         notes.append(

@@ -95,7 +95,7 @@ def find_store(root: Path, settings: Settings, split: str) -> Store | None:
     wanted = {"source": _name(settings, split), "split": split, **sizes}
     fitting: dict[str, Path] = {}
     unreadable = None
-    for file in sorted([*root.glob("*/store.json"), *root.glob("store.json")]):
+    for file in sorted([*root.glob("[!.]*/store.json"), *root.glob("store.json")]):
         try:
             info = read_info(file.parent)
         except DataError as error:

@@ -173,7 +173,7 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
     temporary = folder.parent / f".{folder.name}.building-{os.getpid()}-{time.time_ns():x}"
     temporary.mkdir()
     try:
-        if read:
+        if len(read.get("names", ())):
             np.savez(temporary / FILES, **read)
         kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 3), np.int64)
         reasons, notes, examples = (

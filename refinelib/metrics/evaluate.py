@@ -199,6 +199,8 @@ def measure(
     half = coco is None and (images is not None or annotations is not None)
     if half or sum(given is not None for given in (coco, pennfudan, source)) != 1:
         raise ValueError("give images and annotations (COCO), or pennfudan, the folder of that set, not both")
+    if coco is None and (category or crowd or exif):
+        raise ValueError("category, crowd and exif say how a COCO JSON is read: leave them out here")
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images = {max_images}: give at least 1, or leave it out for all")
     predictor = run if isinstance(run, Predictor) else load(run, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,15 @@ from refinelib.plots.style import CLASSES
 SIDE = 128
 
 
-def check_data(source: Source, picture: Path, *, people: int = 8, progress: bool = True) -> str:
+def check_data(
+    source: Source, picture: Path, *, people: int = 8, max_images: int | None = None, progress: bool = True
+) -> str:
     """Decode every image and mask as training would, report, and draw a few persons.
 
     Args:
         source: of images and masks.
         picture: file to write, a PNG: crops, the person's mask on them, and the labels.
+        max_images: read only the first so many images.
         people: drawn, spread evenly over the data set.
         progress: show a bar.
 
@@ -42,7 +46,8 @@ def check_data(source: Source, picture: Path, *, people: int = 8, progress: bool
     """
     with tempfile.TemporaryDirectory() as root:
         size = (SIDE, SIDE)
-        store = open_store(source, roi_size=size, mask_size=size, context=0.0, root=root, progress=progress)
+        how: Any = {"roi_size": size, "mask_size": size, "context": 0.0, "max_images": max_images}
+        store = open_store(source, root=root, progress=progress, **how)
         figure(store, people).savefig(picture, dpi=style.DPI)
         images = len(np.unique(store.image_index))
         lines = [f"{store.source} {store.split}: {len(store)} persons in {images} images are used"]

@@ -139,6 +139,9 @@ def _annotated(annotations: Path, image: Path, category: str, exif: str) -> Inpu
             ids.append(categories.get(one["category_id"], one["category_id"]))
     first = next((one["category_id"] for persons in people.persons.values() for one in persons), 1)
     own_ids = images.get(number, number), categories.get(first, first)
+    folders = _folded(_parts(names[index]))[:-1]
+    if common_end(_folded(_parts(str(image.parent))), folders) < len(folders):
+        notes.append(("the image is listed under other folders", names[index]))
     told = "; ".join(filter(None, (counted(left_out), _noted(notes))))
     return Inputs(pixels, boxes, ids, _name(image, names, index), *own_ids, told, str(image))
 

@@ -169,10 +169,11 @@ def test_yolo_boxes_and_bad_lines_are_counted(yolo):
     assert found.skipped == {NO_MASK: 7, NO_CLASS: 4} and found.boxes.tolist() == [[*ONE]]
     assert "line 2 of a.txt, a box, is no mask; give polygons" in found.examples[NO_MASK]
     assert "line 9 of a.txt must be numbers" in found.examples[NO_CLASS]
-    assert source.scene(0).ignored.all() and found.notes == {NOWHERE: 1}  # nobody knows where line 3's is
+    scene = source.scene(0)  # nobody knows where line 3's is
+    assert scene.ignored.all() and {kind for kind, _ in scene.notes} == {NOWHERE}
     yolo.add("a", ONE, text="\n".join(lines[:2]))
     boxed = YoloPeople(yolo.folder, "train")
-    assert np.array_equal(boxed.scene(0).ignored, filled(TWO)) and not boxed.instances().notes
+    assert np.array_equal(boxed.scene(0).ignored, filled(TWO)) and not boxed.scene(0).notes
 
 
 def test_yolo_files_that_cannot_be_used_are_counted(yolo):
@@ -617,3 +618,23 @@ def test_a_mask_that_loses_its_people_meanwhile(tmp_path):
     store = open_store(Changing(tmp_path, tmp_path), root=tmp_path / "stores", **OWN)
     assert len(store) == 2 and "its files were changed meanwhile" in store.examples[UNREADABLE]
     assert len(open_store(MaskPeople(tmp_path, tmp_path), root=tmp_path / "stores", **OWN)) == 3
+
+
+@pytest.mark.parametrize("kind", ["yolo", "labelme"])
+def test_an_image_that_comes_later_is_taken_up(tmp_path, kind):
+    images, labels = layout(kind, tmp_path, "train")
+    for name in "abc":
+        write(kind, images, labels, name)
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [person]\n")
+    kept = (images / "b.png").read_bytes(), (images / "c.png").read_bytes()
+    (images / "b.png").unlink(), (images / "c.png").write_bytes(kept[1][:20])
+
+    def rois():
+        settings = resolve("demo", data=kind, data_dir=str(tmp_path))
+        return len(open_store(make_source(settings, "train"), root=tmp_path / "stores", **OWN))
+
+    one = rois()
+    (images / "b.png").write_bytes(kept[0])
+    assert rois() == 2 * one
+    (images / "c.png").write_bytes(kept[1])
+    assert rois() == 3 * one

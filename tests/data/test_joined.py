@@ -96,3 +96,12 @@ def test_bad_images_of_each_part_are_counted(pennfudan, coco_files, tmp_path):
 def test_it_is_not_added_to_itself(pennfudan):
     with pytest.raises(SettingsError, match="leave add_pennfudan out"):
         resolve("demo", data="pennfudan", data_dir=str(pennfudan), add_pennfudan=str(pennfudan))
+
+
+def test_sources_without_files_are_built_once(tmp_path, capsys):
+    settings = resolve(
+        "demo", inject="file:truncated@2", store_dir=str(tmp_path), max_images=4, roi_size=32, mask_size=32
+    )
+    for _ in range(2):
+        assert open_split(settings, "train").examples
+    assert "changed" not in capsys.readouterr().out

@@ -20,7 +20,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from refinelib.data import CocoPeople, DataError, open_store
-from refinelib.data.annotations import CROWD, CROWD_KEPT, NO_CATEGORY, NO_IMAGE
+from refinelib.data.annotations import CROWD, CROWD_KEPT, MARKED, NO_CATEGORY, NO_IMAGE
 from refinelib.data.coco import BAD_POLYGON, NOT_ITS_BOX, NOWHERE, PART_OF_BOX
 from refinelib.data.image_folder import ELSEWHERE, SEVERAL, ImageFolder
 from refinelib.data.segmentation import whole
@@ -30,6 +30,7 @@ from refinelib.data.sources import (
     NOT_TURNED,
     OTHER_SIZE,
     TURNED,
+    TURNED_TIFF,
     TWICE,
     UNREADABLE,
     SceneError,
@@ -246,6 +247,19 @@ def test_nobody_else_s_file(tmp_path, name, reason, told):
     assert error.value.reason == reason
 
 
+def test_many_folders_of_the_same_names(tmp_path):
+    """The search takes no longer for each where thousands share a name; a link beside its target is one."""
+    names = [f"s{number}/0001.png" for number in range(3000)]
+    folder = touched(tmp_path / "images", *names)
+    (tmp_path / "images" / "link").symlink_to(tmp_path / "images" / "s7")
+    looked = []
+    for name in names[::100]:
+        assert folder.find(f"frames/{name}") == tmp_path / "images" / name
+        looked.append(len(folder._files[tuple(name.split("/"))]))
+    assert max(looked) == 1
+    assert folder.find("x/s7/0001.png").parent.resolve().name == "s7"
+
+
 @pytest.mark.parametrize("names", [("1.png", "1.png"), ("cam1/1.png", "cam2/1.png"), ("1.png", "1.PNG")])
 def test_a_file_that_two_entries_name_is_neither_s(tmp_path, names):
     files = people_of(tmp_path / "data", 2)
@@ -344,6 +358,50 @@ def test_masks_that_are_not_their_boxes(tmp_path, box, kind):
     assert store.info.notes == ({kind: 1} if kind else {})
     assert len(store) == (2 if kind == NOT_ITS_BOX else 3)
     assert kind is None or "annotation 100" in store.examples[kind]
+
+
+@pytest.mark.parametrize(
+    "spot",
+    [
+        [[99, 79, 99.9, 79, 99.9, 79.9]],
+        [[40, 20, 62, 20, 62, 24, 40, 24]],
+        [[60, 60, 75, 60, 75, 70, 60, 70]],
+    ],
+)
+def test_a_mask_that_reaches_beyond_its_box_is_the_person_s(tmp_path, spot):
+    """A stray pixel, an arm, a second part: most of the mask lies inside."""
+    files = people_of(tmp_path / "data")
+    files.content["annotations"][0]["segmentation"] += spot
+    store = build(files.source(), tmp_path)
+    assert len(store) == 3 and store.info.notes == {} and (labels(store) == 1).all()
+
+
+BAD_RLE = {"size": [80, 100], "counts": "zzzz"}
+
+
+@pytest.mark.parametrize(
+    "fields, known",
+    [
+        (dict(iscrowd=1, segmentation=BAD_RLE, bbox=[36, 10, 16, 16]), True),
+        (dict(iscrowd=1, segmentation={"size": [80, 100], "counts": [8000]}, bbox=[36, 10, 16, 16]), True),
+        (dict(iscrowd=1, segmentation=BAD_RLE, bbox=None), False),
+        (dict(iscrowd=1, segmentation=[[36, 10, 52, 10, 52, 26], [1, 2, 3, 4, 5, 6, 7]], bbox=None), False),
+        (dict(iscrowd=1, segmentation=[], bbox=[0.1, 0.2, 0.2, 0.5]), False),
+        (dict(iscrowd=1, segmentation=[], bbox=[300, 10, 50, 50]), False),
+        (dict(segmentation=BAD_RLE, bbox={"x": 1}), False),
+        (dict(segmentation=BAD_RLE, bbox=[300, 10, 50, 50]), False),
+    ],
+)
+def test_a_place_is_known_where_something_can_be_drawn(tmp_path, fields, known):
+    def other(files, image):
+        files.person(image, (0, 0, 1, 1), **{"segmentation": [], **fields})
+
+    store = build(with_neighbour(tmp_path / "data", other).source(), tmp_path)
+    assert (
+        len(store) == 1 and (labels(store)[:, :16] == 1).all() and (labels(store)[:16, 16:] == IGNORED).all()
+    )
+    assert (labels(store)[16:, 16:] == (0 if known else IGNORED)).all()
+    assert store.info.notes.get(NOWHERE, 0) == (not known)
 
 
 def test_who_is_somewhere_makes_all_of_the_image_unknown(tmp_path):
@@ -471,6 +529,17 @@ def test_orientation(tmp_path, orientation, exif, note, sized):
         assert "noted: image whose EXIF orientation was not applied (1)" in store.summary()
 
 
+def test_tiff_files_are_always_turned(tmp_path):
+    files = people_of(tmp_path / "data", 1)
+    files.content["images"][0]["file_name"] = "a.tiff"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    upright = Image.open(files.images / "Caf\u00e9 one/0.png")
+    upright.transpose(Image.Transpose.ROTATE_180).save(files.images / "a.tiff", exif=exif)
+    store = build(files.source(), tmp_path)
+    assert store.info.notes == {TURNED_TIFF: 1} and (store.images == PERSON).all()
+
+
 def test_sizes_that_fit_no_orientation(tmp_path):
     files = people_of(tmp_path / "data", 1)
     turned(files, 6, (99, 80))
@@ -499,7 +568,20 @@ def test_categories_of_one_id_are_refused(tmp_path):
         files.source().instances()
 
 
-@pytest.mark.parametrize("mark", [{"iscrowd": "true"}, {"iscrowd": "1"}, {"ignore": 1}, {"is_crowd": True}])
+def test_what_is_marked_to_be_ignored_is_never_a_person(tmp_path):
+    """Whatever ``crowd`` says, and however many are."""
+    files = people_of(tmp_path / "data", 10)
+    for one in files.content["annotations"][1:]:
+        one["ignore"] = 1
+    for one in files.content["annotations"]:
+        one["iscrowd"] = 1
+    files.source()
+    for crowd in ("auto", "keep"):
+        found = CocoPeople(files.annotations, files.images, crowd=crowd).instances()
+        assert found.skipped == {MARKED: 9} and len(found) == 1
+
+
+@pytest.mark.parametrize("mark", [{"iscrowd": "true"}, {"iscrowd": "1"}, {"is_crowd": True}])
 def test_marks_in_other_dress(tmp_path, mark):
     files = people_of(tmp_path / "data")
     files.content["annotations"][0].update(mark)

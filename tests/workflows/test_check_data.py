@@ -38,7 +38,7 @@ def test_any_data_set_by_its_settings(tmp_path, capsys):
     "arguments, told",
     [
         (["--annotations", "nowhere.json", "--images", "nowhere"], "there is no annotation file"),
-        (["--annotations", "nowhere.json"], "no val images of COCO are given"),
+        (["--annotations", "nowhere.json"], "give --annotations and --images"),
         (["-p", "data", "coco"], "data = coco needs data_dir or train_annotations"),
         (["-p", "datas", "coco"], "datas"),
     ],
