@@ -49,6 +49,9 @@ NOT_TURNED = "image whose EXIF orientation was not applied"
 class DataError(ValueError):
     """The data cannot be used; the message says what is wrong, where, and what would be right."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, 3000))
+
 
 class SceneError(DataError):
     """One image cannot be used; a build counts it and goes on.
