@@ -305,7 +305,7 @@ class _Rows(Dataset[_Decoded]):
         slots = self.instances.slots[rows]
         if len(slots) and slots.max() >= len(scene.masks):
             message = f"image {index} of {self.source.name} has fewer persons than when it was listed"
-            return _Decoded(left_out=[(sources.UNREADABLE, f"{message}: its files were changed meanwhile")])
+            return _Decoded(left_out=[(sources.UNREADABLE, f"{message}: its files were changed in between")])
         boxes, info = torch.from_numpy(self.instances.boxes[rows]).double(), self.info
 
         def regions(canvas: tuple[int, int], box: tuple[int, int]) -> torch.Tensor:

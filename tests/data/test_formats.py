@@ -616,7 +616,7 @@ def test_a_mask_that_loses_its_people_meanwhile(tmp_path):
             return found
 
     store = open_store(Changing(tmp_path, tmp_path), root=tmp_path / "stores", **OWN)
-    assert len(store) == 2 and "its files were changed meanwhile" in store.examples[UNREADABLE]
+    assert len(store) == 2 and "its files were changed in between" in store.examples[UNREADABLE]
     assert len(open_store(MaskPeople(tmp_path, tmp_path), root=tmp_path / "stores", **OWN)) == 3
 
 
