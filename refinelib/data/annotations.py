@@ -131,9 +131,10 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
         raise DataError(f"crowd = {crowd!r}: give auto, skip or keep")
     listed = [one for one in content["categories"] if isinstance(one, dict)]
     called = [(_key(one.get("id")), str(one.get("name")).strip().casefold()) for one in listed]
+    titles = dict(called)
     for key, title in called:
-        if key is not None and dict(called)[key] != title:
-            both = f"{title!r} and {dict(called)[key]!r}"
+        if key is not None and titles[key] != title:
+            both = f"{title!r} and {titles[key]!r}"
             raise DataError(f"{name} has two categories of id {key}, {both}: give each an id of its own")
     categories = _numbers((one.get("id") for one in listed), people, "category_id")
     names = {part.strip().casefold() for part in category.split(",")}
@@ -161,13 +162,8 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
         elif image is None:
             people.left_out.append((NO_IMAGE, f"{what}, image {shown(one['image_id'])}", None))
         else:
-            found.append(
-                (
-                    {**one, "category_id": categories[kind]},
-                    image,
-                    any(_is_set(one.get(mark)) for mark in CROWD_MARKS),
-                )
-            )
+            is_crowd = any(_is_set(one.get(mark)) for mark in CROWD_MARKS)
+            found.append(({**one, "category_id": categories[kind]}, image, is_crowd))
     _sort(found, people, crowd)
     return people
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refinelib.data import sources
-from refinelib.data.annotations import Content, People, read_people
+from refinelib.data.annotations import Content, People
 from refinelib.data.coco import CocoPeople
 from refinelib.data.pennfudan import IMAGES, listed, split_of, stamps
 from refinelib.data.segmentation import whole
@@ -33,7 +34,7 @@ Points = NDArray[np.float64]
 Found = tuple[str, tuple[int, int], list[dict[str, Any]]]
 
 
-class _Files(CocoPeople):
+class _Files(CocoPeople, ABC):
     """Turns files into COCO content, and counts those that it cannot."""
 
     #: Names of the categories by number.
@@ -76,20 +77,20 @@ class _Files(CocoPeople):
     def _stamp(self) -> list[Any]:
         return [str(self.annotations.resolve())]
 
+    @abstractmethod
     def _labels(self) -> Iterable[Path]:
         """The files that persons are read from."""
-        raise NotImplementedError
 
     @cached_property
     def _people(self) -> People:
-        people = read_people(self.read(), str(self.annotations), category=self.category, crowd=self.crowd)
+        people = super()._people
         examples = self._lost.examples
         people.left_out += [(reason, examples[reason], None) for reason in self._lost.skipped.elements()]
         return people
 
+    @abstractmethod
     def _readers(self) -> Iterator[Callable[[], Found]]:
         """One an image; it raises ``OSError`` or ``ValueError`` where the image or its labels are damaged."""
-        raise NotImplementedError
 
 
 class YoloPeople(_Files):
@@ -136,20 +137,20 @@ class YoloPeople(_Files):
         super().__init__(file, images, split, **{"exif": "apply", **options})  # YOLO turns images upright
 
     def _labels(self) -> Iterable[Path]:
-        pairs = [(image, text) for _, _, found in self._labelled() for image, text in found]
-        return [self._file, *(text for _, text in pairs if text), *(image for image, _ in pairs if image)]
+        pairs = [pair for _, found in self._labelled() for pair in found]
+        return [self._file, *(text for _, text in pairs), *(image for image, _ in pairs if image)]
 
-    def _labelled(self) -> Iterator[tuple[Path, Path, list[tuple[Path | None, Path]]]]:
-        """Folders of images and labels, and in them each label file with its image, or None."""
+    def _labelled(self) -> Iterator[tuple[Path, list[tuple[Path | None, Path]]]]:
+        """Folders of images, and for them each label file with its image, or None."""
         for images, labels in self._pairs:
             found = defaultdict[Path, list[Path | None]](list)
             for image in listed(images, IMAGES):
                 found[image.relative_to(images).with_suffix("")].append(image)
             texts = ((text.relative_to(labels).with_suffix(""), text) for text in listed(labels, (".txt",)))
-            yield images, labels, [(image, text) for stem, text in texts for image in found[stem] or [None]]
+            yield images, [(image, text) for stem, text in texts for image in found[stem] or [None]]
 
     def _readers(self) -> Iterator[Callable[[], Found]]:
-        for images, _, pairs in self._labelled():
+        for images, pairs in self._labelled():
             owners = defaultdict[Path, list[str]](list)
             for image, text in pairs:
                 owners[text].append(image.name if image else "")

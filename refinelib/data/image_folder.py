@@ -145,6 +145,16 @@ def plain(part: str) -> str:
     return unicodedata.normalize("NFC", unquote(part)).casefold()
 
 
+def plain_parts(name: str) -> Parts:
+    """The parts of a path or URL in the form in which they are compared.
+
+    Example:
+        >>> plain_parts("Val/My%20Image.JPG")
+        ('val', 'my image.jpg')
+    """
+    return tuple(map(plain, name_parts(name)))
+
+
 def common_end(a: Parts, b: Parts) -> int:
     """How many parts two paths share, from the last one on.
 

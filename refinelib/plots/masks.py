@@ -178,9 +178,8 @@ def rgb(color: str) -> Pixels:
 
 def class_picture(labels: Pixels) -> Pixels:
     """Label maps as colours, uint8 ``[h, w, 3]``; ignored pixels are black."""
-    return np.stack([rgb(color) for color in (*CLASSES.values(), style.BLACK)])[
-        np.minimum(labels, len(CLASSES))
-    ]
+    colors = np.stack([rgb(color) for color in (*CLASSES.values(), style.BLACK)])
+    return colors[np.minimum(labels, len(CLASSES))]
 
 
 def error_picture(image: Pixels, labels: Pixels, predicted: Pixels) -> Pixels:

@@ -110,12 +110,8 @@ def parts(settings: Settings) -> Parts:
     store, _ = open_splits(settings)
     model = fresh_model(settings, device)
     loader = BatchLoader(store, device=device, batch_size=settings.batch_size, seed=settings.seed)
-    return Parts(
-        settings,
-        model,
-        build_loss(settings, ignores=loader.store.ignores).to(device),
-        loader.batch(loader.plan(0), 0),
-    )
+    loss = build_loss(settings, ignores=store.ignores).to(device)
+    return Parts(settings, model, loss, loader.batch(loader.plan(0), 0))
 
 
 @check("shapes and types")

@@ -21,7 +21,7 @@ from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.data.annotations import read_annotations, read_people
 from refinelib.data.coco import xyxy
-from refinelib.data.image_folder import common_end, name_parts
+from refinelib.data.image_folder import common_end, name_parts, plain_parts
 from refinelib.data.segmentation import decode_segmentation
 from refinelib.data.sources import NO_AREA, OUTSIDE, box_of, counted
 from refinelib.files import dumps, shown, write_atomically
@@ -139,8 +139,8 @@ def _annotated(annotations: Path, image: Path, category: str, exif: str) -> Inpu
             ids.append(categories.get(one["category_id"], one["category_id"]))
     first = next((one["category_id"] for persons in people.persons.values() for one in persons), 1)
     own_ids = images.get(number, number), categories.get(first, first)
-    folders = _folded(_parts(names[index]))[:-1]
-    if common_end(_folded(_parts(str(image.parent))), folders) < len(folders):
+    folders = plain_parts(names[index])[:-1]
+    if common_end(plain_parts(str(image.parent)), folders) < len(folders):
         notes.append(("the image is listed under other folders", names[index]))
     told = "; ".join(filter(None, (counted(left_out), _noted(notes))))
     return Inputs(pixels, boxes, ids, _name(image, names, index), *own_ids, told, str(image))
@@ -177,10 +177,9 @@ def index_of(image: str | os.PathLike[str], file_names: Sequence[str]) -> int:
         >>> index_of("images/cam2/my x.png", [r"cam1\my x.png", r"Cam2\my%20x.png"])
         1
     """
-    path, ranks = _parts(os.fspath(image)), []
+    path, plain_path, ranks = _parts(os.fspath(image)), plain_parts(os.fspath(image)), []
     for name in file_names:
-        parts = _parts(name)
-        ranks.append((common_end(_folded(path), _folded(parts)), common_end(path, parts)))
+        ranks.append((common_end(plain_path, plain_parts(name)), common_end(path, _parts(name))))
     loose, exact = (max(column) for column in zip((0, 0), *ranks, strict=True))
     if not loose:
         raise DataError(
@@ -197,17 +196,13 @@ def index_of(image: str | os.PathLike[str], file_names: Sequence[str]) -> int:
 
 def _name(image: Path, file_names: Sequence[str], index: int) -> str:
     """The image's name with as many folders before it as tell it from the other images listed."""
-    stems = [_folded(_parts(os.path.splitext(name)[0])) for name in file_names]
+    stems = [plain_parts(os.path.splitext(name)[0]) for name in file_names]
     alike = (common_end(stem, stems[index]) for number, stem in enumerate(stems) if number != index)
     return "_".join([*image.parts[1:-1], image.stem][-1 - max(alike, default=0) :])
 
 
 def _parts(path: str) -> tuple[str, ...]:
     return tuple(unicodedata.normalize("NFC", unquote(part)) for part in name_parts(path))
-
-
-def _folded(parts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(part.casefold() for part in parts)
 
 
 # -- files ---------------------------------------------------------------------------------------------
