@@ -15,6 +15,7 @@ from refinelib.registry import LOSSES
 
 WEIGHTS = dict.fromkeys(LOSSES, 1.0)
 SIZE = (24, 20)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def a_batch(seed, ignored=True):
@@ -29,7 +30,8 @@ def a_batch(seed, ignored=True):
     if ignored:
         patch = torch.nn.functional.avg_pool2d(noise(3, 1, SIZE[0] + 6, SIZE[1] + 6), 7, stride=1)[:, 0]
         labels = labels.masked_fill(patch > 0.1, IGNORED)
-    return MaskOutput(4 * noise(3, 2, *SIZE), noise(3, 2, *SIZE), noise(3, 2, *SIZE).tanh()), labels
+    output = (4 * noise(3, 2, *SIZE), noise(3, 2, *SIZE), noise(3, 2, *SIZE).tanh())
+    return MaskOutput(*(x.to(DEVICE) for x in output)), labels.to(DEVICE)
 
 
 def loss_of(**more):
@@ -107,8 +109,8 @@ def test_augmentation_moves_ignored_pixels_with_the_image(mode):
     params = augment.draw(16, mode=mode, generator=torch.Generator().manual_seed(1))
     params[:, [augment.BRIGHTNESS, augment.CONTRAST, augment.SATURATION, augment.RED, augment.BLUE]] = 1
     params[:, augment.PASTE] = 0
-    pixels, fractions = augment.apply(images, coverage, params, mode=mode)
-    labels = labels_from_coverage(fractions.round().permute(0, 2, 3, 1))
+    pixels, fractions = augment.apply(*(x.to(DEVICE) for x in (images, coverage, params)), mode=mode)
+    pixels, labels = pixels.cpu(), labels_from_coverage(fractions.cpu().round().permute(0, 2, 3, 1))
     grey = (pixels[:, 0] * augment.STD[0] + augment.MEAN[0]) / 250
     assert ((labels == IGNORED) == (grey < 0.5))[(grey - 0.5).abs() > 0.05].all()
     assert (labels == IGNORED).any()  # a box that is fitted to the target may leave them all out

@@ -1,6 +1,7 @@
 """One step: chunks where memory is short, CUDA graphs, compilation and its cache."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import assert_same, final_weights
 import refinelib.trainer as loop
 from refinelib import build, step
 from refinelib.config import resolve
+from refinelib.data.splits import open_split
 from refinelib.modeling import layers
 from refinelib.runs import Run
 from refinelib.step import WARM_UP, Stepper
@@ -59,6 +61,42 @@ def test_a_training_step_on_cuda_reads_nothing_back(tiny, amp, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "train_step", watched)
     run = train(tiny(device="cuda", amp=amp, epochs=2, augment="full", ema_decay=0.9))
     assert run.status()["state"] == "ok" and len(calls) > 4
+
+
+@pytest.mark.parametrize(
+    "amp, compiled",
+    [("off", "off")]
+    + [
+        pytest.param(*way, marks=pytest.mark.cuda)
+        for way in (("bf16", "off"), ("fp16", "off"), ("bf16", "on"))
+    ],
+)
+def test_training_with_ignored_pixels(coco_files, tiny, amp, compiled):
+    """On a CUDA device the step is captured as a graph, compiled or not, and takes the CPU's step."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if amp != "off" and device == "cpu":
+        pytest.skip("needs a CUDA device")
+    for _ in range(6):
+        image = coco_files.image((64, 64))
+        coco_files.person(image, (4, 4, 28, 60))
+        coco_files.person(image, (24, 0, 64, 64), iscrowd=1)
+    coco_files.source()
+    (coco_files.annotations.parent / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        shutil.copy(
+            coco_files.annotations, coco_files.annotations.parent / f"annotations/instances_{split}.json"
+        )
+        shutil.copytree(coco_files.images, coco_files.images.parent / split)
+    common = dict(data="coco", data_dir=str(coco_files.images.parent), context=0.5, epochs=4, log_every=1)
+    run = train(tiny(**common, device=device, amp=amp, compile=compiled, augment="full", ema_decay=0.9))
+    on_cpu = train(tiny(**common, augment="full", ema_decay=0.9))
+    assert open_split(run.settings(), "train").ignores and run.status()["state"] == "ok"
+    assert run.steps()[0]["loss"] == pytest.approx(
+        on_cpu.steps()[0]["loss"], rel=1e-5 if amp == "off" else 0.05
+    )
+    assert not any(line["skipped"] for line in run.epochs())
+    if device == "cuda":
+        assert not [event for event in run.events() if "could not" in event["message"]]
 
 
 # -- memory ------------------------------------------------------------------------------------------
