@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from refinelib.config import Settings, SettingsError, absolute, names_with_role
 from refinelib.data import CocoPeople, Source, SyntheticPeople
-from refinelib.metrics.evaluate import Evaluation, measure
+from refinelib.files import read_json, read_npz
+from refinelib.metrics.evaluate import ARRAYS, REST, Evaluation, measure
 from refinelib.metrics.predict import load
 from refinelib.metrics.segmentation import ImageBootstrap, coco_groups, iou_from_confusion, tercile_groups
 from refinelib.registry import LOSSES, METRICS, REFINEMENTS
@@ -26,6 +29,10 @@ REFINEMENT_OFF = {
     for option in (*REFINEMENTS.options(), *LOSSES.options())
     if option.name.startswith("use_")
 }
+#: Bytes of the largest JSON file of an evaluation that is read; COCO's 5000 val images make some 15 MB.
+MOST_JSON = 256 << 20
+#: Keys of reports that were written under other names, and the names.
+RENAMED = {"blind": "mean_mask", "grid": "resolution_bound", "by_third": "by_tercile"}
 #: Settings that make no variant of a run, beside those of where it lies.
 _NO_VARIANT = {"seed", "fused_optimizer"}
 
@@ -168,7 +175,39 @@ def _saved(folder: str | os.PathLike) -> Evaluation | None:
         ValueError: it is not whole.
     """
     folder = absolute(folder)
-    return Evaluation.read(folder) if (folder / Evaluation.ARRAYS).is_file() else None
+    return read_evaluation(folder) if (folder / ARRAYS).is_file() else None
+
+
+def read_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
+    """What :meth:`Evaluation.save` wrote, without the run, its weights or the images.
+
+    Raises:
+        ValueError: the folder holds no evaluation, or one that is not whole.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        arrays = read_npz(folder / ARRAYS, {"confusion": "iu n33"})
+        confusion = arrays.pop("confusion")
+        people = {key.removeprefix("people."): column for key, column in arrays.items()}
+        names = (REST, "report.json", "coco_results.json")
+        rest, report, results = (read_json(folder / name, limit=MOST_JSON) for name in names)
+        masks = {int(key): mask for key, mask in rest["masks"].items()}
+        if any(column.shape != confusion.shape[:1] for column in people.values()):
+            raise ValueError("its columns have different lengths")
+        if max((math.prod(mask["size"]) for mask in masks.values()), default=0) >= 2**28:
+            raise ValueError("a mask in it is larger than any image")
+        settings = Settings(**rest["settings"])
+        return Evaluation(_renamed(report), people, results, masks, confusion, rest["name"], settings)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        again = f"make it again with `python -m refinelib evaluate RUN --save {folder}`"
+        raise ValueError(f"{folder} holds no whole evaluation ({error}): {again}") from None
+
+
+def _renamed(report: Any) -> Any:
+    """A report with today's keys."""
+    if isinstance(report, dict):
+        return {RENAMED.get(key, key): _renamed(value) for key, value in report.items()}
+    return report
 
 
 def _refuse_other_people(saved: Sequence[Evaluation], source: Source, max_images: int | None) -> None:

@@ -11,8 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from refinelib.data import Source
-from refinelib.metrics.image_space import AnnotatedImage, annotated_images, decode
+from refinelib.data import Source, decode_segmentation
+from refinelib.metrics.image_space import AnnotatedImage, annotated_images
 from refinelib.plots import style
 from refinelib.plots.masks import rgb
 from refinelib.plots.style import BLACK, BLUE, ERRORS, GREEN, PURPLE, Figure
@@ -181,6 +181,13 @@ def _crops(
                 ends = max(0, x0 - dx), max(0, y0 - dy), min(width, x1 + dx), min(height, y1 + dy)
                 found[one] = image, person, tuple(round(end) for end in ends)
     return found
+
+
+def decode(segmentation: dict[str, Any]) -> np.ndarray:
+    """The bool mask ``[H, W]`` of what ``encode`` gave; an empty mask is all false."""
+    height, width = segmentation["size"]
+    mask = decode_segmentation(segmentation, height, width)
+    return np.zeros((height, width), dtype=bool) if mask is None else mask
 
 
 def _where_they_differ(a: np.ndarray, b: np.ndarray, box: list[float]) -> tuple[int, int, int, int]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +13,9 @@ import numpy as np
 from refinelib.config import Settings
 from refinelib.data import CocoPeople, PennFudanPeople, Source, Store, open_store
 from refinelib.data.splits import coco_options
-from refinelib.files import dumps, read_json, read_npz, replacing, write_atomically
+from refinelib.files import PathLike, dumps, replacing, write_atomically
 from refinelib.metrics.image_space import (
-    CocoResults,
+    CocoEntry,
     ImageMetrics,
     average_precision,
     pasted_model,
@@ -28,12 +26,10 @@ from refinelib.metrics.predict import Predictor, load, mean_mask, score, threads
 from refinelib.metrics.segmentation import KEYS, SegmentationMetrics
 from refinelib.modeling.roi import centre_window
 
-#: Bytes of the largest JSON file of an evaluation that is read; COCO's 5000 val images make some 15 MB.
-MOST_JSON = 256 << 20
 #: What the score in COCO results is.
 SCORE = "mean probability of the person over the pixels of the mask"
-#: Keys of reports that were written under other names, and the names.
-RENAMED = {"blind": "mean_mask", "grid": "resolution_bound", "by_third": "by_tercile"}
+#: Files of a saved evaluation for programs to read, beside those for people.
+ARRAYS, REST = "evaluation.npz", "evaluation.json"
 
 
 @dataclass
@@ -60,36 +56,8 @@ class Evaluation:
     name: str = ""
     settings: Settings | None = field(default=None, repr=False)
 
-    #: What :meth:`read` reads, beside what people read.
-    ARRAYS, REST = "evaluation.npz", "evaluation.json"
-
-    @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> Evaluation:
-        """What :meth:`save` wrote, without the run, its weights or the images.
-
-        Raises:
-            ValueError: the folder holds no evaluation, or one that is not whole.
-        """
-        folder = Path(folder).expanduser()
-        try:
-            arrays = read_npz(folder / cls.ARRAYS, {"confusion": "iu n33"})
-            confusion = arrays.pop("confusion")
-            people = {key.removeprefix("people."): column for key, column in arrays.items()}
-            names = (cls.REST, "report.json", "coco_results.json")
-            rest, report, results = (read_json(folder / name, limit=MOST_JSON) for name in names)
-            masks = {int(key): mask for key, mask in rest["masks"].items()}
-            if any(column.shape != confusion.shape[:1] for column in people.values()):
-                raise ValueError("its columns have different lengths")
-            if max((math.prod(mask["size"]) for mask in masks.values()), default=0) >= 2**28:
-                raise ValueError("a mask in it is larger than any image")
-            settings = Settings(**rest["settings"])
-            return cls(_renamed(report), people, results, masks, confusion, rest["name"], settings)
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            again = f"make it again with `python -m refinelib evaluate RUN --save {folder}`"
-            raise ValueError(f"{folder} holds no whole evaluation ({error}): {again}") from None
-
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write ``report.json``, ``people.csv``, ``coco_results.json``, and two files for :meth:`read`.
+    def save(self, folder: PathLike) -> list[Path]:
+        """Write ``report.json``, ``people.csv``, ``coco_results.json``; for programs ``ARRAYS`` and ``REST``.
 
         Returns:
             the files.
@@ -109,15 +77,15 @@ class Evaluation:
         entries = ",\n".join(dumps(entry) for entry in self.results)
         write_atomically(coco, f"[\n{entries}\n]\n")
         columns = {f"people.{name}": column for name, column in self.people.items()}
-        with replacing(folder / self.ARRAYS, "wb") as file:
+        with replacing(folder / ARRAYS, "wb") as file:
             np.savez_compressed(file, confusion=self.confusion, **columns)
         settings = None if self.settings is None else self.settings.model_dump(mode="json")
         rest = {"name": self.name, "settings": settings, "masks": self.masks}
-        write_atomically(folder / self.REST, dumps(rest) + "\n")
-        return [report, table, coco, folder / self.ARRAYS, folder / self.REST]
+        write_atomically(folder / REST, dumps(rest) + "\n")
+        return [report, table, coco, folder / ARRAYS, folder / REST]
 
 
-def checked_folder(folder: str | os.PathLike[str]) -> Path:
+def checked_folder(folder: PathLike) -> Path:
     """A folder to write into, that is there or can be made.
 
     Raises:
@@ -130,7 +98,7 @@ def checked_folder(folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def evaluate(run: str | os.PathLike[str] | Predictor, **options: Any) -> dict[str, Any]:
+def evaluate(run: PathLike | Predictor, **options: Any) -> dict[str, Any]:
     """Metrics of a model on a COCO JSON with its images, or on Penn-Fudan's validation images.
 
     Takes the arguments of :func:`measure`, which gives the figures of each person too, and raises what it
@@ -156,16 +124,16 @@ def evaluate(run: str | os.PathLike[str] | Predictor, **options: Any) -> dict[st
 
 
 def measure(
-    run: str | os.PathLike[str] | Predictor,
+    run: PathLike | Predictor,
     *,
-    images: str | os.PathLike[str] | None = None,
-    annotations: str | os.PathLike[str] | None = None,
-    pennfudan: str | os.PathLike[str] | None = None,
+    images: PathLike | None = None,
+    annotations: PathLike | None = None,
+    pennfudan: PathLike | None = None,
     source: Source | None = None,
     device: str = "auto",
     flip: bool | None = None,
     max_images: int | None = None,
-    store_dir: str | os.PathLike[str] | None = None,
+    store_dir: PathLike | None = None,
     allow_images_outside: bool | None = None,
     category: str | None = None,
     crowd: str | None = None,
@@ -203,9 +171,7 @@ def measure(
         raise ValueError("category, crowd and exif say how a COCO JSON is read: leave them out here")
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images = {max_images}: give at least 1, or leave it out for all")
-    predictor = run if isinstance(run, Predictor) else load(run, device=device)
-    if flip is not None and flip != predictor.flip:
-        predictor = predictor.with_flip(flip)
+    predictor = (run if isinstance(run, Predictor) else load(run, device=device)).with_flip(flip)
     settings = predictor.settings
     if pennfudan is not None:
         source = PennFudanPeople(Path(pennfudan), split="val")
@@ -235,30 +201,25 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
         "mean_mask": pasted_model(baseline_probs, device),
         "resolution_bound": resolution_bound(size),
     }
-    on_roi, of_baseline = (
-        score(predict, store, device=device, mask_size=size, full=True)
-        for predict in (predictor.roi_probs, baseline)
-    )
-    truth = CocoResults()
-    where: Any = {"device": device, "max_images": max_images, "only": store.annotation_ids}
-    pasted = score_in_images(predictors, source, full=predictors, truth=truth, **where)
+    where: Any = {"device": device, "mask_size": size, "full": True}
+    on_roi, of_baseline = (score(predict, store, **where) for predict in (predictor.roi_probs, baseline))
+    truth: list[CocoEntry] = []
+    where = {"device": device, "max_images": max_images, "only": store.annotation_ids}
+    pasted = score_in_images(predictors, source, full=True, truth=truth, **where)
     with threads(1):
         report = on_roi.compute(intervals=True)
         report["mean_mask"] = of_baseline.compute(intervals=True)
         in_image = {name: one.compute(intervals=True) for name, one in pasted.items()}
-        precision = {
-            name: average_precision(truth.entries, one.counted.entries) for name, one in pasted.items()
-        }
+        precision = {name: average_precision(truth, one.counted) for name, one in pasted.items()}
     report["resolution_bound"] = in_image["resolution_bound"]
     report["image"] = {**in_image["model"], "mean_mask": in_image["mean_mask"]}
-    model = precision.pop("model")
-    report["coco"] = {**model, **precision, "people": len(truth.entries), "score": SCORE}
+    report["coco"] = {**precision.pop("model"), **precision, "people": len(truth), "score": SCORE}
     report |= {"images": len(np.unique(store.image_ids)), "skipped": dict(store.skipped)}
     report |= {"noted": dict(store.info.notes), "ignored": store.info.ignored}
     report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
     people, confusion = _columns(on_roi, pasted["model"], store), on_roi.per_roi()["confusion"].cpu().numpy()
     written: dict[str, dict[int, Any]] = getattr(source, "as_written", {})
-    results, masks = pasted["model"].coco.entries, pasted["model"].masks
+    results, masks = pasted["model"].coco, pasted["model"].masks
     for name, ids in written.items():  # the file's own, which are not numbers
         results = [{**entry, name: ids.get(entry[name], entry[name])} for entry in results]
     return Evaluation(report, people, results, masks, confusion, predictor.name, settings)
@@ -277,10 +238,3 @@ def _columns(on_roi: SegmentationMetrics, in_image: ImageMetrics, store: Store) 
         if name not in KEYS:
             people[f"image_{name}"] = np.where(rows < 0, np.nan, value.cpu().numpy()[rows])
     return people
-
-
-def _renamed(report: Any) -> Any:
-    """A report with today's keys."""
-    if isinstance(report, dict):
-        return {RENAMED.get(key, key): _renamed(value) for key, value in report.items()}
-    return report

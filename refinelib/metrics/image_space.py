@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from refinelib.data import CocoPeople, SceneError, Source, decode_segmentation
+from refinelib.data import CocoPeople, SceneError, Source
 from refinelib.data.sources import Masks, box_of
 from refinelib.metrics.boundary import band_width
 from refinelib.metrics.predict import Pasted, paste_labels, threads
@@ -30,6 +30,8 @@ from refinelib.modeling.roi import crop_rois, labels_from_coverage
 MOST_TOGETHER = 256
 #: The first six figures of COCO's summary, in its order.
 COCO_FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+#: A mask in COCO's results format, see :func:`coco_entry`.
+CocoEntry = dict[str, Any]
 #: xyxy of the pixels of a mask.
 Extent = tuple[int, int, int, int]
 
@@ -107,30 +109,22 @@ def annotated_images(
             known = {i: (*row.values(),) for i, row in enumerate(source.annotated_instances(int(index)))}
         slots = [i for i in sorted(known) if _in_image(known[i][2], height, width) and scene.masks[i].any()]
         anyone = scene.masks.any(0)
+        ignored = None if scene.ignored is None else scene.ignored & ~anyone
         for first in range(0, len(slots), MOST_TOGETHER):
             some = slots[first : first + MOST_TOGETHER]
-            ids, categories, boxes, areas = zip(*(known[slot] for slot in some), strict=True)
-            yield AnnotatedImage(
-                index=int(index),
-                image_id=int(instances.image_ids[start]),
-                pixels=scene.image,
-                masks=scene.masks,
-                anyone=anyone,
-                ignored=None if scene.ignored is None else scene.ignored & ~anyone,
-                slots=np.array(some),
-                boxes=torch.as_tensor(np.array(boxes), dtype=torch.float64),
-                areas=np.array(areas, dtype=np.float64),
-                annotation_ids=[int(one) for one in ids],
-                category_ids=[int(one) for one in categories],
-                scored=np.array([slot in rois for slot in some]),
+            ids, categories, boxes, areas = (
+                np.array(column) for column in zip(*(known[slot] for slot in some), strict=True)
             )
+            of_image = int(index), int(instances.image_ids[start]), scene.image, scene.masks, anyone, ignored
+            sizes = torch.as_tensor(boxes, dtype=torch.float64), areas.astype(np.float64)
+            scored = np.array([slot in rois for slot in some])
+            yield AnnotatedImage(*of_image, np.array(some), *sizes, ids.tolist(), categories.tolist(), scored)
 
 
 def _in_image(box: Any, height: int, width: int) -> bool:
     """Whether a box is finite and has an area in the image."""
-    x0, y0, x1, y1 = (float(side) for side in box)
-    inside = min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
-    return inside and all(math.isfinite(side) for side in box)
+    x0, y0, x1, y1 = box
+    return all(map(math.isfinite, box)) and min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
 
 
 class ImageMetrics:
@@ -146,7 +140,7 @@ class ImageMetrics:
 
     def __init__(self, *, full: bool = True) -> None:
         self.full = full
-        self.coco, self.counted = CocoResults(), CocoResults()
+        self.coco, self.counted = list[CocoEntry](), list[CocoEntry]()
         self.annotation_ids: list[int] = []
         self.masks: dict[int, dict[str, Any]] = {}
         self._rows: list[dict[str, Tensor]] = []
@@ -162,14 +156,13 @@ class ImageMetrics:
             extent: xyxy of the person's own pixels.
         """
         mask = (found.labels == TARGET).cpu().numpy()
-        segmentation = encode(mask, top=found.top, left=found.left, size=image.size)
-        ids, score = (image.image_id, image.category_ids[person]), float(found.score)
-        self.coco.add(*ids, segmentation, score)
+        where: Any = {"top": found.top, "left": found.left, "size": image.size}
+        segmentation = encode(mask, **where)
+        entry = coco_entry(image.image_id, image.category_ids[person], segmentation, float(found.score))
+        self.coco.append(entry)
         if image.ignored is not None:
-            rows, columns = mask.shape
-            mask &= ~image.ignored[found.top : found.top + rows, found.left : found.left + columns]
-            counted = encode(mask, top=found.top, left=found.left, size=image.size)
-        self.counted.add(*ids, segmentation if image.ignored is None else counted, score)
+            entry = {**entry, "segmentation": encode(mask & ~image.ignored[found.window], **where)}
+        self.counted.append(entry)
         if not image.scored[person]:
             return
         x0, y0, x1, y1 = image.boxes[person].tolist()
@@ -215,8 +208,7 @@ def compare(
         tensor([0.5000], dtype=torch.float64)
     """
     rows, columns = found.labels.shape
-    labels = found.labels.to(truth.device)
-    inside = truth[found.top : found.top + rows, found.left : found.left + columns]
+    labels, inside = found.labels.to(truth.device), truth[found.window]
     # Both masks lie in this window whole, and outside of it is background: no figure changes by the cut.
     x0, y0, x1, y1 = extent
     if labels.numel():
@@ -241,8 +233,8 @@ def score_in_images(
     device: torch.device,
     max_images: int | None = None,
     only: Any | None = None,
-    full: Iterable[str] = (),
-    truth: CocoResults | None = None,
+    full: bool = False,
+    truth: list[CocoEntry] | None = None,
 ) -> dict[str, ImageMetrics]:
     """Figures of several predictors on the same images, each decoded once.
 
@@ -252,11 +244,10 @@ def score_in_images(
         device: where masks are compared.
         max_images: see :func:`annotated_images`.
         only: see :func:`annotated_images`.
-        full: names of predictors that get the costly metrics too.
+        full: the costly metrics too.
         truth: filled with the true masks, for :func:`average_precision`.
     """
-    full = set(full)
-    found = {name: ImageMetrics(full=name in full) for name in predictors}
+    found = {name: ImageMetrics(full=full) for name in predictors}
     for image in annotated_images(source, max_images=max_images, only=only):
         anyone = torch.from_numpy(image.anyone).to(device)
         ignored = None if image.ignored is None else torch.from_numpy(image.ignored).to(device)
@@ -273,7 +264,8 @@ def score_in_images(
                     x0, y0, x1, y1 = extent
                     segmentation = encode(mask[y0:y1, x0:x1], top=y0, left=x0, size=image.size)
                     more = {"area": float(image.areas[person]), "id": image.annotation_ids[person]}
-                    truth.add(image.image_id, image.category_ids[person], segmentation, 1.0, **more)
+                    ids = image.image_id, image.category_ids[person]
+                    truth.append(coco_entry(*ids, segmentation, 1.0) | more)
     return found
 
 
@@ -339,45 +331,20 @@ def encode(mask: Any, *, top: int = 0, left: int = 0, size: tuple[int, int] | No
     return {"size": [int(height), int(width)], "counts": rle["counts"].decode("ascii")}
 
 
-def decode(segmentation: dict[str, Any]) -> Any:
-    """The bool mask ``[H, W]`` of what :func:`encode` gave; an empty mask is all false.
+def coco_entry(image_id: Any, category_id: Any, segmentation: dict[str, Any], score: float) -> CocoEntry:
+    """A mask, of its image's size as :func:`encode` gives it, in COCO's results format.
+
+    It has no ``bbox``: given one, pycocotools would take its area for the mask's.
 
     Example:
-        >>> decode(encode(np.array([[True, False]])))
-        array([[ True, False]])
-    """
-    height, width = segmentation["size"]
-    mask = decode_segmentation(segmentation, height, width)
-    return np.zeros((height, width), dtype=bool) if mask is None else mask
-
-
-class CocoResults:
-    """Masks in COCO's results format, in the order they were added.
-
-    ``entries`` is what goes into the JSON file: ``image_id``, ``category_id``, ``segmentation`` (run
-    lengths), ``score``. No ``bbox``: given one, pycocotools would take its area for the mask's.
-
-    Example:
-        >>> results = CocoResults()
-        >>> results.add(7, 1, encode(np.ones((2, 2), dtype=bool)), 0.5)
-        >>> results.entries[0]["image_id"]
+        >>> coco_entry(7, 1, encode(np.ones((2, 2), dtype=bool)), 0.5)["image_id"]
         7
     """
-
-    def __init__(self) -> None:
-        self.entries: list[dict[str, Any]] = []
-
-    def add(
-        self, image_id: int, category_id: int, segmentation: dict[str, Any], score: float, **more: Any
-    ) -> None:
-        """One mask, of its image's size, as :func:`encode` gives it."""
-        entry = {"image_id": image_id, "category_id": category_id, "segmentation": segmentation}
-        self.entries.append({**entry, "score": round(score, 6), **more})
+    ids = {"image_id": image_id, "category_id": category_id}
+    return {**ids, "segmentation": segmentation, "score": round(score, 6)}
 
 
-def average_precision(
-    truth: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
-) -> dict[str, float | None]:
+def average_precision(truth: Sequence[CocoEntry], results: Sequence[CocoEntry]) -> dict[str, float | None]:
     """Segm AP of COCO results as ``pycocotools`` computes it: AP, AP50, AP75 and AP by size.
 
     Boxes were given, so there is one result a person and none is a false find: AP falls where a mask
@@ -386,8 +353,8 @@ def average_precision(
     order to chance.
 
     Args:
-        truth: entries of a :class:`CocoResults` with the true masks, each with ``id`` and ``area`` (pixels).
-        results: entries of one with the found masks.
+        truth: entries of the true masks, each with ``id`` and ``area`` (pixels).
+        results: entries of the found masks.
 
     Returns:
         each figure in 0..1, None where no person is of that size.
@@ -417,23 +384,22 @@ def average_precision(
     return {name: None if value < 0 else value for name, value in found}
 
 
-def _apart(truth: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _apart(truth: Sequence[CocoEntry], results: Sequence[CocoEntry]) -> Iterator[CocoEntry]:
     """The truth, where those of a crowd that no result can match are in another image.
 
     COCO counts the 100 surest results of an image, and compares each with everybody in it. A person whose IoU
     with all of them is under 0.5 is missed in any case, in whatever image.
     """
-    people, found = defaultdict(list), defaultdict(list)
-    for entry in truth:
-        people[entry["image_id"], entry["category_id"]].append(entry)
-    for entry in results:
-        found[entry["image_id"], entry["category_id"]].append(entry)
+    people, found = defaultdict[Any, list[CocoEntry]](list), defaultdict[Any, list[CocoEntry]](list)
+    for groups, entries in ((people, truth), (found, results)):
+        for entry in entries:
+            groups[entry["image_id"], entry["category_id"]].append(entry)
     ids = {entry["image_id"] for entry in truth}
     elsewhere = next(number for number in itertools.count(1) if number not in ids)
-    for place, entries in people.items():
+    for place, own in people.items():
         surest = sorted(found[place], key=lambda entry: -entry["score"])[:100]
-        masks = [[entry["segmentation"] for entry in some] for some in (surest, entries)]
-        overlaps: Any = coco_mask.iou(*masks, [False] * len(entries))
-        near: Any = np.asarray(overlaps).reshape(-1, len(entries)) >= 0.5
-        for entry, matched in zip(entries, near.any(0), strict=True):
-            yield entry if matched or len(entries) <= 100 else {**entry, "image_id": elsewhere}
+        masks = [[entry["segmentation"] for entry in some] for some in (surest, own)]
+        overlaps: Any = coco_mask.iou(*masks, [False] * len(own))
+        near: Any = np.asarray(overlaps).reshape(-1, len(own)) >= 0.5
+        for entry, matched in zip(own, near.any(0), strict=True):
+            yield entry if matched or len(own) <= 100 else {**entry, "image_id": elsewhere}

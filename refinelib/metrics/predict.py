@@ -6,7 +6,7 @@ import ast
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from refinelib.config import Settings
 from refinelib.data import DataError, Store, decode_image
 from refinelib.data.augment import MEAN, normalise
 from refinelib.data.sources import as_rgb
-from refinelib.files import replacing, shown
+from refinelib.files import PathLike, replacing, shown
 from refinelib.guard.guard import ran_out
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.modeling import TARGET
@@ -30,6 +30,14 @@ from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, label
 #: Boxes whose probabilities are in memory at a time while masks are pasted.
 BOXES_AT_ONCE = 256
 
+#: Crops that a model gets at a time.
+CROPS_AT_ONCE = 32
+
+#: Height and width.
+Size = tuple[int, int]
+
+#: From normalised crops, float ``[B, 3, Hc, Wc]``, to class probabilities ``[B, 3, Hm, Wm]``.
+CropModel = Callable[[Tensor], Tensor]
 
 #: What a box has to be, for messages.
 BOX_RULE = "give rows of x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, such as [[10, 20, 110, 220]]"
@@ -62,11 +70,7 @@ def threads(most: int) -> Iterator[None]:
 
 
 def load(
-    source: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    output_dir: str = "outputs",
-    flip: bool | None = None,
+    source: PathLike, *, device: str = "auto", output_dir: str = "outputs", flip: bool | None = None
 ) -> Predictor:
     """The model of a run or of a checkpoint file, ready to predict.
 
@@ -89,7 +93,7 @@ def load(
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
     model.load_state_dict(saved["average"] or saved["model"])
-    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"], flip=flip)
+    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"]).with_flip(flip)
 
 
 class Predictor:
@@ -100,13 +104,12 @@ class Predictor:
         settings: of the run that trained it.
         path: the checkpoint it came from.
         mean_coverage: float32 ``[Hm, Wm, 2]``, the training set's average mask.
-        flip: average the probabilities of each crop and of its mirror image, at twice the time;
-            none: as the setting ``flip_test`` says.
 
     Attributes:
         model: in evaluation mode, on ``device``.
         settings: of the run that trained it.
-        flip: whether it averages with the mirror image.
+        flip: whether it averages the probabilities of each crop and of its mirror image, at twice the time:
+            the setting ``flip_test``, or as :meth:`with_flip` says.
         weights: decision weights of background, target and non-target, from the settings; ``(1, 1, 1)`` gives
             the model's own probabilities.
 
@@ -118,35 +121,27 @@ class Predictor:
         (1, 40, 60)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Settings,
-        *,
-        path: Path,
-        mean_coverage: Tensor,
-        flip: bool | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, *, path: Path, mean_coverage: Tensor) -> None:
         self.device = build_device(settings)
         # mypy does not know the memory format's overload.
         self.model: Any = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
-        self.flip = settings.flip_test if flip is None else flip
-        self.weights = settings.decision_weights
+        self.flip, self.weights = settings.flip_test, settings.decision_weights
 
     @property
     def name(self) -> str:
         """The run's, or that of a checkpoint file that lies in no run."""
         return self.path.parents[1].name if self.path.parent.name == "checkpoints" else self.path.stem
 
-    def with_flip(self, flip: bool) -> Predictor:
-        """The same model with the flip test on or off."""
+    def with_flip(self, flip: bool | None) -> Predictor:
+        """The same model with the flip test on or off; None: as it is."""
         other = copy.copy(self)
-        other.flip = flip
+        if flip is not None:
+            other.flip = flip
         return other
 
-    def probs(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Tensor:
+    def probs(self, image: Any, boxes: Any) -> Tensor:
         """Class probabilities in each box's own grid.
 
         Multiplied by the decision weights, after which they sum to 1 again (:func:`predict_probs`).
@@ -156,7 +151,6 @@ class Predictor:
                 COCO annotates them: a file's or a PIL image's EXIF orientation is not applied, and
                 boxes made on the upright image need that (``PIL.ImageOps.exif_transpose``).
             boxes: ``[N, 4]`` xyxy in pixels, or one box (:func:`as_boxes`); may lie outside the image.
-            batch_size: ROIs at once.
 
         Returns:
             float32 ``[N, 3, *mask_size]`` on the CPU: background, this person, other people.
@@ -168,14 +162,14 @@ class Predictor:
         canvas, size = self.model.canvas, self.settings.roi_size
         regions = expand_boxes(as_boxes(boxes), (canvas[0] / size[0], canvas[1] / size[1]))
         found = [torch.zeros(0, 3, *self.settings.mask_size)]
-        for part in regions.split(batch_size):
+        for part in regions.split(CROPS_AT_ONCE):
             with threads(1):
                 crops = crop_rois(pixels, part, canvas, fill=MEAN).round()  # as the store's bytes are
             probs = self.roi_probs(normalise(crops.to(self.device)))
             found.append(centre_window(probs, self.settings.mask_size).cpu())
         return torch.cat(found)
 
-    def predict(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Any:
+    def predict(self, image: Any, boxes: Any) -> Any:
         """One mask a box, in image coordinates.
 
         Arguments and errors are those of :meth:`probs`; a box that lies outside the image is an error too.
@@ -184,12 +178,9 @@ class Predictor:
             bool ``[N, H, W]``: where this person is likelier than background and than other people, as the
             settings' decision weights weigh them. Nothing outside the box.
         """
-        masks: np.ndarray[Any, np.dtype[np.bool_]] = self.predict_scored(image, boxes, batch_size=batch_size)[
-            0
-        ]
-        return masks
+        return self.predict_scored(image, boxes)[0]
 
-    def predict_scored(self, image: Any, boxes: Any, *, batch_size: int = 32) -> tuple[Any, Any]:
+    def predict_scored(self, image: Any, boxes: Any) -> tuple[Any, Any]:
         """The masks of :meth:`predict` and how sure the model is of each.
 
         Returns:
@@ -200,21 +191,12 @@ class Predictor:
         size = pixels.shape[:2]
         boxes = as_boxes(boxes, size)
         masks, scores = np.zeros((len(boxes), *size), dtype=bool), np.zeros(len(boxes))
-        for i, found in enumerate(self.pasted(pixels, boxes, batch_size=batch_size)):
-            rows, columns = found.labels.shape
-            window = masks[i, found.top : found.top + rows, found.left : found.left + columns]
-            window[:] = (found.labels == TARGET).numpy()
+        parts = boxes.split(BOXES_AT_ONCE)  # for the probabilities to stay in bounded memory
+        pasted = (one for some in parts for one in paste_labels(self.probs(pixels, some), some, size))
+        for i, found in enumerate(pasted):
+            masks[i][found.window] = (found.labels == TARGET).numpy()
             scores[i] = float(found.score)
         return masks, scores
-
-    def pasted(self, image: Any, boxes: Any, *, batch_size: int = 32) -> Iterator[Pasted]:
-        """Labels of each box at the image's own pixels, one after the other, in bounded memory.
-
-        Arguments and errors are those of :meth:`predict`.
-        """
-        pixels = _rgb(image)
-        for some in as_boxes(boxes, pixels.shape[:2]).split(BOXES_AT_ONCE):
-            yield from paste_labels(self.probs(pixels, some, batch_size=batch_size), some, pixels.shape[:2])
 
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
@@ -224,11 +206,7 @@ class Predictor:
 
 @torch.no_grad()
 def predict_probs(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    flip: bool = False,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    model: nn.Module, images: Tensor, *, flip: bool = False, weights: Sequence[float] = (1.0, 1.0, 1.0)
 ) -> Tensor:
     """Class probabilities of normalised crops, on the mask canvas.
 
@@ -275,57 +253,33 @@ def _probs(model: nn.Module, images: Tensor) -> Tensor:
 
 
 # -- on a store ------------------------------------------------------------------------------------
-def batches(store: Store, device: torch.device, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Crops, labels and places of a store's ROIs, in order.
-
-    Yields:
-        float32 ``[B, 3, Hc, Wc]``, normalised; int64 ``[B, Hm, Wm]``; int64 ``[B]``.
-    """
-    for rois in torch.arange(len(store)).split(size):
-        images, coverage = (x.to(device) for x in store.gather(rois))
-        yield normalise(images.permute(0, 3, 1, 2)), labels_from_coverage(coverage), rois
-
-
 def score(
-    predict: Callable[[Tensor], Tensor],
-    store: Store,
-    *,
-    device: torch.device,
-    mask_size: tuple[int, int],
-    batch_size: int = 32,
-    full: bool = False,
+    predict: CropModel, store: Store, *, device: torch.device, mask_size: Size, full: bool = False
 ) -> SegmentationMetrics:
     """Metrics over the box window of every ROI of a store.
 
     Args:
-        predict: crops float32 ``[B, 3, Hc, Wc]`` to class probabilities ``[B, 3, Hm, Wm]``.
+        predict: normalised crops to class probabilities.
         store: of ROIs.
         device: where crops and metrics are computed.
         mask_size: of the box window.
-        batch_size: ROIs at once.
         full: the costly metrics too.
     """
     metrics = SegmentationMetrics(full=full)
-    for images, labels, rois in batches(store, device, batch_size):
-        predicted = predict(images).argmax(dim=1)
+    for rois in torch.arange(len(store)).split(CROPS_AT_ONCE):
+        images, coverage = (x.to(device) for x in store.gather(rois))
+        labels = labels_from_coverage(coverage)
+        predicted = predict(normalise(images.permute(0, 3, 1, 2))).argmax(dim=1)
         # The image's place in the store: a data set's own ids may be negative, and those of two the same.
-        columns = (store.areas[rois.numpy()], store.image_index[rois.numpy()])
-        areas, images_of = (torch.as_tensor(column, device=device) for column in columns)
+        columns = (torch.as_tensor(of[rois.numpy()]) for of in (store.areas, store.image_index))
         with threads(1):
-            labels, predicted = centre_window(labels, mask_size), centre_window(predicted, mask_size)
-            metrics.update(predicted, labels, areas, images_of)
+            metrics.update(*(centre_window(x, mask_size) for x in (predicted, labels)), *columns)
     return metrics
 
 
 @torch.no_grad()
 def write_samples(
-    file: Path,
-    store: Store,
-    predict: Callable[[Tensor], Tensor],
-    target_iou: Tensor,
-    *,
-    device: torch.device,
-    mask_size: tuple[int, int],
+    file: Path, store: Store, predict: CropModel, target_iou: Tensor, *, device: torch.device, mask_size: Size
 ) -> None:
     """Write ``SAMPLES`` fixed ROIs and this epoch's worst, middle and best to a compressed ``.npz``.
 
@@ -368,15 +322,13 @@ def write_samples(
     }
     rois = torch.cat([*groups.values()])
     images, coverage = store.gather(rois)
-    probs = predict(normalise(images.to(device).permute(0, 3, 1, 2)))
+    probs, rows = predict(normalise(images.to(device).permute(0, 3, 1, 2))), rois.numpy()
     content = {
         "image": images.numpy(),
         "labels": labels_from_coverage(coverage).numpy().astype(np.uint8),
         "probs": probs.float().cpu().numpy().astype(np.float16),
         "target_iou": scores[rois].numpy().astype(np.float32),
-        "roi": rois.numpy(),
-        "image_id": store.image_ids[rois.numpy()],
-        "annotation_id": store.annotation_ids[rois.numpy()],
+        **{"roi": rows, "image_id": store.image_ids[rows], "annotation_id": store.annotation_ids[rows]},
         "kind": np.repeat(list(groups), [len(group) for group in groups.values()]),
         "mask_size": np.array(mask_size),
     }
@@ -384,7 +336,7 @@ def write_samples(
         np.savez_compressed(half, **content)
 
 
-def mean_mask(mean_coverage: Tensor) -> Callable[[Tensor], Tensor]:
+def mean_mask(mean_coverage: Tensor) -> CropModel:
     """The mean-mask baseline, a predictor that sees no image: the training set's average mask.
 
     Args:
@@ -397,10 +349,7 @@ def mean_mask(mean_coverage: Tensor) -> Callable[[Tensor], Tensor]:
     target, other = mean_coverage.permute(2, 0, 1).float().unbind(0)
     probs = torch.stack([1 - target - other, target, other])[None]
 
-    def predict(images: Tensor) -> Tensor:
-        return probs.to(images.device).expand(len(images), -1, -1, -1)
-
-    return predict
+    return lambda images: probs.to(images.device).expand(len(images), -1, -1, -1)
 
 
 # -- into the image --------------------------------------------------------------------------------
@@ -419,9 +368,15 @@ class Pasted(NamedTuple):
     labels: Tensor
     score: Tensor
 
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the image."""
+        rows, columns = self.labels.shape
+        return slice(self.top, self.top + rows), slice(self.left, self.left + columns)
+
 
 def paste_labels(
-    probs: Tensor, boxes: Tensor, image_size: tuple[int, int], ignored: Tensor | None = None
+    probs: Tensor, boxes: Tensor, image_size: Size, ignored: Tensor | None = None
 ) -> Iterator[Pasted]:
     """Labels of each box at the image's own pixels, one box at a time.
 
@@ -457,13 +412,12 @@ def _rgb(image: Any) -> Any:
         image = as_rgb(image)
     array = image.detach().cpu() if isinstance(image, Tensor) else np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or str(array.dtype).removeprefix("torch.") != "uint8":
-        raise ValueError(
-            f"the image must be uint8 [H, W, 3] in RGB, and is {array.dtype} {list(array.shape)}"
-        )
+        found = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"the image must be uint8 [H, W, 3] in RGB, and is {found}")
     return np.array(array.numpy() if isinstance(array, Tensor) else array)
 
 
-def as_boxes(boxes: Any, size: tuple[int, int] | None = None) -> Tensor:
+def as_boxes(boxes: Any, size: Size | None = None) -> Tensor:
     """Boxes as a user gives them, checked.
 
     Args:

@@ -26,7 +26,7 @@ from refinelib.data.segmentation import decode_segmentation
 from refinelib.data.sources import NO_AREA, OUTSIDE, box_of, counted
 from refinelib.files import dumps, shown, write_atomically
 from refinelib.metrics.evaluate import checked_folder
-from refinelib.metrics.image_space import CocoResults, encode
+from refinelib.metrics.image_space import coco_entry, encode
 from refinelib.metrics.predict import as_boxes
 
 Pixels = NDArray[Any]
@@ -231,15 +231,17 @@ def save_masks(
     for old in folder.glob(f"{glob.escape(inputs.name)}_person*.png"):  # there may have been more boxes
         if old.stem.removeprefix(f"{inputs.name}_person").isdigit():
             old.unlink()
-    coco, files = CocoResults(), []
+    files = []
     pictures = {f"person{number}": mask.astype(np.uint8) * 255 for number, mask in enumerate(masks)}
     for name, picture in [*pictures.items(), ("overlay", overlay)]:
         files.append(folder / f"{inputs.name}_{name}.png")
         Image.fromarray(picture).save(files[-1])
-    for category, mask, score in zip(inputs.category_ids, masks, scores, strict=True):
-        coco.add(inputs.image_id, category, encode(mask), float(score))
+    found = zip(inputs.category_ids, masks, scores, strict=True)
+    entries = [
+        dumps(coco_entry(inputs.image_id, of, encode(mask), float(score))) for of, mask, score in found
+    ]
     results = folder / f"{inputs.name}_coco.json"
-    write_atomically(results, "[\n" + ",\n".join(dumps(entry) for entry in coco.entries) + "\n]\n")
+    write_atomically(results, "[\n" + ",\n".join(entries) + "\n]\n")
     return [*files, results]
 
 

@@ -22,7 +22,6 @@ from refinelib.metrics import boundary, image_space
 from refinelib.metrics import evaluate as evaluation
 from refinelib.metrics.evaluate import Evaluation, measure
 from refinelib.metrics.image_space import (
-    CocoResults,
     annotated_images,
     average_precision,
     compare,
@@ -33,6 +32,7 @@ from refinelib.metrics.image_space import (
 from refinelib.metrics.predict import Pasted, Predictor, paste_labels
 from refinelib.modeling.roi import crop_rois
 from studies.box_jitter import box_iou, jitter_boxes, jitter_curve, noise
+from studies.results import read_evaluation
 
 CPU = torch.device("cpu")
 CROSS = ndimage.generate_binary_structure(2, 1)
@@ -177,34 +177,34 @@ def test_small_people_count_for_average_precision_only(people):
     images = list(annotated_images(source))
     assert [list(image.scored) for image in images] == [[True, True, False]] * 3
     assert images[0].annotation_ids == [100, 101, 102] and images[1].image_id == 2
-    truth = CocoResults()
+    truth = []
     found = score_in_images({"shifted": seeing(3)}, source, device=CPU, truth=truth)["shifted"]
-    assert len(found.table()["target_iou"]) == 6 and len(found.coco.entries) == len(truth.entries) == 9
+    assert len(found.table()["target_iou"]) == 6 and len(found.coco) == len(truth) == 9
     only = score_in_images({"shifted": seeing(3)}, source, device=CPU, only=np.array([100, 103]))["shifted"]
     assert only.annotation_ids == [100, 103]
 
 
 def test_average_precision_is_that_of_pycocotools_on_the_file_itself(people, tmp_path):
-    source, truth = people.source(), CocoResults()
+    source, truth = people.source(), []
     found = score_in_images({"a": seeing(1), "b": seeing(6)}, source, device=CPU, truth=truth)
     for one in found.values():
         file = tmp_path / "results.json"
-        file.write_text(json.dumps(one.coco.entries))
+        file.write_text(json.dumps(one.coco))
         known = COCO(str(people.annotations))
         judge = COCOeval(known, known.loadRes(str(file)), "segm")
         judge.evaluate(), judge.accumulate(), judge.summarize()
-        got = average_precision(truth.entries, one.coco.entries)
+        got = average_precision(truth, one.coco)
         expected = [None if value < 0 else value for value in judge.stats[:6]]
         assert list(got.values()) == expected
     assert 0 < got["AP"] < 1 and got["AP50"] > got["AP75"]
 
 
 def test_the_truth_itself_is_perfect(people):
-    truth = CocoResults()
+    truth = []
     found = score_in_images(
         {"grid": resolution_bound((96, 96)), "seeing": seeing()}, people.source(), device=CPU, truth=truth
     )
-    assert average_precision(truth.entries, truth.entries)["AP"] == pytest.approx(1)
+    assert average_precision(truth, truth)["AP"] == pytest.approx(1)
     for one in found.values():
         report = one.compute(intervals=True)
         assert report["target_iou"] > 0.95 and report["miou"] > 0.95
@@ -217,7 +217,7 @@ def test_the_truth_itself_is_perfect(people):
 
 # -- many people, large pictures ---------------------------------------------------------------------
 def figures_of(source, **how):
-    truth = CocoResults()
+    truth = []
     found = score_in_images(
         {"shifted": seeing(3), "grid": resolution_bound((24, 24))},
         source,
@@ -233,13 +233,7 @@ def figures_of(source, **how):
         lambda pixels, boxes: torch.ones(len(boxes), 3, 8, 8) / 3, source, device=CPU, sigmas=(0, 0.1)
     )
     return repr(
-        (
-            tables,
-            curve,
-            truth.entries,
-            [one.coco.entries for one in found.values()],
-            [one.masks for one in found.values()],
-        )
+        (tables, curve, truth, [one.coco for one in found.values()], [one.masks for one in found.values()])
     )
 
 
@@ -276,7 +270,7 @@ def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
     monkeypatch.setattr(image_space, "_labels", labels)
     with in_memory(30):  # all masks: 86 MB
         found = score_in_images({"grid": resolution_bound((24, 24))}, source, device=CPU)["grid"]
-    assert len(found.coco.entries) == 60 and len(made) == 10 and found.compute()["target_iou"] > 0.9
+    assert len(found.coco) == 60 and len(made) == 10 and found.compute()["target_iou"] > 0.9
 
 
 # -- data and folders of others ------------------------------------------------------------------------
@@ -329,7 +323,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name, text", DAMAGE.values(), ids=list(DAMAGE))
 def test_a_damaged_evaluation_is_told(saved, name, text):
-    assert Evaluation.read(saved).report == {"rois": 3}
+    assert read_evaluation(saved).report == {"rois": 3}
     (saved / name).unlink()
     os.mkfifo(saved / name) if text is None else (saved / name).write_text(text)
     with (
@@ -337,7 +331,7 @@ def test_a_damaged_evaluation_is_told(saved, name, text):
         in_memory(30),
         pytest.raises(ValueError, match="holds no whole evaluation .*: make it again with"),
     ):
-        Evaluation.read(saved)
+        read_evaluation(saved)
 
 
 def test_an_evaluation_of_foreign_arrays_is_told(saved):
@@ -348,7 +342,7 @@ def test_an_evaluation_of_foreign_arrays_is_told(saved):
     ):
         np.savez(saved / "evaluation.npz", **arrays)
         with pytest.raises(ValueError, match="holds no whole evaluation"):
-            Evaluation.read(saved)
+            read_evaluation(saved)
 
 
 # -- boxes that are off ----------------------------------------------------------------------------
