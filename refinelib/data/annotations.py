@@ -109,7 +109,7 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
     """The persons of a file's content.
 
     Args:
-        content: as :func:`read_annotations` gives it.
+        content: as :func:`read_annotations` gives it; ``left_out`` is taken over.
         name: of the file, for messages.
         category: names of the categories of persons, separated by commas, in any case.
         crowd: what ``iscrowd: 1`` means: ``skip``: a region of several people, no person; ``keep``: nothing;
@@ -126,7 +126,7 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
         >>> len(people.persons[7]), people.as_written["image_id"]
         (1, {7: '7'})
     """
-    people = People()
+    people = People(left_out=[*content.get("left_out", [])])
     if crowd not in ("auto", "skip", "keep"):
         raise DataError(f"crowd = {crowd!r}: give auto, skip or keep")
     listed = [one for one in content["categories"] if isinstance(one, dict)]

@@ -94,10 +94,8 @@ def draw(count: int, *, mode: str, generator: torch.Generator) -> Tensor:
     params[:, shifts] = signed[:, shifts] * (2 * amounts.shift)
     params[:, colours] = 1 + signed[:, colours] * amounts.colour
     params[:, tints] = 1 + signed[:, tints] * amounts.tint
-    params[:, PASTE] = (uniform[:, PASTE] < amounts.paste).float()
-    params[:, PASTE] += (
-        (uniform[:, PASTE] >= amounts.paste / 2) & (uniform[:, PASTE] < amounts.paste)
-    ).float()
+    pasted, behind = uniform[:, PASTE] < amounts.paste, uniform[:, PASTE] >= amounts.paste / 2
+    params[:, PASTE] = torch.where(pasted, torch.where(behind, BEHIND, IN_FRONT), NOBODY)
     params[:, PASTE_FLIP] = (uniform[:, PASTE_FLIP] < 0.5).float()
     params[:, PASTE_SCALE] = torch.exp(signed[:, PASTE_SCALE] * math.log(1.5))
     params[:, [PASTE_X, PASTE_Y]] = signed[:, [PASTE_X, PASTE_Y]] * torch.tensor([0.9, 0.5])
@@ -118,9 +116,8 @@ def normalise(images: Tensor) -> Tensor:
         >>> normalise(torch.full((1, 3, 1, 1), 255)).flatten().tolist()
         [2.248908281326294, 2.4285714626312256, 2.640000104904175]
     """
-    if (
-        torch.compiler.is_compiling()
-    ):  # a CUDA graph forbids copies from the host: numbers become part of the kernel
+    # A CUDA graph forbids copies from the host: numbers become part of the kernel.
+    if torch.compiler.is_compiling():
         channels = zip(images.unbind(1), MEAN, STD, strict=True)
         return torch.stack([(channel.float() - mean) / std for channel, mean, std in channels], dim=1)
     mean, std = _statistics(images.device)
@@ -128,10 +125,9 @@ def normalise(images: Tensor) -> Tensor:
 
 
 @functools.lru_cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics(device: torch.device) -> tuple[Tensor, ...]:
     # Kept on the device: copying them there for every batch would make the host wait each time.
-    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
-    return mean, std
+    return tuple(torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
 
 
 def apply(

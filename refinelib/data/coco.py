@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,17 +18,7 @@ from refinelib.data import sources
 from refinelib.data.annotations import Content, People, read_annotations, read_people
 from refinelib.data.image_folder import ImageFolder
 from refinelib.data.segmentation import decode_segmentation, usable
-from refinelib.data.sources import (
-    DataError,
-    Instances,
-    InstancesBuilder,
-    Mask,
-    Masks,
-    Scene,
-    SceneError,
-    box_of,
-    decode_image,
-)
+from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError, box_of
 
 BAD_POLYGON = "polygon of an odd length, under three points or far outside, left out"
 NOT_ITS_BOX = "mask that lies outside its box, ignored"
@@ -36,17 +26,7 @@ PART_OF_BOX = "mask that fills less than half of its box"
 NOWHERE = "person or crowd of unknown place: the whole image is ignored"
 
 
-class _SceneData(NamedTuple):
-    """What is kept of an image: compact, for builder processes share it."""
-
-    file: str
-    size: tuple[int, int]
-    segmentations: bytes  # JSON, of all persons
-    persons: bytes  # JSON, see :meth:`CocoPeople.annotated_instances`
-    regions: bytes  # JSON, segmentations and boxes where nobody knows who is there
-
-
-class CocoPeople:
+class CocoPeople(sources.IndexedSource):
     """Persons of a COCO instances file, polygons and RLE.
 
     The file is parsed on first use, not by the constructor: opening a store that exists does not need it.
@@ -78,58 +58,41 @@ class CocoPeople:
         crowd: str = "auto",
         exif: str = "ignore",
     ) -> None:
-        self.annotations, self.images = (Path(os.path.expanduser(path)) for path in (annotations, images))
-        self.split, self.category, self.crowd, self.exif = split, category, crowd, exif
+        super().__init__(split)
+        self.annotations, self.images = self._existing(annotations, images)
         self.folder = ImageFolder(self.images, allow_outside)
-        self._indexed: dict[int | None, Instances] = {}
-        self._scenes: list[_SceneData] = []
-        self._check_places()
+        self.category, self.crowd, self.exif = category, crowd, exif
 
-    def _check_places(self) -> None:
-        if not os.path.isfile(self.annotations):
-            what = "is no regular file" if os.path.exists(self.annotations) else "does not exist"
-            raise DataError(f"there is no annotation file {self.annotations}: it {what}")
-        if not os.path.isdir(self.images):
-            raise DataError(f"there is no image folder {self.images}")
-
-    def __len__(self) -> int:
-        return self.instances().images
+    def _existing(self, annotations: str | Path, images: str | Path) -> tuple[Path, Path]:
+        """Both places, ``~`` expanded, once it is sure that they are there."""
+        file = Path(os.path.expanduser(annotations))
+        if not os.path.isfile(file):
+            what = "is no regular file" if os.path.exists(file) else "does not exist"
+            raise DataError(f"there is no annotation file {file}: it {what}")
+        return file, sources.existing_folder(images, "image folder")
 
     def read(self) -> Content:
         """The raw content: lists of images, annotations and categories."""
         return read_annotations(self.annotations)
 
-    def instances(self, max_images: int | None = None) -> Instances:
-        """Every ROI of the first ``max_images`` images by image id.
-
-        Raises:
-            DataError: the file does not parse, lacks a part, or has no person that can be used.
-        """
-        if max_images not in self._indexed:
-            self._indexed[max_images] = self._index(max_images)
-        return self._indexed[max_images]
-
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
-        found, notes = self._scene(index), list[tuple[str, str]]()
-        size, segmentations = found.size, json.loads(found.segmentations)
-        image = decode_image(self.folder.find(found.file), size, upright=self.exif == "apply", notes=notes)
+        file, (height, width), segmentations, persons, regions = json.loads(self._entry(index))
+        size, notes, upright = (height, width), list[tuple[str, str]](), self.exif == "apply"
+        image = sources.decode_image(self.folder.find(file), size, upright=upright, notes=notes)
         masks = Masks(len(segmentations), size, lambda slot: decode_segmentation(segmentations[slot], *size))
-        regions = json.loads(found.regions)
-        for slot, person in enumerate(self.annotated_instances(index)):
+        for slot, person in enumerate(persons):
             kind = compared(masks[slot], person["box"])
             if kind in (NOT_ITS_BOX, PART_OF_BOX):
                 box = ", ".join(f"{side:g}" for side in person["box"])
-                notes.append(
-                    (kind, f"annotation {person['annotation_id']} in {found.file}, box {box} (xyxy)")
-                )
+                example = f"annotation {person['annotation_id']} in {file}, box {box} (xyxy)"
+                notes.append((kind, example))
             if kind in (NOT_ITS_BOX, sources.NO_MASK):
                 regions.append((segmentations[slot], person["box"], True))
                 segmentations[slot] = None
-                masks.forget(slot)
+                masks[slot][:] = False  # if it is kept
         ignored, nowhere = _ignored(regions, size) if regions else (None, 0)
-        notes += [(NOWHERE, found.file)] * nowhere
-        return Scene(image, masks, ignored, notes)
+        return Scene(image, masks, ignored, notes + [(NOWHERE, file)] * nowhere)
 
     def annotated_instances(self, index: int) -> list[dict[str, Any]]:
         """All persons of image ``index``, small ones too, in the order of the scene's masks.
@@ -137,8 +100,8 @@ class CocoPeople:
         Each has ``annotation_id``, ``category_id``, ``box`` (xyxy) and ``area``, as the file has them, but
         for ids that are no whole numbers: see ``as_written``.
         """
-        found: list[dict[str, Any]] = json.loads(self._scene(index).persons)
-        return found
+        _, _, _, persons, _ = json.loads(self._entry(index))
+        return list(persons)
 
     @cached_property
     def as_written(self) -> dict[str, dict[int, Any]]:
@@ -164,29 +127,23 @@ class CocoPeople:
     @cached_property
     def _stamp(self) -> list[Any]:
         """Of the annotation file when it was first asked for, or read."""
-        found = self.annotations.stat()
-        return [str(self.annotations.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-    def _scene(self, index: int) -> _SceneData:
-        if index >= len(self._scenes):
-            self.instances()
-        return self._scenes[index]
+        return [str(self.annotations.resolve()), *sources.file_stamp(self.annotations)]
 
     @cached_property
     def _people(self) -> People:
         name, _ = str(self.annotations), self._stamp  # before it is read
         return read_people(self.read(), name, category=self.category, crowd=self.crowd)
 
-    def _index(self, max_images: int | None) -> Instances:
-        """ROIs as columns; keeps file, size, masks and persons of their images."""
-        people, builder, scenes = self._people, InstancesBuilder(), []
+    def _index(self, builder: InstancesBuilder) -> tuple[str, str]:
+        """By image id; an entry has file, size, masks and persons of an image."""
+        people = self._people
         for reason, example, _ in people.left_out:
             builder.skip(reason, example)
         for kind, example in people.notes:
             builder.note(kind, example)
         shared = self._named_twice(people)
         for image_id in sorted(people.persons):
-            if max_images is not None and builder.images >= max_images:
+            if builder.full:
                 break
             where, entry = f"image {image_id}", people.images[image_id]
             try:
@@ -218,11 +175,9 @@ class CocoPeople:
                 found.append(person)
             ids, boxes, areas = ([one[key] for one in found] for key in ("annotation_id", "box", "area"))
             if builder.add(where, image_id, size, ids, boxes, areas):
-                parts = (json.dumps(part).encode() for part in (segmentations, found, regions))
-                scenes.append(_SceneData(entry["file_name"], size, *parts))
-        instances = builder.instances(str(self.annotations), "no annotation of a person")
-        self._scenes = max(self._scenes, scenes, key=len)  # a shorter index is a prefix of a longer one
-        return instances
+                parts = [entry["file_name"], size, segmentations, found, regions]
+                builder.entries.append(json.dumps(parts).encode())  # compact: builder processes share it
+        return str(self.annotations), "no annotation of a person"
 
     def _named_twice(self, people: People) -> dict[int, str]:
         """Images whose file another entry names too, and what to do about it: it is one of the two."""
@@ -341,9 +296,8 @@ def coco_paths(
     if data_dir is None:
         what = "annotations" if annotations is None else "images"
         raise DataError(f"no {split} {what} of COCO are given: give data_dir or {split}_{what}")
-    if not os.path.isdir(data_dir):
-        rule = "data_dir must hold annotations/ and images/ in COCO's layout"
-        raise DataError(f"there is no data folder {data_dir}: {rule}")
+    rule = "data_dir must hold annotations/ and images/ in COCO's layout"
+    sources.existing_folder(data_dir, "data folder", rule)
     if annotations is None:
         tried = [f"annotations/instances_{name}{end}.json" for name in names for end in ("", "*")]
         tried += [f"{name}/{file}" for name in names for file in ("labels.json", "_annotations.coco.json")]

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refinelib.data import sources
-from refinelib.data.annotations import Content, People
+from refinelib.data.annotations import Content
 from refinelib.data.coco import CocoPeople
-from refinelib.data.pennfudan import IMAGES, listed, split_of, stamps
+from refinelib.data.pennfudan import IMAGES, listed, split_of
 from refinelib.data.segmentation import whole
-from refinelib.data.sources import DataError, InstancesBuilder, SceneError, printable
+from refinelib.data.sources import DataError, InstancesBuilder, SceneError
 from refinelib.files import JSON, read_json, read_yaml, shown
 
 DAMAGED = "annotation file that cannot be read"
@@ -62,6 +62,8 @@ class _Files(CocoPeople, ABC):
             content["annotations"] += [{"id": n, "image_id": image, **one} for n, one in numbered]
         if not content["images"]:
             self._lost.instances(f"the split {self.split} of {self.annotations}", "no image has annotations")
+        examples, reasons = self._lost.examples, self._lost.skipped.elements()
+        content["left_out"] = [(reason, examples[reason], None) for reason in reasons]
         return {**content, "categories": [{"id": kind, "name": name} for kind, name in self.kinds.items()]}
 
     def names(self) -> list[str]:
@@ -70,7 +72,8 @@ class _Files(CocoPeople, ABC):
 
     def fingerprint(self) -> str:
         """Of the places, of the names, sizes and times of the label files, and of the options."""
-        parts = [super().fingerprint(), self.split, stamps(self._labels())]
+        stamps = [(file.name, sources.file_stamp(file)[:2]) for file in self._labels()]
+        parts = [super().fingerprint(), self.split, stamps]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
@@ -80,13 +83,6 @@ class _Files(CocoPeople, ABC):
     @abstractmethod
     def _labels(self) -> Iterable[Path]:
         """The files that persons are read from."""
-
-    @cached_property
-    def _people(self) -> People:
-        people = super()._people
-        examples = self._lost.examples
-        people.left_out += [(reason, examples[reason], None) for reason in self._lost.skipped.elements()]
-        return people
 
     @abstractmethod
     def _readers(self) -> Iterator[Callable[[], Found]]:
@@ -137,31 +133,29 @@ class YoloPeople(_Files):
         super().__init__(file, images, split, **{"exif": "apply", **options})  # YOLO turns images upright
 
     def _labels(self) -> Iterable[Path]:
-        pairs = [pair for _, found in self._labelled() for pair in found]
-        return [self._file, *(text for _, text in pairs), *(image for image, _ in pairs if image)]
+        found = [*self._labelled()]
+        images = [image for *_, images in found for image in images]
+        return [self._file, *(text for _, text, _ in found), *images]
 
-    def _labelled(self) -> Iterator[tuple[Path, list[tuple[Path | None, Path]]]]:
-        """Folders of images, and for them each label file with its image, or None."""
-        for images, labels in self._pairs:
-            found = defaultdict[Path, list[Path | None]](list)
-            for image in listed(images, IMAGES):
-                found[image.relative_to(images).with_suffix("")].append(image)
-            texts = ((text.relative_to(labels).with_suffix(""), text) for text in listed(labels, (".txt",)))
-            yield images, [(image, text) for stem, text in texts for image in found[stem] or [None]]
+    def _labelled(self) -> Iterator[tuple[Path, Path, list[Path]]]:
+        """The folder of images, each label file for it, and the images of that name: one, if all is well."""
+        for folder, labels in self._pairs:
+            owners = defaultdict[Path, list[Path]](list)
+            for image in listed(folder, IMAGES):
+                owners[image.relative_to(folder).with_suffix("")].append(image)
+            for text in listed(labels, (".txt",)):
+                yield folder, text, owners[text.relative_to(labels).with_suffix("")]
 
     def _readers(self) -> Iterator[Callable[[], Found]]:
-        for images, pairs in self._labelled():
-            owners = defaultdict[Path, list[str]](list)
-            for image, text in pairs:
-                owners[text].append(image.name if image else "")
-            for image, text in pairs:
-                if image is None:
-                    self._lost.skip(NO_PICTURE, f"there is no image of {text} in {images}")
-                elif len(owners[text]) == 1:
-                    yield partial(self._read, image, text)
-                elif image.name == owners[text][0]:
-                    both, rule = " and ".join(owners[text]), "give each image a file of its own"
-                    self._lost.skip(sources.TWICE, f"{text} has the labels of {both}: {rule}")
+        for folder, text, images in self._labelled():
+            if len(images) == 1:
+                yield partial(self._read, images[0], text)
+            elif images:
+                both = " and ".join(image.name for image in images)
+                rule = "give each image a file of its own"
+                self._lost.skip(sources.TWICE, f"{text} has the labels of {both}: {rule}")
+            else:
+                self._lost.skip(NO_PICTURE, f"there is no image of {text} in {folder}")
 
     def _read(self, image: Path, file: Path) -> Found:
         size = sources.image_size(image, upright=True)
@@ -218,11 +212,9 @@ class LabelmePeople(_Files):
         super().__init__(annotations, images, split, **{"exif": "apply", **options})  # LabelMe shows them so
         self.part, self.kinds, self._numbers = part, {}, dict[str, int]()
 
-    def _check_places(self) -> None:
-        for place in (self.annotations, self.images):
-            if not os.path.isdir(place):
-                rule = f"give data_dir, or {self.split}_annotations and {self.split}_images"
-                raise DataError(f"there is no folder {place}: {rule}")
+    def _existing(self, annotations: str | Path, images: str | Path) -> tuple[Path, Path]:
+        rule = f"give data_dir, or {self.split}_annotations and {self.split}_images"
+        return sources.existing_folder(annotations, rule=rule), sources.existing_folder(images, rule=rule)
 
     def _labels(self) -> Iterable[Path]:
         files = listed(self.annotations, (".json",))
@@ -258,13 +250,13 @@ class LabelmePeople(_Files):
                 self._lost.skip(NO_CLASS, f"shape {place} of {file} has no label")
                 continue
             kind = self._numbers.setdefault(label, len(self._numbers) + 1)
-            self.kinds[kind], group, outline = label, shape.get("group_id"), _outline(shape)
-            if outline is not None:
-                groups.setdefault((kind, place if group is None else shown(group)), []).append(outline)
+            self.kinds[kind], group, form = label, shape.get("group_id"), shape.get("shape_type") or "polygon"
+            points = _points(shape)
+            if form == "polygon" and points is not None and len(points) > 2:
+                groups.setdefault((kind, place if group is None else shown(group)), []).append(points)
             else:
-                what = f"shape {place} of {file.name}, a {shape.get('shape_type') or 'polygon'},"
-                corners = _points(shape)
-                box = {} if corners is None else {"bbox": _mask([corners])["bbox"]}
+                what = f"shape {place} of {file.name}, a {form},"
+                box = {} if points is None else {"bbox": _mask([points])["bbox"]}
                 persons.append({"category_id": kind, "segmentation": what, **box})
         persons += [{"category_id": kind, **_mask(outlines)} for (kind, _), outlines in groups.items()]
         return name, size, persons
@@ -276,13 +268,6 @@ def _mask(polygons: list[Points]) -> dict[str, Any]:
     areas = [abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2 for x, y in (one.T for one in polygons)]
     one = {"bbox": [*corners.min(0).tolist(), *np.ptp(corners, axis=0).tolist()], "area": float(sum(areas))}
     return {**one, "segmentation": [polygon.ravel().tolist() for polygon in polygons]}
-
-
-def _outline(shape: dict[str, Any]) -> Points | None:
-    """Corners ``[N, 2]`` of a LabelMe polygon; None: it is none."""
-    points = _points(shape)
-    polygon = (shape.get("shape_type") or "polygon") == "polygon"
-    return points if polygon and points is not None and len(points) > 2 else None
 
 
 def _points(shape: dict[str, Any]) -> Points | None:
@@ -303,8 +288,6 @@ def _folders(file: Path, root: str, place: str) -> tuple[Path, Path]:
     images = next((folder for folder in tried if os.path.isdir(folder)), tried[0])
     before, found, after = f"{images}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
     labels = Path(before, "labels", after) if found else images
-    for what, folder in (("image", images), ("label", labels)):
-        if not os.path.isdir(folder):
-            rule = f"correct {place} or path in {file}, and have labels/ beside images/"
-            raise DataError(printable(f"there is no {what} folder {folder}: {rule}"))
-    return images, labels
+    rule = f"correct {place} or path in {file}, and have labels/ beside images/"
+    sources.existing_folder(images, "image folder", rule)
+    return images, sources.existing_folder(labels, "label folder", rule)

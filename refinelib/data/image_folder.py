@@ -32,7 +32,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, allow_outside: bool = False) -> None:
-        self.folder, self.allow_outside = folder, allow_outside
+        self.folder, self.allow_outside, self._above = folder, allow_outside, folder.absolute().parts
 
     def find(self, name: str) -> Path:
         """The file that is meant. Only names are looked at: links may lead anywhere.
@@ -72,10 +72,6 @@ class ImageFolder:
             if end >= min(len(file), len(wanted)):
                 ends[file] = end, len(file) == len(wanted), common_end(path, parts)
         return [file for file, end in ends.items() if end == max(ends.values())]
-
-    @cached_property
-    def _above(self) -> Parts:
-        return self.folder.absolute().parts
 
     @cached_property
     def _files(self) -> dict[Parts, list[Parts]]:
@@ -162,6 +158,4 @@ def common_end(a: Parts, b: Parts) -> int:
         >>> common_end(("cam1", "x.png"), ("cam2", "x.png"))
         1
     """
-    return sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a[::-1], b[::-1], strict=False))
-    )
+    return len(os.path.commonprefix([a[::-1], b[::-1]]))

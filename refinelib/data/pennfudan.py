@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from scipy import ndimage
 
 from refinelib.data import sources
 from refinelib.data.image_folder import files_in
-from refinelib.data.sources import DataError, Instances, InstancesBuilder, Mask, Masks, Scene, SceneError
+from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError
 
 #: Endings of the files that are taken for images.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -26,7 +25,7 @@ NO_PICTURE = "mask without image"
 VOID = 255
 
 
-class MaskPeople:
+class MaskPeople(sources.IndexedSource):
     """Persons whose numbers are the pixel values of masks: the image ``NAME.jpg`` has the mask ``NAME.png``.
 
     Masks have 1, 8 or 16 bits or a palette, and 0 where there is nobody; with a palette, 255 is ignored, as
@@ -59,23 +58,13 @@ class MaskPeople:
         *,
         exif: str = "ignore",
     ) -> None:
-        self.images, self.masks = (Path(os.path.expanduser(folder)) for folder in (images, masks))
-        self.split, self.part, self.exif = split, part, exif
-        self._used: list[Path] = []
-        for place in (self.images, self.masks):
-            if not os.path.isdir(place):
-                raise DataError(f"there is no folder {place}: {self.rule}")
+        super().__init__(split)
+        self.part, self.exif = part, exif
+        self.images = sources.existing_folder(images, rule=self.rule)
+        self.masks = sources.existing_folder(masks, rule=self.rule)
 
-    def __len__(self) -> int:
-        return self.instances().images
-
-    def instances(self, max_images: int | None = None) -> Instances:
-        """Every ROI of the first ``max_images`` images by name; reads the masks, not the images.
-
-        Raises:
-            DataError: no person that can be used.
-        """
-        builder, used = InstancesBuilder(), []
+    def _index(self, builder: InstancesBuilder) -> tuple[str, str]:
+        """Reads the masks, not the images; takes the images by name."""
         for mask in self._strays:
             builder.skip(NO_PICTURE, f"there is no image of the mask {mask} in {self.images}")
         owners = defaultdict[Path, list[str]](list)
@@ -86,7 +75,7 @@ class MaskPeople:
                 rule = "give each image one of its own"
                 builder.skip(sources.TWICE, f"{mask} is the mask of {' and '.join(both)}: {rule}")
                 continue
-            if max_images is not None and builder.images >= max_images:
+            if builder.full:
                 break
             try:
                 ids, areas, owner, _ = _read_mask(mask)
@@ -98,16 +87,13 @@ class MaskPeople:
             # An annotation id names the image and the person in it.
             numbers = [image_id * self.ids + int(i) for i in ids]
             if builder.add(file.name, image_id, owner.shape, numbers, boxes, areas):
-                used.append(file)
-        self._used = max(self._used, used, key=len)
+                builder.entries.append(file)
         empty = f"no {' or '.join(self.suffixes)} file in {self.images}"
-        return builder.instances(f"the split {self.split} of {self.images.parent}", empty)
+        return f"the split {self.split} of {self.images.parent}", empty
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
-        if index >= len(self._used):
-            self.instances()
-        file = self._used[index]
+        file = self._entry(index)
         ids, _, owner, void = _read_mask(self._mask_file(file))
         size, upright, notes = owner.shape, self.exif == "apply", list[tuple[str, str]]()
         image = sources.decode_image(file, (size[0], size[1]), upright=upright, notes=notes)
@@ -182,17 +168,6 @@ def listed(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
         []
     """
     return sorted(file for file in files_in(folder) if file.suffix.lower() in suffixes)
-
-
-def stamps(files: Iterable[Path]) -> list[Any]:
-    """Names, sizes and times of files, for a fingerprint; None for what is not there.
-
-    Example:
-        >>> stamps([Path("nowhere/1.png")])
-        [['1.png', None]]
-    """
-    found = ((file.name, file.stat() if file.exists() else None) for file in files)
-    return [[name, status and (status.st_size, status.st_mtime_ns)] for name, status in found]
 
 
 def split_of(file: Path) -> str:

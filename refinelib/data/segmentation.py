@@ -56,9 +56,8 @@ def usable(segmentation: Any, height: int, width: int) -> tuple[Any, list[Any]]:
         ([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]], [[5, 5, 6]])
     """
     if isinstance(segmentation, list):
-        points = len(segmentation) > 2 and all(
-            isinstance(one, list) and len(one) == 2 for one in segmentation
-        )
+        lengths = {len(part) if isinstance(part, list) else None for part in segmentation}
+        points = len(segmentation) > 2 and lengths == {2}
         one = points or not any(isinstance(part, (list, dict)) for part in segmentation)
         parts, reach = [segmentation] if one and segmentation else segmentation, 2 * max(height, width)
         found = [_polygon(part, reach) for part in parts]

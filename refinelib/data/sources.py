@@ -7,7 +7,7 @@ every person at a time (``scene``).
 from __future__ import annotations
 
 import os
-import stat
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,10 +114,6 @@ class Masks:
                 self._kept[slot] = mask
         return mask
 
-    def forget(self, slot: int) -> None:
-        """Decode a mask again when it is used next."""
-        self._kept.pop(slot, None)
-
     def any(self, axis: int) -> Mask:
         """Pixels of any person; ``axis`` is 0, as for an array ``[P, H, W]``."""
         if axis != 0:
@@ -223,8 +219,47 @@ class FileSource(Source, Protocol):
         """The file that a name means now; None: none, or several."""
 
 
-class InstancesBuilder:
+class Tally:
+    """Counts what was left out and what is unusual about the rest, with the first example of each.
+
+    Args:
+        *parts: whose counts to begin with.
+
+    Example:
+        >>> tally = Tally()
+        >>> tally.skip("missing image", "there is no 1.png")
+        >>> tally.skipped, tally.examples
+        (Counter({'missing image': 1}), {'missing image': 'there is no 1.png'})
+    """
+
+    def __init__(self, *parts: Instances) -> None:
+        self.skipped = sum((Counter(part.skipped) for part in parts), Counter[str]())
+        self.notes = sum((Counter(part.notes) for part in parts), Counter[str]())
+        self.examples = {kind: text for part in reversed(parts) for kind, text in part.examples.items()}
+
+    def skip(self, reason: str, example: str) -> None:
+        """Count a person or an image that is left out."""
+        self._count(self.skipped, reason, example)
+
+    def note(self, kind: str, example: str) -> None:
+        """Count something unusual about what is used."""
+        self._count(self.notes, kind, example)
+
+    def _count(self, counts: Counter[str], kind: str, example: str) -> None:
+        counts[kind] += 1
+        if kind not in self.examples:
+            self.examples[kind] = printable(example)
+
+
+class InstancesBuilder(Tally):
     """Collects ROIs image by image and turns them into compact columns.
+
+    Args:
+        max_images: number of images with a ROI after which it is ``full``; None: any.
+
+    Attributes:
+        images: number of images with a ROI so far.
+        entries: for the source to keep something about each of them.
 
     Example:
         >>> builder = InstancesBuilder()
@@ -235,27 +270,18 @@ class InstancesBuilder:
         ([[0.0, 0.0, 20.0, 40.0]], {'box with a side under 16 px': 1})
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_images: int | None = None) -> None:
+        super().__init__()
         self._rows: list[tuple[object, ...]] = []
-        self.images = 0
-        self.skipped: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+        self.max_images, self.images, self.entries = max_images, 0, list[Any]()
 
-    def skip(self, reason: str, example: str) -> None:
-        """Count a person or an image that is left out."""
-        self.skipped[reason] += 1
-        if reason not in self.examples:
-            self.examples[reason] = printable(example)
-
-    def note(self, kind: str, example: str) -> None:
-        """Count something unusual about what is used."""
-        self.notes[kind] += 1
-        if kind not in self.examples:
-            self.examples[kind] = printable(example)
+    @property
+    def full(self) -> bool:
+        """Whether it has as many images as it is to have."""
+        return self.max_images is not None and self.images >= self.max_images
 
     def add(
-        self, where: str, image_id: int, size: tuple[int, int], ids: Sequence[int], boxes: Any, areas: Any
+        self, where: str, image_id: int, size: tuple[int, ...], ids: Sequence[int], boxes: Any, areas: Any
     ) -> bool:
         """Keep the ROIs among an image's persons.
 
@@ -271,11 +297,10 @@ class InstancesBuilder:
             Whether the image has a ROI; without one it takes no ``image_index``.
         """
         corners = np.asarray(boxes, np.float64).reshape(-1, 4)
-        finite = [max(map(abs, box)) < 1e38 for box in corners.tolist()]  # stored as float32
         kept = []
         for i, (x0, y0, x1, y1) in enumerate(corners):
             person = f"{where}, annotation {ids[i]}, box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy)"
-            if not (finite[i] and x1 > x0 and y1 > y0):
+            if not (-1e38 < x0 < x1 < 1e38 and -1e38 < y0 < y1 < 1e38):  # stored as float32
                 self.skip(NO_AREA, person)
             elif min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0):
                 self.skip(OUTSIDE, f"{person}, image {size[1]}x{size[0]}")
@@ -289,8 +314,8 @@ class InstancesBuilder:
                 self._rows.append((self.images, i, image_id, ids[i], corners[i], areas[i], size))
             else:
                 self.skip(CROWDED, f"{where}, annotation {ids[i]}")
-        self.images += bool(largest)
-        return bool(largest)
+        self.images += bool(kept)
+        return bool(kept)
 
     def instances(self, data: str, otherwise: str = "it is empty") -> Instances:
         """All ROIs so far.
@@ -305,15 +330,49 @@ class InstancesBuilder:
         if not self._rows:
             reasons = counted(self.skipped, self.examples) or otherwise
             raise DataError(f"{data} has no person that can be used: {reasons}")
-        columns: dict[str, Any] = {}
-        for name, values in zip(COLUMNS, zip(*self._rows, strict=True), strict=True):
-            columns[name] = np.array(values, COLUMNS[name])
-        found: dict[str, Any] = {
-            "skipped": dict(self.skipped),
-            "notes": dict(self.notes),
-            "examples": self.examples,
-        }
-        return Instances(**columns, images=self.images, **found)
+        values = zip(COLUMNS.items(), zip(*self._rows, strict=True), strict=True)
+        columns: Any = {name: np.array(column, kind) for (name, kind), column in values}
+        counts: Any = {"skipped": dict(self.skipped), "notes": dict(self.notes), "examples": self.examples}
+        return Instances(**columns, images=self.images, **counts)
+
+
+class IndexedSource(ABC):
+    """A source that reads its index when it is first used, and keeps it.
+
+    A subclass adds its images to a builder, and what a scene needs to the builder's ``entries``.
+    """
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self._indexed: dict[int | None, Instances] = {}
+        self._entries: list[Any] = []
+
+    def __len__(self) -> int:
+        return self.instances().images
+
+    def instances(self, max_images: int | None = None) -> Instances:
+        """Every ROI of the first ``max_images`` images.
+
+        Raises:
+            DataError: the data cannot be read, or have no person that can be used.
+        """
+        if max_images not in self._indexed:
+            builder = InstancesBuilder(max_images)
+            self._indexed[max_images] = builder.instances(*self._index(builder))
+            self._entries = max(
+                self._entries, builder.entries, key=len
+            )  # a shorter index begins a longer one
+        return self._indexed[max_images]
+
+    @abstractmethod
+    def _index(self, builder: InstancesBuilder) -> tuple[str, str]:
+        """Add images until the builder is full; returns the arguments of its ``instances``."""
+
+    def _entry(self, index: int) -> Any:
+        """What :meth:`_index` kept about image ``index``."""
+        if index >= len(self._entries):
+            self.instances()
+        return self._entries[index]
 
 
 def counted(skipped: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
@@ -327,6 +386,32 @@ def counted(skipped: Mapping[str, int], examples: Mapping[str, str] | None = Non
     examples = examples or {}
     some = [f"{reason}: {examples[reason]}" for reason in skipped if reason in examples][:3]
     return "; such as ".join([line, "; ".join(some)]) if some else line
+
+
+def existing_folder(folder: str | Path, what: str = "folder", rule: str = "") -> Path:
+    """A folder, ``~`` expanded.
+
+    Raises:
+        DataError: it does not exist; the message has ``rule``.
+    """
+    place = Path(os.path.expanduser(folder))
+    if not os.path.isdir(place):
+        raise DataError(f"there is no {what} {place}{rule and f': {rule}'}")
+    return place
+
+
+def file_stamp(file: Path | None) -> tuple[int, int, int]:
+    """Size, time of the content and time of the entry of a file; -1 where there is none.
+
+    Example:
+        >>> file_stamp(Path("nowhere"))
+        (-1, -1, -1)
+    """
+    try:
+        found = os.stat(file or "")
+    except (OSError, ValueError):
+        return -1, -1, -1
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def box_of(mask: Mask) -> tuple[int, int, int, int]:
@@ -373,7 +458,7 @@ def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
         SceneError: it is missing or no regular file, or the block cannot decode it.
     """
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would wait for its writer
+        if os.path.exists(file) and not os.path.isfile(file):  # opening a FIFO would wait for its writer
             rule = f"put the {what} there or take it out"
             raise SceneError(UNREADABLE, f"{file} is no regular file: {rule}", file)
         with Image.open(file) as image:
@@ -409,7 +494,6 @@ def decode_image(
     Raises:
         SceneError: missing, unreadable or truncated file, or another size.
     """
-    picture: Image.Image
     with opened(file) as image:
         picture, stored = image, (image.height, image.width)
         tiff = image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1  # PIL applies it itself
@@ -421,21 +505,13 @@ def decode_image(
             raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {said}", file)
         pixels = as_rgb(picture)
         orientation = image.getexif().get(_ORIENTATION, 1)  # now: a PNG may have it behind the pixels
-    if notes is not None and tiff in range(2, 9):
-        notes.append((TURNED_TIFF, f"{file}, orientation {tiff}"))
-    elif notes is not None and orientation in range(2, 9) and not upright:
-        rule = "set exif to apply if people were annotated on the upright image"
-        kind = TURNED if picture is not image else NOT_TURNED
-        notes.append(
-            (kind, f"{file}, orientation {orientation}" + (f": {rule}" if kind == NOT_TURNED else ""))
-        )
+    turned = tiff in range(2, 9) or (orientation in range(2, 9) and not upright)
+    if notes is not None and turned:
+        kind = TURNED_TIFF if tiff > 1 else NOT_TURNED if picture is image else TURNED
+        rule = ": set exif to apply if people were annotated on the upright image"
+        example = f"{file}, orientation {max(tiff, orientation)}"
+        notes.append((kind, example + rule if kind == NOT_TURNED else example))
     return pixels
-
-
-def exif_size(image: Image.Image) -> tuple[int, int]:
-    """``(width, height)`` of an image when its EXIF orientation is applied."""
-    width, height = image.size
-    return (height, width) if image.getexif().get(_ORIENTATION, 1) in range(5, 9) else (width, height)
 
 
 def image_size(file: Path, upright: bool = False) -> tuple[int, int]:
@@ -445,5 +521,5 @@ def image_size(file: Path, upright: bool = False) -> tuple[int, int]:
         SceneError: missing or unreadable file.
     """
     with opened(file) as image:
-        width, height = exif_size(image) if upright else image.size
-    return height, width
+        turned = upright and image.getexif().get(_ORIENTATION, 1) in range(5, 9)
+        return image.size if turned else (image.height, image.width)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,16 @@ from refinelib.config import Settings
 from refinelib.data.coco import CocoPeople, coco_paths
 from refinelib.data.formats import LabelmePeople, YoloPeople
 from refinelib.data.pennfudan import MaskPeople, PennFudanPeople
-from refinelib.data.sources import COLUMNS, DataError, FileSource, Instances, Scene, Source, decode_image
+from refinelib.data.sources import (
+    COLUMNS,
+    DataError,
+    FileSource,
+    Instances,
+    Scene,
+    Source,
+    Tally,
+    decode_image,
+)
 from refinelib.data.store import Store, read_info
 from refinelib.data.store_build import open_store, store_sizes
 from refinelib.data.synthetic import SyntheticPeople
@@ -73,13 +80,12 @@ def make_source(settings: Settings, split: str) -> Source:
     Raises:
         DataError: a file or folder is missing.
     """
-    parts: list[Source] = [DATASETS[settings.data](settings, split)]
-    if split == "train":
-        if settings.add_pennfudan:
-            parts.append(PennFudanPeople(settings.path(settings.add_pennfudan), split))
-        if corrupted := [fault for fault in faults.parse(settings.inject or "") if fault.what == "file"]:
-            return CorruptedImages(parts, split, corrupted)
-    return JoinedSources(parts, split) if len(parts) > 1 else parts[0]
+    first: Source = DATASETS[settings.data](settings, split)
+    added = settings.add_pennfudan if split == "train" else None
+    others = [PennFudanPeople(settings.path(added), split)] if added else []
+    planted = faults.parse(settings.inject or "") if split == "train" else []
+    corrupted = {fault.step - 1: fault.value for fault in planted if fault.what == "file"}
+    return JoinedSources([first, *others], split, corrupted) if others or corrupted else first
 
 
 def find_store(root: Path, settings: Settings, split: str) -> Store | None:
@@ -132,18 +138,20 @@ class JoinedSources:
 
     Images and persons keep the ids of their own data sets, so one id may be there twice; the store knows the
     data set of each.
+
+    Args:
+        sources: the data sets.
+        split: ``train`` or ``val``.
+        corrupted: images whose files the setting ``inject`` makes bad, ``truncated`` or ``missing``. The bad
+            file is a real one, cut in half, and goes through the reader that all files go through.
     """
 
-    def __init__(self, sources: Sequence[Source], split: str) -> None:
-        self.sources, self.split = list(sources), split
+    def __init__(self, sources: Sequence[Source], split: str, corrupted: Mapping[int, Any] = {}) -> None:
+        self.sources, self.split, self.corrupted = list(sources), split, corrupted
         self.name = "+".join(source.name for source in sources)
 
     def __len__(self) -> int:
-        return sum(self._lengths)
-
-    @cached_property
-    def _lengths(self) -> list[int]:
-        return [len(source) for source in self.sources]  # some read every mask to count
+        return sum(map(len, self.sources))
 
     def instances(self, max_images: int | None = None) -> Instances:
         """Every ROI of the first ``max_images`` images."""
@@ -153,24 +161,30 @@ class JoinedSources:
             if max_images is None or starts[-1] < max_images:
                 parts.append(source.instances(None if max_images is None else max_images - starts[-1]))
                 starts.append(starts[-1] + parts[-1].images)
-        columns: dict[str, Any] = {}
-        for name in COLUMNS:
-            columns[name] = np.concatenate([getattr(part, name) for part in parts])
+        columns: Any = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
         columns["image_index"] += np.repeat(np.array(starts[:-1], np.int32), [len(part) for part in parts])
-        examples = {reason: words for part in reversed(parts) for reason, words in part.examples.items()}
-        skipped = dict(sum((Counter(part.skipped) for part in parts), Counter()))
-        notes = dict(sum((Counter(part.notes) for part in parts), Counter()))
         by_name = dict(zip([source.name for source in self.sources], starts[:-1], strict=False))
-        counts: Any = {"skipped": skipped, "notes": notes, "examples": examples}
-        return Instances(**columns, images=starts[-1], starts=by_name, **counts)
+        return Instances(**columns, images=starts[-1], starts=by_name, **vars(Tally(*parts)))
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
-        for source, length in zip(self.sources, self._lengths, strict=True):
-            if index < length:
-                return source.scene(index)
-            index -= length
+        place = index
+        for source in self.sources:
+            if place < len(source):
+                scene = source.scene(place)
+                return self._corrupt(index, scene) if index in self.corrupted else scene
+            place -= len(source)
         raise IndexError(f"{self.name} {self.split} has {len(self)} images")
+
+    def _corrupt(self, index: int, scene: Scene) -> Scene:
+        """The scene with the image that a bad file holds; raises what a reader raises."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"image {index + 1} of {self.name} {self.split}.jpg"
+            if self.corrupted[index] == "truncated":
+                buffer = io.BytesIO()
+                Image.fromarray(scene.image).save(buffer, "JPEG")
+                file.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+            return dataclasses.replace(scene, image=decode_image(file))
 
     def names(self) -> list[str]:
         """Those of all parts, with the part's number before each."""
@@ -185,37 +199,9 @@ class JoinedSources:
         return source.locate(name)
 
     def fingerprint(self) -> str:
-        """Of all parts."""
-        return "; ".join(source.fingerprint() for source in self.sources)
-
-
-class CorruptedImages(JoinedSources):
-    """``sources`` with the bad image files that the setting ``inject`` plants.
-
-    The faults ``file:truncated@N`` and ``file:missing@N`` name images, from 1. The bad file is a real one,
-    cut in half, and goes through the reader that all files go through.
-    """
-
-    def __init__(self, sources: Sequence[Source], split: str, planted: Sequence[faults.Fault]) -> None:
-        super().__init__(sources, split)
-        self.bad = {fault.step - 1: fault.value for fault in planted}
-
-    def fingerprint(self) -> str:
-        """Of the sources and the faults."""
-        return f"{super().fingerprint()} but for {sorted(self.bad.items())}"
-
-    def scene(self, index: int) -> Scene:
-        """The scene; for an image with a fault ``SceneError``."""
-        scene = super().scene(index)
-        if index not in self.bad:
-            return scene
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"image {index + 1} of {self.name} {self.split}.jpg"
-            if self.bad[index] == "truncated":
-                buffer = io.BytesIO()
-                Image.fromarray(scene.image).save(buffer, "JPEG")
-                file.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-            return dataclasses.replace(scene, image=decode_image(file))
+        """Of all parts, and of the corrupted images."""
+        bad = f" but for {sorted(self.corrupted.items())}" if self.corrupted else ""
+        return "; ".join(source.fingerprint() for source in self.sources) + bad
 
 
 # -- the data sets by name -----------------------------------------------------------------------------
@@ -231,29 +217,26 @@ def _coco(settings: Settings, split: str) -> Source:
     return CocoPeople(*paths, split, **coco_options(settings))
 
 
-def coco_options(settings: Settings) -> dict[str, Any]:
-    """The settings that say how a COCO file is read, as arguments of :class:`CocoPeople`."""
-    return {"allow_outside": settings.allow_images_outside, **settings.pick("category", "crowd", "exif")}
+def coco_options(settings: Settings, *names: str) -> dict[str, Any]:
+    """The settings that say how a COCO file is read, all or ``names``, as arguments of the source."""
+    chosen = settings.pick(*(names or ("category", "crowd", "exif")))
+    return {"allow_outside": settings.allow_images_outside, **chosen}
 
 
 def _yolo(settings: Settings, split: str) -> Source:
     if not settings.data_dir:
         raise DataError("data = yolo needs data_dir, the folder of data.yaml, or that file")
-    return YoloPeople(settings.path(settings.data_dir), split, **_reading(settings))
+    return YoloPeople(settings.path(settings.data_dir), split, **coco_options(settings, "category"))
 
 
 def _labelme(settings: Settings, split: str) -> Source:
     files, images, part = _places(settings, split)
-    return LabelmePeople(files, images, split, part, **_reading(settings))
+    return LabelmePeople(files, images, split, part, **coco_options(settings, "category"))
 
 
 def _masks(settings: Settings, split: str) -> Source:
     masks, images, part = _places(settings, split, "masks", "images")
     return MaskPeople(images, masks, split, part, exif=settings.exif)
-
-
-def _reading(settings: Settings) -> dict[str, Any]:
-    return {"allow_outside": settings.allow_images_outside, "category": settings.category}
 
 
 def _places(settings: Settings, split: str, files: str = "", images: str = "") -> tuple[Path, Path, str]:
@@ -285,31 +268,21 @@ _PLACES = {
     "val_annotations": "the same to validate on",
     "val_images": "folder of its images",
 }
-_CROWD = "iscrowd: skip: a region, ignored; keep: one person; auto: keep where nearly all persons have it"
-_EXIF = "orientation of image files; ignore: people were annotated on the pixels as stored"
+_WHERE = [
+    Option(name, None, f"{text}, where it is not in data_dir", role="run") for name, text in _PLACES.items()
+]
 _OUTSIDE = "also read images that a COCO file names outside its image folder"
-_WHERE = (
-    _FOLDER,
-    *(
-        Option(name, None, f"{text}, where it is not in data_dir", role="run")
-        for name, text in _PLACES.items()
-    ),
-)
 _READ = (
     Option("allow_images_outside", False, _OUTSIDE, role="run"),
     Option("category", "person", "names of the categories that are persons, by commas", role="data"),
 )
+_CROWD = "iscrowd: skip: a region, ignored; keep: one person; auto: keep where nearly all persons have it"
+_MARKS = Option("crowd", "auto", _CROWD, {"choices": ("auto", "skip", "keep")}, role="data")
+_EXIF = "orientation of image files; ignore: people were annotated on the pixels as stored"
 _TURN = Option("exif", "ignore", _EXIF, {"choices": ("ignore", "apply")}, role="data")
 DATASETS.add("synthetic", lambda settings, split: SyntheticPeople(SYNTHETIC[split], split))
 DATASETS.add("pennfudan", _pennfudan, _FOLDER)
-DATASETS.add(
-    "coco",
-    _coco,
-    *_WHERE,
-    *_READ,
-    Option("crowd", "auto", _CROWD, {"choices": ("auto", "skip", "keep")}, role="data"),
-    _TURN,
-)
+DATASETS.add("coco", _coco, _FOLDER, *_WHERE, *_READ, _MARKS, _TURN)
 DATASETS.add("yolo", _yolo, _FOLDER, *_READ)
-DATASETS.add("labelme", _labelme, *_WHERE, *_READ)
-DATASETS.add("masks", _masks, *_WHERE, _TURN)
+DATASETS.add("labelme", _labelme, _FOLDER, *_WHERE, *_READ)
+DATASETS.add("masks", _masks, _FOLDER, *_WHERE, _TURN)

@@ -34,9 +34,8 @@ FORMAT = 2
 #: Bytes of the largest ``store.json`` that is read.
 MOST_INFO = 8 << 20
 #: Kind and axes of each column in ``index.npz``, see :func:`refinelib.files.check_arrays`.
-_AXES = {"boxes": "n4", "image_sizes": "n2"}
-_SHAPES = {name: f"{kind[0]} {_AXES.get(name, 'n')}" for name, kind in COLUMNS.items() if name != "slots"}
-_SHAPES["mean_coverage"] = "f hw2"
+_SHAPES = {"image_index": "i n", "image_ids": "i n", "annotation_ids": "i n", "boxes": "f n4", "areas": "f n"}
+_SHAPES |= {"image_sizes": "i n2", "mean_coverage": "f hw2"}
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=1 << 16)]
 Size = tuple[Side, Side]
@@ -107,8 +106,12 @@ class Store:
         self._plain = np.asarray(self.images), np.asarray(self.coverage)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Store:
+    def open(cls, folder: str | Path, max_images: int | None = None) -> Store:
         """Open a store, wherever it was built; no image and no annotation is needed.
+
+        Args:
+            folder: of the store.
+            max_images: see :meth:`first_images`.
 
         Raises:
             DataError: no store there, one of another format, or one that was cut short.
@@ -129,13 +132,13 @@ class Store:
         if len(index["boxes"]) != info.rois or mean.shape[:2] != info.mask_canvas:
             raise _damaged(folder, f"index.npz does not have {info.rois} rows, or a mean of another size")
         columns = {name: index[name].astype(COLUMNS[name], copy=False) for name in COLUMNS if name in _SHAPES}
-        return cls(folder, info, columns, mean)
+        return cls(folder, info, columns, mean).first_images(max_images)
 
     def __len__(self) -> int:
         return self.info.rois
 
     def __reduce__(self) -> Any:  # another process maps the files again instead of getting their content
-        return _reopened, (self.folder, self.max_images)
+        return Store.open, (self.folder, self.max_images)
 
     def gather(self, indices: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
         """Copies of some ROIs on the CPU: images uint8 ``[n, Hc, Wc, 3]``, coverage uint8 ``[n, Hm, Wm, C]``.
@@ -214,9 +217,8 @@ class Store:
         parts = [f"{self.source} {self.split}: {len(self)} ROIs of {size} from {images} images"]
         parts += [f"left out: {counted(self.skipped)}"] if self.skipped else []
         parts += [f"noted: {counted(self.info.notes)}"] if self.info.notes else []
-        return "; ".join(
-            [*parts, *([f"{self.info.ignored:.2%} of all cells ignored"] if self.ignores else [])]
-        )
+        parts += [f"{self.info.ignored:.2%} of all cells ignored"] if self.ignores else []
+        return "; ".join(parts)
 
 
 def read_info(folder: Path) -> StoreInfo:
@@ -242,10 +244,6 @@ def read_info(folder: Path) -> StoreInfo:
     except ValidationError as error:
         names = sorted({str(problem["loc"][0]) for problem in error.errors()})
         raise _damaged(folder, f"store.json has no usable {', '.join(names)}") from None
-
-
-def _reopened(folder: Path, max_images: int | None) -> Store:
-    return Store.open(folder).first_images(max_images)
 
 
 def _damaged(folder: Path, what: str) -> DataError:

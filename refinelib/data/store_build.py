@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -146,16 +145,9 @@ def changed_files(store: Path, source: Source) -> int:
 
 
 def _stamps(source: FileSource, names: Sequence[str]) -> NDArray[np.int64]:
-    """Size, time of the content and time of the entry of files, int64 ``[N, 3]``; -1 where there is none."""
-
-    def stamp(name: str) -> tuple[int, int, int]:
-        try:
-            found = os.stat(source.locate(name) or "")
-        except (OSError, ValueError):
-            return (-1, -1, -1)
-        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-    return np.array([stamp(name) for name in names], np.int64).reshape(-1, 3)
+    """The stamp of each file, int64 ``[N, 3]``."""
+    stamps = [sources.file_stamp(source.locate(name)) for name in names]
+    return np.array(stamps, np.int64).reshape(-1, 3)
 
 
 # -- the whole store -----------------------------------------------------------------------------------
@@ -176,11 +168,7 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
         if len(read.get("names", ())):
             np.savez(temporary / FILES, **read)
         kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 3), np.int64)
-        reasons, notes, examples = (
-            Counter(instances.skipped),
-            Counter(instances.notes),
-            {**instances.examples},
-        )
+        tally = sources.Tally(instances)
         decoded = _decoded(_Rows(source, instances, info), workers)
         how = {"unit": " images", "file": sys.stdout, "delay": 2, "mininterval": 5, "disable": not progress}
         bar = tqdm(decoded, f"{info.source} {info.split}: decoding", instances.images, **how)
@@ -190,22 +178,23 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
                 crops.write(found.crops)
                 coverage.write(found.coverage)
                 total += found.total
-                for counts, left in ((reasons, found.left_out), (notes, found.notes)):
-                    for reason, example in left:
-                        counts[reason] += 1
-                        examples.setdefault(reason, sources.printable(example))
+                for reason, example in found.left_out:
+                    tally.skip(reason, example)
+                for kind, example in found.notes:
+                    tally.note(kind, example)
         info.rois, info.starts = int(kept.sum()), instances.starts
         if not info.rois:
             none = f"none of the {instances.images} images of {info.source} {info.split} could be used"
-            raise DataError(f"{none}: {counted(reasons, examples)}")
+            raise DataError(f"{none}: {counted(tally.skipped, tally.examples)}")
         columns = {name: getattr(instances, name)[kept] for name in COLUMNS}
         mean = (total / (255 * info.rois)).astype(np.float32)
         info.channels, info.ignored = 3 if total[..., 2].any() else 2, float(mean[..., 2].mean())
         if info.channels == 2:
             _drop_channel(temporary / "coverage.u8")
         np.savez(temporary / "index.npz", mean_coverage=mean[..., :2], **columns)
-        info.seconds, info.notes = time.perf_counter() - started, dict(sorted(notes.items()))
-        info.skipped, info.examples = dict(sorted(reasons.items())), dict(sorted(examples.items()))
+        for name, counts in vars(tally).items():
+            setattr(info, name, dict(sorted(counts.items())))
+        info.seconds = time.perf_counter() - started
         (temporary / "store.json").write_text(json.dumps(info.model_dump(), indent=1))
         try:
             with suppress(FileNotFoundError):

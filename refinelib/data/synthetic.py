@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from refinelib.data.sources import MIN_SIDE, DataError, Instances, InstancesBuilder, Scene, box_of
+from refinelib.data.sources import MIN_SIDE, DataError, IndexedSource, InstancesBuilder, Scene, box_of
 
 Point = tuple[float, float]
 Floats = NDArray[Any]
@@ -336,7 +336,7 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Pen, NDArray[np.bool_]]:
     return pen, owner == np.unique(owner[owner > 0])[:, None, None]
 
 
-class SyntheticPeople:
+class SyntheticPeople(IndexedSource):
     """Jointed figures with clothes, hair and shoes, 1 to 4 an image, over clutter of their own colours.
 
     Image ``i`` depends on ``(seed, split, i)`` alone: any process draws the same one, in any order, and a
@@ -362,25 +362,20 @@ class SyntheticPeople:
         if n_images < 1 or seed < 0:
             rule = "give at least 1 image and a seed of 0 or more"
             raise DataError(f"synthetic people of {n_images} images with seed {seed}: {rule}")
-        self.n_images, self.split, self.seed = n_images, split, seed
-        self._indexed: dict[int, Instances] = {}
+        super().__init__(split)
+        self.n_images, self.seed = n_images, seed
 
     def __len__(self) -> int:
         return self.n_images
 
-    def instances(self, max_images: int | None = None) -> Instances:
-        """Every ROI of the first ``max_images`` images; draws outlines, not colours."""
-        count = min(max_images or self.n_images, self.n_images)
-        if count not in self._indexed:
-            builder = InstancesBuilder()
-            for index in range(count):
-                _, masks = self._draw(index)
-                # An annotation id names the image and the person in it, as for Penn-Fudan.
-                ids = [(index + 1) * 1000 + slot for slot in range(len(masks))]
-                boxes, areas = [box_of(mask) for mask in masks], masks.sum((1, 2)).tolist()
-                builder.add(f"image {index + 1}", index + 1, masks.shape[1:], ids, boxes, areas)
-            self._indexed[count] = builder.instances("synthetic")
-        return self._indexed[count]
+    def _index(self, builder: InstancesBuilder) -> tuple[str, str]:
+        for index in range(min(self.n_images, builder.max_images or self.n_images)):
+            _, masks = self._draw(index)
+            # An annotation id names the image and the person in it, as for Penn-Fudan.
+            ids = [(index + 1) * 1000 + slot for slot in range(len(masks))]
+            boxes, areas = [box_of(mask) for mask in masks], masks.sum((1, 2)).tolist()
+            builder.add(f"image {index + 1}", index + 1, masks.shape[1:], ids, boxes, areas)
+        return "synthetic", ""
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the visible pixels of all its persons.
