@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from refinelib import checkpoints
 from refinelib.build import StepParts, build_device, build_loss, forward, fresh_model
 from refinelib.config import Settings, absolute
-from refinelib.files import dumps, read_json, write_atomically
+from refinelib.files import PathLike, dumps, read_json, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
 from refinelib.guard.faults import Injector
 from refinelib.guard.monitor import Row
@@ -80,10 +80,9 @@ def capture(
         return finding
     report = {
         **{"format": FORMAT, "step": row.step, "epoch": row.epoch},
-        **{"finding": finding.as_dict(), "recorded": row.report},
+        **{"finding": finding.as_dict(), "recorded": row.report, "people": list(samples)},
         "losses": dict(zip(loss.names, row.components.tolist(), strict=True)),
         "gradient_norms": dict(zip(parts.guard.names, row.norms.tolist(), strict=True)),
-        "people": list(samples),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         **{"torch": torch.__version__, "threads": torch.get_num_threads()},
         **{"state": "state.pt", "settings": settings.model_dump(mode="json")},
@@ -94,16 +93,15 @@ def capture(
         images, labels = zip(*batches, strict=True)
         checkpoints.save(folder / "batch.pt", {"images": list(images), "labels": list(labels)})
         checkpoints.save(folder / "state.pt", state)
-        write_atomically(
-            folder / "report.json", dumps(report, indent=1)
-        )  # last: a folder with a report is whole
+        # Last: a folder with a report is whole.
+        write_atomically(folder / "report.json", dumps(report, indent=1))
     except (OSError, RuntimeError):
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return finding
 
 
-def replay(incident: str | os.PathLike[str], *, device: str = "auto") -> Finding:
+def replay(incident: PathLike, *, device: str = "auto") -> Finding:
     """Replay an incident's step and say what was not finite first, where, and for which sample.
 
     The process keeps what the run had: threads (on a CPU), determinism, random state.
@@ -120,7 +118,7 @@ def replay(incident: str | os.PathLike[str], *, device: str = "auto") -> Finding
     return examine(load(incident, device=device)[2])
 
 
-def load(incident: str | os.PathLike[str], *, device: str = "auto") -> tuple[dict[str, Any], Settings, Step]:
+def load(incident: PathLike, *, device: str = "auto") -> tuple[dict[str, Any], Settings, Step]:
     """An incident's report, its settings, and its step ready to be replayed.
 
     Raises:
@@ -136,9 +134,8 @@ def load(incident: str | os.PathLike[str], *, device: str = "auto") -> tuple[dic
     try:
         settings = Settings(**report["settings"]).model_copy(update={"device": device})
     except ValueError as error:
-        raise IncidentError(
-            f"the incident {folder} was left by another version, whose settings this one lacks: {error}"
-        ) from None
+        lacks = "was left by another version, whose settings this one lacks"
+        raise IncidentError(f"the incident {folder} {lacks}: {error}") from None
     target = build_device(settings)
     if target.type == "cpu" and report["device"] == "cpu":
         torch.set_num_threads(report["threads"])  # the order of sums depends on it
@@ -154,29 +151,20 @@ def load(incident: str | os.PathLike[str], *, device: str = "auto") -> tuple[dic
     recorded = number(report, "recorded", "loss"), gradient_norms(report)
     ignores = any(bool((labels == IGNORED).any()) for _, labels in batches)
     loss, injector = build_loss(settings, ignores=ignores).to(target), Injector(settings.inject, model)
-    given = {
-        "batches": batches,
-        "samples": report["people"],
-        "number": report["step"],
-        "scale": state["scale"],
-    }
-    return report, settings, _step(settings, model, loss, injector, recorded=recorded, **given)
+    given = {"batches": batches, "samples": report["people"], "recorded": recorded}
+    given |= {"number": report["step"], "scale": state["scale"]}
+    return report, settings, _step(settings, model, loss, injector, **given)
 
 
 def _step(settings: Settings, model: nn.Module, loss: MaskLoss, injector: Injector, **given: Any) -> Step:
     def describe(sample: dict[str, Any]) -> str:
         return f"annotation {sample['annotation_id']} in image {sample['image_id']} of {sample['source']}"
 
-    parts: dict[str, Any] = {
-        "model": model,
-        "loss": loss,
-        "per_sample": loss.per_sample,
-        "injector": injector,
-    }
-    return Step(forward=functools.partial(forward, settings, model), describe=describe, **parts, **given)
+    given |= {"forward": functools.partial(forward, settings, model), "injector": injector}
+    return Step(model, loss, loss.per_sample, describe=describe, **given)
 
 
-def find(incident: str | os.PathLike[str] | None = None, *, output_dir: str = "outputs") -> Path | None:
+def find(incident: PathLike | None = None, *, output_dir: str = "outputs") -> Path | None:
     """The folder of an incident; without one given, the newest of the run that last had one.
 
     What another version left is passed over, unless it is given.

@@ -113,26 +113,17 @@ def episodes(found: Gradients) -> list[Episode]:
     rows = np.flatnonzero(_far(rise, spread).any(axis=1))
     result = []
     for stretch in np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1) if len(rows) else []:
-        at = stretch[0]
+        at, end = int(stretch[0]), int(stretch[-1])
         module, arrived = _culprit(rise[at], bias_rise[at])
-        others = np.flatnonzero(rise[at] > np.log10(RISE))
-        here = norms[stretch, module]
-        result.append(
-            Episode(
-                module=found.modules[module],
-                first=int(found.steps[at]),
-                last=int(found.steps[stretch[-1]]),
-                count=len(stretch),
-                epoch=int(found.epochs[at]),
-                norm=float(here.max()) if np.isfinite(here).all() else float("nan"),
-                usual=float(10 ** level[at, module]),
-                others=tuple(found.modules[i] for i in others if i != module),
-                arrived=arrived,
-                at_loss=arrived and module == len(found.modules) - 1,
-                open=len(found.steps) - 1 - int(stretch[-1]) < GAP < len(stretch),
-                **_causes(found, int(at), module),
-            )
-        )
+        name, (parameter, *why) = found.modules[module], _causes(found, at, module)
+        span = int(found.steps[at]), int(found.steps[end]), len(stretch), int(found.epochs[at])
+        norm = norms[stretch, module].max() if np.isfinite(norms[stretch, module]).all() else np.nan
+        size = float(norm), float(10 ** level[at, module])
+        rising = zip(found.modules, rise[at] > np.log10(RISE), strict=True)
+        others = tuple(other for other, rose in rising if rose and other != name)
+        at_loss = arrived and name == found.modules[-1]
+        lasts = len(found.steps) - 1 - end < GAP < len(stretch)
+        result.append(Episode(name, parameter, *span, *size, others, arrived, at_loss, lasts, *why))
     return sorted(result, key=lambda episode: (-episode.times, episode.first))
 
 
@@ -145,8 +136,8 @@ def _culprit(rise: Floats, bias_rise: Floats) -> tuple[int, bool]:
     return int(np.flatnonzero(bias_rise >= max(least, largest - 1.0))[-1]), True
 
 
-def _causes(found: Gradients, at: int, module: int) -> dict[str, Any]:
-    """What of an :class:`Episode` says why: parameter and loss terms."""
+def _causes(found: Gradients, at: int, module: int) -> tuple[Any, ...]:
+    """What of an :class:`Episode` says why: parameter, loss factor, loss term and its share."""
     places = np.flatnonzero(found.module_of == module)
     before = slice(max(0, at - WINDOW), at) if at >= LEAST else slice(0, 4 * LEAST)
     norms, past = found.norms[at, places], found.norms[before][:, places]
@@ -154,16 +145,11 @@ def _causes(found: Gradients, at: int, module: int) -> dict[str, Any]:
     own = np.where(np.isfinite(norms), norms / np.maximum(usual, 1e-38), np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = found.loss[at] / float((found.components[at] * found.term_weights).sum())
-    epoch = int(found.epochs[at])
-    shares = np.zeros(len(found.terms))
+    epoch, shares = int(found.epochs[at]), np.zeros(len(found.terms))
     if epoch in found.epoch_statistics:
         shares = np.nan_to_num(found.shares(epoch)[:, module])
-    return {
-        "parameter": found.names[places[int(own.argmax())]],
-        "loss_factor": float(factor),
-        "term": found.terms[int(shares.argmax())] if shares.any() else None,
-        "share": float(shares.max()),
-    }
+    term = found.terms[int(shares.argmax())] if shares.any() else None
+    return found.names[places[int(own.argmax())]], float(factor), term, float(shares.max())
 
 
 def verdict(found: Gradients) -> str:

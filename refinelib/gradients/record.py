@@ -74,8 +74,7 @@ class Probe:
         tops = [name.split(".")[0] for name in self.guard.names]
         self.modules = list(dict.fromkeys(tops))
         self.module_of = np.array([self.modules.index(top) for top in tops])
-        self.steps: list[int] = []
-        self.reports: list[NDArray[np.float32]] = []
+        self.steps, self.reports = list[int](), list[NDArray[np.float32]]()
 
     def add(self, steps: list[int], reports: NDArray[Any]) -> None:
         """Take the reports of some steps: float ``[n, T + len(REPORT) + P]``, loss components first."""
@@ -105,13 +104,11 @@ class Probe:
         rows = np.stack(self.reports)
         components, reports, norms = np.split(rows, [len(terms), len(terms) + len(REPORT)], axis=1)
         columns = dict(zip(REPORT, reports.T, strict=True))
-        content: Arrays = {
-            **{"names": np.array(self.guard.names), "modules": np.array(self.modules)},
-            **{"module_of": self.module_of, "terms": np.array(terms), "steps": np.array(self.steps)},
-            "term_weights": np.array([self.loss.weights[name] for name in terms], dtype=np.float32),
-            **{"loss": columns["loss"], "skipped": columns["skipped"] > 0, "components": components},
-            "norms": norms,
-        }
+        weights = np.array([self.loss.weights[name] for name in terms], dtype=np.float32)
+        lists = {"names": self.guard.names, "modules": self.modules, "terms": terms, "steps": self.steps}
+        content = {name: np.array(values) for name, values in lists.items()}
+        content |= {"module_of": self.module_of, "term_weights": weights, "components": components}
+        content |= {"loss": columns["loss"], "skipped": columns["skipped"] > 0, "norms": norms}
         if whole:
             content |= self.epoch_statistics(float(columns["grad_norm"][-1]))
         file = self.folder / f"epoch_{epoch:04d}.npz"
@@ -163,20 +160,17 @@ class Probe:
 
     def _terms(self) -> Tensor:
         """L2 norm of each weighted loss term's gradient by parameter, float32 ``[T, P]``, unscaled."""
-        guard = self.guard
-        device = guard.parameters[0].device
+        guard, device, rows = self.guard, self.guard.parameters[0].device, []
         batch = self.loader.batch(self.loader.plan(0), 0)
         devices = [device] if device.type == "cuda" else []
-        rows = []
+        options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             output = self.forward(batch.images[:BATCH])
             with torch.autocast(device.type, enabled=False):
                 costs = self.loss.per_sample(output, batch.labels[:BATCH])
             for name, cost in costs.items():
                 term = guard.scale(self.loss.weights[name] * cost.mean())
-                grads = torch.autograd.grad(
-                    term, guard.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
+                grads = torch.autograd.grad(term, guard.parameters, **options)
                 rows.append(torch.stack(torch._foreach_norm(grads, 2)).float() / guard.state["scale"].float())
         return torch.stack(rows)
 
@@ -286,9 +280,8 @@ class Gradients:
         for word in begin:
             if not any(name.startswith(word) for name in self.names):
                 known = ", ".join(self.modules)
-                raise ValueError(
-                    f"layers: no layer begins with {word!r}; give modules, all, or beginnings such as {known}"
-                )
+                give = f"give modules, all, or beginnings such as {known}"
+                raise ValueError(f"layers: no layer begins with {word!r}; {give}")
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(self.names):
             if name.startswith(begin):
@@ -296,20 +289,16 @@ class Gradients:
                 rows.setdefault(layer if kind in ("weight", "bias") else name, []).append(i)
         return {name: np.array(places) for name, places in rows.items()}
 
-    def of(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
+    def of(self, places: NDArray[np.int64]) -> Any:
         """L2 norm of the gradient of some parameters together by step, float64 ``[n]``."""
-        norms: NDArray[np.float64] = np.linalg.norm(self.norms[:, places].astype(np.float64), axis=1)
-        return norms
+        return np.linalg.norm(self.norms[:, places].astype(np.float64), axis=1)
 
-    def shares(self, epoch: int) -> NDArray[np.float64]:
+    def shares(self, epoch: int) -> Any:
         """Share of each loss term in each module's gradient norm, float64 ``[T, M]``."""
         squares = self.epoch_statistics[epoch]["term_norms"].astype(np.float64) ** 2
-        norms: NDArray[np.float64] = np.sqrt(
-            [squares[:, self.module_of == i].sum(axis=1) for i in range(len(self.modules))]
-        ).T
+        norms = np.sqrt([squares[:, places].sum(axis=1) for places in self.select().values()]).T
         with np.errstate(invalid="ignore", divide="ignore"):
-            shares: NDArray[np.float64] = norms / norms.sum(axis=0)
-        return shares
+            return norms / norms.sum(axis=0)
 
 
 def files(run: Run) -> dict[int, Path]:
@@ -338,8 +327,7 @@ def read(run: Run | str | os.PathLike[str]) -> Gradients:
         RunError: it has written nothing that can be read.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    pieces: dict[int, Arrays] = {}
-    damaged = []
+    pieces, damaged = dict[int, Arrays](), list[str]()
     for epoch, file in files(run).items():
         try:
             piece = read_file(file)
@@ -355,11 +343,10 @@ def read(run: Run | str | os.PathLike[str]) -> Gradients:
         raise RunError(f"{run.folder} holds no gradients: {'; '.join(damaged) or why}")
     if damaged:
         warnings.warn(f"gradients were passed over ({len(damaged)}): {'; '.join(damaged)}", stacklevel=2)
-    rows: dict[str, Any] = {name: np.concatenate([p[name] for p in pieces.values()]) for name in _ROWS}
-    order = np.argsort(rows["steps"], kind="stable")
-    rows = {name: values[order] for name, values in rows.items()}
-    rows |= {name: first[name].tolist() for name in ("names", "modules", "terms")}
+    order = np.argsort(np.concatenate([piece["steps"] for piece in pieces.values()]), kind="stable")
+    content: dict[str, Any] = {name: first[name] for name in ("module_of", "term_weights")}
+    content |= {name: np.concatenate([p[name] for p in pieces.values()])[order] for name in _ROWS}
+    content |= {name: first[name].tolist() for name in ("names", "modules", "terms")}
     whole = {epoch: piece for epoch, piece in pieces.items() if STATISTICS[0] in piece}
     statistics = {epoch: {name: piece[name] for name in STATISTICS} for epoch, piece in whole.items()}
-    fixed: dict[str, Any] = {name: first[name] for name in ("module_of", "term_weights")}
-    return Gradients(**rows, **fixed, epoch_statistics=statistics)
+    return Gradients(**content, epoch_statistics=statistics)
