@@ -2,7 +2,7 @@
 
 from refinelib.data.coco import CocoPeople as CocoPeople
 from refinelib.data.coco import coco_paths as coco_paths
-from refinelib.data.pennfudan import PennFudanPeople as PennFudanPeople
+from refinelib.data.formats import PennFudanPeople as PennFudanPeople
 from refinelib.data.segmentation import decode_segmentation as decode_segmentation
 from refinelib.data.sources import DataError as DataError
 from refinelib.data.sources import SceneError as SceneError

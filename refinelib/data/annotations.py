@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,21 +64,19 @@ def read_annotations(file: Path) -> Content:
     Raises:
         DataError: it cannot be read, is no JSON, takes too much memory, or lacks a list.
     """
+    size = os.path.getsize(file) if os.path.isfile(file) else 0
+    if os.path.exists(file) and not os.path.isfile(file):  # reading a FIFO would wait for its writer
+        raise DataError(f"{file} is no regular file: give an annotation file in JSON")
+    if size > MOST_BYTES:
+        sizes = f"{size / 1e9:.0f} GB, more than {MOST_BYTES / 1e9:.0f} GB"
+        raise DataError(f"{file} has {sizes}: leave only persons in it")
     try:
-        found = os.stat(file)
-        regular, small = stat.S_ISREG(found.st_mode), found.st_size <= MOST_BYTES
-        # Reading a FIFO would wait for its writer.
-        content = _parsed(file.read_bytes()) if regular and small else None
+        content = _parsed(file.read_bytes())
     except (OSError, MemoryError) as error:
         raise DataError(f"{file} cannot be read: {str(error) or 'it does not fit into the memory'}") from None
     except (ValueError, RecursionError) as error:
         rule = "it must be one JSON object, not packed; it may be cut short"
         raise DataError(f"{file} is not valid JSON ({error}): {rule}") from None
-    if not regular:
-        raise DataError(f"{file} is no regular file: give an annotation file in JSON")
-    if not small:
-        sizes = f"{found.st_size / 1e9:.0f} GB, more than {MOST_BYTES / 1e9:.0f} GB"
-        raise DataError(f"{file} has {sizes}: leave only persons in it")
     parts = ("images", "annotations", "categories")
     content = content if isinstance(content, dict) else {}
     if missing := [part for part in parts if not isinstance(content.get(part), list)]:
@@ -245,7 +242,6 @@ def _numbers(ids: Any, people: People, kind: str) -> dict[Any, int]:
     taken = {key for key in written if isinstance(key, int)}
     free = (number for number in itertools.count(1) if number not in taken)
     numbers = {key: key if isinstance(key, int) else next(free) for key in written}
-    people.as_written[kind] = {
-        numbers[key]: raw for key, raw in written.items() if type(raw) is not float and raw != numbers[key]
-    }
+    texts = [(numbers[key], raw) for key, raw in written.items() if type(raw) is not float]
+    people.as_written[kind] = {number: raw for number, raw in texts if raw != number}
     return numbers

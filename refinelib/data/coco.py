@@ -78,7 +78,7 @@ class CocoPeople(sources.IndexedSource):
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
         file, (height, width), segmentations, persons, regions = json.loads(self._entry(index))
-        size, notes, upright = (height, width), list[tuple[str, str]](), self.exif == "apply"
+        size, notes, upright = (height, width), list[sources.Note](), self.exif == "apply"
         image = sources.decode_image(self.folder.find(file), size, upright=upright, notes=notes)
         masks = Masks(len(segmentations), size, lambda slot: decode_segmentation(segmentations[slot], *size))
         for slot, person in enumerate(persons):
@@ -183,10 +183,8 @@ class CocoPeople(sources.IndexedSource):
         """Images whose file another entry names too, and what to do about it: it is one of the two."""
         by_file = defaultdict[Path, list[int]](list)
         for number, entry in people.images.items():
-            try:
-                by_file[self.folder.find(entry["file_name"])].append(number)
-            except SceneError:  # said where the image is read
-                continue
+            if file := self.locate(entry["file_name"]):  # else it is said where the image is read
+                by_file[file].append(number)
         shared: dict[int, str] = {}
         for file, numbers in by_file.items():
             if len(numbers) > 1:
@@ -198,17 +196,14 @@ class CocoPeople(sources.IndexedSource):
 
 def _person(annotation: dict[str, Any], segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
     """A person's ids, box and area; from the mask, where they are not given. None: there is no mask."""
-    area: Any
-    area, bbox = annotation.get("area"), annotation.get("bbox")
-    box, has_area = xyxy(bbox), isinstance(area, (int, float)) and 1e-3 < area < 1e12
-    if not (bbox and has_area):
+    box: Any = xyxy(annotation["bbox"]) if annotation.get("bbox") else None
+    area: Any = annotation.get("area")
+    has_area = isinstance(area, (int, float)) and 1e-3 < area < 1e12
+    if not (box and has_area):
         mask = decode_segmentation(segmentation, *size)
         if mask is None:
             return None
-        if not bbox:
-            x0, y0, x1, y1 = map(float, box_of(mask))
-            box = x0, y0, x1, y1
-        area = area if has_area else mask.sum()
+        box, area = box or [*map(float, box_of(mask))], area if has_area else mask.sum()
     ids = {"annotation_id": annotation["id"], "category_id": annotation["category_id"]}
     return {**ids, "box": box, "area": float(area)}
 

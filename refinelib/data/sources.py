@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 Mask = NDArray[np.bool_]
+#: Kind, such as ``TURNED``, and example.
+Note = tuple[str, str]
 
 #: A person whose box has a side under this many pixels is no ROI, but still a non-target for the others.
 MIN_SIDE = 16
@@ -138,7 +140,7 @@ class Scene:
     image: NDArray[np.uint8]
     masks: Mask | Masks
     ignored: Mask | None = None
-    notes: Sequence[tuple[str, str]] = ()
+    notes: Sequence[Note] = ()
 
 
 @dataclass(frozen=True)
@@ -359,9 +361,8 @@ class IndexedSource(ABC):
         if max_images not in self._indexed:
             builder = InstancesBuilder(max_images)
             self._indexed[max_images] = builder.instances(*self._index(builder))
-            self._entries = max(
-                self._entries, builder.entries, key=len
-            )  # a shorter index begins a longer one
+            # A shorter index begins a longer one.
+            self._entries = max(self._entries, builder.entries, key=len)
         return self._indexed[max_images]
 
     @abstractmethod
@@ -473,11 +474,7 @@ def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
 
 
 def decode_image(
-    file: Path,
-    size: tuple[int, int] | None = None,
-    *,
-    upright: bool = False,
-    notes: list[tuple[str, str]] | None = None,
+    file: Path, size: tuple[int, int] | None = None, *, upright: bool = False, notes: list[Note] | None = None
 ) -> NDArray[np.uint8]:
     """An image file as uint8 ``[H, W, 3]``, in the frame its annotations are in.
 

@@ -13,19 +13,10 @@ import numpy as np
 from PIL import Image
 
 from refinelib.config import Settings
+from refinelib.data import sources
 from refinelib.data.coco import CocoPeople, coco_paths
-from refinelib.data.formats import LabelmePeople, YoloPeople
-from refinelib.data.pennfudan import MaskPeople, PennFudanPeople
-from refinelib.data.sources import (
-    COLUMNS,
-    DataError,
-    FileSource,
-    Instances,
-    Scene,
-    Source,
-    Tally,
-    decode_image,
-)
+from refinelib.data.formats import LabelmePeople, MaskPeople, PennFudanPeople, YoloPeople
+from refinelib.data.sources import COLUMNS, DataError, FileSource, Instances, Scene, Source, Tally
 from refinelib.data.store import Store, read_info
 from refinelib.data.store_build import open_store, store_sizes
 from refinelib.data.synthetic import SyntheticPeople
@@ -62,16 +53,8 @@ def open_split(settings: Settings, split: str, *, progress: bool = True) -> Stor
         if progress:
             print(f"images are not at hand, using the store {found.folder}: {found.summary()}", flush=True)
         return found
-    return open_store(
-        source,
-        roi_size=settings.roi_size,
-        mask_size=settings.mask_size,
-        context=settings.context,
-        root=root,
-        workers=settings.workers,
-        max_images=settings.max_images,
-        progress=progress,
-    )
+    options = settings.pick("roi_size", "mask_size", "context", "workers", "max_images")
+    return open_store(source, root=root, progress=progress, **options)
 
 
 def make_source(settings: Settings, split: str) -> Source:
@@ -118,7 +101,7 @@ def find_store(root: Path, settings: Settings, split: str) -> Store | None:
     if not fitting and unreadable:
         raise unreadable
     found = next(iter(fitting.values()), None)
-    return None if found is None else Store.open(found).first_images(settings.max_images)
+    return None if found is None else Store.open(found, settings.max_images)
 
 
 def _name(settings: Settings, split: str) -> str:
@@ -134,42 +117,42 @@ def _wanted(settings: Settings, split: str) -> str:
 
 
 class JoinedSources:
-    """The images of all ``sources``, one data set after the other; ``max_images`` counts from the first.
+    """The images of all ``parts``, one data set after the other; ``max_images`` counts from the first.
 
     Images and persons keep the ids of their own data sets, so one id may be there twice; the store knows the
     data set of each.
 
     Args:
-        sources: the data sets.
+        parts: the data sets.
         split: ``train`` or ``val``.
         corrupted: images whose files the setting ``inject`` makes bad, ``truncated`` or ``missing``. The bad
             file is a real one, cut in half, and goes through the reader that all files go through.
     """
 
-    def __init__(self, sources: Sequence[Source], split: str, corrupted: Mapping[int, Any] = {}) -> None:
-        self.sources, self.split, self.corrupted = list(sources), split, corrupted
-        self.name = "+".join(source.name for source in sources)
+    def __init__(self, parts: Sequence[Source], split: str, corrupted: Mapping[int, Any] = {}) -> None:
+        self.parts, self.split, self.corrupted = list(parts), split, corrupted
+        self.name = "+".join(part.name for part in parts)
 
     def __len__(self) -> int:
-        return sum(map(len, self.sources))
+        return sum(map(len, self.parts))
 
     def instances(self, max_images: int | None = None) -> Instances:
         """Every ROI of the first ``max_images`` images."""
         parts: list[Instances] = []
         starts = [0]
-        for source in self.sources:
+        for source in self.parts:
             if max_images is None or starts[-1] < max_images:
                 parts.append(source.instances(None if max_images is None else max_images - starts[-1]))
                 starts.append(starts[-1] + parts[-1].images)
         columns: Any = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
         columns["image_index"] += np.repeat(np.array(starts[:-1], np.int32), [len(part) for part in parts])
-        by_name = dict(zip([source.name for source in self.sources], starts[:-1], strict=False))
+        by_name = dict(zip([source.name for source in self.parts], starts[:-1], strict=False))
         return Instances(**columns, images=starts[-1], starts=by_name, **vars(Tally(*parts)))
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
         place = index
-        for source in self.sources:
+        for source in self.parts:
             if place < len(source):
                 scene = source.scene(place)
                 return self._corrupt(index, scene) if index in self.corrupted else scene
@@ -184,24 +167,24 @@ class JoinedSources:
                 buffer = io.BytesIO()
                 Image.fromarray(scene.image).save(buffer, "JPEG")
                 file.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-            return dataclasses.replace(scene, image=decode_image(file))
+            return dataclasses.replace(scene, image=sources.decode_image(file))
 
     def names(self) -> list[str]:
         """Those of all parts, with the part's number before each."""
-        parts = [(i, one.names()) for i, one in enumerate(self.sources) if isinstance(one, FileSource)]
+        parts = [(i, one.names()) for i, one in enumerate(self.parts) if isinstance(one, FileSource)]
         return [f"{i}:{name}" for i, names in parts for name in names]
 
     def locate(self, name: str) -> Path | None:
         """The file that a name of a part means."""
         part, _, name = name.partition(":")
-        source = self.sources[int(part)]
+        source = self.parts[int(part)]
         assert isinstance(source, FileSource)
         return source.locate(name)
 
     def fingerprint(self) -> str:
         """Of all parts, and of the corrupted images."""
         bad = f" but for {sorted(self.corrupted.items())}" if self.corrupted else ""
-        return "; ".join(source.fingerprint() for source in self.sources) + bad
+        return "; ".join(source.fingerprint() for source in self.parts) + bad
 
 
 # -- the data sets by name -----------------------------------------------------------------------------
@@ -240,7 +223,7 @@ def _masks(settings: Settings, split: str) -> Source:
 
 
 def _places(settings: Settings, split: str, files: str = "", images: str = "") -> tuple[Path, Path, str]:
-    """Folders of a split's annotations and images, and the part to take; see :func:`pennfudan.split_of`."""
+    """Folders of a split's annotations and images, and the part to take; see :func:`formats.split_of`."""
     own = [getattr(settings, f"{split}_{what}") for what in ("annotations", "images")]
     if not settings.data_dir and not all(own):
         rule = f"give data_dir, or {split}_annotations and {split}_images"

@@ -85,18 +85,17 @@ def open_store(
     whole, folder = place(None), place(max_images)
     for store in (folder, whole):
         if store.exists() and not changed_files(store, source):
-            return Store.open(store).first_images(max_images)
+            return Store.open(store, max_images)
     info = StoreInfo(
         source=source.name, split=source.split, **sizes, max_images=max_images, fingerprint=fingerprint
     )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder, progress):
-            if not folder.exists() or (changed := changed_files(folder, source)):
-                if folder.exists() and progress:
-                    print(
-                        f"{changed} of the files of {folder.name} have changed: builds it again", flush=True
-                    )
+            changed = changed_files(folder, source) if folder.exists() else 0
+            if changed and progress:
+                print(f"{changed} of the files of {folder.name} have changed: builds it again", flush=True)
+            if changed or not folder.exists():
                 _build(source, folder, info, workers, progress)
     except OSError as error:
         raise DataError(f"the store {folder} cannot be written: {error}") from error
@@ -136,7 +135,6 @@ def changed_files(store: Path, source: Source) -> int:
     try:
         found = files.read_npz(store / FILES, {"names": "u n", "stamps": "i k3"})
         names = found["names"].tobytes().decode("utf-8", "surrogatepass").split("\0")
-        assert isinstance(source, FileSource)
         return int((_stamps(source, names) != found["stamps"]).any(1).sum())
     except FileNotFoundError:
         return 0  # one of a source without files
@@ -144,19 +142,17 @@ def changed_files(store: Path, source: Source) -> int:
         return 1
 
 
-def _stamps(source: FileSource, names: Sequence[str]) -> NDArray[np.int64]:
-    """The stamp of each file, int64 ``[N, 3]``."""
+def _stamps(source: Any, names: Sequence[str]) -> NDArray[np.int64]:
+    """The stamp of each file of a :class:`FileSource`, int64 ``[N, 3]``."""
     stamps = [sources.file_stamp(source.locate(name)) for name in names]
     return np.array(stamps, np.int64).reshape(-1, 3)
 
 
 # -- the whole store -----------------------------------------------------------------------------------
 def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, progress: bool) -> None:
-    started, read = time.perf_counter(), dict[str, Any]()
-    if isinstance(source, FileSource):  # before they are read: a change from now on is seen
-        names = [name.replace("\0", "") for name in source.names()]
-        text = np.frombuffer("\0".join(names).encode("utf-8", "surrogatepass"), np.uint8)
-        read = {"names": text, "stamps": _stamps(source, names)}
+    started = time.perf_counter()
+    names = [name.replace("\0", "") for name in source.names()] if isinstance(source, FileSource) else []
+    stamps = _stamps(source, names)  # before the files are read: a change from now on is seen
     instances = source.instances(info.max_images)
     needed = len(instances) * (3 * math.prod(info.canvas) + 2 * math.prod(info.mask_canvas))
     if needed > (free := shutil.disk_usage(folder.parent).free):
@@ -165,8 +161,9 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
     temporary = folder.parent / f".{folder.name}.building-{os.getpid()}-{time.time_ns():x}"
     temporary.mkdir()
     try:
-        if len(read.get("names", ())):
-            np.savez(temporary / FILES, **read)
+        if any(names):
+            text = np.frombuffer("\0".join(names).encode("utf-8", "surrogatepass"), np.uint8)
+            np.savez(temporary / FILES, names=text, stamps=stamps)
         kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 3), np.int64)
         tally = sources.Tally(instances)
         decoded = _decoded(_Rows(source, instances, info), workers)
@@ -301,7 +298,7 @@ class _Rows(Dataset[_Decoded]):
             return expand_boxes(boxes, (canvas[0] / box[0], canvas[1] / box[1]))
 
         pixels = torch.from_numpy(scene.image).permute(2, 0, 1)
-        crops = crop_rois(pixels, regions(info.canvas, info.roi_size), info.canvas, fill=MEAN)
+        crops = _bytes(crop_rois(pixels, regions(info.canvas, info.roi_size), info.canvas, fill=MEAN))
         anyone, fractions = scene.masks.any(0), []
         ignored = np.zeros_like(anyone) if scene.ignored is None else scene.ignored & ~anyone
         places = zip(slots, regions(info.mask_canvas, info.mask_size), strict=True)
@@ -317,9 +314,8 @@ class _Rows(Dataset[_Decoded]):
         left_out = [(sources.NO_MASK, f"annotation {number} has no mask inside its box") for number in ids]
         kept, coverage = (np.flatnonzero(covered) + rows.start).tolist(), coverage[covered]
         total = coverage.sum(0, dtype=np.int64)
-        return _Decoded(
-            kept, _bytes(crops)[covered].tobytes(), coverage.tobytes(), total, left_out, scene.notes
-        )
+        crops = crops[covered]
+        return _Decoded(kept, crops.tobytes(), coverage.tobytes(), total, left_out, scene.notes)
 
 
 def _bytes(planes: torch.Tensor) -> NDArray[np.uint8]:

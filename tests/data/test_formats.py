@@ -11,10 +11,17 @@ from PIL import Image
 from refinelib.config import resolve
 from refinelib.data import DataError, make_source, open_split, open_store
 from refinelib.data.coco import NOWHERE
-from refinelib.data.formats import DAMAGED, NO_CLASS, NO_PICTURE, LabelmePeople, YoloPeople
+from refinelib.data.formats import (
+    DAMAGED,
+    NO_CLASS,
+    NO_PICTURE,
+    LabelmePeople,
+    MaskPeople,
+    YoloPeople,
+    split_of,
+)
+from refinelib.data.formats import STRAY_MASK as NO_MASKED
 from refinelib.data.image_folder import ELSEWHERE
-from refinelib.data.pennfudan import NO_PICTURE as NO_MASKED
-from refinelib.data.pennfudan import MaskPeople, split_of
 from refinelib.data.sources import MISSING, NO_MASK, NOT_TURNED, OTHER_SIZE, TWICE, UNREADABLE
 from refinelib.data.store_build import _stamps
 

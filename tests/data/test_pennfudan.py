@@ -15,7 +15,7 @@ from PIL import Image
 from refinelib.config import Settings
 from refinelib.data import DataError, PennFudanPeople, open_split, open_store
 from refinelib.data import sources as scenes
-from refinelib.data.pennfudan import NO_PICTURE
+from refinelib.data.formats import STRAY_MASK as NO_PICTURE
 from refinelib.data.sources import MISSING, NO_MASK, OTHER_SIZE, SMALL, UNREADABLE
 from refinelib.data.store_build import _stamps
 from refinelib.modeling.roi import labels_from_coverage

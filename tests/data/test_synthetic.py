@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from refinelib.data.coco import CocoPeople
-from refinelib.data.pennfudan import PennFudanPeople
+from refinelib.data.formats import PennFudanPeople
 from refinelib.data.sources import COLUMNS, MAX_INSTANCES, MIN_SIDE, DataError, Instances, Scene
 from refinelib.data.synthetic import SyntheticPeople
 
