@@ -48,10 +48,7 @@ def edt(mask: Tensor) -> Tensor:
     row = torch.arange(height, device=mask.device, dtype=torch.float32)
     apart = (row[:, None] - row[None, :]).square()
     rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, flat.shape[0] * height * width))
-    chunks = [
-        (apart[start : start + rows_at_once, :, None] + along_row[:, None]).amin(dim=-2)
-        for start in range(0, height, rows_at_once)
-    ]
+    chunks = [(rows[..., None] + along_row[:, None]).amin(dim=-2) for rows in apart.split(rows_at_once)]
     squared = torch.cat(chunks, dim=-2).clamp(max=float(height * height + width * width))
     return squared.sqrt().reshape(mask.shape)
 

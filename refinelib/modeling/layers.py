@@ -78,12 +78,8 @@ class GroupNorm(nn.GroupNorm):
 
     def _parts(self, batch: int, pixels: int) -> int:
         """Equal parts, of 32 pixels at least, to sum a sample's pixels in, so that a GPU is busy."""
-        parts = 1
-        while (
-            batch * parts * self.num_channels < PARALLEL_SUMS
-            and pixels % (2 * parts) == 0
-            and pixels >= 64 * parts
-        ):
+        parts, sums = 1, batch * self.num_channels
+        while sums * parts < PARALLEL_SUMS and pixels % (2 * parts) == 0 and pixels >= 64 * parts:
             parts *= 2
         return parts
 
@@ -197,9 +193,8 @@ class Conv(nn.Conv2d):
         if not for_gpu(x):
             return super().forward(torch.cat([x, extra], dim=1))
         many = x.shape[1]
-        return self._padded(x, self.weight[:, :many], self.bias) + self._padded(
-            extra, self.weight[:, many:], None
-        )
+        y = self._padded(x, self.weight[:, :many], self.bias)
+        return y + self._padded(extra, self.weight[:, many:], None)
 
     def _padded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         missing = -x.shape[1] % 8
@@ -236,9 +231,8 @@ class Head(nn.Conv2d):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             if for_gpu(x) and self.kernel_size == (1, 1) and torch.compiler.is_compiling():
                 return self.by_products(x)
-            return F.conv2d(
-                to_float32(x), to_float32(self.weight), to_float32(self.bias), padding=self.padding
-            )
+            x, weight, bias = map(to_float32, (x, self.weight, self.bias))
+            return F.conv2d(x, weight, bias, padding=self.padding)
 
     def by_products(self, x: Tensor) -> Tensor:
         """A convolution of one pixel as sums of products.
@@ -376,9 +370,8 @@ class SelfAttention(nn.Module):
         # Linear layers over places: convolutions of one pixel take longer on so few places.
         self.query_key_value = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
-        self.perceptron = nn.Sequential(
-            nn.Linear(channels, 2 * channels), nn.SiLU(), nn.Linear(2 * channels, channels)
-        )
+        hidden = 2 * channels
+        self.perceptron = nn.Sequential(nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, channels))
         self.temperature = nn.Parameter(torch.full((heads,), 8.0))  # one axis: weight decay is for matrices
         init_last(self.out)
         init_last(self.perceptron[-1])
@@ -391,9 +384,8 @@ class SelfAttention(nn.Module):
         if few != list(size):  # resizing after the linear layer is the same: each works along other axes
             others = [_places(resize(_map(t, size), few)) for t in others]
         # [B, places, channels] to [B, heads, places, channels / heads]
-        query, key, value = (
-            torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2) for t in (query, *others)
-        )
+        by_head = (torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2) for t in (query, *others))
+        query, key, value = by_head
         query = (_within_unit(query) * self.temperature.view(-1, 1, 1)).to(value.dtype)
         scores = query @ _within_unit(key).to(value.dtype).transpose(-1, -2)
         found = torch.softmax(to_float32(scores), dim=-1).to(value.dtype) @ value

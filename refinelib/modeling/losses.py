@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from refinelib.modeling import BACKGROUND, IGNORED, TARGET, geometry
-from refinelib.modeling.geometry import EDGE_EPS, edge_strength, scaled_sdf, to_float32
+from refinelib.modeling.geometry import edge_strength, scaled_sdf, to_float32
 from refinelib.modeling.output import MaskOutput, hierarchical_log_probs, mask_probs
 from refinelib.registry import LOSSES, Option
 
@@ -73,11 +73,11 @@ class Prediction(NamedTuple):
 
     Attributes:
         log_probs: float32 ``[B, 3, H, W]``: of background, target, non-target.
-        output: what the model returned.
+        output: what the model returned; it has the head that the loss ``requires``.
     """
 
     log_probs: Tensor
-    output: MaskOutput
+    output: Any  # a MaskOutput, maybe with further heads
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,7 @@ def dice(log_probs: Tensor, labels: Tensor, *, smooth: float = 1.0) -> Tensor:
     return (cost * present).sum(-1) / present.sum(-1)
 
 
-def active_contour(
-    log_probs: Tensor, targets: Targets, *, smoothness: float = 0.1, eps: float = EDGE_EPS
-) -> Tensor:
+def active_contour(log_probs: Tensor, targets: Targets, *, smoothness: float = 0.1) -> Tensor:
     """Active contour without edges: misplaced area, plus the contour's length beyond the true one's.
 
     Region and length terms of Chen et al., "Learning Active Contour Models for Medical Image
@@ -167,7 +165,6 @@ def active_contour(
         log_probs: float ``[B, 3, H, W]``.
         targets: of the same batch.
         smoothness: weight of the length term.
-        eps: smoothing of the length, probability per pixel.
 
     Returns:
         float32 ``[B]``.
@@ -179,7 +176,7 @@ def active_contour(
     """
     probs, masks = mask_probs(log_probs), targets.masks
     region = torch.where(masks, 1 - probs, probs).mean(dim=(-3, -2, -1))
-    excess = edge_strength(probs, eps=eps) - edge_strength(masks.to(probs.dtype), eps=eps)
+    excess = edge_strength(probs) - edge_strength(masks.to(probs.dtype))
     return region + smoothness * excess.mean(dim=(-3, -2, -1))
 
 
@@ -351,6 +348,10 @@ class MaskLoss(nn.Module):
     ``forward`` returns the total (float32 scalar, mean over the batch) and the components before
     their weights (``names`` gives their order) as a detached float32 ``[len(names)]``.
 
+    Attributes:
+        names: of the losses that have a weight, in the order of the components.
+        caps: the value at which a loss is held, by name; without those that have no cap.
+
     Gradient: with respect to one sample's logits and heads, at most the sum of each loss's bound times
     its weight in L1 norm, divided by the batch size; a cap only lowers it.
 
@@ -381,26 +382,16 @@ class MaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.terms: dict[str, LossTerm] = {name: LOSSES[name] for name, weight in weights.items() if weight}
-        self.weights = {name: weights[name] for name in self.terms}
-        self.options = dict(options or {})
-        known = [option.name for option in LOSSES.options()]
-        if unknown := self.options.keys() - known:
+        self.names, self.ignores = tuple(self.terms), ignores
+        self.weights = {name: weights[name] for name in self.names}
+        self.caps = {name: cap for name, term in self.terms.items() if term.capped and cap is not None}
+        options, known = options or {}, [option.name for option in LOSSES.options()]
+        if unknown := options.keys() - known:
             raise KeyError(f"no loss has the option {unknown.pop()!r}; there are {', '.join(known)}")
         self.keywords: dict[str, dict[str, Any]] = {}
         for name, term in self.terms.items():
             own = {option.name for option in LOSSES.options(name)} - {f"{name}_weight", term.switch}
-            self.keywords[name] = {key: value for key, value in self.options.items() if key in own}
-        self.cap, self.ignores = cap, ignores
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the losses that have a weight, in the order of the components."""
-        return tuple(self.weights)
-
-    @property
-    def caps(self) -> dict[str, float]:
-        """The value at which a loss is held, by name; without those that have no cap."""
-        return {name: self.cap for name, term in self.terms.items() if term.capped and self.cap is not None}
+            self.keywords[name] = {key: value for key, value in options.items() if key in own}
 
     def per_sample(self, output: MaskOutput, labels: Tensor) -> dict[str, Tensor]:
         """Each component's cost a sample, before weights and after caps: float32 ``[B]`` by name.
@@ -421,7 +412,7 @@ class MaskLoss(nn.Module):
             if term.requires is not None and getattr(output, term.requires, None) is None:
                 raise ValueError(f"the {name} loss needs {term.requires}, and the model has no such head")
             cost = term.function(prediction, targets, **self.keywords[name])
-            costs[name] = capped(cost, self.cap) if term.capped else cost
+            costs[name] = capped(cost, self.caps.get(name))
         return costs
 
     def forward(self, output: MaskOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -445,15 +436,12 @@ def _boundary_aware(prediction: Prediction, targets: Targets, *, boundary_weight
 
 def _contour(prediction: Prediction, targets: Targets) -> Tensor:
     """The head's own cost, and that of the mask's edges: the head alone would not teach the mask."""
-    assert prediction.output.contour_logits is not None
-    return contour_head(prediction.output.contour_logits, targets) + contour_mask(
-        prediction.log_probs, targets
-    )
+    cost = contour_head(prediction.output.contour_logits, targets)
+    return cost + contour_mask(prediction.log_probs, targets)
 
 
 def _distance(prediction: Prediction, targets: Targets) -> Tensor:
     """The head's own cost, and that of the mask's misplaced pixels."""
-    assert prediction.output.distance is not None
     return distance_head(prediction.output.distance, targets) + distance_mask(prediction.log_probs, targets)
 
 
@@ -471,13 +459,14 @@ LOSSES.add(
     LossTerm(lambda prediction, targets: dice(prediction.log_probs, targets.labels), capped=False),
     _weight("dice_weight", 1.0, "weight of the Dice loss over the classes present"),
 )
-_SMOOTHNESS = "weight of the length term inside the active contour loss"
 LOSSES.add(
     "active_contour",
     LossTerm(_active_contour, switch="use_active_contour_loss"),
     Option("use_active_contour_loss", True, "region and length term of the mask's own contour"),
     _weight("active_contour_weight", 0.1, "weight of the active contour loss"),
-    _weight("active_contour_smoothness", 0.1, _SMOOTHNESS, most=10.0),
+    _weight(
+        "active_contour_smoothness", 0.1, "weight of the length term inside the active contour loss", 10.0
+    ),
 )
 _BOUNDARY = "extra weight of a pixel on the boundary against one far from it, inside the boundary-aware loss"
 LOSSES.add(

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from refinelib.modeling import IGNORED
 
+#: Height and width.
+Size = tuple[int, int]
 #: Elements of a float64 temporary that one product may hold (128 MB).
 _CHUNK = 1 << 24
 
 
 def crop_rois(
-    image: Tensor, boxes: Tensor, size: tuple[int, int], fill: float | Sequence[float] | Tensor = 0.0
+    image: Tensor, boxes: Tensor, size: Size, fill: float | Sequence[float] | Tensor = 0.0
 ) -> Tensor:
     """Average of the image over each cell of a grid laid on each box.
 
@@ -50,16 +52,13 @@ def crop_rois(
         raise ValueError(f"the image must be [C, H, W], not {list(image.shape)}")
     outside = torch.as_tensor(fill, dtype=torch.float64, device=image.device).reshape(-1, 1, 1)
     if len(outside) not in (1, len(image)):
-        raise ValueError(
-            f"fill must be one number or one for each of {len(image)} channels, not {len(outside)}"
-        )
+        rule = f"fill must be one number or one for each of {len(image)} channels"
+        raise ValueError(f"{rule}, not {len(outside)}")
     crops = [_crop(image, box, size, outside) for box in checked_boxes(boxes).tolist()]
     return torch.stack(crops) if crops else torch.zeros(0, len(image), *size, device=image.device)
 
 
-def paste_patches(
-    grids: Tensor, boxes: Tensor, image_size: tuple[int, int]
-) -> Iterator[tuple[int, int, Tensor]]:
+def paste_patches(grids: Tensor, boxes: Tensor, image_size: Size) -> Iterator[tuple[int, int, Tensor]]:
     """Each ROI grid laid back into its image, the inverse of :func:`crop_rois`: the part inside, one by one.
 
     Linear interpolation between the grid's cell centres (held constant beyond the outermost) at
@@ -83,16 +82,15 @@ def paste_patches(
         [(1, 1, tensor([[1., 1.]]))]
     """
     if grids.dim() < 3 or len(grids) != len(boxes):
-        raise ValueError(
-            f"give [N, ..., h, w] grids and [N, 4] boxes, not {list(grids.shape)}, {list(boxes.shape)}"
-        )
+        shapes = f"{list(grids.shape)}, {list(boxes.shape)}"
+        raise ValueError(f"give [N, ..., h, w] grids and [N, 4] boxes, not {shapes}")
     for grid, (x0, y0, x1, y1) in zip(grids, checked_boxes(boxes).tolist(), strict=True):
         top, rows = _paste_weights(y0, y1, grid.shape[-2], image_size[0])
         left, columns = _paste_weights(x0, x1, grid.shape[-1], image_size[1])
         yield top, left, (rows.to(grid.device) @ grid.double() @ columns.to(grid.device).T).float()
 
 
-def canvas_size(size: tuple[int, int], context: float) -> tuple[int, int]:
+def canvas_size(size: Size, context: float) -> Size:
     """``(H, W)`` of the canvas that shows a box of ``size`` pixels with ``context`` around it.
 
     Each side is the multiple of 8 nearest to ``side * (1 + context)``, at least ``side``; the
@@ -107,9 +105,7 @@ def canvas_size(size: tuple[int, int], context: float) -> tuple[int, int]:
     return _canvas_side(size[0], context), _canvas_side(size[1], context)
 
 
-def mask_canvas_size(
-    mask_size: tuple[int, int], roi_size: tuple[int, int], canvas: tuple[int, int]
-) -> tuple[int, int]:
+def mask_canvas_size(mask_size: Size, roi_size: Size, canvas: Size) -> Size:
     """``(H, W)`` of the mask's canvas: the region of the input's canvas, at the mask's resolution.
 
     Raises:
@@ -142,7 +138,7 @@ def expand_boxes(boxes: Tensor, factor_hw: tuple[float, float]) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def centre_window(x: Tensor, size: tuple[int, int]) -> Tensor:
+def centre_window(x: Tensor, size: Size) -> Tensor:
     """The middle ``size = (h, w)`` of ``[..., H, W]``, a view: on a canvas, the person's box.
 
     Raises:
@@ -205,9 +201,8 @@ def checked_boxes(boxes: Tensor) -> Tensor:
     good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
     if not good.all():
         first = int((~good).nonzero()[0])
-        raise ValueError(
-            f"box {first} is {boxes[first].tolist()}: give x0, y0, x1, y1 in pixels, x0 < x1, y0 < y1"
-        )
+        rule = "give x0, y0, x1, y1 in pixels, x0 < x1, y0 < y1"
+        raise ValueError(f"box {first} is {boxes[first].tolist()}: {rule}")
     return boxes
 
 
@@ -231,19 +226,18 @@ def _support(start: float, stop: float, cells: int, pixels: int) -> tuple[int, T
     return first, _weights(start, stop, cells, first, last - first)
 
 
-def _crop(image: Tensor, box: list[float], size: tuple[int, int], outside: Tensor) -> Tensor:
+def _crop(image: Tensor, box: list[float], size: Size, outside: Tensor) -> Tensor:
     """One box, in bands of rows: memory does not grow with the image."""
     channels, height, width = image.shape
     x0, y0, x1, y1 = box
     left, wx = _support(x0, x1, size[1], width)
     top, wy = _support(y0, y1, size[0], height)
     wx, wy = wx.to(image.device), wy.to(image.device)
-    rows, columns = wy.shape[1], wx.shape[1]
+    seen = image[:, top : top + wy.shape[1], left : left + wx.shape[1]]
     out = torch.zeros(channels, *size, dtype=torch.float64, device=image.device)
-    band = max(1, _CHUNK // max(1, channels * columns))
-    for row in range(0, rows, band):
-        part = image[:, top + row : min(top + row + band, top + rows), left : left + columns].double()
-        out = out + wy[:, row : row + band] @ (part @ wx.T)
+    band = max(1, _CHUNK // max(1, channels * wx.shape[1]))
+    for weights, rows in zip(wy.split(band, dim=1), seen.split(band, dim=1), strict=True):
+        out = out + weights @ (rows.double() @ wx.T)
     return (out + outside * (1 - wy.sum(1)[:, None] * wx.sum(1))).float()
 
 

@@ -126,21 +126,18 @@ class HierarchicalUNet(nn.Module):
         for head in (self.person_head, self.target_head):
             init_last(head, 1e-2 * c**-0.5)  # nearly undecided: the first loss is that of ignorance
 
-        self._add_refinements(
-            options,
-            channels={"fine": c, "half": widths[1], "quarter": widths[2], "image": 3},
-            hidden=c,
-            scale=max(1, round(2 * self.mask_canvas[0] / self.canvas[0])),
-            blend_init=blend_init,
-        )
+        inputs = {"fine": c, "half": widths[1], "quarter": widths[2], "image": 3}
+        scale = max(1, round(2 * self.mask_canvas[0] / self.canvas[0]))
+        self._add_refinements(options, inputs, hidden=c, scale=scale, blend_init=blend_init)
         self.register_buffer("coordinates", self._coordinates(roi_size), persistent=False)
 
-    def _add_refinements(self, options: dict[str, Any], *, channels: dict[str, int], **known: Any) -> None:
+    def _add_refinements(self, options: dict[str, Any], channels: dict[str, int], **known: Any) -> None:
         """Make the modules that are switched on; all others are None."""
         registered = {option.name: option.default for option in REFINEMENTS.options()}
         if unknown := options.keys() - registered.keys():
-            known_names = ", ".join(registered)
-            raise TypeError(f"no refinement has the option {unknown.pop()!r}; there are {known_names}")
+            raise TypeError(
+                f"no refinement has the option {unknown.pop()!r}; there are {', '.join(registered)}"
+            )
         options = registered | options
         self.refinements: list[Refinement] = []
         for name, part in REFINEMENTS.items():
@@ -175,9 +172,8 @@ class HierarchicalUNet(nn.Module):
         target = self.target(self.attention(self.merge(torch.cat([gated, person[0]], dim=1))))
         logits = torch.cat([person_logit, self.target_head(target[0])], dim=1)
 
-        features, logits, resized = (
-            resize(x, self.mask_canvas) for x in (person[0] + target[0], logits, image)
-        )
+        given = (person[0] + target[0], logits, image)
+        features, logits, resized = (resize(x, self.mask_canvas) for x in given)
         inputs = {"fine": features, "half": target[1], "quarter": target[2], "image": resized}
         heads = {}
         for part in self.refinements:
