@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -197,8 +197,7 @@ def take(step: Step) -> tuple[float, list[float]]:
     sizes = torch.tensor([p.numel() for p in trained], device=trained[0].device).sqrt()
     norms, largest = measured(trained)
     # float64 keeps a gradient that is finite but large apart from one that is not
-    norms, _ = unscaled(norms.double(), largest.double(), step.scale, sizes)
-    return float(total), norms.tolist()
+    return float(total), unscaled(norms.double(), largest.double(), step.scale, sizes)[0].tolist()
 
 
 def _compare(recorded: Sequence[float], now: Sequence[float]) -> tuple[bool, float | None]:
@@ -221,25 +220,26 @@ def _overflows(step: Step, finding: Finding) -> bool:
 
 
 class _FirstNonFinite(TorchDispatchMode):
-    """Notes the first operation that makes something not finite out of what is finite."""
+    """Writes the first operation that makes something not finite out of what is finite into ``found``."""
 
+    found: Finding
     modules: list[str] = []  # that are being run, the innermost last
     backward = False
     batch = 0
-    phase = operation = module = node = ""
     rows: list[int] = []  # samples for which it was not finite
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.operation or str(func).startswith(_UNINITIALISED):
+        found = self.found
+        if found.operation or str(func).startswith(_UNINITIALISED):
             return out
         if not _finite(out) and _finite((args, kwargs)):
-            self.operation, self.module = str(func).rsplit(".", 1)[0], self.modules[-1]
-            self.phase = "loss" if self.module == "loss" else "forward"
+            found.operation, found.module = str(func).rsplit(".", 1)[0], self.modules[-1]
+            found.phase = "loss" if found.module == "loss" else "forward"
             if self.backward:
-                self.phase, node = "backward", torch._C._current_autograd_node()
-                self.node = node.name() if node is not None else ""
-            elif not self.operation.endswith("_to_copy"):  # that may be the weights, cast
+                found.phase, node = "backward", torch._C._current_autograd_node()
+                found.node = node.name() if node is not None else ""
+            elif not found.operation.endswith("_to_copy"):  # that may be the weights, cast
                 parts = [x for x in tensors(out) if x.ndim > 1 and len(x) == self.batch]
                 self.rows = _not_finite(*parts[:1]) if parts else []
         return out
@@ -256,6 +256,7 @@ def _watch(step: Step, finding: Finding) -> list[int]:
         finding.phase = "input"
         return []
     mode = _FirstNonFinite()  # type: ignore[no-untyped-call]  # torch's __init__
+    mode.found = finding
     names = {module: name for name, module in step.model.named_modules() if name}
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -267,29 +268,24 @@ def _watch(step: Step, finding: Finding) -> list[int]:
     def enter(module: nn.Module, inputs: Any) -> None:
         mode.modules.append(names[module])
 
-    handles = [module.register_forward_pre_hook(enter) for module in names]
-    handles += [module.register_forward_hook(leave) for module in names]
     step.model.zero_grad(set_to_none=True)
     before = 0
-    try:
-        with mode:
-            for images, labels in batches:
-                mode.modules, mode.backward, mode.batch = ["loss", "model"], False, len(images)
-                output = step.forward(images)
-                mode.modules = ["loss"]
-                loss = step.total(output, labels) / len(batches)
-                mode.backward = True
-                (loss * step.scale).backward()
-                if mode.operation:
-                    break
-                before += len(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if mode.operation:
-        finding.phase, finding.module = mode.phase, mode.module
-        finding.operation, finding.node = mode.operation, mode.node
-    elif finding.parameters:  # every operation was finite, and yet a gradient is not: it was written there
+    with ExitStack() as watched:
+        for module in names:
+            watched.enter_context(module.register_forward_pre_hook(enter))
+            watched.enter_context(module.register_forward_hook(leave))
+        watched.enter_context(mode)
+        for images, labels in batches:
+            mode.modules, mode.backward, mode.batch = ["loss", "model"], False, len(images)
+            output = step.forward(images)
+            mode.modules = ["loss"]
+            loss = step.total(output, labels) / len(batches)
+            mode.backward = True
+            (loss * step.scale).backward()
+            if finding.operation:
+                break
+            before += len(images)
+    if finding.parameters and not finding.operation:  # all was finite but a gradient: it was written there
         finding.phase, finding.module = "gradient", _owner(finding.parameters[0])
     return [before + row for row in mode.rows]
 
@@ -349,10 +345,8 @@ def _sentence(step: Step, finding: Finding, parameters: int) -> str:
         parts.append(f"planted by inject: {', '.join(finding.planted)}")
     if finding.same_step is False:
         causes = "compiled kernels, another device, version or thread count, or random kernels"
-        same = "not the same step"
-        if finding.alike:
-            same = f"the same step within rounding, {finding.apart:.1g} apart"
-        parts.append(f"it was {same} ({causes})")
+        within = f"the same step within rounding, {finding.apart:.1g} apart" if finding.alike else ""
+        parts.append(f"it was {within or 'not the same step'} ({causes})")
     return "; ".join(parts)
 
 

@@ -38,9 +38,7 @@ VALUES = {
     **dict.fromkeys(("loss", "grad", "activation", "input"), (*NUMBERS, "spike")),
     **{"label": ("swap",), "kill": ("",), "file": ("truncated", "missing")},
 }
-_FORM = re.compile(
-    r"(?P<what>\w+)(:(?P<value>\w+))?@((?P<step>\d+)|(?P<percent>\d+(\.\d+)?)%)(?P<rest>(:[\w.]+)*)"
-)
+_FORM = re.compile(r"(\w+)(?::(\w+))?@(?:(\d+)|(\d+(?:\.\d+)?)%)((?::[\w.]+)*)")
 _HOW = (
     "write WHAT:VALUE@WHEN[:WHERE][:always], such as grad:nan@12:boundary, activation:inf@3:person, "
     "loss:nan@5:always, input:nan@5%, label:swap@7, file:truncated@3 or kill@20; WHAT is one of "
@@ -98,23 +96,16 @@ def parse(text: str) -> list[Fault]:
 
 def _parse_one(text: str) -> Fault:
     match = _FORM.fullmatch(text)
-    if match is None:
+    what, value, step, percent, rest = match.groups("") if match else [""] * 5
+    words = rest.split(":")[1:]
+    always, where = "always" in words, [word for word in words if word != "always"]
+    share = float(percent or 0) / 100
+    by_chance_alone = not always and what not in ("kill", "file")
+    comes = 0 < share <= 1 and by_chance_alone if percent else int(step or 0) > 0
+    place_known = len(where) == 1 or (not where and what != "activation")
+    if not (value in VALUES.get(what, ()) and comes and place_known):
         raise ValueError(_HOW)
-    what, value = match["what"], match["value"] or ""
-    step, share = int(match["step"] or 0), float(match["percent"] or 0) / 100
-    words = match["rest"].split(":")[1:]
-    always = "always" in words
-    where = [word for word in words if word != "always"]
-    by_chance = match["percent"] is not None
-    if (
-        value not in VALUES.get(what, ())
-        or len(where) > 1
-        or (what == "activation" and not where)
-        or (by_chance and (not 0 < share <= 1 or always or what in ("kill", "file")))
-        or (not by_chance and step < 1)
-    ):
-        raise ValueError(_HOW)
-    return Fault(what, value, step, share, "".join(where), always)
+    return Fault(what, value, int(step or 0), share, "".join(where), always)
 
 
 class Injector:
@@ -141,34 +132,32 @@ class Injector:
     """
 
     def __init__(self, text: str | None, model: nn.Module, *, classes: int = 3) -> None:
-        self.faults = [fault for fault in parse(text or "") if fault.what != "file"]
-        self.parameters = dict(model.named_parameters())
-        self.classes = classes
-        device = next(model.parameters()).device
-        self.flags = [torch.tensor(False, device=device) for _ in self.faults]
+        self.parameters, self.classes = dict(model.named_parameters()), classes
+        due = torch.tensor(False, device=next(model.parameters()).device)
+        #: Each fault and, on the device, whether it is due.
+        self.faults = [(fault, due.clone()) for fault in parse(text or "") if fault.what != "file"]
         self.replaying = False  # a step that is replayed is not killed again
         # A list of modules is never called itself: a fault in it would never come.
         modules = {n: m for n, m in model.named_modules() if n and not isinstance(m, nn.ModuleList)}
         places: dict[str, list[str]] = {"activation": list(modules), "grad": list(self.parameters)}
-        for fault, flag in zip(self.faults, self.flags, strict=True):
+        for fault, flag in self.faults:
             known = places.get(fault.what, [])
             named = [name for name in known if name.startswith(fault.where)]
             if fault.where and not named:
-                tops = sorted({name.split(".")[0] for name in known})
-                known_places = ", ".join(tops) or f"none for {fault.what}"
+                tops = ", ".join(sorted({name.split(".")[0] for name in known}))
                 place = f"inject = {fault.what}:...:{fault.where}: no such place in the model"
-                raise ValueError(f"{place}; there are {known_places}")
+                raise ValueError(f"{place}; there are {tops or f'none for {fault.what}'}")
             if fault.what == "activation":
                 hook = functools.partial(_corrupt_output, value=fault.value, flag=flag)
                 modules[min(named, key=len)].register_forward_hook(hook)
 
     def planted(self, step: int) -> list[str]:
         """The faults that this step has, as they are written."""
-        return [str(fault) for fault in self.faults if fault.what != "kill" and fault.due(step)]
+        return [str(fault) for fault, _ in self.faults if fault.what != "kill" and fault.due(step)]
 
     def start(self, step: int) -> None:
         """Set what is due; called before step number ``step``."""
-        for fault, flag in zip(self.faults, self.flags, strict=True):
+        for fault, flag in self.faults:
             due = fault.due(step)
             if fault.what == "kill" and due and not self.replaying:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -194,12 +183,11 @@ class Injector:
         for fault, flag in self._of("grad"):
             gradient = next(p for name, p in self.parameters.items() if name.startswith(fault.where)).grad
             assert gradient is not None
-            gradient.copy_(
-                _corrupt(gradient, fault.value, flag)
-            )  # in place: fused optimizers need its strides
+            # In place: fused optimizers need its strides.
+            gradient.copy_(_corrupt(gradient, fault.value, flag))
 
     def _of(self, what: str) -> Iterator[tuple[Fault, Tensor]]:
-        return ((f, flag) for f, flag in zip(self.faults, self.flags, strict=True) if f.what == what)
+        return ((fault, flag) for fault, flag in self.faults if fault.what == what)
 
 
 def _corrupt_output(module: nn.Module, inputs: Any, output: Any, *, value: str, flag: Tensor) -> Any:
