@@ -186,8 +186,7 @@ def _sort(found: list[tuple[dict[str, Any], int, bool]], people: People, crowd: 
             one["id"] = whole(one.get("id"))
             if one["id"] is None or one["id"] in taken:
                 people.notes.append((NEW_ID, what))
-            while one["id"] is None or one["id"] in taken:  # metrics and masks are kept by it
-                one["id"] = next(free)
+                one["id"] = next(number for number in free if number not in taken)  # results are kept by it
             taken.add(one["id"])
             people.persons.setdefault(image, []).append(one)
             continue

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from refinelib.data.annotations import Content, People, read_annotations, read_p
 from refinelib.data.image_folder import ImageFolder
 from refinelib.data.segmentation import decode_segmentation, usable
 from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError, box_of
+from refinelib.files import PathLike
 
 BAD_POLYGON = "polygon of an odd length, under three points or far outside, left out"
 NOT_ITS_BOX = "mask that lies outside its box, ignored"
@@ -49,8 +50,8 @@ class CocoPeople(sources.IndexedSource):
 
     def __init__(
         self,
-        annotations: str | Path,
-        images: str | Path,
+        annotations: PathLike,
+        images: PathLike,
         split: str = "val",
         *,
         allow_outside: bool = False,
@@ -63,7 +64,7 @@ class CocoPeople(sources.IndexedSource):
         self.folder = ImageFolder(self.images, allow_outside)
         self.category, self.crowd, self.exif = category, crowd, exif
 
-    def _existing(self, annotations: str | Path, images: str | Path) -> tuple[Path, Path]:
+    def _existing(self, annotations: PathLike, images: PathLike) -> tuple[Path, Path]:
         """Both places, ``~`` expanded, once it is sure that they are there."""
         file = Path(os.path.expanduser(annotations))
         if not os.path.isfile(file):
@@ -134,63 +135,57 @@ class CocoPeople(sources.IndexedSource):
         name, _ = str(self.annotations), self._stamp  # before it is read
         return read_people(self.read(), name, category=self.category, crowd=self.crowd)
 
-    def _index(self, builder: InstancesBuilder) -> tuple[str, str]:
-        """By image id; an entry has file, size, masks and persons of an image."""
-        people = self._people
-        for reason, example, _ in people.left_out:
+    def _listed(self, builder: InstancesBuilder) -> tuple[Iterable[int], str, str]:
+        """By image id."""
+        for reason, example, _ in self._people.left_out:
             builder.skip(reason, example)
-        for kind, example in people.notes:
+        for kind, example in self._people.notes:
             builder.note(kind, example)
-        shared = self._named_twice(people)
-        for image_id in sorted(people.persons):
-            if builder.full:
-                break
-            where, entry = f"image {image_id}", people.images[image_id]
-            try:
-                if image_id in shared:
-                    raise SceneError(sources.TWICE, shared[image_id])
-                size = entry["height"], entry["width"]
-                if size[0] is None:
-                    size = sources.image_size(self.folder.find(entry["file_name"]), self.exif == "apply")
-            except SceneError as error:
-                builder.skip(error.reason, str(error))
-                continue
-            regions = [_region(one, size) for one in people.regions.get(image_id, [])]
-            segmentations, found = [], []
-            for annotation in people.persons[image_id]:
-                what = f"annotation {annotation['id']} of {where} in {self.annotations.name}"
-                segmentation, bad = usable(annotation["segmentation"], *size)
-                for part in bad if segmentation else []:
-                    builder.note(BAD_POLYGON, f"{what}: {sources.printable(part, 80)}")
-                    if isinstance(part, dict) or (isinstance(part, list) and len(part) > 4):  # of the person?
-                        regions.append(_region({**annotation, "segmentation": None}, size))
-                person = None if segmentation is None else _person(annotation, segmentation, size)
-                if person is None:
-                    form = sources.printable(annotation["segmentation"], 80)
-                    rule = "polygons of three points or more, or run lengths of the image's size"
-                    builder.skip(sources.NO_MASK, f"{what}: {form} is no mask; give {rule}")
-                    regions.append(_region(annotation, size))
-                    continue
+        return sorted(self._people.persons), str(self.annotations), "no annotation of a person"
+
+    def _add(self, image: int, builder: InstancesBuilder) -> bytes | None:
+        """Returns JSON, for builder processes share it: file, size, segmentations, persons, regions."""
+        where, entry = f"image {image}", self._people.images[image]
+        if image in self._named_twice:
+            raise SceneError(sources.TWICE, self._named_twice[image])
+        file, size = entry["file_name"], (entry["height"], entry["width"])
+        if size[0] is None:
+            size = sources.image_size(self.folder.find(file), self.exif == "apply")
+        regions = [_region(one, size) for one in self._people.regions.get(image, [])]
+        segmentations, found = [], []
+        for annotation in self._people.persons[image]:
+            what = f"annotation {annotation['id']} of {where} in {self.annotations.name}"
+            segmentation, bad = usable(annotation["segmentation"], *size)
+            for part in bad if segmentation else []:
+                builder.note(BAD_POLYGON, f"{what}: {sources.printable(part, 80)}")
+                if isinstance(part, dict) or (isinstance(part, list) and len(part) > 4):  # of the person?
+                    regions.append(_region({**annotation, "segmentation": None}, size))
+            person = None if segmentation is None else _person(annotation, segmentation, size)
+            if person is None:
+                form = sources.printable(annotation["segmentation"], 80)
+                rule = "polygons of three points or more, or run lengths of the image's size"
+                builder.skip(sources.NO_MASK, f"{what}: {form} is no mask; give {rule}")
+                regions.append(_region(annotation, size))
+            else:
                 segmentations.append(segmentation)
                 found.append(person)
-            ids, boxes, areas = ([one[key] for one in found] for key in ("annotation_id", "box", "area"))
-            if builder.add(where, image_id, size, ids, boxes, areas):
-                parts = [entry["file_name"], size, segmentations, found, regions]
-                builder.entries.append(json.dumps(parts).encode())  # compact: builder processes share it
-        return str(self.annotations), "no annotation of a person"
+        ids, boxes, areas = ([one[key] for one in found] for key in ("annotation_id", "box", "area"))
+        has_roi = builder.add(where, image, size, ids, boxes, areas)
+        return json.dumps([file, size, segmentations, found, regions]).encode() if has_roi else None
 
-    def _named_twice(self, people: People) -> dict[int, str]:
+    @cached_property
+    def _named_twice(self) -> dict[int, str]:
         """Images whose file another entry names too, and what to do about it: it is one of the two."""
         by_file = defaultdict[Path, list[int]](list)
-        for number, entry in people.images.items():
+        for number, entry in self._people.images.items():
             if file := self.locate(entry["file_name"]):  # else it is said where the image is read
                 by_file[file].append(number)
-        shared: dict[int, str] = {}
+        shared, images = dict[int, str](), self._people.images
         for file, numbers in by_file.items():
+            both = " and of ".join(f"image {one}, {images[one]['file_name']!r}" for one in numbers[:2])
             if len(numbers) > 1:
-                first, second = (f"image {one}, {people.images[one]['file_name']!r}," for one in numbers[:2])
-                both = f"{file} is the file of {first} and of {second[:-1]}"
-                shared |= dict.fromkeys(numbers, f"{both}: give each image a file of its own")
+                rule = "give each image a file of its own"
+                shared |= dict.fromkeys(numbers, f"{file} is the file of {both}: {rule}")
         return shared
 
 

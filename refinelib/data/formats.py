@@ -27,7 +27,7 @@ from refinelib.data.coco import CocoPeople
 from refinelib.data.image_folder import files_in
 from refinelib.data.segmentation import whole
 from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError
-from refinelib.files import JSON, read_json, read_yaml, shown
+from refinelib.files import JSON, PathLike, read_json, read_yaml, shown
 
 DAMAGED = "annotation file that cannot be read"
 NO_PICTURE = "labels without image"
@@ -118,7 +118,7 @@ class YoloPeople(_Files):
 
     name = "yolo"
 
-    def __init__(self, data: str | Path, split: str = "val", **options: Any) -> None:
+    def __init__(self, data: PathLike, split: str = "val", **options: Any) -> None:
         file = Path(os.path.expanduser(data))
         file = file if os.path.isfile(file) else file / "data.yaml"
         try:
@@ -128,17 +128,14 @@ class YoloPeople(_Files):
         content = content if isinstance(content, dict) else {}
         names, root, places = content.get("names"), content.get("path") or ".", content.get(split)
         names = dict(enumerate(names)) if isinstance(names, list) else names
-        names = {whole(n): name for n, name in names.items()} if isinstance(names, dict) else names
         if "kpt_shape" in content:
             raise DataError(f"{file} has kpt_shape: its labels are poses, and masks are needed")
         places = places if isinstance(places, list) else [places]
         if not isinstance(names, dict) or not places or {*map(type, (root, *places))} != {str}:
-            rule = (
-                f"names, a list or a mapping from numbers; {split}, its folder of images in the folder path"
-            )
-            raise DataError(f"{file} must have {rule}")
+            rule = f"a list or a mapping from numbers; {split}, its folder of images in the folder path"
+            raise DataError(f"{file} must have names, {rule}")
         self._pairs = [_folders(file, root, place) for place in places]
-        self.kinds, self._file = names, file
+        self.kinds, self._file = {whole(number): name for number, name in names.items()}, file
         images = os.path.commonpath([images for images, _ in self._pairs])
         super().__init__(file, images, split, **{"exif": "apply", **options})  # YOLO turns images upright
 
@@ -217,12 +214,12 @@ class LabelmePeople(_Files):
     name = "labelme"
 
     def __init__(
-        self, annotations: str | Path, images: str | Path, split: str, part: str = "all", **options: Any
+        self, annotations: PathLike, images: PathLike, split: str, part: str = "all", **options: Any
     ) -> None:
         super().__init__(annotations, images, split, **{"exif": "apply", **options})  # LabelMe shows them so
         self.part, self.kinds, self._numbers = part, {}, dict[str, int]()
 
-    def _existing(self, annotations: str | Path, images: str | Path) -> tuple[Path, Path]:
+    def _existing(self, annotations: PathLike, images: PathLike) -> tuple[Path, Path]:
         rule = f"give data_dir, or {self.split}_annotations and {self.split}_images"
         return sources.existing_folder(annotations, rule=rule), sources.existing_folder(images, rule=rule)
 
@@ -298,8 +295,8 @@ class MaskPeople(sources.IndexedSource):
 
     def __init__(
         self,
-        images: str | Path,
-        masks: str | Path,
+        images: PathLike,
+        masks: PathLike,
         split: str = "train",
         part: str = "all",
         *,
@@ -310,33 +307,34 @@ class MaskPeople(sources.IndexedSource):
         self.images = sources.existing_folder(images, rule=self.rule)
         self.masks = sources.existing_folder(masks, rule=self.rule)
 
-    def _index(self, builder: InstancesBuilder) -> tuple[str, str]:
-        """Reads the masks, not the images; takes the images by name."""
+    def _listed(self, builder: InstancesBuilder) -> tuple[Iterable[tuple[int, Path]], str, str]:
+        """By name."""
         for mask in self._strays:
             builder.skip(STRAY_MASK, f"there is no image of the mask {mask} in {self.images}")
+        empty = f"no {' or '.join(self.suffixes)} file in {self.images}"
+        return self._files, f"the split {self.split} of {self.images.parent}", empty
+
+    def _add(self, image: tuple[int, Path], builder: InstancesBuilder) -> Path | None:
+        """Reads the mask, not the image."""
+        number, file = image
+        mask = self._mask_file(file)
+        if len(both := self._owners[mask]) > 1:
+            rule = "give each image one of its own"
+            raise SceneError(sources.TWICE, f"{mask} is the mask of {' and '.join(both)}: {rule}")
+        ids, areas, owner, _ = _read_mask(mask)
+        found = ndimage.find_objects(owner)  # one pass: a damaged mask may hold thousands of numbers
+        boxes = [(x.start, y.start, x.stop, y.stop) for y, x in (found[i - 1] for i in ids)]
+        # An annotation id names the image and the person in it.
+        numbers = [number * self.ids + int(i) for i in ids]
+        return file if builder.add(file.name, number, owner.shape, numbers, boxes, areas) else None
+
+    @cached_property
+    def _owners(self) -> dict[Path, list[str]]:
+        """The images of each mask: one, if all is well."""
         owners = defaultdict[Path, list[str]](list)
         for _, file in self._files:
             owners[self._mask_file(file)].append(file.name)
-        for image_id, file in self._files:
-            if len(both := owners[mask := self._mask_file(file)]) > 1:
-                rule = "give each image one of its own"
-                builder.skip(sources.TWICE, f"{mask} is the mask of {' and '.join(both)}: {rule}")
-                continue
-            if builder.full:
-                break
-            try:
-                ids, areas, owner, _ = _read_mask(mask)
-            except SceneError as error:
-                builder.skip(error.reason, str(error))
-                continue
-            found = ndimage.find_objects(owner)  # one pass: a damaged mask may hold thousands of numbers
-            boxes = [(x.start, y.start, x.stop, y.stop) for y, x in (found[i - 1] for i in ids)]
-            # An annotation id names the image and the person in it.
-            numbers = [image_id * self.ids + int(i) for i in ids]
-            if builder.add(file.name, image_id, owner.shape, numbers, boxes, areas):
-                builder.entries.append(file)
-        empty = f"no {' or '.join(self.suffixes)} file in {self.images}"
-        return f"the split {self.split} of {self.images.parent}", empty
+        return owners
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
@@ -401,7 +399,7 @@ class PennFudanPeople(MaskPeople):
     suffixes = (".png",)
     ending, ids = "_mask.png", 1000
 
-    def __init__(self, folder: str | Path, split: str = "train") -> None:
+    def __init__(self, folder: PathLike, split: str = "train") -> None:
         if split not in ("train", "val", "all"):
             raise DataError(f"Penn-Fudan has no split {split!r}: give train, val or all")
         super().__init__(Path(folder, "PNGImages"), Path(folder, "PedMasks"), split, part=split)

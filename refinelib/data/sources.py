@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from refinelib.files import PathLike
+
 Mask = NDArray[np.bool_]
 #: Kind, such as ``TURNED``, and example.
 Note = tuple[str, str]
@@ -256,13 +258,6 @@ class Tally:
 class InstancesBuilder(Tally):
     """Collects ROIs image by image and turns them into compact columns.
 
-    Args:
-        max_images: number of images with a ROI after which it is ``full``; None: any.
-
-    Attributes:
-        images: number of images with a ROI so far.
-        entries: for the source to keep something about each of them.
-
     Example:
         >>> builder = InstancesBuilder()
         >>> builder.add("image 7", 7, (50, 60), [3, 4], [[0, 0, 20, 40], [0, 0, 9, 9]], [800, 81])
@@ -272,15 +267,10 @@ class InstancesBuilder(Tally):
         ([[0.0, 0.0, 20.0, 40.0]], {'box with a side under 16 px': 1})
     """
 
-    def __init__(self, max_images: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._rows: list[tuple[object, ...]] = []
-        self.max_images, self.images, self.entries = max_images, 0, list[Any]()
-
-    @property
-    def full(self) -> bool:
-        """Whether it has as many images as it is to have."""
-        return self.max_images is not None and self.images >= self.max_images
+        self.images = 0
 
     def add(
         self, where: str, image_id: int, size: tuple[int, ...], ids: Sequence[int], boxes: Any, areas: Any
@@ -339,10 +329,7 @@ class InstancesBuilder(Tally):
 
 
 class IndexedSource(ABC):
-    """A source that reads its index when it is first used, and keeps it.
-
-    A subclass adds its images to a builder, and what a scene needs to the builder's ``entries``.
-    """
+    """A source that lists its ROIs image by image when they are first asked for, and keeps the list."""
 
     def __init__(self, split: str) -> None:
         self.split = split
@@ -359,18 +346,31 @@ class IndexedSource(ABC):
             DataError: the data cannot be read, or have no person that can be used.
         """
         if max_images not in self._indexed:
-            builder = InstancesBuilder(max_images)
-            self._indexed[max_images] = builder.instances(*self._index(builder))
-            # A shorter index begins a longer one.
-            self._entries = max(self._entries, builder.entries, key=len)
+            builder, entries = InstancesBuilder(), list[Any]()
+            images, data, otherwise = self._listed(builder)
+            for image in images:
+                if max_images is not None and builder.images >= max_images:
+                    break
+                try:
+                    entry = self._add(image, builder)
+                except SceneError as error:
+                    builder.skip(error.reason, str(error))
+                else:
+                    entries += [] if entry is None else [entry]
+            self._indexed[max_images] = builder.instances(data, otherwise)
+            self._entries = max(self._entries, entries, key=len)  # a shorter list begins a longer one
         return self._indexed[max_images]
 
     @abstractmethod
-    def _index(self, builder: InstancesBuilder) -> tuple[str, str]:
-        """Add images until the builder is full; returns the arguments of its ``instances``."""
+    def _listed(self, builder: InstancesBuilder) -> tuple[Iterable[Any], str, str]:
+        """The images, and both arguments of :meth:`InstancesBuilder.instances`."""
+
+    @abstractmethod
+    def _add(self, image: Any, builder: InstancesBuilder) -> Any:
+        """Add an image; returns what its scene is made from, None where it has no ROI."""
 
     def _entry(self, index: int) -> Any:
-        """What :meth:`_index` kept about image ``index``."""
+        """What :meth:`_add` returned for image ``index``."""
         if index >= len(self._entries):
             self.instances()
         return self._entries[index]
@@ -389,7 +389,7 @@ def counted(skipped: Mapping[str, int], examples: Mapping[str, str] | None = Non
     return "; such as ".join([line, "; ".join(some)]) if some else line
 
 
-def existing_folder(folder: str | Path, what: str = "folder", rule: str = "") -> Path:
+def existing_folder(folder: PathLike, what: str = "folder", rule: str = "") -> Path:
     """A folder, ``~`` expanded.
 
     Raises:

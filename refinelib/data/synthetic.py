@@ -10,9 +10,9 @@ import hashlib
 import json
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +62,7 @@ CLUTTER = (
 )
 
 
-@dataclass(frozen=True)
-class Cloth:
+class Cloth(NamedTuple):
     """Two colours (RGB in 0..1), what mixes them (see ``PATTERNS``), and the waves' length in pixels."""
 
     first: Floats
@@ -368,14 +367,15 @@ class SyntheticPeople(IndexedSource):
     def __len__(self) -> int:
         return self.n_images
 
-    def _index(self, builder: InstancesBuilder) -> tuple[str, str]:
-        for index in range(min(self.n_images, builder.max_images or self.n_images)):
-            _, masks = self._draw(index)
-            # An annotation id names the image and the person in it, as for Penn-Fudan.
-            ids = [(index + 1) * 1000 + slot for slot in range(len(masks))]
-            boxes, areas = [box_of(mask) for mask in masks], masks.sum((1, 2)).tolist()
-            builder.add(f"image {index + 1}", index + 1, masks.shape[1:], ids, boxes, areas)
-        return "synthetic", ""
+    def _listed(self, builder: InstancesBuilder) -> tuple[Iterable[int], str, str]:
+        return range(self.n_images), "synthetic", ""
+
+    def _add(self, image: int, builder: InstancesBuilder) -> None:
+        _, masks = self._draw(image)
+        # An annotation id names the image and the person in it, as for Penn-Fudan.
+        ids = [(image + 1) * 1000 + slot for slot in range(len(masks))]
+        boxes, areas = [box_of(mask) for mask in masks], masks.sum((1, 2)).tolist()
+        builder.add(f"image {image + 1}", image + 1, masks.shape[1:], ids, boxes, areas)
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the visible pixels of all its persons.
