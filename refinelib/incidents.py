@@ -243,11 +243,6 @@ class Layer:
     gradient: float | None = None
     gradient_nonfinite: float = 0.0
 
-    @property
-    def part(self) -> str:
-        """The part of the model it belongs to: the name's first word."""
-        return self.name.partition(".")[0].partition(":")[0]
-
 
 @dataclass
 class Layers:

@@ -14,14 +14,7 @@ from refinelib.config import Settings
 from refinelib.data import CocoPeople, PennFudanPeople, Source, Store, open_store
 from refinelib.data.splits import coco_options
 from refinelib.files import PathLike, dumps, replacing, write_atomically
-from refinelib.metrics.image_space import (
-    CocoEntry,
-    ImageMetrics,
-    average_precision,
-    pasted_model,
-    resolution_bound,
-    score_in_images,
-)
+from refinelib.metrics import image_space
 from refinelib.metrics.predict import Predictor, load, mean_mask, score, threads
 from refinelib.metrics.segmentation import KEYS, SegmentationMetrics
 from refinelib.modeling.roi import centre_window
@@ -193,24 +186,23 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     settings, device, size = predictor.settings, predictor.device, predictor.settings.mask_size
     baseline = mean_mask(predictor.mean_coverage.to(device))
 
-    def baseline_probs(image: Any, boxes: Any) -> Any:
-        return centre_window(baseline(boxes), size)
-
     predictors = {
-        "model": pasted_model(predictor.probs, device),
-        "mean_mask": pasted_model(baseline_probs, device),
-        "resolution_bound": resolution_bound(size),
+        "model": image_space.pasted_model(predictor.probs, device),
+        "mean_mask": image_space.pasted_model(
+            lambda image, boxes: centre_window(baseline(boxes), size), device
+        ),
+        "resolution_bound": image_space.resolution_bound(size),
     }
     where: Any = {"device": device, "mask_size": size, "full": True}
     on_roi, of_baseline = (score(predict, store, **where) for predict in (predictor.roi_probs, baseline))
-    truth: list[CocoEntry] = []
+    truth: list[image_space.CocoEntry] = []
     where = {"device": device, "max_images": max_images, "only": store.annotation_ids}
-    pasted = score_in_images(predictors, source, full=True, truth=truth, **where)
+    pasted = image_space.score_in_images(predictors, source, full=True, truth=truth, **where)
     with threads(1):
         report = on_roi.compute(intervals=True)
         report["mean_mask"] = of_baseline.compute(intervals=True)
         in_image = {name: one.compute(intervals=True) for name, one in pasted.items()}
-        precision = {name: average_precision(truth, one.counted) for name, one in pasted.items()}
+        precision = {name: image_space.average_precision(truth, one.counted) for name, one in pasted.items()}
     report["resolution_bound"] = in_image["resolution_bound"]
     report["image"] = {**in_image["model"], "mean_mask": in_image["mean_mask"]}
     report["coco"] = {**precision.pop("model"), **precision, "people": len(truth), "score": SCORE}
@@ -225,7 +217,7 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     return Evaluation(report, people, results, masks, confusion, predictor.name, settings)
 
 
-def _columns(on_roi: SegmentationMetrics, in_image: ImageMetrics, store: Store) -> dict[str, Any]:
+def _columns(on_roi: SegmentationMetrics, in_image: image_space.ImageMetrics, store: Store) -> dict[str, Any]:
     """One row a ROI: its ids and box, its figures on the ROI, its figures in the image."""
     people: dict[str, Any] = {"annotation_id": store.annotation_ids, "image_id": store.image_ids}
     people |= {name: store.boxes[:, i] for i, name in enumerate(("x0", "y0", "x1", "y1"))}

@@ -229,7 +229,7 @@ def predict_probs(
     Raises:
         RuntimeError: one crop alone does not fit (:func:`refinelib.guard.guard.ran_out`).
     """
-    probs = _probs(model, images)
+    probs: Tensor = _probs(model, images)
     if flip:
         probs = (probs + _probs(model, images.flip(-1)).flip(-1)) / 2
     if set(weights) == {1.0}:
@@ -238,18 +238,15 @@ def predict_probs(
     return weighed / weighed.sum(dim=1, keepdim=True)
 
 
-def _probs(model: nn.Module, images: Tensor) -> Tensor:
-    chunks = 1
-    while True:
-        try:
-            parts = images.contiguous(memory_format=torch.channels_last).tensor_split(chunks)
-            return torch.cat([model(part).log_probs().exp() for part in parts])
-        except RuntimeError as error:
-            if not ran_out(error) or chunks >= len(images):
-                raise
-        chunks = min(2 * chunks, len(images))
-        if images.is_cuda:
-            torch.cuda.empty_cache()
+def _probs(model: nn.Module, images: Tensor) -> Any:
+    try:
+        return model(images.contiguous(memory_format=torch.channels_last)).log_probs().exp()
+    except RuntimeError as error:
+        if not ran_out(error) or len(images) < 2:
+            raise
+    if images.is_cuda:
+        torch.cuda.empty_cache()
+    return torch.cat([_probs(model, half) for half in images.tensor_split(2)])
 
 
 # -- on a store ------------------------------------------------------------------------------------

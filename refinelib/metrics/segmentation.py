@@ -377,9 +377,8 @@ class ImageBootstrap:
         """
         values = torch.as_tensor(values).double()
         if values.shape != self._place.shape:
-            raise ValueError(
-                f"values {list(values.shape)} must be one number for each of {len(self._place)} ROIs"
-            )
+            each = f"one number for each of {len(self._place)} ROIs"
+            raise ValueError(f"values {list(values.shape)} must be {each}")
         kept = ~values.isnan()
         sums = self._drawn(torch.where(kept, values, 0.0))
         return self._bounds(sums / self._drawn(kept.double()))

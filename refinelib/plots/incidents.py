@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def parameter_gradients(report: Report, found: Layers) -> Figure:
     same = "" if np.array_equal(recorded, replayed, equal_nan=True) else "not "
     title = f"recorded and replayed are {same}the same bit for bit"
     style.style_axes(axes, title, y="L2 norm before clipping")
-    _name_parts(axes, [name.partition(".")[0] for name in names])
+    _name_parts(axes, names)
     style.legend(axes)
     return figure
 
@@ -118,12 +119,13 @@ def _by_layer(
         bottom.axvline(found.forward.index(first), color=BLACK, linestyle="--")
     style.style_axes(top, f"{what}, in forward order: input, modules, losses")
     style.style_axes(bottom, "share of its elements that is not finite")
-    _name_parts(bottom, [layer.part for layer in found.forward])
+    _name_parts(bottom, [layer.name for layer in found.forward])
     return figure
 
 
-def _name_parts(axes: Axes, parts: Sequence[str]) -> None:
-    """A name and a tick where each part of the model begins."""
+def _name_parts(axes: Axes, names: Sequence[str]) -> None:
+    """A name and a tick where each part of the model begins: a name's first word."""
+    parts = [re.split("[.:]", name)[0] for name in names]
     starts = [i for i, part in enumerate(parts) if i == 0 or parts[i - 1] != part]
     axes.set_xticks(starts, [parts[start] for start in starts], rotation=90, fontsize=6)
 

@@ -59,15 +59,26 @@ def sample_grid(run: RunLike, epoch: int | None = None, kinds: Names = KINDS, pe
 
 
 # -- other figures ---------------------------------------------------------------------------------
-def rois(store: Store, count: int = 8) -> Figure:
-    """Crops of a store and their labels, spread evenly over it."""
+def rois(store: Store, count: int = 8, *, overlays: bool = False) -> Figure:
+    """Crops of a store and their labels, spread evenly over it.
+
+    With ``overlays`` each mask is also drawn on its crop, which must have its size, and the ids stand above.
+    """
     chosen = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
     images, coverage = store.gather(chosen)
     samples = {"image": images.numpy(), "labels": labels_from_coverage(coverage).numpy()}
-    rows: Rows = [("image", [(image, "") for image in samples["image"]])]
-    rows += [("labels", [(class_picture(labels), "") for labels in samples["labels"]])]
-    figure = style.new_figure(f"{len(chosen)} of {len(store)} {store.split} ROIs and their labels")
-    return picture_grid(figure, rows, shape_of(samples | {"mask_size": np.array(store.mask_size)}))
+    rows: Rows = [("image", []), ("mask", []), ("labels", [])]
+    for roi, image, labels in zip(chosen, *samples.values(), strict=True):
+        ids = store.instance(roi)
+        rows[0][1].append((image, f"image {ids['image_id']}" if overlays else ""))
+        if overlays:
+            rows[1][1].append((overlay(image, labels[None] == TARGET), f"annotation {ids['annotation_id']}"))
+        rows[2][1].append((class_picture(labels), ""))
+    persons, crops = f"persons of {store.source} {store.split}", f"{store.split} ROIs and their labels"
+    figure = style.new_figure(f"{len(chosen)} of {len(store)} {persons if overlays else crops}")
+    key = CLASSES | ({"ignored": style.BLACK} if store.ignores else {})
+    shape = shape_of(samples | {"mask_size": np.array(store.mask_size)})
+    return picture_grid(figure, [row for row in rows if row[1]], shape, key=key)
 
 
 def boxes_figure(pixels: Pixels, boxes: Sequence[Sequence[float]], labels: Sequence[str]) -> Figure:

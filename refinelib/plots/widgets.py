@@ -128,15 +128,15 @@ class BoxPicker:
         if self._widget is None:
             import ipywidgets as w
 
-            self.columns, self.rows = (
-                w.IntRangeSlider(value=(size // 4, 3 * size // 4), max=size, description=name)
-                for size, name in zip(self.pixels.shape[1::-1], ("columns", "rows"), strict=True)
-            )
-            self.add_button = w.Button(description="add")
-            self.remove_button = w.Button(description="remove last")
+            def slider(name: str, size: int) -> Any:
+                made = w.IntRangeSlider(value=(size // 4, 3 * size // 4), max=size, description=name)
+                made.observe(self._redraw, names="value")
+                return made
+
+            height, width = self.pixels.shape[:2]
+            self.columns, self.rows = slider("columns", width), slider("rows", height)
+            self.add_button, self.remove_button = (w.Button(description=x) for x in ("add", "remove last"))
             self.preview, self.text = w.Image(format="png"), w.HTML()
-            self.columns.observe(self._redraw, names="value")
-            self.rows.observe(self._redraw, names="value")
             self.add_button.on_click(self.add)
             self.remove_button.on_click(self.remove_last)
             buttons = w.HBox([self.add_button, self.remove_button])

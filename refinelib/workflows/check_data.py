@@ -8,12 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from refinelib.data import Source, Store, open_store
-from refinelib.modeling import TARGET
-from refinelib.modeling.roi import labels_from_coverage
+from refinelib.data import Source, open_store
 from refinelib.plots import style
-from refinelib.plots.masks import Rows, class_picture, overlay, picture_grid
-from refinelib.plots.style import CLASSES
+from refinelib.plots.masks import rois
 
 #: Pixels along a side of the crops in the picture.
 SIDE = 128
@@ -48,7 +45,7 @@ def check_data(
         size = (SIDE, SIDE)
         how: Any = {"roi_size": size, "mask_size": size, "context": 0.0, "max_images": max_images}
         store = open_store(source, root=root, progress=progress, **how)
-        figure(store, people).savefig(picture, dpi=style.DPI)
+        rois(store, people, overlays=True).savefig(picture, dpi=style.DPI)
         images = len(np.unique(store.image_index))
         lines = [f"{store.source} {store.split}: {len(store)} persons in {images} images are used"]
         for title, counts in (("left out", store.skipped), ("noted", store.info.notes)):
@@ -57,20 +54,3 @@ def check_data(
             lines.append(f"ignored: {store.info.ignored:.2%} of the pixels in the persons' boxes")
         del store  # its files are mapped, and Windows deletes no mapped file
     return "\n".join(lines)
-
-
-def figure(store: Store, people: int = 8) -> style.Figure:
-    """Crops of some persons, their masks on them, and their labels; the box is stretched to a square."""
-    chosen = np.unique(np.linspace(0, len(store) - 1, people).astype(int))
-    images, coverage = store.gather(chosen)
-    rows: Rows = [("image", []), ("mask", []), ("labels", [])]
-    for roi, image, labels in zip(
-        chosen, images.numpy(), labels_from_coverage(coverage).numpy(), strict=True
-    ):
-        one = store.instance(roi)
-        rows[0][1].append((image, f"image {one['image_id']}"))
-        rows[1][1].append((overlay(image, labels[None] == TARGET), f"annotation {one['annotation_id']}"))
-        rows[2][1].append((class_picture(labels), ""))
-    title = f"{len(chosen)} of {len(store)} persons of {store.source} {store.split}"
-    key = CLASSES | ({"ignored": style.BLACK} if store.ignores else {})
-    return picture_grid(style.new_figure(title), rows, (1.0, 1.0, 1.0), key=key)

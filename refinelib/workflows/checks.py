@@ -85,12 +85,10 @@ def check(name: str) -> Callable[[Callable[..., str]], Callable[..., Check]]:
 
 def place(error: BaseException) -> str:
     """Innermost line of the package that an error passed: `` (modeling/unet.py, line 9, in forward)``."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
-    if not own:
-        return ""
-    file = Path(own[-1].filename).relative_to(PACKAGE).as_posix()
-    return f" ({file}, line {own[-1].lineno}, in {own[-1].name})"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if (file := Path(frame.filename)).is_relative_to(PACKAGE):
+            return f" ({file.relative_to(PACKAGE).as_posix()}, line {frame.lineno}, in {frame.name})"
+    return ""
 
 
 # -- the checks ------------------------------------------------------------------------------------
@@ -165,9 +163,7 @@ def gradients(figures: dict[str, Any], parts: Parts, *, steps: int = 4) -> str:
         ``norms``: largest L2 norm of the gradient by parameter, none if it had none.
     """
     named = dict(parts.model.named_parameters())
-    norms: dict[str, float | None] = dict.fromkeys(named)
-    figures["norms"] = norms
-    broken = False
+    norms: dict[str, float | None] = figures.setdefault("norms", dict.fromkeys(named))
     with closing(_train(parts, steps, 1e-3)) as training:
         for guard, _, _ in training:
             for name, parameter in named.items():
@@ -178,19 +174,18 @@ def gradients(figures: dict[str, Any], parts: Parts, *, steps: int = 4) -> str:
             broken = bool(lacking) or not all(math.isfinite(norm or 0) for norm in norms.values())
             if broken:  # no step is possible, and layers behind a 0 are not to blame
                 break
-    zero = [] if broken else [name for name, norm in norms.items() if norm == 0]
     kinds = {
         "are frozen (requires_grad is False)": [name for name, p in named.items() if not p.requires_grad],
         "have no gradient at all (they are not between image and loss)": lacking,
         "have a gradient that is not finite": [n for n, v in norms.items() if not math.isfinite(v or 0)],
-        f"have a gradient of exactly 0 in {steps} steps": zero,
+        f"have a gradient of exactly 0 in {steps} steps": [
+            n for n, v in norms.items() if v == 0 and not broken
+        ],
     }
-    found = []
-    for kind, names in kinds.items():
-        if names:
-            found.append(f"{len(names)} of {len(norms)} parameters {kind}: {', '.join(names[:3])}")
+    count, found = f"of {len(norms)} parameters", {kind: names for kind, names in kinds.items() if names}
     if found:
-        raise CheckError("; ".join(found))
+        lines = (f"{len(names)} {count} {kind}: {', '.join(names[:3])}" for kind, names in found.items())
+        raise CheckError("; ".join(lines))
     known = [norm or 0.0 for norm in norms.values()]
     return f"all {len(norms)} have one, of norm {min(known):.1e} to {max(known):.1e}"
 
@@ -218,9 +213,8 @@ def overfit(figures: dict[str, Any], parts: Parts, *, steps: int = 120, lr: floa
         ious.append(float(iou[truth.any(-1).any(-1)].mean()))
     skipped, first, last = int(guard.state["skipped"]), costs[0], costs[-1]
     figures |= {"loss": costs, "target_iou": ious, "enough": [OVERFIT_IOU, OVERFIT_LOSS], "skipped": skipped}
-    course = (
-        f"loss {first:.2f} to {last:.3f}, target IoU {ious[-1]:.3f} in {steps} steps at learning rate {lr:g}"
-    )
+    course = f"loss {first:.2f} to {last:.3f}, target IoU {ious[-1]:.3f} in {steps} steps"
+    course += f" at learning rate {lr:g}"
     if skipped > steps // 20:
         hint = f"{skipped} steps were skipped: train with this recipe and read events.jsonl"
     elif not first - last > 0.01 * first:
@@ -278,9 +272,8 @@ def whole_run(figures: dict[str, Any], settings: Settings) -> str:
     probs = predictor.roi_probs(normalise(images)).cpu()
     figures["apart"] = float((probs - torch.from_numpy(recorded["probs"]).float()).abs().max())
     if figures["apart"] > (2e-3 if precision(settings, predictor.device) == "off" else 2e-2):
-        raise CheckError(
-            f"the checkpoint's masks differ from the run's by {figures['apart']:.3f}: see checkpoints.py"
-        )
+        differ = f"the checkpoint's masks differ from the run's by {figures['apart']:.3f}"
+        raise CheckError(f"{differ}: see checkpoints.py")
     return f"{course}, loss {losses[0]:.2f} to {losses[-1]:.2f}; its checkpoint gives the same masks"
 
 
@@ -294,16 +287,15 @@ def record(results: Sequence[Check]) -> Path:
     Raises:
         CheckError: the tiny run left no folder.
     """
-    folders = [Path(found.figures["folder"]) for found in results if "folder" in found.figures]
     failures = _failures(results)
-    if not folders:
+    folder = next((found.figures["folder"] for found in results if "folder" in found.figures), None)
+    if folder is None:
         raise CheckError(f"the tiny run left no folder; {failures}")
-    content = {"checks": [found._asdict() for found in results]}
-    write_atomically(folders[0] / "checks.json", dumps(content, indent=1))
+    run = Run(Path(folder))
+    write_atomically(run.folder / "checks.json", dumps({"checks": [x._asdict() for x in results]}, indent=1))
     if failures:
-        run = Run(folders[0])
         run.update(**run.status() | {"state": "failed", "last_error": failures})
-    return folders[0]
+    return run.folder
 
 
 def raise_if_failed(results: Sequence[Check]) -> None:

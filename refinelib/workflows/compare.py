@@ -156,10 +156,10 @@ def pictures(runs: Sequence[Run], count: int = 6) -> Figure:
     """
     found, places, alarm, missing = {}, {}, [], []
     for name, run in zip(names_of(runs), runs, strict=True):
-        state, read = state_of(run), read_samples(run)
+        state = state_of(run)
         name += "" if state == "ok" else f"\n({state})"
         alarm += [name] * (state in ("failed", "diverged"))
-        if read is None:
+        if (read := read_samples(run)) is None:
             missing.append(name)
             continue
         found[name] = samples = read[1]

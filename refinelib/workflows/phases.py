@@ -35,6 +35,7 @@ ADDS = {
     "finetune": "progressive upsampling, smaller steps",
 }
 STATE = "progressive.json"
+State = dict[str, Any]
 SCORES = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU"}
 NOT_BEGUN = {"state": "waiting", "run": None, "acceptance": None, "after": None, "settings": None}
 #: Largest fraction of a phase's steps that the guard may have skipped.
@@ -163,7 +164,7 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
     made.folder.mkdir(parents=True, exist_ok=True)
     busy = f"another process is training the phases in {made.folder}: wait for it, or give another name"
     with exclusive(made.folder, RunError(busy)):
-        state: dict[str, Any] = {"name": made.folder.name, "init_from": made.init_from, "before": None}
+        state: State = {"name": made.folder.name, "init_from": made.init_from, "before": None}
         state |= read(made.folder) if (made.folder / STATE).is_file() else {"phases": []}
         fresh = [{"phase": name, **NOT_BEGUN} for name in made.settings]
         state["phases"] += fresh[len(state["phases"]) :]
@@ -177,11 +178,10 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
                     checks = accept(trained, before, margin=made.margin)
                     entry.update(acceptance=[check._asdict() for check in checks], margin=made.margin)
                     entry["after"] = trained.status().get("best")
-                    for check in checks:
-                        print(
-                            f"{name}: {'passed' if check.passed else 'FAILED'} {check.name}: {check.sentence}"
-                        )
-                    if failed := [f"{check.name}: {check.sentence}" for check in checks if not check.passed]:
+                    found = {f"{check.name}: {check.sentence}": check.passed for check in checks}
+                    for sentence, passed in found.items():
+                        print(f"{name}: {'passed' if passed else 'FAILED'} {sentence}")
+                    if failed := [sentence for sentence, passed in found.items() if not passed]:
                         hint = "raise margin to accept it, or train the phase alone with other settings"
                         raise PhaseError(f"{'; '.join(failed)}. Its run is {trained.folder.name}; {hint}")
                     entry["state"] = "passed"
@@ -202,9 +202,7 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
     return made.folder
 
 
-def _train(
-    made: Plan, state: dict[str, Any], entry: dict[str, Any], source: str | None, on_epoch: Any
-) -> Run:
+def _train(made: Plan, state: State, entry: State, source: str | None, on_epoch: Any) -> Run:
     """Train what is left of one phase."""
     name, settings = entry["phase"], made.settings[entry["phase"]]
     begun = made.folder / (entry["run"] or name)
@@ -270,8 +268,7 @@ def no_worse(after: dict[str, Any], before: dict[str, Any], *, margin: float) ->
     fell, shown = [], []
     for key, name in SCORES.items():
         old, new = before.get(key), after.get(key)
-        if new is None or (old is not None and new < old - margin):
-            fell.append(name)
+        fell += [name] if new is None or (old is not None and new < old - margin) else []
         change = " to ".join(f"{value:.3f}" for value in (old, new) if value is not None)
         shown.append(f"{name} {change}" if new is not None else f"{name} was never measured")
     limit = f"fell by more than {margin:g}: {' and '.join(fell)}" if fell else f"at most {margin:g} lower"
@@ -330,7 +327,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise RunError(f"{place / STATE} is damaged, {hint}") from None
 
 
-def _write(folder: Path, state: dict[str, Any], /, **changes: Any) -> None:
+def _write(folder: Path, state: State, /, **changes: Any) -> None:
     state.update(changes, updated=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     state.pop("folder", None)
     write_atomically(folder / STATE, dumps(state, indent=1))

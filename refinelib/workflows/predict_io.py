@@ -24,7 +24,7 @@ from refinelib.data.coco import xyxy
 from refinelib.data.image_folder import common_end, name_parts, plain_parts
 from refinelib.data.segmentation import decode_segmentation
 from refinelib.data.sources import NO_AREA, OUTSIDE, box_of, counted
-from refinelib.files import dumps, shown, write_atomically
+from refinelib.files import PathLike, dumps, shown, write_atomically
 from refinelib.metrics.evaluate import checked_folder
 from refinelib.metrics.image_space import coco_entry, encode
 from refinelib.metrics.predict import as_boxes
@@ -61,9 +61,9 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(
-    image: str | os.PathLike[str] | None = None,
+    image: PathLike | None = None,
     boxes: Any = None,
-    annotations: str | os.PathLike[str] | None = None,
+    annotations: PathLike | None = None,
     *,
     category: str = "person",
     exif: str = "ignore",
@@ -106,7 +106,7 @@ def read_inputs(
     return inputs
 
 
-def _existing(file: str | os.PathLike[str]) -> Path:
+def _existing(file: PathLike) -> Path:
     path = Path(os.path.expanduser(file))
     return path if os.path.exists(path) else absolute(path)
 
@@ -129,20 +129,16 @@ def _annotated(annotations: Path, image: Path, category: str, exif: str) -> Inpu
     pixels = decode_image(image, size if all(size) else None, upright=exif == "apply", notes=notes)
     left_out = Counter(reason for reason, _, where in people.left_out if where == number)
     images, categories = people.as_written["image_id"], people.as_written["category_id"]
-    boxes, ids = list[list[float]](), list[Any]()
-    for one in people.persons.get(number, []):
-        box = _box(one, *pixels.shape[:2])
-        if isinstance(box, str):
-            left_out[box] += 1
-        else:
-            boxes.append(box)
-            ids.append(categories.get(one["category_id"], one["category_id"]))
+    found = [(_box(one, *pixels.shape[:2]), one["category_id"]) for one in people.persons.get(number, [])]
+    left_out.update(box for box, _ in found if isinstance(box, str))
+    kept = [(box, categories.get(of, of)) for box, of in found if not isinstance(box, str)]
     first = next((one["category_id"] for persons in people.persons.values() for one in persons), 1)
     own_ids = images.get(number, number), categories.get(first, first)
     folders = plain_parts(names[index])[:-1]
     if common_end(plain_parts(str(image.parent)), folders) < len(folders):
         notes.append(("the image is listed under other folders", names[index]))
     told = "; ".join(filter(None, (counted(left_out), _noted(notes))))
+    boxes, ids = ([one[place] for one in kept] for place in (0, 1))
     return Inputs(pixels, boxes, ids, _name(image, names, index), *own_ids, told, str(image))
 
 
@@ -162,7 +158,7 @@ def _box(annotation: dict[str, Any], height: int, width: int) -> list[float] | s
 
 
 # -- which entry of an annotation file -----------------------------------------------------------------
-def index_of(image: str | os.PathLike[str], file_names: Sequence[str]) -> int:
+def index_of(image: PathLike, file_names: Sequence[str]) -> int:
     r"""Which of an annotation file's names is an image's: the one that ends as its path does, for longest.
 
     Whole parts of the path count, from the file's name upwards. ``\`` is ``/``; a URL's ``%20``, letters with
@@ -177,14 +173,12 @@ def index_of(image: str | os.PathLike[str], file_names: Sequence[str]) -> int:
         >>> index_of("images/cam2/my x.png", [r"cam1\my x.png", r"Cam2\my%20x.png"])
         1
     """
-    path, plain_path, ranks = _parts(os.fspath(image)), plain_parts(os.fspath(image)), []
-    for name in file_names:
-        ranks.append((common_end(plain_path, plain_parts(name)), common_end(path, _parts(name))))
+    path, plain_path = _parts(os.fspath(image)), plain_parts(os.fspath(image))
+    ranks = [(common_end(plain_path, plain_parts(x)), common_end(path, _parts(x))) for x in file_names]
     loose, exact = (max(column) for column in zip((0, 0), *ranks, strict=True))
     if not loose:
-        raise DataError(
-            f"no image {Path(image).name}: give one of its {len(ranks)} images, or boxes and no annotations"
-        )
+        rule = f"give one of its {len(ranks)} images, or boxes and no annotations"
+        raise DataError(f"no image {Path(image).name}: {rule}")
     best = [index for index, rank in enumerate(ranks) if rank == (loose, exact)]
     if len(best) != 1:
         close = best or [index for index, rank in enumerate(ranks) if rank[0] == loose or rank[1] == exact]
@@ -207,7 +201,7 @@ def _parts(path: str) -> tuple[str, ...]:
 
 # -- files ---------------------------------------------------------------------------------------------
 def save_masks(
-    folder: str | os.PathLike[str], inputs: Inputs, masks: Pixels, scores: Pixels, overlay: Pixels
+    folder: PathLike, inputs: Inputs, masks: Pixels, scores: Pixels, overlay: Pixels
 ) -> list[Path]:
     """Write a PNG a person (0 and 255), the overlay as PNG, and all masks as COCO results.
 

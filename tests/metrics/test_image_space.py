@@ -222,7 +222,7 @@ def figures_of(source, **how):
         {"shifted": seeing(3), "grid": resolution_bound((24, 24))},
         source,
         device=CPU,
-        full=["grid"],
+        full=True,
         truth=truth,
         **how,
     )
