@@ -184,8 +184,7 @@ class CocoPeople(sources.IndexedSource):
         for file, numbers in by_file.items():
             both = " and of ".join(f"image {one}, {images[one]['file_name']!r}" for one in numbers[:2])
             if len(numbers) > 1:
-                rule = "give each image a file of its own"
-                shared |= dict.fromkeys(numbers, f"{file} is the file of {both}: {rule}")
+                shared |= dict.fromkeys(numbers, f"{file} is the file of {both}: give each image its own")
         return shared
 
 

@@ -159,8 +159,7 @@ class YoloPeople(_Files):
                 yield partial(self._read, images[0], text)
             elif images:
                 both = " and ".join(image.name for image in images)
-                rule = "give each image a file of its own"
-                self._lost.skip(sources.TWICE, f"{text} has the labels of {both}: {rule}")
+                self._lost.skip(sources.TWICE, f"{text} has the labels of {both}: give each image its own")
             else:
                 self._lost.skip(NO_PICTURE, f"there is no image of {text} in {folder}")
 
@@ -319,8 +318,8 @@ class MaskPeople(sources.IndexedSource):
         number, file = image
         mask = self._mask_file(file)
         if len(both := self._owners[mask]) > 1:
-            rule = "give each image one of its own"
-            raise SceneError(sources.TWICE, f"{mask} is the mask of {' and '.join(both)}: {rule}")
+            twice = f"{mask} is the mask of {' and '.join(both)}: give each image its own"
+            raise SceneError(sources.TWICE, twice)
         ids, areas, owner, _ = _read_mask(mask)
         found = ndimage.find_objects(owner)  # one pass: a damaged mask may hold thousands of numbers
         boxes = [(x.start, y.start, x.stop, y.stop) for y, x in (found[i - 1] for i in ids)]

@@ -27,12 +27,10 @@ def whole(value: Any) -> int | None:
         >>> whole("7"), whole(7.0), whole("7.5"), whole(True), whole("007")
         (7, 7, None, None, None)
     """
-    if type(value) is int:
-        return value if abs(value) < 2**63 else None
     if isinstance(value, str) and _WHOLE.fullmatch(value):
-        return whole(int(value.partition(".")[0]))
-    whole_float = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
-    return int(value) if whole_float else None
+        value = int(value.partition(".")[0])
+    number = type(value) is int or (isinstance(value, float) and value.is_integer())
+    return int(value) if number and abs(value) < 2**63 else None
 
 
 def usable(segmentation: Any, height: int, width: int) -> tuple[Any, list[Any]]:
@@ -63,16 +61,13 @@ def usable(segmentation: Any, height: int, width: int) -> tuple[Any, list[Any]]:
         found = [_polygon(part, reach) for part in parts]
         bad = [part for part, polygon in zip(parts, found, strict=True) if polygon is None]
         return [polygon for polygon in found if polygon] or None, bad
-    if not isinstance(segmentation, dict) or not isinstance(segmentation.get("size"), list):
-        return None, []
-    counts = segmentation.get("counts")
-    if [whole(side) for side in segmentation["size"]] != [height, width] or not counts:
-        return None, []
+    run_lengths = segmentation if isinstance(segmentation, dict) else {}
+    sides, counts = run_lengths.get("size"), run_lengths.get("counts")
     if isinstance(counts, list) and {*map(type, counts)} != {int}:
         counts = [whole(count) for count in counts]
-    if not isinstance(counts, str) and (not isinstance(counts, list) or None in counts):
-        return None, []
-    return {"size": [height, width], "counts": counts}, []
+    same_size = isinstance(sides, list) and [*map(whole, sides)] == [height, width]
+    given = isinstance(counts, str) or (isinstance(counts, list) and None not in counts)
+    return {"size": [height, width], "counts": counts} if same_size and counts and given else None, []
 
 
 def _polygon(part: Any, reach: float) -> list[float] | None:

@@ -183,8 +183,7 @@ class Store:
             return self
         rois = int(np.searchsorted(self.image_index, count))  # ROIs are in the order of their images
         if rois == 0:
-            none = f"none of the first {count} images of {self.folder} has a ROI"
-            raise DataError(f"{none}: give a larger max_images")
+            raise DataError(f"none of the first {count} images of {self.folder} has a ROI: raise max_images")
         info = self.info.model_copy(update={"max_images": count, "rois": rois})
         columns = {name: getattr(self, name)[:rois] for name in COLUMNS if name in _SHAPES}
         return Store(self.folder, info, columns, self._mean if rois == len(self) else None)
@@ -193,13 +192,9 @@ class Store:
         """Which person ROI ``roi`` is, as plain values: its data set, that one's ids, and the box."""
         index = self.image_index[roi]
         sources = [name for name, start in self.info.starts.items() if start <= index] or [self.source]
-        return {
-            "roi": int(roi),
-            "source": sources[-1],
-            "image_id": int(self.image_ids[roi]),
-            "annotation_id": int(self.annotation_ids[roi]),
-            "box": [round(float(side), 2) for side in self.boxes[roi]],
-        }
+        ids = {"image_id": int(self.image_ids[roi]), "annotation_id": int(self.annotation_ids[roi])}
+        box = [round(float(side), 2) for side in self.boxes[roi]]
+        return {"roi": int(roi), "source": sources[-1], **ids, "box": box}
 
     @cached_property
     def identity(self) -> str:

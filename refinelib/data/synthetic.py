@@ -76,8 +76,7 @@ class Pen:
 
     Attributes:
         codes: PIL image, ``FINER`` times as large as the canvas.
-        rows: look of each code: two colours, waves, light, and the mix.
-        owners: the value of ``owner`` when each code was made.
+        rows: look of each code: two colours, waves, light, and the mix; then the ``owner`` at that time.
         owner: the person that is being drawn, from 1; 0 for all other things.
     """
 
@@ -85,7 +84,6 @@ class Pen:
         self.rng, self.codes, self.owner = rng, Image.new("I", (width * FINER, height * FINER)), 0
         self._draw = ImageDraw.Draw(self.codes)
         self.rows: list[Floats] = []
-        self.owners: list[int] = []
         angle = rng.uniform(0, 2 * math.pi)
         self._light = math.cos(angle), math.sin(angle) - 0.5
         # Shared by persons and clutter, so that a colour says little about what it belongs to.
@@ -126,8 +124,8 @@ class Pen:
         along, across = (k * dx, k * dy, -k * (dx * x + dy * y)), (-k * dy, k * dx, k * (dy * x - dx * y))
         lx, ly = (component / max(radius, 1.0) for component in self._light)
         lit = (lx, ly, -lx * (x + dx / 2) - ly * (y + dy / 2))
-        self.rows.append(np.concatenate([cloth.first, cloth.second, along, across, lit, cloth.mix]))
-        self.owners.append(self.owner)
+        look = [cloth.first, cloth.second, along, across, lit, cloth.mix]
+        self.rows.append(np.concatenate([*look, [self.owner]]))
         return len(self.rows) - 1
 
     def polygon(self, code: int, points: list[Point]) -> None:
@@ -163,7 +161,7 @@ def paint(pen: Pen, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Colours, patterns, shading, light across the image, optics and sensor: uint8 ``[H, W, 3]``."""
     codes = np.asarray(pen.codes)
     height, width = codes.shape[0] // FINER, codes.shape[1] // FINER
-    look = np.array(pen.rows, np.float32).T.take(codes, axis=1)
+    look = np.array(pen.rows, np.float32)[:, :-1].T.take(codes, axis=1)
     y, x = (((np.arange(side * FINER, dtype=np.float32) + 0.5) / FINER) for side in (height, width))
 
     def plane(row: int) -> Floats:
@@ -328,7 +326,7 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Pen, NDArray[np.bool_]]:
             beside = size * rng.uniform(0.15, 0.45) * rng.choice([-1, 1])
             _clutter(pen, x + beside, foot + 2, size * rng.uniform(0.2, 0.7))
 
-    owners = samples(np.array(pen.owners)[np.asarray(pen.codes)])
+    owners = samples(np.array(pen.rows)[:, -1].astype(int)[np.asarray(pen.codes)])
     # Most of a pixel's samples decide its owner, the nearest person where as many are another's.
     votes = np.array([(owners == person).sum(0) for person in range(count, -1, -1)])
     owner = count - votes.argmax(0)
