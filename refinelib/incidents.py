@@ -10,6 +10,7 @@ All three open without this package; the two ``.pt`` with ``torch.load(file, wei
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -35,10 +36,7 @@ from refinelib.runs import find_runs
 
 #: Of the folder's layout, and of the weights in it: an incident goes with the checkpoints of its time.
 FORMAT = 10 * checkpoints.FORMAT + 2
-_NEEDED = (
-    *("format", "step", "epoch", "finding", "recorded", "losses", "gradient_norms"),
-    *("people", "device", "torch", "threads", "settings"),
-)
+_NEEDED = "format step epoch finding recorded losses gradient_norms people device torch threads settings"
 
 
 class IncidentError(RuntimeError):
@@ -181,11 +179,9 @@ def find(incident: PathLike | None = None, *, output_dir: str = "outputs") -> Pa
     runs = [*find_runs(root), *find_runs(root / "smoke")]
     for run in sorted(runs, key=lambda run: -(run.folder / "status.json").stat().st_mtime):
         for report in sorted(run.folder.glob("incidents/*/report.json"), reverse=True):
-            try:
+            with contextlib.suppress(IncidentError):
                 read_report(report.parent)
-            except IncidentError:
-                continue
-            return report.parent
+                return report.parent
     return None
 
 
@@ -204,7 +200,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         report: dict[str, Any] = read_json(file)
     except (OSError, ValueError) as error:
         raise IncidentError(f"{file} cannot be read: {error}") from None
-    lacking = [name for name in _NEEDED if not isinstance(report, dict) or name not in report]
+    lacking = [name for name in _NEEDED.split() if not isinstance(report, dict) or name not in report]
     if lacking:
         raise IncidentError(f"{file} is no incident's report: it lacks {', '.join(lacking)}")
     if report["format"] != FORMAT:
