@@ -224,8 +224,8 @@ def hd95(found: Surfaces) -> Tensor:
         >>> hd95(surfaces(mask, mask.roll(3, 1))).item()
         3.0
     """
-    there = _percentile(found.to_true, found.pred, 0.95)
-    back = _percentile(found.to_pred, found.true, 0.95)
+    there = found.to_true.double().where(found.pred, math.nan).nanquantile(0.95, dim=-1)
+    back = found.to_pred.double().where(found.true, math.nan).nanquantile(0.95, dim=-1)
     return _empty_as(torch.maximum(there, back), found, both=0.0, one=found.diagonal)
 
 
@@ -242,13 +242,6 @@ def surface_distance(found: Surfaces) -> Tensor:
     total = total + torch.where(found.true, found.to_pred, 0.0).sum(-1, dtype=torch.float64)
     mean = total / (found.pred.sum(-1) + found.true.sum(-1))
     return _empty_as(mean, found, both=0.0, one=found.diagonal)
-
-
-def _percentile(values: Tensor, where: Tensor, share: float) -> Tensor:
-    ranked = torch.where(where, values, math.inf).sort(-1).values.double()
-    place = share * (where.sum(-1, keepdim=True) - 1).clamp(min=0).double()
-    low, high = ranked.gather(-1, place.floor().long()), ranked.gather(-1, place.ceil().long())
-    return torch.lerp(low, high, place - place.floor()).squeeze(-1)
 
 
 def _empty_as(value: Tensor, found: Surfaces, both: float, one: float) -> Tensor:

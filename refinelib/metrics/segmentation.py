@@ -228,9 +228,9 @@ class SegmentationMetrics:
         """
         if not self._batches:
             nothing = SegmentationMetrics(self.full, self.width)
-            blank = torch.zeros((0, 8, 8), dtype=torch.int64)
+            blank = torch.zeros((1, 8, 8), dtype=torch.int64)
             nothing.update(blank, blank)
-            return nothing.per_roi()
+            return {name: column[:0] for name, column in nothing.per_roi().items()}
         return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
 
     def compute(self, *, intervals: bool = False) -> dict[str, Any]:
@@ -401,9 +401,6 @@ class ImageBootstrap:
         return self._counts.to(sums.device) @ sums.index_add(0, self._place.to(values.device), values)
 
     def _bounds(self, found: Tensor) -> tuple[float, float] | None:
-        found = found[~found.isnan()]
-        if not len(found):
-            return None
         ends = found.new_tensor([(1 - self.level) / 2, (1 + self.level) / 2])
-        low, high = found.quantile(ends).tolist()
-        return low, high
+        low, high = found.nanquantile(ends).tolist()
+        return None if math.isnan(low) else (low, high)
