@@ -27,9 +27,6 @@ CROWD_SHARE = 0.9
 #: Bytes of the largest annotation file that is read; COCO's own largest has half a GB.
 MOST_BYTES = 2 << 30
 
-#: Keys by which files mark a crowd, and what is to be ignored whatever it is.
-CROWD_MARKS, IGNORE_MARK = ("iscrowd", "is_crowd"), "ignore"
-
 Content = dict[str, list[Any]]
 
 
@@ -159,7 +156,7 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
         elif image is None:
             people.left_out.append((NO_IMAGE, f"{what}, image {shown(one['image_id'])}", None))
         else:
-            is_crowd = any(_is_set(one.get(mark)) for mark in CROWD_MARKS)
+            is_crowd = _is_set(one.get("iscrowd")) or _is_set(one.get("is_crowd"))
             found.append(({**one, "category_id": categories[kind]}, image, is_crowd))
     _sort(found, people, crowd)
     return people
@@ -172,7 +169,7 @@ def _sort(found: list[tuple[dict[str, Any], int, bool]], people: People, crowd: 
     taken, free = set[int](), itertools.count(-1, -1)
     for one, image, is_crowd in found:
         what = f"annotation {shown(one.get('id'))}"
-        if _is_set(one.get(IGNORE_MARK)):
+        if _is_set(one.get("ignore")):
             people.left_out.append((MARKED, what, image))
         elif is_crowd and not keep:
             rule = f"one of {crowds} of {len(found)}; set crowd to keep if each is a single person"

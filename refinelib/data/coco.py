@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -230,7 +229,7 @@ def compared(mask: Mask, box: Sequence[float]) -> str | None:
 
 def _cut(box: Sequence[float], size: tuple[int, ...]) -> tuple[slice, slice]:
     """The pixels that a box (xyxy) touches; none where it is not finite."""
-    sides = box if all(map(math.isfinite, box)) else (0.0,) * 4
+    sides = box if np.isfinite(box).all() else (0.0,) * 4
     x0, y0, x1, y1 = np.clip([*np.floor(sides[:2]), *np.ceil(sides[2:])], 0, max(size)).astype(int).tolist()
     return slice(y0, y1), slice(x0, x1)
 

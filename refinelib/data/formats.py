@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -177,7 +176,7 @@ class YoloPeople(_Files):
         try:
             kind, *values = map(float, words)
         except ValueError:
-            kind, values = math.nan, []
+            kind, values = np.nan, []
         if kind not in self.kinds:
             rule = f"must be numbers, the first that of one of the {len(self.kinds)} names"
             self._lost.skip(NO_CLASS, f"{where} {rule}, and is {shown(' '.join(words))}")

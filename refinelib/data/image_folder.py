@@ -43,14 +43,13 @@ class ImageFolder:
         parts = name_parts(name)
         depths = itertools.accumulate(-1 if part == ".." else 1 for part in parts)
         anchored = "://" not in name and bool(PureWindowsPath(name).anchor)
-        if anchored or min(depths, default=0) < 0:
-            if not self.allow_outside:
-                rule = "name the file in that folder, or set allow_images_outside to true"
-                leads = f"the file_name {name!r} leads out of the image folder {self.folder}"
-                raise SceneError(ELSEWHERE, f"{leads}: {rule}")
-            return self.folder / name if anchored else self.folder.joinpath(*parts)
-        file = self.folder.joinpath(*parts)
-        if os.path.exists(file):
+        outside = anchored or min(depths, default=0) < 0
+        if outside and not self.allow_outside:
+            rule = "name the file in that folder, or set allow_images_outside to true"
+            leads = f"the file_name {name!r} leads out of the image folder {self.folder}"
+            raise SceneError(ELSEWHERE, f"{leads}: {rule}")
+        file = self.folder / name if anchored else self.folder.joinpath(*parts)
+        if outside or os.path.exists(file):
             return file
         fitting = self._fitting(parts)
         if len(fitting) > 1:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,10 +163,9 @@ class JoinedSources:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"image {index + 1} of {self.name} {self.split}.jpg"
             if self.corrupted[index] == "truncated":
-                buffer = io.BytesIO()
-                Image.fromarray(scene.image).save(buffer, "JPEG")
-                file.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-            return dataclasses.replace(scene, image=sources.decode_image(file))
+                Image.fromarray(scene.image).save(file)
+                os.truncate(file, file.stat().st_size // 2)
+            return Scene(sources.decode_image(file), scene.masks, scene.ignored, scene.notes)
 
     def names(self) -> list[str]:
         """Those of all parts, with the part's number before each."""
@@ -229,9 +227,8 @@ def _places(settings: Settings, split: str, files: str = "", images: str = "") -
         rule = f"give data_dir, or {split}_annotations and {split}_images"
         raise DataError(f"data = {settings.data} needs folders of annotations and images: {rule}")
     root = settings.path(settings.data_dir or "")
-    place, part = _split_folder(root, files, split)
+    place, part = (settings.path(own[0]), "all") if own[0] else _split_folder(root, files, split)
     pictures = _split_folder(root, images, split)[0] if images else root  # LabelMe's may lie above the JSON
-    place, part = (settings.path(own[0]), "all") if own[0] else (place, part)
     return place, settings.path(own[1]) if own[1] else pictures, part
 
 

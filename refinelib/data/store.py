@@ -14,7 +14,6 @@ A store is a folder that can be copied to another machine; the images are not ne
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +123,7 @@ class Store:
             raise _damaged(folder, f"index.npz cannot be read ({error})") from None
         rows = {"images.u8": (*info.canvas, 3), "coverage.u8": (*info.mask_canvas, info.channels)}
         for name, shape in rows.items():
-            wanted = info.rois * math.prod(shape)
+            wanted = info.rois * int(np.prod(shape))
             found = (folder / name).stat().st_size if (folder / name).is_file() else 0
             if found != wanted:
                 raise _damaged(folder, f"{name} has {found} of {wanted} bytes")

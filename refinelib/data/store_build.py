@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -154,7 +153,7 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
     names = [name.replace("\0", "") for name in source.names()] if isinstance(source, FileSource) else []
     stamps = _stamps(source, names)  # before the files are read: a change from now on is seen
     instances = source.instances(info.max_images)
-    needed = len(instances) * (3 * math.prod(info.canvas) + 2 * math.prod(info.mask_canvas))
+    needed = len(instances) * int(3 * np.prod(info.canvas) + 2 * np.prod(info.mask_canvas))
     if needed > (free := shutil.disk_usage(folder.parent).free):
         room = f"{needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free"
         raise DataError(f"the store needs {room}: set store_dir to a larger disk")

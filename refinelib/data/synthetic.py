@@ -7,7 +7,6 @@ that one pass over the image (:func:`paint`) paints all of them: texture, light,
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import zlib
 from collections.abc import Iterable
@@ -357,8 +356,8 @@ class SyntheticPeople(IndexedSource):
 
     def __init__(self, n_images: int, split: str = "train", seed: int = 1729) -> None:
         if n_images < 1 or seed < 0:
-            rule = "give at least 1 image and a seed of 0 or more"
-            raise DataError(f"synthetic people of {n_images} images with seed {seed}: {rule}")
+            made = f"synthetic people of {n_images} images with seed {seed}"
+            raise DataError(f"{made}: give at least 1 image and a seed of 0 or more")
         super().__init__(split)
         self.n_images, self.seed = n_images, seed
 
@@ -388,7 +387,7 @@ class SyntheticPeople(IndexedSource):
 
     def fingerprint(self) -> str:
         """Of seed, split, number of images and this module: another way to draw is other data."""
-        key = json.dumps([self.seed, self.split, self.n_images]).encode()
+        key = repr((self.seed, self.split, self.n_images)).encode()
         return hashlib.sha256(key + Path(__file__).read_bytes()).hexdigest()
 
     def _rng(self, index: int, what: str) -> np.random.Generator:
