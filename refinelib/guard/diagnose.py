@@ -7,18 +7,17 @@ pays for that.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from refinelib.guard.faults import Injector
 from refinelib.guard.guard import measured, unscaled
@@ -119,8 +118,7 @@ class Step:
 
     def total(self, output: Any, labels: Tensor) -> Tensor:
         """The loss of a micro-batch."""
-        loss: Tensor = self.loss(output, labels)[0]
-        return self.injector.loss(loss)
+        return self.injector.loss(self.loss(output, labels)[0])
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -202,20 +200,19 @@ def take(step: Step) -> tuple[float, list[float]]:
 
 def _compare(recorded: Sequence[float], now: Sequence[float]) -> tuple[bool, float | None]:
     """Whether both are equal bit for bit, NaN equal to NaN; and their relative distance."""
-    theirs, ours = np.array(recorded, np.float32), np.array(now, np.float32)
+    theirs, ours = (np.array(x, np.float32).astype(np.float64) for x in (recorded, now))
     same, finite = np.array_equal(theirs, ours, equal_nan=True), np.isfinite(theirs)
     if not np.array_equal(finite, np.isfinite(ours)):
         return same, None
-    distance = float(np.linalg.norm(ours[finite].astype(np.float64) - theirs[finite]))
-    length = float(np.linalg.norm(theirs[finite].astype(np.float64)))
-    return same, distance / length if length else float(distance > 0)
+    distance, length = np.linalg.norm(ours[finite] - theirs[finite]), np.linalg.norm(theirs[finite])
+    return same, float(distance / length if length else distance > 0)
 
 
 def _overflows(step: Step, finding: Finding) -> bool:
     """Whether it is the loss scale that makes the gradients overflow: without it they are finite."""
     if step.scale == 1 or not math.isfinite(finding.loss) or not finding.parameters:
         return False
-    _, norms = take(dataclasses.replace(step, scale=1.0))
+    _, norms = take(replace(step, scale=1.0))
     return all(map(math.isfinite, norms))
 
 
@@ -296,12 +293,11 @@ def _find_terms_and_places(step: Step, finding: Finding) -> None:
     for images, labels in step.micro_batches():
         images = images.detach().requires_grad_()
         output = step.forward(images)
-        flat, spec = tree_flatten(output)
-        flat = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in flat]
-        leaves = [x for x in flat if isinstance(x, Tensor)]
+        alone = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), output)
+        leaves = [x for x in tree_leaves(alone) if isinstance(x, Tensor)]
         bad = set(_not_finite(images, *leaves))
         with torch.autocast(labels.device.type, enabled=False):
-            for name, cost in step.per_sample(tree_unflatten(flat, spec), labels).items():
+            for name, cost in step.per_sample(alone, labels).items():
                 wrong = _not_finite(cost, *_gradients(cost.sum(), leaves))
                 bad |= set(wrong)
                 if wrong and name not in finding.terms:

@@ -175,6 +175,10 @@ class Reference(NamedTuple):
     center: float
     spread: float  # standard deviation of one loss
 
+    def limit(self, count: int, factor: float) -> float:
+        """By how much the median of so many losses may lie above it."""
+        return max(math.log(factor), SIGMA * 1.2533 * self.spread / math.sqrt(count))
+
 
 class LossMonitor:
     """Tells from the losses of applied steps whether training is healthy, and whether it has diverged.
@@ -191,11 +195,6 @@ class LossMonitor:
         self.medians: list[float] = []  # of the last healthy windows that do not overlap
         self.fresh = 0  # losses since the last of these
         self.lowest: Reference | None = None
-
-    def _limit(self, count: int, factor: float) -> float:
-        """By how much the median of so many losses may lie above the reference, in natural logarithms."""
-        assert self.lowest is not None
-        return max(math.log(factor), SIGMA * 1.2533 * self.lowest.spread / math.sqrt(count))
 
     def add(self, loss: float) -> tuple[bool, str | None]:
         """Take in the loss of an applied step.
@@ -229,7 +228,7 @@ class LossMonitor:
             return whole and statistics.median(window) <= start, None
         healthy = whole
         for losses, factor in ((recent, STRIDE_FACTOR), (window, WINDOW_FACTOR))[: 1 + whole]:
-            median, limit = statistics.median(losses), self._limit(len(losses), factor)
+            median, limit = statistics.median(losses), self.lowest.limit(len(losses), factor)
             if median - self.lowest.center > limit:
                 return False, _too_high(median, self.lowest.center, "its best")
             healthy = healthy and median - self.lowest.center <= limit / 2
@@ -242,7 +241,7 @@ class LossMonitor:
         for losses in (self.window[-STRIDE // 4 :], self.window[-STRIDE:]):
             if self.lowest is not None and len(losses) >= STRIDE // 4:
                 median = statistics.median(losses)
-                if median - self.lowest.center > self._limit(len(losses), WINDOW_FACTOR):
+                if median - self.lowest.center > self.lowest.limit(len(losses), WINDOW_FACTOR):
                     return _too_high(median, self.lowest.center, "its best")
         return None
 

@@ -151,11 +151,9 @@ class HierarchicalUNet(nn.Module):
 
     def _coordinates(self, roi_size: tuple[int, int]) -> Tensor:
         """Y and x of every input pixel, -1..1 across the box: only its place tells whose box it is."""
-        rows, columns = (
-            (torch.arange(whole) + 0.5 - whole / 2) * (2 / box)
-            for whole, box in zip(self.canvas, roi_size, strict=True)
-        )
-        return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
+        sides = zip(self.canvas, roi_size, strict=True)
+        axes = [(torch.arange(whole) + 0.5 - whole / 2) * (2 / box) for whole, box in sides]
+        return torch.stack(torch.meshgrid(axes, indexing="ij"))[None]
 
     def forward(self, image: Tensor) -> MaskOutput:
         """Logits and the heads' outputs; see :class:`~refinelib.modeling.output.MaskOutput`.
