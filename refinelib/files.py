@@ -66,17 +66,14 @@ def exclusive(folder: Path, refusal: Exception) -> Iterator[None]:
     Raises:
         refusal: another process holds it.
     """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise refusal from None
-    except (OSError, NotImplementedError):
-        pass
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(folder / ".lock", blocking=False))
+        except Timeout:
+            raise refusal from None
+        except (OSError, NotImplementedError):
+            pass
         yield
-    finally:
-        lock.release()
 
 
 # -- messages ----------------------------------------------------------------------------------------
@@ -150,9 +147,7 @@ def read_json(path: PathLike, *, limit: int = JSON) -> Any:
         raise ValueError(f"{path} is damaged: {reason(error)}") from None
 
 
-def read_lines(
-    path: Path, fits: Callable[[dict[str, Any]], bool] = bool
-) -> tuple[list[dict[str, Any]], list[int]]:
+def read_lines(path: Path, fits: Callable[[Any], bool] = bool) -> tuple[list[dict[str, Any]], list[int]]:
     """Objects of a JSON-lines file that may still be growing, and the numbers of the lines that hold none.
 
     A last line without an end is still being written: it is not counted as damaged.

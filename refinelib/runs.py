@@ -150,8 +150,7 @@ class Run:
         first = not self._status
         self._status.update(changes, updated=_now())
         self._waiting["status.json"] = [dumps(self._status, indent=2)]
-        error = self._write()
-        if first and error is not None:
+        if (error := self._write()) and first:
             raise error
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -322,10 +321,8 @@ class Run:
         error = f" ({status['last_error']})" if status.get("last_error") else ""
         rows = {"run": f"{self.name}: {status.get('state', 'unknown')}{error}"}
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        for name, value in zip(
-            ("background", "target", "non-target"), metrics.get("iou") or (), strict=False
-        ):
-            numbers[f"IoU of {name}"] = value
+        three = zip(("background", "target", "non-target"), metrics.get("iou") or (), strict=False)
+        numbers |= {f"IoU of {name}": value for name, value in three}
         rows |= {name: "none" if value is None else f"{value:.3f}" for name, value in numbers.items()}
         rows["skipped steps"] = f"{status.get('skipped_steps', 0)} of {status.get('step', 0)}"
         rows |= {name: str(self.folder / name) for name in ("checkpoints", "figures")}
@@ -371,10 +368,9 @@ def latest(output_dir: str = "outputs") -> Run:
     Raises:
         RunError: there is none.
     """
-    run = newest(output_dir)
-    if run is None:
-        raise RunError(f"there is no run under {absolute(output_dir)} yet: `make train` makes one")
-    return run
+    if run := newest(output_dir):
+        return run
+    raise RunError(f"there is no run under {absolute(output_dir)} yet: `make train` makes one")
 
 
 # -- its end -------------------------------------------------------------------------------------------
@@ -388,8 +384,8 @@ class Interruption:
     """
 
     def __enter__(self) -> Interruption:
-        self.requested = self.deferred = False
-        self._seen: set[int] = set()
+        self.deferred = False
+        self.requested: set[int] = set()  # the signals that came in the loop
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -402,10 +398,9 @@ class Interruption:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
-        if number in self._seen or not self.deferred:
+        if number in self.requested or not self.deferred:
             raise KeyboardInterrupt
-        self._seen.add(number)
-        self.requested = True
+        self.requested.add(number)
 
 
 # -- helpers -----------------------------------------------------------------------------------------

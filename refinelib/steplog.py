@@ -18,7 +18,9 @@ from refinelib.runs import Run
 
 #: Steps whose reports travel together on CUDA. The host learns of a step after at most twice as many.
 BUNDLE = 16
-Take = Callable[[list[int], NDArray[np.float64]], None]
+#: Reports of some steps on the host, a row a step.
+Reports = NDArray[np.float64]
+Take = Callable[[list[int], Reports], None]
 
 
 class StepLog:
@@ -37,10 +39,10 @@ class StepLog:
     ) -> None:
         self.run, self.names, self.every, self.take = run, loss.names, every, take
         self.monitor = StepMonitor(run.event, guard, losses=loss.names, caps=loss.caps)
-        self.pending: list[tuple[Tensor, int, int]] = []  # reports on the device, step, epoch
-        self.travelling: tuple[Tensor, Any, list[tuple[int, int]]] | None = None
+        self.pending: list[tuple[Tensor, tuple[int, int]]] = []  # reports on the device; step, epoch
+        self.travelling: tuple[Tensor, Any, tuple[tuple[int, int], ...]] | None = None
         self.line_rows: list[Row] = []
-        self.epoch_rows: list[NDArray[np.float64]] = []  # components and report of each step
+        self.epoch_rows: list[Reports] = []  # components and report of each step
         self.skipped = 0
         self.started = time.perf_counter()
 
@@ -51,7 +53,7 @@ class StepLog:
     # -- from the device
     def add(self, report: Tensor, step: int, epoch: int) -> None:
         """Take a step's report, which may still be computed on the device."""
-        self.pending.append((report, step, epoch))
+        self.pending.append((report, (step, epoch)))
 
     def read(self, *, wait: bool) -> list[Row]:
         """The rows that have arrived; with ``wait`` all there are.
@@ -59,17 +61,17 @@ class StepLog:
         On a CPU that is every step's at once. From CUDA they travel in bundles while the next one is
         computed, without host-device synchronisation.
         """
-        at_once = wait or any(not report.is_cuda for report, _, _ in self.pending)
+        at_once = wait or any(not report.is_cuda for report, _ in self.pending)
         if not at_once and len(self.pending) < BUNDLE:
             return []
         rows = self._arrived()
         if self.pending:
-            event = torch.cuda.Event() if self.pending[0][0].is_cuda else None
-            reports = torch.stack([report for report, _, _ in self.pending]).to("cpu", non_blocking=True)
+            reports, keys = zip(*self.pending, strict=True)
+            event = torch.cuda.Event() if reports[0].is_cuda else None
+            together = torch.stack(reports).to("cpu", non_blocking=True)
             if event is not None:
                 event.record()
-            self.travelling = reports, event, [(step, epoch) for _, step, epoch in self.pending]
-            self.pending = []
+            self.travelling, self.pending = (together, event, keys), []
         return rows + self._arrived() if at_once else rows
 
     def _arrived(self) -> list[Row]:
@@ -119,9 +121,7 @@ class StepLog:
         skipped = int(rows[:, len(self.names) + REPORT.index("skipped")].sum())
         return {"train_loss": found.pop("loss"), **found, "skipped": skipped}
 
-    def _summary(
-        self, reports: NDArray[np.float64], typical: Callable[[NDArray[np.float64]], Any] = np.mean
-    ) -> dict[str, Any]:
+    def _summary(self, reports: Reports, typical: Callable[[Reports], Any] = np.mean) -> dict[str, Any]:
         """Means over the applied steps of reports ``[steps, losses + REPORT...]``; else the last step's."""
         columns = dict(zip(REPORT, reports[:, len(self.names) :].T, strict=False))
         applied = columns["skipped"] == 0
