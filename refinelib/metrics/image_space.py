@@ -71,8 +71,7 @@ class AnnotatedImage:
     @property
     def size(self) -> tuple[int, int]:
         """``(H, W)``."""
-        height, width = self.pixels.shape[:2]
-        return height, width
+        return self.pixels.shape[0], self.pixels.shape[1]
 
 
 #: From an image with its boxes to the mask of each, in order.
@@ -92,7 +91,7 @@ def annotated_images(
         only: annotation ids of the ROIs to be scored; none: all.
     """
     instances = source.instances(max_images)
-    chosen = None if only is None else set(only.tolist())
+    wanted = np.isin(instances.annotation_ids, instances.annotation_ids if only is None else only)
     for index, start in zip(*np.unique(instances.image_index, return_index=True), strict=True):
         try:
             scene = source.scene(int(index))
@@ -100,10 +99,9 @@ def annotated_images(
             continue
         height, width = scene.image.shape[:2]
         known: dict[int, tuple[Any, ...]] = {}
-        for row in np.flatnonzero(instances.image_index == index):
-            annotation = int(instances.annotation_ids[row])
-            if chosen is None or annotation in chosen:
-                known[int(instances.slots[row])] = annotation, 1, instances.boxes[row], instances.areas[row]
+        for row in np.flatnonzero(wanted & (instances.image_index == index)):
+            annotation, slot = int(instances.annotation_ids[row]), int(instances.slots[row])
+            known[slot] = annotation, 1, instances.boxes[row], instances.areas[row]
         rois = set(known)
         if isinstance(source, CocoPeople):
             known = {i: (*row.values(),) for i, row in enumerate(source.annotated_instances(int(index)))}

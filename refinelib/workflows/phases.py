@@ -252,14 +252,13 @@ def finite(trained: Run) -> Check:
         wrong.append(f"the run is {status['state']}: {status.get('last_error') or 'it recorded no error'}")
     if status["skipped_steps"] > MAX_SKIPPED * status["step"]:
         wrong.append(f"{skipped}, more than {MAX_SKIPPED:.0%}; events.jsonl says why")
-    for line in trained.epochs():
-        if line["train_loss"] is None:
-            wrong.append(f"the loss of epoch {line['epoch']} is not finite")
+    lost = [line["epoch"] for line in trained.epochs() if line["train_loss"] is None]
+    wrong += [f"the loss of epoch {epoch} is not finite" for epoch in lost]
     for file in sorted((trained.folder / "checkpoints").glob("*.pt")):
         saved = checkpoints.load(file)
-        for name, value in [*saved["model"].items(), *(saved["average"] or {}).items()]:
-            if not bool(value.isfinite().all()):
-                wrong.append(f"{name} in {file.name} is not finite")
+        weights = [*saved["model"].items(), *(saved["average"] or {}).items()]
+        damaged = [name for name, value in weights if not bool(value.isfinite().all())]
+        wrong += [f"{name} in {file.name} is not finite" for name in damaged]
     return Check("finite", not wrong, [*wrong, f"every loss and weight is; {skipped}"][0])
 
 
