@@ -308,8 +308,7 @@ def resolve(recipe: str | None = None, /, **overrides: Any) -> Settings:
     """
     recipe = recipe or overrides.get("recipe") or Settings.model_fields["recipe"].default
     _say_if_number("recipe", recipe)
-    recipe = str(recipe)
-    recipe = RECIPE_ALIASES.get(recipe, recipe)
+    recipe = RECIPE_ALIASES.get(str(recipe), str(recipe))
     overrides = {name: value for name, value in overrides.items() if value is not None}
     values = {**load_recipe(recipe), **overrides, "recipe": recipe}
     if "lr" in overrides and "min_lr" not in overrides:
