@@ -290,7 +290,7 @@ class InstancesBuilder(Tally):
         """
         corners = np.asarray(boxes, np.float64).reshape(-1, 4)
         kept = []
-        for i, (x0, y0, x1, y1) in enumerate(corners):
+        for i, (x0, y0, x1, y1) in enumerate(corners.tolist()):
             person = f"{where}, annotation {ids[i]}, box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy)"
             if not (-1e38 < x0 < x1 < 1e38 and -1e38 < y0 < y1 < 1e38):  # stored as float32
                 self.skip(NO_AREA, person)
@@ -352,11 +352,10 @@ class IndexedSource(ABC):
                 if max_images is not None and builder.images >= max_images:
                     break
                 try:
-                    entry = self._add(image, builder)
+                    if (entry := self._add(image, builder)) is not None:
+                        entries.append(entry)
                 except SceneError as error:
                     builder.skip(error.reason, str(error))
-                else:
-                    entries += [] if entry is None else [entry]
             self._indexed[max_images] = builder.instances(data, otherwise)
             self._entries = max(self._entries, entries, key=len)  # a shorter list begins a longer one
         return self._indexed[max_images]

@@ -33,10 +33,9 @@ from refinelib.modeling.roi import canvas_size, centre_window, crop_rois, expand
 
 #: Beside a store's rows: the files that it was made from, with size, time of change and time of the entry.
 FILES = "files.npz"
-Sizes = dict[str, Any]
 
 
-def store_sizes(roi_size: tuple[int, int], mask_size: tuple[int, int], context: float) -> Sizes:
+def store_sizes(roi_size: tuple[int, int], mask_size: tuple[int, int], context: float) -> dict[str, Any]:
     """Sizes of a store's rows, as ``store.json`` has them."""
     canvas = canvas_size(roi_size, context)
     mask_canvas = mask_canvas_size(mask_size, roi_size, canvas)
