@@ -36,7 +36,10 @@ from refinelib.runs import find_runs
 
 #: Of the folder's layout, and of the weights in it: an incident goes with the checkpoints of its time.
 FORMAT = 10 * checkpoints.FORMAT + 2
-_NEEDED = "format step epoch finding recorded losses gradient_norms people device torch threads settings"
+_NEEDED = (
+    *("format", "step", "epoch", "finding", "recorded", "losses", "gradient_norms"),
+    *("people", "device", "torch", "threads", "settings"),
+)
 
 
 class IncidentError(RuntimeError):
@@ -200,7 +203,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         report: dict[str, Any] = read_json(file)
     except (OSError, ValueError) as error:
         raise IncidentError(f"{file} cannot be read: {error}") from None
-    lacking = [name for name in _NEEDED.split() if not isinstance(report, dict) or name not in report]
+    lacking = [name for name in _NEEDED if not isinstance(report, dict) or name not in report]
     if lacking:
         raise IncidentError(f"{file} is no incident's report: it lacks {', '.join(lacking)}")
     if report["format"] != FORMAT:

@@ -163,7 +163,9 @@ class Stepper:
     def _first(self, inputs: list[Inputs]) -> Tensor:
         """The first step, which compiles; where that is not possible, training goes on uncompiled."""
         if self.compiled:
-            self.say("compiles the training step: about two minutes on a GPU, half a minute where the cache holds it")
+            self.say(
+                "compiles the training step: about two minutes on a GPU, half a minute where the cache holds it"
+            )
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # advice for the authors of compiled code
