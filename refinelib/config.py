@@ -141,6 +141,7 @@ class Settings(_Values):
     probe_every: int = _run(1, "epochs between files of gradient norms by layer; 0: none", ge=0)
     max_incidents: int = _run(5, "incidents kept for replay, each with a copy of the weights", ge=0, le=1000)
     inject: str | None = _run(None, "planted faults, as grad:nan@12:boundary; see guard/faults.py")
+    rank_timeout: float = _run(60.0, "seconds after which a silent process of several ends the run", ge=5.0)
     smoke: bool = _run(False, f"shrink everything to test size; {SMOKE_VARIABLE} set to 1 does so too")
 
     # -- data

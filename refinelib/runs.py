@@ -373,6 +373,30 @@ def latest(output_dir: str = "outputs") -> Run:
     raise RunError(f"there is no run under {absolute(output_dir)} yet: `make train` makes one")
 
 
+class Follower(Run):
+    """A run as the ranks see it that do not write it (:mod:`refinelib.ranks`): records go nowhere."""
+
+    def record_settings(self, settings: Settings, device: str) -> None:
+        """Write nothing."""
+
+    def update(self, **changes: Any) -> None:
+        """Write nothing."""
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """Write nothing."""
+
+    def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
+        """Write nothing."""
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Rank 0 holds the run."""
+        yield
+
+
 # -- its end -------------------------------------------------------------------------------------------
 class Interruption:
     """Turns Ctrl-C, SIGTERM and SIGHUP (a closed terminal) into an orderly end.

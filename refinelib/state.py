@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from refinelib import checkpoints
+from refinelib import checkpoints, ranks
 from refinelib.build import build_device, build_step, forward
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings, names_with_role
@@ -40,7 +40,9 @@ class TrainingState:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         run.record_settings(settings, name)
 
-        self.train_store, self.val_store = open_splits(settings)
+        self.leads = ranks.rank() == 0  # writes the run's files, and validates
+        with ranks.one_a_host_first():
+            self.train_store, self.val_store = open_splits(settings, progress=self.leads)
         prepare = self.start_from if settings.init_from else None
         self.parts = build_step(settings, self.train_store, self.device, prepare=prepare)
         self.model, self.average, self.loss, self.guard, self.injector, self.loader = self.parts
@@ -49,7 +51,7 @@ class TrainingState:
         self.stepper = Stepper(settings, self.parts, device=self.device, steps=steps, say=speed)
         limits = settings.pick("max_consecutive_skips", "max_rewinds")
         self.rewinder = Rewinder(self.guard, log=lambda: self.log.state_dict(), **limits)
-        every, folder = settings.probe_every, run.folder / "gradients"
+        every, folder = settings.probe_every * self.leads, run.folder / "gradients"
         self.probe = Probe(folder, self.parts, self.forward, every=every, say=damaged)
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, take=self.probe.add)
         self.writer = checkpoints.Writer()
@@ -59,6 +61,7 @@ class TrainingState:
         self.last_metrics: dict[str, Any] = {}
         self.incidents: list[str] = []  # kinds that were kept
         self.repeats = 0  # incidents of a kind that was kept before
+        self.stop_requested = False  # of any rank
         self.kept_snapshots: set[Path] = set()  # files that the last checkpoint needs
         self.written_snapshots = weakref.WeakSet[Snapshot]()
         self.mean_coverage = torch.as_tensor(self.train_store.mean_coverage())
@@ -77,7 +80,7 @@ class TrainingState:
     def say(self, kind: str, message: str, **fields: Any) -> None:
         """Record an event, at the present step if no other is given; what slows a run down is printed too."""
         self.run.event(kind, message, **{"step": self.step, **fields})
-        if kind == "speed":
+        if kind == "speed" and self.leads:
             print(f"{self.run.name}: {message}", flush=True)
 
     @contextlib.contextmanager
@@ -113,6 +116,8 @@ class TrainingState:
         if not names:
             return
         self.log.write_line()
+        if not self.leads:
+            return
         folder, content = self.run.folder / "checkpoints", checkpoints.to_cpu(self.state_dict())
         needed = {self.snapshot_file(snapshot.step): snapshot for snapshot in self.rewinder.snapshots}
         for file, snapshot in needed.items():

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refinelib import modeling
+from refinelib import modeling, ranks
 from refinelib.build import StepParts, autocast, resolve_auto
 from refinelib.config import Settings, absolute
 from refinelib.data.loader import Plan
@@ -68,6 +68,7 @@ class Stepper:
     ) -> None:
         # Resolved here: asking a GPU what it can do would break the compiled graph in two.
         self.settings, self.device, self.say = resolve_auto(settings, device), device, say
+        self.stop = torch.zeros(1, device=device)  # 1: this rank was asked to stop
         self.model, _, self.loss, self.guard, self.injector, self.loader = parts
         self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self.eager
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -115,11 +116,15 @@ class Stepper:
         total, components = self.loss(output, labels)
         return total, components
 
-    def gradient(self, inputs: list[Inputs]) -> tuple[Tensor, Tensor]:
-        """Loss components and total loss of a step; leaves the gradient with the parameters."""
+    def gradient(self, inputs: list[Inputs]) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss components and total loss of a step; leaves the gradient with the parameters.
+
+        The last of the three is empty where one process trains, else what the ranks told
+        (:func:`~refinelib.ranks.sum_gradients`).
+        """
         self.guard.zero_grad()
         batches = [self.injector.batch(*self.loader.make(*each)) for each in inputs]
-        samples = sum(len(labels) for _, labels in batches)
+        samples = self.loader.batch_size * len(batches)  # of all ranks
         totals: tuple[Tensor, Tensor] | None = None
         for whole in batches:
             for images, labels in zip(*(x.tensor_split(self.chunks) for x in whole), strict=True):
@@ -132,7 +137,11 @@ class Stepper:
                 totals = now if totals is None else (totals[0] + now[0], totals[1] + now[1])
         self.injector.after_backward()
         assert totals is not None  # a step has a batch
-        return totals
+        if ranks.count() == 1:
+            return *totals, self.stop[:0]
+        values = torch.cat([totals[0], totals[1].view(1)])
+        values, told = ranks.sum_gradients(self.guard.parameters, values, self.stop)
+        return values[:-1], values[-1], told
 
     def run_with_oom_retry(self, inputs: list[Inputs]) -> Tensor:
         """A whole step, in more and more chunks until it fits into memory; equal but for rounding.
@@ -142,13 +151,13 @@ class Stepper:
         """
         while True:
             try:
-                components, total = self.gradient(inputs)
+                components, total, told = self.gradient(inputs)
                 break
             except RuntimeError as error:
                 if not (ran_out(error) and self.split_batch(len(inputs[0][-1]))):
                     raise
         # Outside the loop: half an update cannot be taken back.
-        return torch.cat([components, self.guard.step(total)])
+        return torch.cat([components, self.guard.step(total), told])
 
     def split_batch(self, size: int) -> bool:
         """Free memory, take micro-batches of ``size`` in twice as many chunks; whether that is possible."""
@@ -163,9 +172,7 @@ class Stepper:
     def _first(self, inputs: list[Inputs]) -> Tensor:
         """The first step, which compiles; where that is not possible, training goes on uncompiled."""
         if self.compiled:
-            self.say(
-                "compiles the training step: about two minutes on a GPU, half a minute where the cache holds it"
-            )
+            self.say("compiles the training step: about two minutes on a GPU, less where it is cached")
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # advice for the authors of compiled code
@@ -186,9 +193,10 @@ class Stepper:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                components, total = self.gradient(self.inputs)
-                self.report = torch.cat([components, self.guard.step(total)])
+            # Other threads may wait for collectives meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                components, total, told = self.gradient(self.inputs)
+                self.report = torch.cat([components, self.guard.step(total), told])
             self.graph = graph
         except RuntimeError as error:
             if ran_out(error):  # a graph has memory of its own: the chunks need steps of their own before it
@@ -248,4 +256,4 @@ def _sources() -> str:
 def _relative_size(settings: Settings) -> float:
     """Size of a micro-batch in ROIs of 64 x 64 at ``width`` 1, by the arithmetic of a step."""
     height, width = canvas_size(settings.roi_size, settings.context)
-    return settings.batch_size * settings.width * height * width / 64**2
+    return settings.batch_size / ranks.count() * settings.width * height * width / 64**2

@@ -80,11 +80,14 @@ class StepLog:
         (reports, event, keys), self.travelling = self.travelling, None
         if event is not None:
             event.synchronize()
-        losses, norms = len(self.names), len(self.names) + len(REPORT)
-        return [
-            Row(*key, row[:losses], dict(zip(REPORT, row[losses:norms].tolist(), strict=True)), row[norms:])
-            for key, row in zip(keys, reports.numpy().astype(np.float64), strict=True)
-        ]
+        sizes = [len(self.names), len(REPORT), len(self.monitor.guard.names), 1]
+        parts = np.split(reports.numpy().astype(np.float64), np.cumsum(sizes), axis=1)
+        rows = []
+        for (step, epoch), losses, report, norms, stop, bad in zip(keys, *parts, strict=True):
+            named = dict(zip(REPORT, report.tolist(), strict=True))
+            told = bool(stop.any()), tuple(np.flatnonzero(bad).tolist())  # nothing where one process trains
+            rows.append(Row(step, epoch, losses, named, norms, *told))
+        return rows
 
     def forget(self) -> None:
         """Drop what has not been read yet: steps that are taken again."""

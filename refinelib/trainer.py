@@ -18,18 +18,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from refinelib import ranks
 from refinelib.build import autocast, fresh_model, resolve_auto
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings, SettingsError
 from refinelib.data.loader import Plan
 from refinelib.files import shown
 from refinelib.guard import faults
+from refinelib.guard.diagnose import Finding
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError, diverged
 from refinelib.incidents import capture
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
-from refinelib.runs import Interruption, Run
+from refinelib.runs import Follower, Interruption, Run, newest
 from refinelib.state import TrainingState, random_state
 
 #: A run is not called trained if its loss did not fall and its target IoU fell by more than this.
@@ -39,7 +41,7 @@ SCORES = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU", "miou": "m
 
 
 def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
-    """Train as the settings say.
+    """Train as the settings say; under ``torchrun`` on several processes (:mod:`~refinelib.ranks`).
 
     Args:
         settings: from :func:`refinelib.resolve`.
@@ -58,8 +60,11 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         faults.parse(settings.inject or "")  # what cannot be read is refused before a folder is made
     except ValueError as error:
         raise SettingsError(f"inject = {shown(settings.inject)}: {error}") from None
-    with Interruption() as interruption:
-        run = Run.start(settings)
+    with Interruption() as interruption, ranks.joined(settings.device, settings.rank_timeout):
+        if settings.batch_size < ranks.count():
+            rule = f"batch_size is of all {ranks.count()} processes together: give at least as many"
+            raise SettingsError(f"batch_size = {settings.batch_size}: {rule}")
+        settings, run = _start(settings)
         with run.exclusive():
             before = run.status() if settings.resume else None
             fresh = {"epoch": 0, "step": 0, "skipped_steps": 0, "rewinds": 0, "best": None, "metrics": None}
@@ -79,6 +84,18 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
     return run
 
 
+def _start(settings: Settings) -> tuple[Settings, Run]:
+    """The run's folder, the same on every rank; a job that its launcher started again resumes by itself."""
+    run = None
+    if ranks.rank() == 0:
+        before = newest(settings.output_dir, settings.run_name) if ranks.restarts() else None
+        if before is not None and any(before.folder.glob("checkpoints/*.pt")):
+            settings = settings.model_copy(update={"resume": True})
+        run = Run.start(settings)
+    resume, folder = ranks.tell((settings.resume, run and run.folder))
+    return settings.model_copy(update={"resume": resume}), run or Follower(folder)
+
+
 class Trainer(TrainingState):
     """The loop over a run's steps and epochs."""
 
@@ -93,18 +110,19 @@ class Trainer(TrainingState):
         self.rewinder.start(self.step)
         interruption.deferred = True
         # Only a terminal shows the bar; the lines of the epochs are printed everywhere.
-        progress = tqdm(total=total, initial=self.step, desc=self.run.name, unit=" steps", disable=None)
+        silent = None if self.leads else True
+        progress = tqdm(total=total, initial=self.step, desc=self.run.name, unit=" steps", disable=silent)
         with contextlib.closing(self.writer), progress as bar:
             while self.step < total:
                 epoch = self.step // per_epoch
                 started, end = time.perf_counter(), (epoch + 1) * per_epoch
                 plan = self.loader.plan(epoch)
                 self.log.monitor.batch_instances = functools.partial(self.batch_instances, plan)
-                if interruption.requested:
+                if self.stopping(interruption):
                     self.stop(plan)
                 self.model.train()
                 self.log.restart_clock()
-                while end - per_epoch <= self.step < end and not interruption.requested:
+                while end - per_epoch <= self.step < end and not self.stopping(interruption):
                     report = self.train_step(plan, self.step % per_epoch)
                     self.step += 1
                     self.log.add(report, self.step, epoch + 1)
@@ -114,13 +132,23 @@ class Trainer(TrainingState):
                     bar.update(self.step - bar.n)
                 if self.step != end or not self.end_epoch(epoch, started):
                     continue  # interrupted; or a rewind: some of the epoch's steps are taken again
-                bar.write(self.epoch_line(epoch, time.perf_counter() - started))
-                if on_epoch is not None:
-                    on_epoch(self.run)
+                if self.leads:
+                    bar.write(self.epoch_line(epoch, time.perf_counter() - started))
+                    if on_epoch is not None:
+                        on_epoch(self.run)
         self.report_writes(final=True)
         self.raise_unless_trained()
-        shutil.rmtree(self.snapshot_file(0).parent, ignore_errors=True)
+        if self.leads:
+            shutil.rmtree(self.snapshot_file(0).parent, ignore_errors=True)
         self.run.update(state="ok")
+
+    def stopping(self, interruption: Interruption) -> bool:
+        """Whether to stop before the next step: all ranks at the same one, whichever of them was asked."""
+        if ranks.count() == 1:
+            return bool(interruption.requested)
+        if interruption.requested:
+            self.stepper.stop.fill_(1.0)
+        return self.stop_requested
 
     def train_step(self, plan: Plan, at: int) -> Tensor:
         """Forward, backward and guarded update of one step; its report, still on the device."""
@@ -133,6 +161,7 @@ class Trainer(TrainingState):
         examined the weights before that step; the steps in between are taken again.
         """
         rows = self.log.read(wait=wait)
+        self.stop_requested |= any(row.stop for row in rows)
         for place, row in enumerate(rows):
             self.log.record(row)
             incident = bool(row.report["incident"])
@@ -160,11 +189,13 @@ class Trainer(TrainingState):
         if not self.ensure_healthy(epoch + 1, last=last):
             return False
         self.last_summary = summary = self.log.end_epoch(epoch + 1)
-        with self.best_effort("gradients"):
-            self.probe.end_epoch(epoch + 1)
+        if self.leads:
+            with self.best_effort("gradients"):
+                self.probe.end_epoch(epoch + 1)
         seconds = time.perf_counter() - started  # the reports were read back, so the device is done
         validated = last or (epoch + 1) % settings.validate_every == 0
-        self.last_metrics = metrics = self.evaluate_epoch(epoch, final=last) if validated else {}
+        metrics = self.evaluate_epoch(epoch, final=last) if validated and self.leads else {}
+        self.last_metrics = metrics = ranks.tell(metrics)
         is_best = validated and (self.best is None or selection_score(metrics) > selection_score(self.best))
         if is_best:
             self.best = {"epoch": epoch + 1, "step": self.step, **{name: metrics[name] for name in SCORES}}
@@ -191,17 +222,44 @@ class Trainer(TrainingState):
     def leave(self, epoch: int, *, final: bool = False) -> None:
         """Write the records of an epoch (from 1) that does not come to its end; see :meth:`report_writes`."""
         self.report_writes(final=final)
-        with self.best_effort("gradients"):
-            self.probe.end_epoch(epoch, whole=False)
+        if self.leads:
+            with self.best_effort("gradients"):
+                self.probe.end_epoch(epoch, whole=False)
         self.run.update(step=self.step, epoch=epoch - 1, skipped_steps=self.log.skipped)
 
     # -- when a step goes wrong --------------------------------------------------------------------
     def keep_incident(self, plan: Plan, row: Row) -> None:
-        """Examine a step that went wrong, with the weights before it; keep what is new; resume updates."""
-        at = (row.step - 1) % self.loader.steps_per_epoch
-        batches = [self.loader.batch(plan, at, micro) for micro in range(self.settings.accumulate)]
+        """Examine a step that went wrong, with the weights before it; keep what is new; resume updates.
+
+        Of several ranks the first whose own gradients were bad does it, for all of them.
+        """
+        examiner = row.bad_ranks[0] if row.bad_ranks else 0
+        finding, folder = ranks.tell(self.examine(plan, row) if ranks.rank() == examiner else None, examiner)
+        if isinstance(finding, str):  # why there is none
+            self.say("incident", finding, step=row.step, epoch=row.epoch)
+            self.repeats += 1
+        else:
+            if finding.kind in self.incidents:
+                self.repeats += finding.phase != "overflow"
+            elif finding.phase != "overflow":  # an overflow is how the loss scale is found
+                self.incidents.append(finding.kind)
+                fields = {"step": row.step, "folder": folder, **finding.as_dict()}
+                message = f"{finding.sentence}; kept in {folder}"
+                self.say("incident", message, epoch=row.epoch, **fields)
+            if finding.phase not in ("overflow", "none"):
+                self.guard.state["scale"].fill_(row.report["loss_scale"])  # halving it does not help
+            if finding.phase == "weights":
+                self.guard.check_state()
+        self.guard.resume_updates(capture_enabled=self.wants_incidents)
+
+    def examine(self, plan: Plan, row: Row) -> tuple[Finding | str, str]:
+        """What was wrong with a step, or why that cannot be said; the folder it is kept in."""
+        at, accumulate = (row.step - 1) % self.loader.steps_per_epoch, self.settings.accumulate
+        shares = [(micro, rank) for micro in range(accumulate) for rank in range(ranks.count())]
+        batches = [self.loader.batch(plan, at, micro, rank) for micro, rank in shares]
         folder = self.run.folder / "incidents" / f"{row.step:06d}"
         gradients = [p.grad for p in self.guard.parameters]  # a captured step writes to these very tensors
+        finding: Finding | str
         try:
             finding = capture(
                 folder,
@@ -214,25 +272,11 @@ class Trainer(TrainingState):
                 known=self.incidents,
             )
         except (OSError, RuntimeError) as error:  # no room on the disk or the device
-            message = f"step {row.step}: the incident could not be kept ({error})"
-            self.say("incident", message, step=row.step, epoch=row.epoch)
-            self.repeats += 1
-        else:
-            if finding.kind in self.incidents:
-                self.repeats += finding.phase != "overflow"
-            elif finding.phase != "overflow":  # an overflow is how the loss scale is found
-                self.incidents.append(finding.kind)
-                fields = {"step": row.step, "folder": f"incidents/{folder.name}", **finding.as_dict()}
-                message = f"{finding.sentence}; kept in {fields['folder']}"
-                self.say("incident", message, epoch=row.epoch, **fields)
-            if finding.phase not in ("overflow", "none"):
-                self.guard.state["scale"].fill_(row.report["loss_scale"])  # halving it does not help
-            if finding.phase == "weights":
-                self.guard.check_state()
+            finding = f"step {row.step}: the incident could not be kept ({error})"
         finally:
             for p, gradient in zip(self.guard.parameters, gradients, strict=True):
                 p.grad = gradient
-        self.guard.resume_updates(capture_enabled=self.wants_incidents)
+        return finding, f"incidents/{folder.name}"
 
     def batch_instances(self, plan: Plan, step: int) -> list[dict[str, Any]]:
         """The instances in step number ``step`` (from 1) of the planned epoch."""
@@ -268,7 +312,8 @@ class Trainer(TrainingState):
             self.step = snapshot.step
             self.log.forget()
             self.log.load_state_dict(snapshot.host["log"])
-            self.probe.rewind(self.step)
+            if self.leads:
+                self.probe.rewind(self.step)
             self.run.rewind_records(self.step, self.step // self.loader.steps_per_epoch, events=False)
 
     def raise_unless_trained(self) -> None:
@@ -287,7 +332,8 @@ class Trainer(TrainingState):
         first, last = self.rewinder.monitor.first_and_last()
         if last < first:
             return
-        now, untrained = selection_score(self.last_metrics), selection_score(self.untrained_metrics())
+        before = ranks.tell(self.untrained_metrics() if self.leads else {})
+        now, untrained = selection_score(self.last_metrics), selection_score(before)
         if now < untrained - WORSE:
             loss = f"the loss is {last:.3g} and began at {first:.3g}"
             iou = f"the target IoU is {now:.3f} and was {untrained:.3f} before training"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from refinelib import ranks
 from refinelib.data import augment
 from refinelib.data.store import Store
 from refinelib.modeling.roi import labels_from_coverage
@@ -33,12 +34,13 @@ class BatchLoader:
     """Serves micro-batches of a store.
 
     The pixels lie on the device where they take less than a quarter of its memory, and stream from the
-    memory-mapped files otherwise.
+    memory-mapped files otherwise. Each of several processes (:mod:`refinelib.ranks`) gets its share of every
+    micro-batch, the same crops as in one process.
 
     Args:
         store: of decoded ROIs.
         device: of the batches.
-        batch_size: ROIs in a micro-batch.
+        batch_size: ROIs in a micro-batch, of all processes together.
         accumulate: micro-batches in a step.
         mode: augmentation, see :func:`refinelib.data.augment.draw`.
         seed: of order and augmentation.
@@ -68,6 +70,8 @@ class BatchLoader:
     ) -> None:
         self.store, self.device, self.mode, self.seed = store, device, mode, seed
         self.batch_size, self.accumulate = batch_size, accumulate
+        # A crop may get the person of the crop before it: a share begins with that one, which is cut off.
+        self.before = ranks.count() > 1
         self.window = store.roi_size[0] / store.canvas[0], store.roi_size[1] / store.canvas[1]
         self.steps_per_epoch = max(1, len(store) // (batch_size * accumulate))
         self._augmented: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = self.augmented
@@ -88,16 +92,22 @@ class BatchLoader:
         rois = order.view(shape)
         return Plan(rois, params.view(*shape, -1).to(self.device), rois.to(self.device))
 
-    def inputs(self, plan: Plan, step: int, micro: int = 0) -> tuple[Tensor, ...]:
-        """What micro-batch ``micro`` of step ``step`` of a planned epoch is made from, on the device.
+    def inputs(self, plan: Plan, step: int, micro: int = 0, rank: int | None = None) -> tuple[Tensor, ...]:
+        """What a rank's share of micro-batch ``micro`` of a planned epoch is made from, on the device.
 
         These are the places in the resident store, or the streamed pixels themselves (uint8 ``[B, Hc, Wc,
         3]`` and ``[B, Hm, Wm, C]``), then the augmentation's parameters.
         """
-        params = plan.augment_params[step, micro]
+        mine = ranks.shares(self.batch_size)[ranks.rank() if rank is None else rank]
+
+        def shared(values: Tensor) -> Tensor:
+            whole = values[step, micro]
+            return torch.cat([whole[mine.start - 1 :][:1], whole[mine]]) if self.before else whole
+
+        params = shared(plan.augment_params)
         if self.resident is not None:
-            return plan.device_rois[step, micro], params
-        pixels: tuple[Tensor, ...] = self.store.gather(plan.rois[step, micro])
+            return shared(plan.device_rois), params
+        pixels: tuple[Tensor, ...] = self.store.gather(shared(plan.rois))
         if self.device.type == "cuda":
             pixels = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in pixels)
         return *pixels, params
@@ -113,7 +123,8 @@ class BatchLoader:
     def augmented(self, images: Tensor, coverage: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels from crops as they lie in the store; this is what :meth:`compile` compiles."""
         pixels, fractions = augment.apply(images, coverage, params, mode=self.mode, window=self.window)
-        return pixels, labels_from_coverage(fractions.round().permute(0, 2, 3, 1))
+        labels = labels_from_coverage(fractions.round().permute(0, 2, 3, 1))
+        return (pixels[1:], labels[1:]) if self.before else (pixels, labels)
 
     def compile(self, options: dict[str, Any] | None = None) -> None:
         """On CUDA, make batches by a few compiled kernels in place of some sixty; equal but for rounding.
@@ -128,6 +139,7 @@ class BatchLoader:
         """Go back to plain kernels."""
         self._augmented = self.augmented
 
-    def batch(self, plan: Plan, step: int, micro: int = 0) -> Batch:
-        """Micro-batch ``micro`` of step ``step`` of a planned epoch."""
-        return Batch(*self.make(*self.inputs(plan, step, micro)), plan.rois[step, micro])
+    def batch(self, plan: Plan, step: int, micro: int = 0, rank: int | None = None) -> Batch:
+        """A rank's share, else this one's, of micro-batch ``micro`` of step ``step`` of a planned epoch."""
+        mine = ranks.shares(self.batch_size)[ranks.rank() if rank is None else rank]
+        return Batch(*self.make(*self.inputs(plan, step, micro, rank)), plan.rois[step, micro, mine])

@@ -33,6 +33,8 @@ class Row(NamedTuple):
         components: float64 ``[losses]``, before their weights.
         report: by the names in :data:`~refinelib.guard.guard.REPORT`.
         norms: float64 ``[parameters]``, gradient norms.
+        stop: whether a rank was asked to stop; of several processes only.
+        bad_ranks: those whose own gradients or losses were not finite; of several processes only.
     """
 
     step: int
@@ -40,6 +42,8 @@ class Row(NamedTuple):
     components: np.ndarray[Any, Any]
     report: dict[str, float]
     norms: np.ndarray[Any, Any]
+    stop: bool = False
+    bad_ranks: tuple[int, ...] = ()
 
 
 class StepMonitor:
@@ -120,8 +124,11 @@ class StepMonitor:
                 # The module nearest the loss; those before it only inherit.
                 text += f", with the loss scale at its floor {self.floor:g}: "
                 text += f"float16 overflows in {bad[-1].partition('.')[0]} by itself"
-        scale = report["loss_scale"]
-        self._once(row, "skip", subject, text, terms=terms, parameters=bad[:8], loss_scale=scale)
+        more: dict[str, Any] = {"terms": terms, "parameters": bad[:8], "loss_scale": report["loss_scale"]}
+        if row.bad_ranks:
+            text += f"; on rank {', '.join(map(str, row.bad_ranks))}"
+            more["ranks"] = list(row.bad_ranks)
+        self._once(row, "skip", subject, text, **more)
 
     def _gradient(self, row: Row) -> None:
         """Spikes of loss and gradient norm, and gradient norms that are high in themselves."""

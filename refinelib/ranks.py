@@ -1,0 +1,183 @@
+"""Several processes that train one run, each on its share of every batch (``torch.distributed``).
+
+    torchrun --nproc-per-node 2 -m refinelib train -f params/best.yaml
+
+A *rank* is one of these processes. All of them hold the same weights and take the same steps: the gradients,
+the losses and each rank's verdict on its own gradients are summed in one collective a step, before the guard
+decides. What the guard sees is the same on every rank, bit for bit, so every rank takes the same decision.
+Rank 0 writes the run's files and validates. A process that no launcher started is rank 0 of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # mypy does not see them
+
+#: Seconds between two signs of life of a rank.
+BEAT = 1.0
+#: How long a collective waits: rank 0 may be validating, or building a store.
+PATIENCE = datetime.timedelta(hours=6)
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    """Processes that train together.
+
+    Example:
+        >>> count()
+        1
+    """
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def restarts() -> int:
+    """How often the launcher has started this job again after a process of it had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout: float) -> Iterator[None]:
+    """Join the processes that a launcher (``torchrun``) started, if one did; leave them at the end.
+
+    Args:
+        device: the setting; on CUDA each process of a host takes a GPU of its own.
+        timeout: seconds after which a rank without a sign of life ends the job.
+
+    Raises:
+        ValueError: a host has more processes than GPUs.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"this host has {gpus} GPUs: give --nproc-per-node {gpus}, or device cpu")
+        torch.cuda.set_device(local)
+    own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=_store(own), rank=own, world_size=ranks, timeout=PATIENCE)
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(own, ranks, timeout, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        # Waiting for ranks that failed would hang; the processes end anyway.
+        if sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def _store(own: int) -> Any:
+    """The key-value store of the ranks; each start of a job has keys of its own, the old ones are stale."""
+    hosts_it = own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*place, is_master=hosts_it, wait_for_workers=False, multi_tenant=True)
+    return PrefixStore(f"refinelib/{restarts()}", store)
+
+
+def _watch(own: int, ranks: int, timeout: float, ended: threading.Event) -> None:
+    """Give signs of life, and end this process where another rank gives none."""
+    store = PrefixStore("alive", _store(own))
+    beats, since = [0] * ranks, [time.monotonic()] * ranks
+    while not ended.wait(BEAT):
+        try:
+            store.add(str(own), 1)
+            now = [store.add(str(other), 0) for other in range(ranks)]
+        except RuntimeError:  # the process that holds the store has gone, and the launcher ends the others
+            return
+        for other in range(ranks):
+            if now[other] != beats[other]:
+                beats[other], since[other] = now[other], time.monotonic()
+        silent = [other for other in range(ranks) if time.monotonic() - since[other] > timeout]
+        if silent and own not in silent and not ended.is_set():
+            names = ", ".join(map(str, silent))
+            what = f"rank {names} of {ranks} has not answered for {timeout:g} s"
+            print(
+                f"{what}: rank {own} ends, and resume=true goes on from the last checkpoint", file=sys.stderr
+            )
+            sys.stderr.flush()
+            os._exit(1)
+
+
+# -- one decision for all ------------------------------------------------------------------------------
+def share(size: int) -> slice:
+    """This rank's part of a batch of so many.
+
+    Example:
+        >>> share(16)
+        slice(0, 16, None)
+    """
+    return shares(size)[rank()]
+
+
+def shares(size: int) -> list[slice]:
+    """Every rank's part of a batch; their sizes differ by one at most."""
+    ends = [size * place // count() for place in range(count() + 1)]
+    return [slice(low, high) for low, high in zip(ends, ends[1:], strict=False)]
+
+
+def sum_gradients(parameters: Sequence[Tensor], values: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum gradients and values over all ranks, in one collective; the same bits on every rank.
+
+    Args:
+        parameters: whose gradients are replaced by their sums.
+        values: float32 ``[N]`` on their device, losses say.
+        stop: float32 scalar, 1 where this rank was asked to stop.
+
+    Returns:
+        The summed values; float32 ``[1 + ranks]``: how many were asked to stop, then for each rank whether
+        its own gradients or values were not finite.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), values])
+    verdicts = torch.zeros(count(), device=flat.device)
+    verdicts[rank()] = (~torch.linalg.vector_norm(flat, math.inf).isfinite()).float()
+    flat = torch.cat([flat, stop.view(1), verdicts])
+    dist.all_reduce(flat)
+    *parts, values, told = flat.split([*(g.numel() for g in gradients), len(values), 1 + count()])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return values, told
+
+
+def tell(value: Any, source: int = 0) -> Any:
+    """What rank ``source`` holds, on every rank; the others' ``value`` does not count.
+
+    Example:
+        >>> tell("a")
+        'a'
+    """
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    return box[0]
+
+
+@contextlib.contextmanager
+def one_a_host_first() -> Iterator[None]:
+    """The first rank of each host goes through the block before the others do, who find what it made."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if count() > 1 and not first:
+        dist.all_reduce(torch.zeros(1))
+    yield
+    if count() > 1 and first:
+        dist.all_reduce(torch.zeros(1))

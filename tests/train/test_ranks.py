@@ -1,0 +1,118 @@
+"""Several processes train one run: the same training, one decision, and an end when one of them is lost."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refinelib import ranks
+from refinelib.config import SettingsError
+from refinelib.runs import Run
+from refinelib.trainer import train
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+#: Rounding of float32 sums taken in another order, grown over a dozen steps.
+SAME = 1e-4
+
+
+@pytest.fixture
+def small(tiny):
+    """Settings of a run of a dozen steps, 4 ROIs in each."""
+    return lambda **own: tiny(batch_size=4, epochs=4, augment="strong", ema_decay=0.9, log_every=1, **own)
+
+
+def launch(settings, *options, **how):
+    """Trains on two processes of this machine, as torchrun does; what it printed, and its exit status."""
+    given = settings.model_dump(mode="json", exclude={"recipe"}, exclude_defaults=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    command += [str(WORKER), json.dumps(given), json.dumps(how)]
+    package = str(Path(ranks.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return done.stdout + done.stderr, done.returncode
+
+
+def losses(run):
+    return [(line["step"], line["loss"]) for line in run.steps()]
+
+
+def same_losses(one, other):
+    assert [step for step, _ in one] == [step for step, _ in other]
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], rel=SAME)
+
+
+def states(folder):
+    """What every rank held after each step."""
+    return [json.loads((folder / f"states-{rank}.json").read_text()) for rank in range(2)]
+
+
+@given(size=st.integers(1, 1000), count=st.integers(1, 64))
+def test_shares_are_whole_and_even(size, count):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "count", lambda: count)
+        parts = [range(size)[share] for share in ranks.shares(size)]
+    assert [place for part in parts for place in part] == list(range(size))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_two_processes_train_as_one_and_a_run_moves_between_them(small, tmp_path):
+    whole = train(small(run="one"))
+    text, status = launch(small(run="two"), states=str(tmp_path / "states"))
+    assert status == 0, text
+    two = Run.open(tmp_path / "two")
+    same_losses(losses(whole), losses(two))
+    first, second = states(tmp_path)
+    assert first == second and len(first) == 12
+    assert two.status()["state"] == "ok" and len(two.epochs()) == 4  # written once
+
+    text, status = launch(small(run="moved"), at=5, signal="SIGTERM")  # rank 1 alone is told to stop
+    moved = Run.open(tmp_path / "moved")
+    assert status != 0 and moved.status()["state"] == "interrupted", text
+    assert 5 <= moved.status()["step"] < 8
+    train(small(run="moved", resume=True))
+    same_losses(losses(whole), losses(Run.open(tmp_path / "moved")))
+
+
+def test_what_goes_wrong_on_one_rank_is_skipped_by_all_and_named(small, tmp_path):
+    planted = "loss:nan@2;grad:inf@4:boundary;activation:nan@6:contour;input:nan@8"
+    text, status = launch(small(run="bad"), inject=planted, states=str(tmp_path / "states"))
+    assert status == 0, text
+    run = Run.open(tmp_path / "bad")
+    first, second = states(tmp_path)
+    assert first == second
+    assert run.status()["state"] == "ok" and run.status()["skipped_steps"] == 4
+    skips = [event for event in run.events() if event["kind"] == "skip"]
+    assert {event["step"] for event in skips} == {2, 4, 6, 8}
+    assert all(event["ranks"] == [1] and "on rank 1" in event["message"] for event in skips)
+    found = {event["step"]: event for event in run.events() if event["kind"] == "incident"}
+    assert found[2]["phase"] == "loss" and found[8]["phase"] == "input"
+    assert found[4]["parameters"][0].startswith("boundary") and found[6]["module"].startswith("contour")
+    assert all((tmp_path / "bad" / event["folder"] / "report.json").is_file() for event in found.values())
+
+
+def test_a_killed_process_is_started_again_and_the_run_goes_on(small, tmp_path):
+    whole = train(small(run="one"))
+    text, status = launch(small(run="killed"), "--max-restarts", "1", at=8, signal="SIGKILL")
+    assert status == 0, text
+    run = Run.open(tmp_path / "killed")
+    assert run.status()["state"] == "ok"
+    assert [event["step"] for event in run.events() if event["kind"] == "resume"] == [6]
+    same_losses(losses(whole), losses(run))
+
+
+def test_a_process_that_does_not_answer_ends_the_run_by_name(small, tmp_path):
+    text, status = launch(small(run="silent", rank_timeout=5.0), at=8, signal="SIGSTOP")
+    assert status != 0 and re.search("rank 1 of 2 has not answered for 5 s: rank 0 ends", text), text
+    assert (tmp_path / "silent" / "checkpoints" / "last.pt").is_file()
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(small, monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 8)
+    with pytest.raises(SettingsError, match="batch_size = 4: batch_size is of all 8 processes together"):
+        train(small())
