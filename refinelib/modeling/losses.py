@@ -382,7 +382,7 @@ class MaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.terms: dict[str, LossTerm] = {name: LOSSES[name] for name, weight in weights.items() if weight}
-        self.names, self.ignores = tuple(self.terms), ignores
+        self.names, self.cap, self.ignores = tuple(self.terms), cap, ignores
         self.weights = {name: weights[name] for name in self.names}
         self.caps = {name: cap for name, term in self.terms.items() if term.capped and cap is not None}
         options, known = options or {}, [option.name for option in LOSSES.options()]
