@@ -13,7 +13,7 @@ FIRST := notebooks/train.ipynb notebooks/progressive.ipynb
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test lint browser chromium gallery lab nbdime bench clean
+.PHONY: help env train test slow lint browser chromium gallery lab nbdime bench clean
 
 help: ## say what there is
 	@echo "refinelib: boundary-refined person masks, finite by construction"
@@ -38,9 +38,12 @@ train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb th
 	@$(BIN)/papermill notebooks/train.ipynb $(OUT) --kernel python3 --no-progress-bar --log-level WARNING --stdout-file - $(ARGS)
 
 test: $(READY) ## pass every test; nbval executes the notebooks in smoke size
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not browser" -n auto --dist worksteal -p no:nbval
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not browser and not slow" -n auto --dist worksteal -p no:nbval
 	@OMP_NUM_THREADS=1 REFINELIB_SMOKE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
 	  --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS))
+
+slow: $(READY) ## pass the tests that `make test` leaves out for their time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist worksteal -p no:nbval
 
 lint: $(READY) ## check format, style and types
 	@$(BIN)/ruff format --check --quiet refinelib studies tests bench gallery || { echo "run: $(BIN)/ruff format"; exit 1; }

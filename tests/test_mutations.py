@@ -95,6 +95,7 @@ def run_contract(folder, chosen):
     return os.waitstatus_to_exitcode(status), (folder / "report.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_suite_notices(name, tmp_path):

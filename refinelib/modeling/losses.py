@@ -385,13 +385,13 @@ class MaskLoss(nn.Module):
         self.names, self.cap, self.ignores = tuple(self.terms), cap, ignores
         self.weights = {name: weights[name] for name in self.names}
         self.caps = {name: cap for name, term in self.terms.items() if term.capped and cap is not None}
-        options, known = options or {}, [option.name for option in LOSSES.options()]
-        if unknown := options.keys() - known:
+        self.options, known = dict(options or {}), [option.name for option in LOSSES.options()]
+        if unknown := self.options.keys() - known:
             raise KeyError(f"no loss has the option {unknown.pop()!r}; there are {', '.join(known)}")
         self.keywords: dict[str, dict[str, Any]] = {}
         for name, term in self.terms.items():
             own = {option.name for option in LOSSES.options(name)} - {f"{name}_weight", term.switch}
-            self.keywords[name] = {key: value for key, value in options.items() if key in own}
+            self.keywords[name] = {key: value for key, value in self.options.items() if key in own}
 
     def per_sample(self, output: MaskOutput, labels: Tensor) -> dict[str, Tensor]:
         """Each component's cost a sample, before weights and after caps: float32 ``[B]`` by name.

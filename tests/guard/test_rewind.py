@@ -361,7 +361,10 @@ def shift(trainer, by):
     trainer.model.person_head.bias.add_(by)
 
 
-@pytest.mark.parametrize(("at", "by"), [(3, 100.0), (150, 1.0), (-2, 100.0)])
+@pytest.mark.parametrize(
+    ("at", "by"),
+    [(3, 100.0), *(pytest.param(*late, marks=pytest.mark.slow) for late in ((150, 1.0), (-2, 100.0)))],
+)
 def test_a_finite_damage_that_comes_once_has_changed_nothing(tiny, monkeypatch, at, by):
     """Loss or weights reveal it, the steps are repeated: weights and records are an undamaged run's."""
     given = dict(

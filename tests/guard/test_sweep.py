@@ -62,6 +62,7 @@ def test_thousands_of_faults_are_survived_exact_and_on_record(folder):
     assert rewound >= {"parameter", "exp_avg", "exp_avg_sq", "step", "average", "buffer", "memory"}
 
 
+@pytest.mark.slow
 def test_whole_runs_with_a_fault_leave_finite_checkpoints_that_can_be_resumed(folder):
     swept = sweep.Sweep(folder)
     drawn = sweep.faults(sweep.keys(full=False)).map(lambda each: {**each, "whole": True})

@@ -106,6 +106,7 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(small, tmp_path):
     same_losses(losses(whole), losses(run))
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_ends_the_run_by_name(small, tmp_path):
     text, status = launch(small(run="silent", rank_timeout=5.0), at=8, signal="SIGSTOP")
     assert status != 0 and re.search("rank 1 of 2 has not answered for 5 s: rank 0 ends", text), text
