@@ -68,8 +68,8 @@ class Stepper:
     ) -> None:
         # Resolved here: asking a GPU what it can do would break the compiled graph in two.
         self.settings, self.device, self.say = resolve_auto(settings, device), device, say
-        self.stop = torch.zeros(1, device=device)  # 1: this rank was asked to stop
         self.model, _, self.loss, self.guard, self.injector, self.loader = parts
+        self.stop = torch.zeros(1, device=self.guard.memory.device)  # 1: this rank was asked to stop
         self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self.eager
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Inputs] = []  # what the graph reads, a tuple for each micro-batch
@@ -193,8 +193,9 @@ class Stepper:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may wait for collectives meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # With several ranks another thread watches the collectives while this one records.
+            mode: dict[str, Any] = {"capture_error_mode": "thread_local"} if ranks.count() > 1 else {}
+            with torch.cuda.graph(graph, **mode):
                 components, total, told = self.gradient(self.inputs)
                 self.report = torch.cat([components, self.guard.step(total), told])
             self.graph = graph

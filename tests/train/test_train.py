@@ -343,7 +343,7 @@ def test_a_resume_that_finds_no_data_leaves_a_finished_run_finished(tiny, monkey
     run = train(tiny(run="mine", epochs=1))
     told = run.status()
 
-    def nowhere(settings):
+    def nowhere(settings, **_):
         raise DataError("there is no data folder")
 
     monkeypatch.setattr(state, "open_splits", nowhere)
