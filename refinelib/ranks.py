@@ -5,7 +5,7 @@
 A *rank* is one of these processes. All of them hold the same weights and take the same steps: the gradients,
 the losses and each rank's verdict on its own gradients are summed in one collective a step, before the guard
 decides. What the guard sees is the same on every rank, bit for bit, so every rank takes the same decision.
-Rank 0 writes the run's files and validates. A process that no launcher started is rank 0 of one.
+Rank 0 writes the run's files and validates. A process that ``torchrun`` did not start is rank 0 of one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def restarts() -> int:
 
 @contextlib.contextmanager
 def joined(device: str, timeout: float) -> Iterator[None]:
-    """Join the processes that a launcher (``torchrun``) started, if one did; leave them at the end.
+    """Join the processes that ``torchrun`` started, if it did; leave them at the end.
 
     Args:
         device: the setting; on CUDA each process of a host takes a GPU of its own.
@@ -62,7 +62,7 @@ def joined(device: str, timeout: float) -> Iterator[None]:
     Raises:
         ValueError: a host has more processes than GPUs.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if dist.is_initialized() or not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -118,18 +118,13 @@ def _watch(own: int, ranks: int, timeout: float, ended: threading.Event) -> None
 
 
 # -- one decision for all ------------------------------------------------------------------------------
-def share(size: int) -> slice:
-    """This rank's part of a batch of so many.
+def shares(size: int) -> list[slice]:
+    """Every rank's part of a batch of so many; their sizes differ by one at most.
 
     Example:
-        >>> share(16)
-        slice(0, 16, None)
+        >>> shares(16)
+        [slice(0, 16, None)]
     """
-    return shares(size)[rank()]
-
-
-def shares(size: int) -> list[slice]:
-    """Every rank's part of a batch; their sizes differ by one at most."""
     ends = [size * place // count() for place in range(count() + 1)]
     return [slice(low, high) for low, high in zip(ends, ends[1:], strict=False)]
 
