@@ -8,39 +8,40 @@ import warnings
 
 import torch
 
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-
-from refinelib import resolve  # noqa: E402
-from refinelib.trainer import Trainer, train  # noqa: E402
-
-settings, how = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-mine = int(os.environ.get("RANK", 0)) == how.get("rank", 1)
-if how.get("inject") and mine:
-    settings["inject"] = how["inject"]
-take = Trainer.train_step
+from refinelib import resolve
+from refinelib.trainer import Trainer, train
 
 
-def watched(trainer, plan, at):
-    if (
-        mine
-        and trainer.step + 1 == how.get("at")
-        and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    ):
-        os.kill(os.getpid(), getattr(signal, how["signal"]))
-    report = take(trainer, plan, at)
+def main(settings, how):
+    """Trains; ``how`` says which rank gets faults or a signal at which step, and where states are written."""
+    rank = int(os.environ.get("RANK", 0))
+    mine, states = rank == how.get("rank", 1), []
+    if how.get("inject") and mine:
+        settings["inject"] = how["inject"]
+    take = Trainer.train_step
+
+    def watched(trainer, plan, at):
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if mine and first and trainer.step + 1 == how.get("at"):
+            os.kill(os.getpid(), getattr(signal, how["signal"]))
+        report = take(trainer, plan, at)
+        if how.get("states"):
+            own = [*trainer.guard.tensors().values(), trainer.guard.memory]
+            states.append([x.double().sum().item() for x in own])
+        return report
+
+    Trainer.train_step = watched
+    try:
+        train(resolve("demo", **settings))
+    except KeyboardInterrupt:
+        return 130
     if how.get("states"):
-        own = [*trainer.guard.tensors().values(), trainer.guard.memory]
-        states.append([x.double().sum().item() for x in own])
-    return report
+        with open(f"{how['states']}-{rank}.json", "w") as file:
+            json.dump(states, file)
+    return 0
 
 
-states: list = []
-Trainer.train_step = watched
-try:
-    run = train(resolve("demo", **settings))
-except KeyboardInterrupt:
-    sys.exit(130)
-if how.get("states"):
-    with open(f"{how['states']}-{os.environ.get('RANK', 0)}.json", "w") as file:
-        json.dump(states, file)
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.exit(main(json.loads(sys.argv[1]), json.loads(sys.argv[2])))
