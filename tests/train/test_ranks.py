@@ -24,7 +24,9 @@ SAME = 1e-4
 @pytest.fixture
 def small(tiny):
     """Settings of a run of a dozen steps, 4 ROIs in each."""
-    return lambda **own: tiny(batch_size=4, epochs=4, augment="strong", ema_decay=0.9, log_every=1, **own)
+    return lambda **own: tiny(
+        **dict(batch_size=4, epochs=4, augment="strong", ema_decay=0.9, log_every=1) | own
+    )
 
 
 def launch(settings, *options, **how):
@@ -77,6 +79,11 @@ def test_two_processes_train_as_one_and_a_run_moves_between_them(small, tmp_path
     assert 5 <= moved.status()["step"] < 8
     train(small(run="moved", resume=True))
     same_losses(losses(whole), losses(Run.open(tmp_path / "moved")))
+
+    text, status = launch(small(run="moved", epochs=6, resume=True))  # and on two again
+    assert status == 0, text
+    train(small(run="one", epochs=6, resume=True))
+    same_losses(losses(Run.open(tmp_path / "one")), losses(Run.open(tmp_path / "moved")))
 
 
 def test_what_goes_wrong_on_one_rank_is_skipped_by_all_and_named(small, tmp_path):
