@@ -72,7 +72,7 @@ def exclusive(folder: Path, refusal: Exception) -> Iterator[None]:
         except Timeout:
             raise refusal from None
         except (OSError, NotImplementedError):
-            pass
+            pass  # this file system has no locks, or the folder cannot be written to
         yield
 
 

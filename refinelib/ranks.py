@@ -103,30 +103,26 @@ def _watch(own: int, ranks: int, timeout: float, ended: threading.Event) -> None
             now = [store.add(str(other), 0) for other in range(ranks)]
         except RuntimeError:  # the process that holds the store has gone, and the launcher ends the others
             return
-        for other in range(ranks):
-            if now[other] != beats[other]:
-                beats[other], since[other] = now[other], time.monotonic()
+        pairs, beats = zip(now, beats, since, strict=True), now
+        since = [then if new == old else time.monotonic() for new, old, then in pairs]
         silent = [other for other in range(ranks) if time.monotonic() - since[other] > timeout]
         if silent and own not in silent and not ended.is_set():
-            names = ", ".join(map(str, silent))
-            what = f"rank {names} of {ranks} has not answered for {timeout:g} s"
-            print(
-                f"{what}: rank {own} ends, and resume=true goes on from the last checkpoint", file=sys.stderr
-            )
-            sys.stderr.flush()
+            what = f"rank {', '.join(map(str, silent))} of {ranks} has not answered for {timeout:g} s"
+            rule = f"rank {own} ends, and resume=true goes on from the last checkpoint"
+            print(f"{what}: {rule}", file=sys.stderr, flush=True)
             os._exit(1)
 
 
 # -- one decision for all ------------------------------------------------------------------------------
-def shares(size: int) -> list[slice]:
-    """Every rank's part of a batch of so many; their sizes differ by one at most.
+def share(size: int, of: int | None = None) -> slice:
+    """A rank's part, else this one's, of a batch of so many; their sizes differ by one at most.
 
     Example:
-        >>> shares(16)
-        [slice(0, 16, None)]
+        >>> share(16)
+        slice(0, 16, None)
     """
-    ends = [size * place // count() for place in range(count() + 1)]
-    return [slice(low, high) for low, high in zip(ends, ends[1:], strict=False)]
+    place = rank() if of is None else of
+    return slice(size * place // count(), size * (place + 1) // count())
 
 
 def sum_gradients(parameters: Sequence[Tensor], values: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:

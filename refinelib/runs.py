@@ -96,7 +96,7 @@ class Run:
         if settings.resume:
             found = find_runs(root, name)
             # A start that failed early has no checkpoint: it must not hide the run before it.
-            found = [run for run in found if any(run.folder.glob("checkpoints/*.pt"))] or found
+            found = [run for run in found if run.has_checkpoint] or found
             if not found:
                 missing = f"there is no run named {name!r} under {root} to resume"
                 raise RunError(f"{missing}: start it without resume")
@@ -305,6 +305,11 @@ class Run:
     def _lines(self, kind: str, **blank: Any) -> list[dict[str, Any]]:
         lines = read_lines(self.folder / "metrics.jsonl")
         return [{**blank, **line} for line in lines if line["kind"] == kind]
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to resume from, whole or not."""
+        return any(self.folder.glob("checkpoints/*.pt"))
 
     def validations(self) -> list[dict[str, Any]]:
         """The epochs that were validated: every ``validate_every``-th and the last."""

@@ -51,7 +51,7 @@ class TrainingState:
         self.stepper = Stepper(settings, self.parts, device=self.device, steps=steps, say=speed)
         limits = settings.pick("max_consecutive_skips", "max_rewinds")
         self.rewinder = Rewinder(self.guard, log=lambda: self.log.state_dict(), **limits)
-        every, folder = settings.probe_every * self.leads, run.folder / "gradients"
+        every, folder = settings.probe_every if self.leads else 0, run.folder / "gradients"
         self.probe = Probe(folder, self.parts, self.forward, every=every, say=damaged)
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, take=self.probe.add)
         self.writer = checkpoints.Writer()

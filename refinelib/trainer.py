@@ -89,7 +89,7 @@ def _start(settings: Settings) -> tuple[Settings, Run]:
     run = None
     if ranks.rank() == 0:
         before = newest(settings.output_dir, settings.run_name) if ranks.restarts() else None
-        if before is not None and any(before.folder.glob("checkpoints/*.pt")):
+        if before is not None and before.has_checkpoint:
             settings = settings.model_copy(update={"resume": True})
         run = Run.start(settings)
     resume, folder = ranks.tell((settings.resume, run and run.folder))
@@ -189,9 +189,8 @@ class Trainer(TrainingState):
         if not self.ensure_healthy(epoch + 1, last=last):
             return False
         self.last_summary = summary = self.log.end_epoch(epoch + 1)
-        if self.leads:
-            with self.best_effort("gradients"):
-                self.probe.end_epoch(epoch + 1)
+        with self.best_effort("gradients"):
+            self.probe.end_epoch(epoch + 1)
         seconds = time.perf_counter() - started  # the reports were read back, so the device is done
         validated = last or (epoch + 1) % settings.validate_every == 0
         metrics = self.evaluate_epoch(epoch, final=last) if validated and self.leads else {}
@@ -222,9 +221,8 @@ class Trainer(TrainingState):
     def leave(self, epoch: int, *, final: bool = False) -> None:
         """Write the records of an epoch (from 1) that does not come to its end; see :meth:`report_writes`."""
         self.report_writes(final=final)
-        if self.leads:
-            with self.best_effort("gradients"):
-                self.probe.end_epoch(epoch, whole=False)
+        with self.best_effort("gradients"):
+            self.probe.end_epoch(epoch, whole=False)
         self.run.update(step=self.step, epoch=epoch - 1, skipped_steps=self.log.skipped)
 
     # -- when a step goes wrong --------------------------------------------------------------------
@@ -244,8 +242,7 @@ class Trainer(TrainingState):
             elif finding.phase != "overflow":  # an overflow is how the loss scale is found
                 self.incidents.append(finding.kind)
                 fields = {"step": row.step, "folder": folder, **finding.as_dict()}
-                message = f"{finding.sentence}; kept in {folder}"
-                self.say("incident", message, epoch=row.epoch, **fields)
+                self.say("incident", f"{finding.sentence}; kept in {folder}", epoch=row.epoch, **fields)
             if finding.phase not in ("overflow", "none"):
                 self.guard.state["scale"].fill_(row.report["loss_scale"])  # halving it does not help
             if finding.phase == "weights":
@@ -312,8 +309,7 @@ class Trainer(TrainingState):
             self.step = snapshot.step
             self.log.forget()
             self.log.load_state_dict(snapshot.host["log"])
-            if self.leads:
-                self.probe.rewind(self.step)
+            self.probe.rewind(self.step)
             self.run.rewind_records(self.step, self.step // self.loader.steps_per_epoch, events=False)
 
     def raise_unless_trained(self) -> None:
@@ -395,8 +391,7 @@ def selection_score(metrics: dict[str, Any]) -> float:
 def _last_status(run: Run, error: BaseException) -> dict[str, str]:
     """What ``status.json`` says of a run that an exception ended."""
     if isinstance(error, KeyboardInterrupt):
-        kept = any((run.folder / "checkpoints").glob("*.pt"))
-        how = "go on with resume=true" if kept else "before there was a checkpoint"
+        how = "go on with resume=true" if run.has_checkpoint else "before there was a checkpoint"
         return {"state": "interrupted", "last_error": f"interrupted; {how}"}
     if isinstance(error, DivergedError):
         return {"state": "diverged", "last_error": str(error)}

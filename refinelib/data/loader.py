@@ -98,7 +98,7 @@ class BatchLoader:
         These are the places in the resident store, or the streamed pixels themselves (uint8 ``[B, Hc, Wc,
         3]`` and ``[B, Hm, Wm, C]``), then the augmentation's parameters.
         """
-        mine = ranks.shares(self.batch_size)[ranks.rank() if rank is None else rank]
+        mine = ranks.share(self.batch_size, rank)
 
         def shared(values: Tensor) -> Tensor:
             whole = values[step, micro]
@@ -141,5 +141,5 @@ class BatchLoader:
 
     def batch(self, plan: Plan, step: int, micro: int = 0, rank: int | None = None) -> Batch:
         """A rank's share, else this one's, of micro-batch ``micro`` of step ``step`` of a planned epoch."""
-        mine = ranks.shares(self.batch_size)[ranks.rank() if rank is None else rank]
+        mine = ranks.share(self.batch_size, rank)
         return Batch(*self.make(*self.inputs(plan, step, micro, rank)), plan.rois[step, micro, mine])

@@ -342,7 +342,8 @@ class Guard:
                 group["lr"].copy_(decision.lr)
             # The fused step divides by grad_scale, so unscaling and clipping cost no pass of their own.
             self.optimizer.grad_scale = torch.where(decision.skip, 1.0, decision.divisor)  # type: ignore[attr-defined]
-            self.optimizer.found_inf = decision.skip.to(torch.float32)  # type: ignore[attr-defined]  # read by the kernel
+            # The kernel reads it.
+            self.optimizer.found_inf = decision.skip.to(torch.float32)  # type: ignore[attr-defined]
         elif bool(decision.skip):  # the one synchronisation of a step, for an optimizer that cannot skip
             return
         else:

@@ -108,15 +108,21 @@ def annotated_images(
         slots = [i for i in sorted(known) if _in_image(known[i][2], height, width) and scene.masks[i].any()]
         anyone = scene.masks.any(0)
         ignored = None if scene.ignored is None else scene.ignored & ~anyone
+        of_image: Any = {"index": int(index), "image_id": int(instances.image_ids[start])}
+        of_image |= {"pixels": scene.image, "masks": scene.masks, "anyone": anyone, "ignored": ignored}
         for first in range(0, len(slots), MOST_TOGETHER):
             some = slots[first : first + MOST_TOGETHER]
-            ids, categories, boxes, areas = (
-                np.array(column) for column in zip(*(known[slot] for slot in some), strict=True)
+            columns = zip(*(known[slot] for slot in some), strict=True)
+            ids, categories, boxes, areas = map(np.array, columns)
+            yield AnnotatedImage(
+                **of_image,
+                slots=np.array(some),
+                boxes=torch.as_tensor(boxes, dtype=torch.float64),
+                areas=areas.astype(np.float64),
+                annotation_ids=ids.tolist(),
+                category_ids=categories.tolist(),
+                scored=np.array([slot in rois for slot in some]),
             )
-            of_image = int(index), int(instances.image_ids[start]), scene.image, scene.masks, anyone, ignored
-            sizes = torch.as_tensor(boxes, dtype=torch.float64), areas.astype(np.float64)
-            scored = np.array([slot in rois for slot in some])
-            yield AnnotatedImage(*of_image, np.array(some), *sizes, ids.tolist(), categories.tolist(), scored)
 
 
 def _in_image(box: Any, height: int, width: int) -> bool:

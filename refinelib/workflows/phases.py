@@ -208,7 +208,7 @@ def _train(made: Plan, state: State, entry: State, source: str | None, on_epoch:
     begun = made.folder / (entry["run"] or name)
     if entry["run"] and (begun / "status.json").is_file() and Run(begun).status()["state"] == "ok":
         return Run(begun)
-    resume = bool(entry["run"]) and any((begun / "checkpoints").glob("*.pt"))
+    resume = bool(entry["run"]) and Run(begun).has_checkpoint
     if not resume:
         free = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         entry["run"] = next(folder for folder in free if not (made.folder / folder).exists())

@@ -58,7 +58,7 @@ def states(folder):
 def test_shares_are_whole_and_even(size, count):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "count", lambda: count)
-        parts = [range(size)[share] for share in ranks.shares(size)]
+        parts = [range(size)[ranks.share(size, rank)] for rank in range(count)]
     assert [place for part in parts for place in part] == list(range(size))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
