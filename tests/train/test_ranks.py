@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,26 +18,40 @@ from refinelib.runs import Run
 from refinelib.trainer import train
 
 WORKER = Path(__file__).with_name("rank_worker.py")
-#: Rounding of float32 sums taken in another order, grown over a dozen steps.
-SAME = 1e-4
+#: Rounding of sums taken in another order, grown over a dozen steps: in float32 and in bf16.
+SAME = {"off": 1e-4, "bf16": 2e-2}
+#: Settings by the name of a way to take steps; on GPUs a step is captured as a CUDA graph.
+WAYS = {
+    "cpu": {"device": "cpu", "amp": "off"},
+    "cuda": {"device": "cuda", "amp": "bf16", "compile": "off"},
+    "compiled": {"device": "cuda", "amp": "bf16", "compile": "on"},
+}
+
+
+@pytest.fixture(params=[way if way == "cpu" else pytest.param(way, marks=pytest.mark.cuda) for way in WAYS])
+def way(request):
+    """Settings of a way to take steps; the test is skipped where there are not two GPUs for it."""
+    if request.param != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return WAYS[request.param]
 
 
 @pytest.fixture
 def small(tiny):
     """Settings of a run of a dozen steps, 4 ROIs in each."""
-    return lambda **own: tiny(
-        **dict(batch_size=4, epochs=4, augment="strong", ema_decay=0.9, log_every=1) | own
-    )
+    usual = dict(batch_size=4, epochs=4, augment="strong", ema_decay=0.9, log_every=1)
+    return lambda **own: tiny(**usual | own)
 
 
 def launch(settings, *options, **how):
     """Trains on two processes of this machine, as torchrun does; what it printed, and its exit status."""
     given = settings.model_dump(mode="json", exclude={"recipe"}, exclude_defaults=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *options]
     command += [str(WORKER), json.dumps(given), json.dumps(how)]
     package = str(Path(ranks.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     return done.stdout + done.stderr, done.returncode
 
 
@@ -44,9 +59,9 @@ def losses(run):
     return [(line["step"], line["loss"]) for line in run.steps()]
 
 
-def same_losses(one, other):
+def same_losses(one, other, amp="off"):
     assert [step for step, _ in one] == [step for step, _ in other]
-    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], rel=SAME)
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], rel=SAME[amp])
 
 
 def states(folder):
@@ -63,32 +78,32 @@ def test_shares_are_whole_and_even(size, count):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_two_processes_train_as_one_and_a_run_moves_between_them(small, tmp_path):
-    whole = train(small(run="one"))
-    text, status = launch(small(run="two"), states=str(tmp_path / "states"))
+def test_two_processes_train_as_one_and_a_run_moves_between_them(small, way, tmp_path):
+    whole = train(small(**way, run="one"))
+    text, status = launch(small(**way, run="two"), states=str(tmp_path / "states"))
     assert status == 0, text
     two = Run.open(tmp_path / "two")
-    same_losses(losses(whole), losses(two))
+    same_losses(losses(whole), losses(two), way["amp"])
     first, second = states(tmp_path)
     assert first == second and len(first) == 12
     assert two.status()["state"] == "ok" and len(two.epochs()) == 4  # written once
 
-    text, status = launch(small(run="moved"), at=5, signal="SIGTERM")  # rank 1 alone is told to stop
+    text, status = launch(small(**way, run="moved"), at=5, signal="SIGTERM")  # rank 1 alone is told to stop
     moved = Run.open(tmp_path / "moved")
     assert status != 0 and moved.status()["state"] == "interrupted", text
     assert 5 <= moved.status()["step"] < 8
-    train(small(run="moved", resume=True))
-    same_losses(losses(whole), losses(Run.open(tmp_path / "moved")))
+    train(small(**way, run="moved", resume=True))
+    same_losses(losses(whole), losses(Run.open(tmp_path / "moved")), way["amp"])
 
-    text, status = launch(small(run="moved", epochs=6, resume=True))  # and on two again
+    text, status = launch(small(**way, run="moved", epochs=6, resume=True))  # and on two again
     assert status == 0, text
-    train(small(run="one", epochs=6, resume=True))
-    same_losses(losses(Run.open(tmp_path / "one")), losses(Run.open(tmp_path / "moved")))
+    train(small(**way, run="one", epochs=6, resume=True))
+    same_losses(losses(Run.open(tmp_path / "one")), losses(Run.open(tmp_path / "moved")), way["amp"])
 
 
-def test_what_goes_wrong_on_one_rank_is_skipped_by_all_and_named(small, tmp_path):
+def test_what_goes_wrong_on_one_rank_is_skipped_by_all_and_named(small, way, tmp_path):
     planted = "loss:nan@2;grad:inf@4:boundary;activation:nan@6:contour;input:nan@8"
-    text, status = launch(small(run="bad"), inject=planted, states=str(tmp_path / "states"))
+    text, status = launch(small(**way, run="bad"), inject=planted, states=str(tmp_path / "states"))
     assert status == 0, text
     run = Run.open(tmp_path / "bad")
     first, second = states(tmp_path)
@@ -103,19 +118,19 @@ def test_what_goes_wrong_on_one_rank_is_skipped_by_all_and_named(small, tmp_path
     assert all((tmp_path / "bad" / event["folder"] / "report.json").is_file() for event in found.values())
 
 
-def test_a_killed_process_is_started_again_and_the_run_goes_on(small, tmp_path):
-    whole = train(small(run="one"))
-    text, status = launch(small(run="killed"), "--max-restarts", "1", at=8, signal="SIGKILL")
+def test_a_killed_process_is_started_again_and_the_run_goes_on(small, way, tmp_path):
+    whole = train(small(**way, run="one"))
+    text, status = launch(small(**way, run="killed"), "--max-restarts", "1", at=8, signal="SIGKILL")
     assert status == 0, text
     run = Run.open(tmp_path / "killed")
     assert run.status()["state"] == "ok"
     assert [event["step"] for event in run.events() if event["kind"] == "resume"] == [6]
-    same_losses(losses(whole), losses(run))
+    same_losses(losses(whole), losses(run), way["amp"])
 
 
 @pytest.mark.slow
-def test_a_process_that_does_not_answer_ends_the_run_by_name(small, tmp_path):
-    text, status = launch(small(run="silent", rank_timeout=5.0), at=8, signal="SIGSTOP")
+def test_a_process_that_does_not_answer_ends_the_run_by_name(small, way, tmp_path):
+    text, status = launch(small(**way, run="silent", rank_timeout=5.0), at=8, signal="SIGSTOP")
     assert status != 0 and re.search("rank 1 of 2 has not answered for 5 s: rank 0 ends", text), text
     assert (tmp_path / "silent" / "checkpoints" / "last.pt").is_file()
 
