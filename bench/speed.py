@@ -2,6 +2,8 @@
 
     python bench/speed.py [--recipe best] [--batches 2,16,64,128] [-p data coco -p store_dir DIR]
                           [--out bench/speed.json] [--inductor '{"combo_kernels": true}']
+    torchrun --nproc-per-node 2 bench/speed.py --batches 32,128 --kinds "refinelib,no guard" >two.json
+    python bench/speed.py --scaling one.json two.json
 
 For each batch size, interleaved in blocks on the same data:
 
@@ -15,6 +17,10 @@ For each batch size, interleaved in blocks on the same data:
 One JSON line a figure, as it is measured. ``start`` is the time to build the objects, to compile and to
 take four steps. ``share`` is the model's arithmetic (counted by torch, forward and backward) per second
 over the rate of an 8192 x 8192 x 8192 bf16 matrix product measured in the same run.
+
+Under ``torchrun`` the steps are those of all processes: a batch is theirs together, ``share`` and memory are
+of one of them. ``--scaling`` measures nothing: from the output of runs with one process and with more it
+prints a table of the ROIs a second, and how many times those of one process they are.
 """
 
 from __future__ import annotations
@@ -30,9 +36,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from refinelib import ranks
 from refinelib import step as stepping
 from refinelib.build import build_step
 from refinelib.config import resolve
@@ -42,19 +50,29 @@ from refinelib.step import WARM_UP, Stepper
 
 #: Steps an epoch of the schedule: a long run's rate, whatever the batch and however small the store.
 SCHEDULED = 1000
+#: Seconds without a sign of life of a process after which the others end.
+TIMEOUT = 60.0
 
 LINES: list[dict] = []
 
 
 def say(**line) -> None:
-    LINES.append(line)
-    print(json.dumps(line), flush=True)
+    """Print a line, on rank 0 of several processes."""
+    if ranks.rank() == 0:
+        LINES.append(line)
+        print(json.dumps(line), flush=True)
 
 
 def synchronize(device) -> None:
     """Wait until the device has done all it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def meet() -> None:
+    """Wait for the other ranks."""
+    if ranks.count() > 1:
+        dist.all_reduce(torch.zeros(1))
 
 
 def compiler_options(options: dict | None):
@@ -74,7 +92,7 @@ class NoGuard:
             guard.parameters,
             guard.averages,
         )
-        self.decay, self.clip = guard.ema_decay, guard.grad_clip
+        self.decay, self.clip, self.memory = guard.ema_decay, guard.grad_clip, guard.memory
 
     fused = True
 
@@ -131,10 +149,16 @@ def take(stepper: Stepper, count: int) -> None:
 
 def seconds_a_step(stepper: Stepper, count: int, device) -> float:
     synchronize(device)
+    meet()
     started = time.perf_counter()
     take(stepper, count)
     synchronize(device)
     return (time.perf_counter() - started) / count
+
+
+def steps_for(seconds: float, stepper: Stepper, device, *, least: int) -> int:
+    """How many steps take so long; the same on all ranks."""
+    return ranks.tell(max(least, int(seconds / seconds_a_step(stepper, least, device))))
 
 
 def main() -> int:
@@ -153,12 +177,20 @@ def main() -> int:
         metavar="JSON",
         help="options of PyTorch's compiler in place of the package's; {}: none",
     )
+    parser.add_argument("--scaling", type=Path, nargs="+", metavar="FILE", help="print the table of these")
     parser.add_argument("--out", type=Path)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
+    if options.scaling:
+        print(scaling(options.scaling))
+        return 0
+    with ranks.joined(options.device, TIMEOUT):
+        return run(options)
+
+
+def run(options) -> int:
     device = torch.device(options.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(figure="device", name=name, torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
+    say(figure="device", **told_of(device))
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as folder, compiler_options(options.inductor):
         given = dict(
@@ -170,14 +202,14 @@ def main() -> int:
             compile="on",
         )
         settings = resolve(options.recipe, **{**given, "data": "synthetic", **dict(options.p)})
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), ranks.one_a_host_first():
             store = open_split(settings, "train")
         rate = matrix_rate(device)
         say(figure="matrix_rate", tflops=round(rate / 1e12, 1))
         for batch in options.batches.split(","):
             size = settings.batch_size if batch == "auto" else int(batch)
             measure(settings.model_copy(update={"batch_size": size}), store, device, options, rate)
-    if options.out:
+    if options.out and ranks.rank() == 0:
         options.out.write_text(json.dumps(LINES, indent=1) + "\n")
     return 0
 
@@ -205,13 +237,13 @@ def measure(settings, store, device, options, rate: float) -> None:
             take(made, WARM_UP + 1)
             synchronize(device)
         except RuntimeError as error:
-            if not ran_out(error):
+            if not ran_out(error) or ranks.count() > 1:  # other ranks would wait for this one
                 raise
             steppers.pop(name, None)
             say(figure="step", batch=settings.batch_size, kind=name, note="out of memory")
             continue
         memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else 0.0
-        work[name] = flops(made, device) * settings.batch_size
+        work[name] = flops(made, device) * settings.batch_size / ranks.count()
         say(
             figure="start",
             batch=settings.batch_size,
@@ -219,9 +251,7 @@ def measure(settings, store, device, options, rate: float) -> None:
             seconds=round(time.perf_counter() - started, 2),
         )
     times: dict[str, list[float]] = {name: [] for name in steppers}
-    counts = {
-        name: max(3, int(options.block / seconds_a_step(made, 3, device))) for name, made in steppers.items()
-    }
+    counts = {name: steps_for(options.block, made, device, least=3) for name, made in steppers.items()}
     for _ in range(options.rounds):
         for name, made in steppers.items():
             times[name].append(seconds_a_step(made, counts[name], device))
@@ -231,6 +261,7 @@ def measure(settings, store, device, options, rate: float) -> None:
             figure="step",
             batch=settings.batch_size,
             kind=name,
+            processes=ranks.count(),
             ms=round(1e3 * middle, 3),
             least=round(1e3 * min(found), 3),
             most=round(1e3 * max(found), 3),
@@ -253,6 +284,31 @@ def measure(settings, store, device, options, rate: float) -> None:
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def scaling(files: list[Path]) -> str:
+    """ROIs a second by the number of processes, in Markdown; from what :func:`run` printed or wrote."""
+    found = {}
+    for text in (file.read_text() for file in files):
+        printed = (json.loads(line) for line in text.splitlines() if line.startswith("{"))
+        for line in json.loads(text) if text.startswith("[") else printed:
+            if "rois_per_second" in line:
+                found[line["kind"], line["batch"], line["processes"]] = line["rois_per_second"]
+    heads = ["kind", "batch of all", "processes", "ROIs a second"]
+    heads += ["times one process, same batch of all", "times one process, same batch each"]
+    rows = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    for (kind, batch, count), rate in sorted(found.items()):
+        alone = (found.get((kind, size, 1)) for size in (batch, batch / count))
+        ratios = (f"{rate / one:.2f}" if one and count > 1 else "" for one in alone)
+        rows.append([kind, str(batch), str(count), f"{rate:g}", *ratios])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def told_of(device) -> dict[str, object]:
+    """The machine, for the first line."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    versions = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    return {"name": name, **versions, "processes": ranks.count()}
 
 
 def flops(made: Stepper, device) -> float:
