@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -29,9 +30,10 @@ from refinelib.guard.diagnose import Finding
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError, diverged
 from refinelib.incidents import capture
+from refinelib.launch import FOLDER, launch, refuse_small_batch
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
-from refinelib.runs import Follower, Interruption, Run, newest
+from refinelib.runs import Follower, Interruption, Run
 from refinelib.state import TrainingState, random_state
 
 #: A run is not called trained if its loss did not fall and its target IoU fell by more than this.
@@ -60,12 +62,13 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
         faults.parse(settings.inject or "")  # what cannot be read is refused before a folder is made
     except ValueError as error:
         raise SettingsError(f"inject = {shown(settings.inject)}: {error}") from None
-    with Interruption() as interruption, ranks.joined(settings.device, settings.rank_timeout):
-        if settings.batch_size < ranks.count():
-            rule = f"batch_size is of all {ranks.count()} processes together: give at least as many"
-            raise SettingsError(f"batch_size = {settings.batch_size}: {rule}")
-        settings, run = _start(settings)
+    if settings.gpus > 1 and not ranks.launched():
+        return launch(settings, on_epoch)
+    with Interruption() as interruption, ranks.joined(settings.device, settings.rank_timeout) as watch:
+        refuse_small_batch(settings, ranks.count())
+        settings, run = _start(settings, watch)
         with run.exclusive():
+            watch.report = lambda sentence: run.update(state="failed", last_error=sentence)
             before = run.status() if settings.resume else None
             fresh = {"epoch": 0, "step": 0, "skipped_steps": 0, "rewinds": 0, "best": None, "metrics": None}
             run.update(state="running", last_error=None, **({} if settings.resume else fresh))
@@ -76,22 +79,28 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
             except BaseException as error:
                 unchanged = trainer is None or isinstance(error, CheckpointError)  # no step was taken
                 again = before is not None and unchanged and not isinstance(error, KeyboardInterrupt)
-                run.update(**(before if before and again else _last_status(run, error)))
-                error.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
+                cause = RuntimeError(told) if (told := watch.cause(error)) else error
+                run.update(**(before if before and again else _last_status(run, cause)))
+                cause.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
+                if cause is not error:
+                    raise cause from error
                 raise
             finally:
                 run.close()
     return run
 
 
-def _start(settings: Settings) -> tuple[Settings, Run]:
+def _start(settings: Settings, watch: ranks.Watch) -> tuple[Settings, Run]:
     """The run's folder, the same on every rank; a job that its launcher started again resumes by itself."""
     run = None
     if ranks.rank() == 0:
-        before = newest(settings.output_dir, settings.run_name) if ranks.restarts() else None
-        if before is not None and before.has_checkpoint:
+        begun = os.environ.get(FOLDER) or (watch.job_value("folder") if ranks.restarts() else None)
+        run = Run.start(settings, begun)
+        watch.job_value("folder", str(run.folder))
+        if ranks.restarts() and run.status()["state"] == "diverged":  # so it would be again
+            raise DivergedError(run.status()["last_error"])
+        if ranks.restarts() and run.has_checkpoint:
             settings = settings.model_copy(update={"resume": True})
-        run = Run.start(settings)
     resume, folder = ranks.tell((settings.resume, run and run.folder))
     return settings.model_copy(update={"resume": resume}), run or Follower(folder)
 
@@ -189,12 +198,12 @@ class Trainer(TrainingState):
         if not self.ensure_healthy(epoch + 1, last=last):
             return False
         self.last_summary = summary = self.log.end_epoch(epoch + 1)
+        self.join_messages()
         with self.best_effort("gradients"):
             self.probe.end_epoch(epoch + 1)
         seconds = time.perf_counter() - started  # the reports were read back, so the device is done
         validated = last or (epoch + 1) % settings.validate_every == 0
-        metrics = self.evaluate_epoch(epoch, final=last) if validated and self.leads else {}
-        self.last_metrics = metrics = ranks.tell(metrics)
+        self.last_metrics = metrics = self.evaluate_epoch(epoch, final=last) if validated else {}
         is_best = validated and (self.best is None or selection_score(metrics) > selection_score(self.best))
         if is_best:
             self.best = {"epoch": epoch + 1, "step": self.step, **{name: metrics[name] for name in SCORES}}
@@ -207,6 +216,15 @@ class Trainer(TrainingState):
         shown = {"best": self.best, "metrics": metrics} if validated else {}
         self.run.update(epoch=epoch + 1, step=self.step, skipped_steps=self.log.skipped, **shown)
         return True
+
+    def join_messages(self) -> None:
+        """Record what slowed other ranks down than this one."""
+        first, *others = ranks.gathered(self.run.slowed)
+        for rank, messages in enumerate(others, 1):
+            for message in dict.fromkeys(messages):
+                if message not in first:
+                    self.say("speed", f"rank {rank}: {message}")
+        self.run.slowed.clear()
 
     def stop(self, plan: Plan) -> None:
         """Keep the very step that was reached, and leave."""
@@ -328,8 +346,7 @@ class Trainer(TrainingState):
         first, last = self.rewinder.monitor.first_and_last()
         if last < first:
             return
-        before = ranks.tell(self.untrained_metrics() if self.leads else {})
-        now, untrained = selection_score(self.last_metrics), selection_score(before)
+        now, untrained = selection_score(self.last_metrics), selection_score(self.untrained_metrics())
         if now < untrained - WORSE:
             loss = f"the loss is {last:.3g} and began at {first:.3g}"
             iou = f"the target IoU is {now:.3f} and was {untrained:.3f} before training"
@@ -359,9 +376,10 @@ class Trainer(TrainingState):
         """Metrics on the validation ROIs; some of their masks are kept in ``samples/``."""
         found = self.validate(final=final)
         file, iou = self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz", found.per_roi()["target_iou"]
-        with self.best_effort("samples"):
-            size = self.settings.mask_size
-            write_samples(file, self.val_store, self.predict, iou, device=self.device, mask_size=size)
+        if self.leads:
+            with self.best_effort("samples"):
+                size = self.settings.mask_size
+                write_samples(file, self.val_store, self.predict, iou, device=self.device, mask_size=size)
         return found.compute()
 
     def untrained_metrics(self) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Start one run on several processes of this host with ``torchrun``, and follow it from its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import torch
+
+from refinelib.config import Settings, SettingsError, resolve
+from refinelib.guard.rewind import DivergedError
+from refinelib.runs import Interruption, Run
+
+#: Tells the processes which folder their run has.
+FOLDER = "REFINELIB_RUN_FOLDER"
+#: How often ``torchrun`` starts the processes again after one of them has died.
+RESTARTS = 3
+#: Seconds between two looks at the run's records.
+LOOK = 0.5
+
+
+def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) -> Run:
+    """Train a run on ``settings.gpus`` processes; see :func:`refinelib.trainer.train`.
+
+    Args:
+        settings: from :func:`refinelib.resolve`.
+        on_epoch: called in this process with the run after each epoch.
+
+    Raises:
+        SettingsError: this host has fewer GPUs, or the batch fewer ROIs.
+        DivergedError: skipping steps and rewinding did not help.
+        KeyboardInterrupt: it was interrupted, after a checkpoint.
+        RuntimeError: whatever else stopped the run.
+    """
+    refuse_small_batch(settings, settings.gpus)
+    there = torch.cuda.device_count()
+    if settings.device != "cpu" and 0 < there < settings.gpus:
+        raise SettingsError(f"gpus = {settings.gpus}: this host has {there}: give at most so many")
+    run = Run.start(settings)
+    if not settings.resume:
+        run.update(state="running", last_error=None)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(settings.gpus), "--max-restarts", str(RESTARTS)]
+    command += ["-m", "refinelib", "train", "-f", settings.recipe, *overrides(settings)]
+    threads = str(max(1, (os.cpu_count() or 1) // settings.gpus))
+    environment = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **os.environ, FOLDER: str(run.folder)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    told = len(run.epochs())
+    with (
+        Interruption(),
+        subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process,
+    ):
+        reader = threading.Thread(target=_print_lines, args=(process.stdout,))
+        reader.start()
+        try:
+            while process.poll() is None or reader.is_alive():
+                reader.join(LOOK)
+                epochs = len(run.epochs())
+                if epochs != told and on_epoch is not None:
+                    on_epoch(run)
+                told = epochs
+        except BaseException as error:
+            process.send_signal(signal.SIGINT)  # each process ends after the step it is in, with a checkpoint
+            process.wait()
+            error.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
+            raise
+    return _ended(run, process.returncode)
+
+
+def _print_lines(pipe: IO[str]) -> None:
+    for line in pipe:
+        print(line, end="", flush=True)
+
+
+def _ended(run: Run, status: int) -> Run:
+    """The run, if it went well.
+
+    Raises:
+        DivergedError, KeyboardInterrupt, RuntimeError: as its status says.
+    """
+    state, why = (run.status().get(name) for name in ("state", "last_error"))
+    if status == 0 and state == "ok":
+        return run
+    why = why or f"its processes ended with status {status}: their messages stand above"
+    if state == "running":  # killed
+        run.update(state="failed", last_error=why)
+    kinds = {"diverged": DivergedError, "interrupted": KeyboardInterrupt}
+    error = kinds.get(str(state), RuntimeError)(why)
+    error.run = run  # type: ignore[attr-defined]
+    raise error
+
+
+def refuse_small_batch(settings: Settings, processes: int) -> None:
+    """Refuse a batch that some process would have no part of.
+
+    Raises:
+        SettingsError: it has fewer ROIs than there are processes.
+    """
+    if settings.batch_size < processes:
+        rule = f"batch_size is of all {processes} processes together: give at least as many"
+        raise SettingsError(f"batch_size = {settings.batch_size}: {rule}")
+
+
+def overrides(settings: Settings) -> Iterator[str]:
+    """The options ``-p NAME VALUE`` that turn the recipe into these settings.
+
+    Example:
+        >>> [*overrides(resolve("demo", lr=1e-4, roi_size=32))]
+        ['-p', 'roi_size', '[32, 32]', '-p', 'lr', '0.0001']
+    """
+    usual = resolve(settings.recipe)
+    for name, value in settings:
+        if value != getattr(usual, name):
+            yield from ("-p", name, value if isinstance(value, str) else json.dumps(value))
