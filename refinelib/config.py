@@ -132,6 +132,7 @@ class Settings(_Values):
     store_dir: str | None = _run(None, "folder of the prepared crops; none: output_dir/stores")
     resume: bool = _run(False, "continue the newest run of this name from its newest whole checkpoint")
     device: Literal["auto", "cpu", "cuda"] = _run("auto", "auto: CUDA where there is one")
+    gpus: int = _run(1, "GPUs of this host that train the run together; on a CPU, processes", ge=1, le=64)
     workers: int | None = _run(None, "processes that build the store; none: one a core", ge=1, le=256)
     compile: Literal["auto", "on", "off"] = _run("auto", "compile the step; auto: in long runs on CUDA")
     cuda_graphs: bool = _run(True, "on CUDA, capture a step as a CUDA graph and replay it")

@@ -14,10 +14,11 @@ import contextlib
 import datetime
 import math
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # mypy does not see them
 
-#: Seconds between two signs of life of a rank.
-BEAT = 1.0
-#: How long a collective waits: rank 0 may be validating, or building a store.
+#: Seconds between two signs of life of a rank, and those that a rank has to end after another one has failed.
+BEAT, GRACE = 1.0, 5.0
+#: How long a collective waits: rank 0 may be building a store.
 PATIENCE = datetime.timedelta(hours=6)
 
 
@@ -51,8 +52,13 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def launched() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return dist.is_torchelastic_launched()
+
+
 @contextlib.contextmanager
-def joined(device: str, timeout: float) -> Iterator[None]:
+def joined(device: str, timeout: float) -> Iterator[Watch]:
     """Join the processes that ``torchrun`` started, if it did; leave them at the end.
 
     Args:
@@ -62,8 +68,8 @@ def joined(device: str, timeout: float) -> Iterator[None]:
     Raises:
         ValueError: a host has more processes than GPUs.
     """
-    if dist.is_initialized() or not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        yield
+    if dist.is_initialized() or not launched() or os.environ["WORLD_SIZE"] == "1":
+        yield Watch(0, 1, timeout)
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
@@ -71,45 +77,94 @@ def joined(device: str, timeout: float) -> Iterator[None]:
         if local >= gpus:
             raise ValueError(f"this host has {gpus} GPUs: give --nproc-per-node {gpus}, or device cpu")
         torch.cuda.set_device(local)
-    own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=_store(own), rank=own, world_size=ranks, timeout=PATIENCE)
-    ended = threading.Event()
-    threading.Thread(target=_watch, args=(own, ranks, timeout, ended), daemon=True).start()
+    watch = Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
+    backend, store = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", watch.connect()
+    dist.init_process_group(backend, store=store, rank=watch.own, world_size=watch.ranks, timeout=PATIENCE)
+    watch.start()
     try:
-        yield
+        yield watch
     finally:
-        ended.set()
+        watch.ended.set()
         # Waiting for ranks that failed would hang; the processes end anyway.
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
 
-def _store(own: int) -> Any:
-    """The key-value store of the ranks; each start of a job has keys of its own, the old ones are stale."""
-    hosts_it = own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(*place, is_master=hosts_it, wait_for_workers=False, multi_tenant=True)
-    return PrefixStore(f"refinelib/{restarts()}", store)
+class Watch(threading.Thread):
+    """Gives signs of life, and ends this process where another rank gives none or has failed.
 
+    Args:
+        own: this process's number.
+        ranks: how many there are; one is not watched.
+        timeout: seconds after which a rank without a sign of life ends the job.
+    """
 
-def _watch(own: int, ranks: int, timeout: float, ended: threading.Event) -> None:
-    """Give signs of life, and end this process where another rank gives none."""
-    store = PrefixStore("alive", _store(own))
-    beats, since = [0] * ranks, [time.monotonic()] * ranks
-    while not ended.wait(BEAT):
+    def __init__(self, own: int, ranks: int, timeout: float) -> None:
+        super().__init__(daemon=True)
+        self.own, self.ranks, self.timeout, self.ended = own, ranks, timeout, threading.Event()
+        self.report: Callable[[str], None] = lambda sentence: None  # called before the process is ended
+
+    def connect(self, *, job: bool = False) -> Any:
+        """The ranks' key-value store; each start of a job has keys of its own, the ``job`` keeps its keys."""
+        hosts_it = self.own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*place, is_master=hosts_it, wait_for_workers=False, multi_tenant=True)
+        return PrefixStore("refinelib/job" if job else f"refinelib/{restarts()}", store)
+
+    def job_value(self, name: str, value: str | None = None) -> str | None:
+        """Keep a value that a later start of this job finds, or find it."""
+        if self.ranks == 1:
+            return value
+        store = self.connect(job=True)
+        if value is not None:
+            store.set(name, value)
+        return store.get(name).decode() if store.check([name]) else None
+
+    def cause(self, error: BaseException) -> str | None:
+        """Tell the other ranks what ends this one; a sentence where another one's end was the cause."""
+        if self.ranks == 1 or not isinstance(error, Exception):
+            return None
+        mine = f"rank {self.own} of {self.ranks} failed, {type(error).__name__}: {error}".splitlines()[0]
         try:
-            store.add(str(own), 1)
-            now = [store.add(str(other), 0) for other in range(ranks)]
-        except RuntimeError:  # the process that holds the store has gone, and the launcher ends the others
-            return
-        pairs, beats = zip(now, beats, since, strict=True), now
-        since = [then if new == old else time.monotonic() for new, old, then in pairs]
-        silent = [other for other in range(ranks) if time.monotonic() - since[other] > timeout]
-        if silent and own not in silent and not ended.is_set():
-            what = f"rank {', '.join(map(str, silent))} of {ranks} has not answered for {timeout:g} s"
-            rule = f"rank {own} ends, and resume=true goes on from the last checkpoint"
-            print(f"{what}: {rule}", file=sys.stderr, flush=True)
+            first = str(self.connect().compare_set("failed", "", mine).decode())
+        except RuntimeError:  # the process that holds the store has gone
+            first = mine
+        if not (type(error) is RuntimeError or isinstance(error, dist.DistError)):
+            return None  # an error of its own
+        if first == mine and re.search("closed|reset|peer|refused", str(error), re.IGNORECASE):
+            return f"a process of the other ranks was lost, and resume=true goes on ({error})".splitlines()[0]
+        return None if first == mine else first
+
+    def run(self) -> None:
+        """Watch until the run has ended."""
+        store = self.connect()
+        beats, since, failed_at = [0] * self.ranks, [time.monotonic()] * self.ranks, math.inf
+        while not self.ended.wait(BEAT):
+            try:
+                store.add(f"alive/{self.own}", 1)
+                now = [store.add(f"alive/{other}", 0) for other in range(self.ranks)]
+                failed = store.get("failed").decode() if store.check(["failed"]) else ""
+            except (
+                RuntimeError
+            ):  # the process that holds the store has gone, and the launcher ends the others
+                return
+            clock = time.monotonic()
+            pairs, beats = zip(now, beats, since, strict=True), now
+            since = [then if new == old else clock for new, old, then in pairs]
+            failed_at = min(failed_at, clock) if failed else math.inf
+            silent = [other for other in range(self.ranks) if clock - since[other] > self.timeout]
+            if clock - failed_at > GRACE:
+                self._end(failed)
+            if silent and self.own not in silent:
+                numbers = ", ".join(map(str, silent))
+                self._end(f"rank {numbers} of {self.ranks} has not answered for {self.timeout:g} s")
+
+    def _end(self, what: str) -> None:
+        """End a process that may be waiting for another one in a collective."""
+        if not self.ended.is_set():
+            sentence = f"{what}: rank {self.own} ends, and resume=true goes on from the last checkpoint"
+            print(sentence, file=sys.stderr, flush=True)
+            self.report(sentence)
             os._exit(1)
 
 
@@ -161,6 +216,19 @@ def tell(value: Any, source: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every rank holds, in their order, on every rank.
+
+    Example:
+        >>> gathered("a")
+        ['a']
+    """
+    found = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 @contextlib.contextmanager

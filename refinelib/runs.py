@@ -81,16 +81,21 @@ class Run:
         self.name = self.folder.name
         self._status: dict[str, Any] = {}
         self._waiting: dict[str, list[str]] = {}  # lines by file, and the status, that are not on disk yet
+        self.slowed: list[str] = []  # messages of this process since they were last joined with the others'
         self._warned = False
         self._tensorboard: Any = None
         self._purge_step: int | None = None
 
     @classmethod
-    def start(cls, settings: Settings) -> Run:
-        """A new folder for this run, or with ``resume`` the newest one of its name.
+    def start(cls, settings: Settings, begun: PathLike | None = None) -> Run:
+        """A new folder for this run, or with ``resume`` the newest one of its name; or the one ``begun``.
 
         No folder is ever written over: the next free number is appended to the name.
         """
+        if begun is not None:
+            run = cls.open(begun)
+            run._status = run.status()
+            return run
         root, name = settings.path(settings.output_dir), settings.run_name
         root.mkdir(parents=True, exist_ok=True)
         if settings.resume:
@@ -172,6 +177,7 @@ class Run:
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Append a line to ``events.jsonl``."""
+        self.slowed += [message] * (kind == "speed")
         self._append("events.jsonl", {"kind": kind, "message": message, "time": _now(), **fields})
 
     def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
@@ -391,7 +397,8 @@ class Follower(Run):
         """Write nothing."""
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
-        """Write nothing."""
+        """Keep what only this process knows, for rank 0 to write."""
+        self.slowed += [message] * (kind == "speed")
 
     def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
         """Write nothing."""

@@ -154,13 +154,14 @@ class Stepper:
                 components, total, told = self.gradient(inputs)
                 break
             except RuntimeError as error:
-                if not (ran_out(error) and self.split_batch(len(inputs[0][-1]))):
+                if not (ran_out(error) and self.split_batch()):
                     raise
         # Outside the loop: half an update cannot be taken back.
         return torch.cat([components, self.guard.step(total), told])
 
-    def split_batch(self, size: int) -> bool:
-        """Free memory, take micro-batches of ``size`` in twice as many chunks; whether that is possible."""
+    def split_batch(self) -> bool:
+        """Free memory, take micro-batches in twice as many chunks; whether that is possible."""
+        size = self.loader.share_size
         self.guard.zero_grad()
         torch.cuda.empty_cache()
         if self.chunks >= size:
@@ -201,7 +202,7 @@ class Stepper:
             self.graph = graph
         except RuntimeError as error:
             if ran_out(error):  # a graph has memory of its own: the chunks need steps of their own before it
-                self.captures, self.taken = self.split_batch(len(inputs[0][-1])), 0
+                self.captures, self.taken = self.split_batch(), 0
                 return
             torch.cuda.synchronize()
             self.captures = False

@@ -70,6 +70,7 @@ class BatchLoader:
     ) -> None:
         self.store, self.device, self.mode, self.seed = store, device, mode, seed
         self.batch_size, self.accumulate = batch_size, accumulate
+        self.share_size = len(range(batch_size)[ranks.share(batch_size)])
         # A crop may get the person of the crop before it: a share begins with that one, which is cut off.
         self.before = ranks.count() > 1
         self.window = store.roi_size[0] / store.canvas[0], store.roi_size[1] / store.canvas[1]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from refinelib import checkpoints
+from refinelib import checkpoints, ranks
 from refinelib.build import autocast, build_device, build_model
 from refinelib.config import Settings
 from refinelib.data import DataError, Store, decode_image
@@ -253,7 +253,7 @@ def _probs(model: nn.Module, images: Tensor) -> Any:
 def score(
     predict: CropModel, store: Store, *, device: torch.device, mask_size: Size, full: bool = False
 ) -> SegmentationMetrics:
-    """Metrics over the box window of every ROI of a store.
+    """Metrics over the box window of every ROI of a store; several processes share the ROIs.
 
     Args:
         predict: normalised crops to class probabilities.
@@ -263,7 +263,7 @@ def score(
         full: the costly metrics too.
     """
     metrics = SegmentationMetrics(full=full)
-    for rois in torch.arange(len(store)).split(CROPS_AT_ONCE):
+    for rois in torch.arange(len(store))[ranks.share(len(store))].split(CROPS_AT_ONCE):
         images, coverage = (x.to(device) for x in store.gather(rois))
         labels = labels_from_coverage(coverage)
         predicted = predict(normalise(images.permute(0, 3, 1, 2))).argmax(dim=1)
@@ -271,6 +271,7 @@ def score(
         columns = (torch.as_tensor(of[rois.numpy()]) for of in (store.areas, store.image_index))
         with threads(1):
             metrics.update(*(centre_window(x, mask_size) for x in (predicted, labels)), *columns)
+    metrics.gather(device)
     return metrics
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refinelib import ranks
 from refinelib.metrics import boundary
 from refinelib.modeling import IGNORED, NON_TARGET, TARGET
 from refinelib.registry import METRICS
@@ -218,6 +219,13 @@ class SegmentationMetrics:
         row["area"] = _column(areas, labels, math.nan, torch.float64)
         row["image_id"] = _column(image_ids, labels, -1, torch.int64)
         self._batches.append(row)
+
+    def gather(self, device: torch.device) -> None:
+        """Join the batches of all processes (:mod:`refinelib.ranks`), in their order, on ``device``."""
+        if ranks.count() > 1:
+            mine = {name: column.cpu() for name, column in self.per_roi().items()}
+            tables = ranks.gathered(mine)
+            self._batches = [{name: column.to(device) for name, column in rows.items()} for rows in tables]
 
     def per_roi(self) -> dict[str, Tensor]:
         """Every metric of every ROI in the order of the updates, on the device.

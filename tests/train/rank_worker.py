@@ -1,9 +1,11 @@
 """One process of a run on several: settings as JSON, and what to do to one rank."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import unittest.mock
 import warnings
 
 import torch
@@ -23,8 +25,13 @@ def main(settings, how):
     def watched(trainer, plan, at):
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if mine and first and trainer.step + 1 == how.get("at"):
+            if "raises" in how:
+                raise OSError(how["raises"])
             os.kill(os.getpid(), getattr(signal, how["signal"]))
-        report = take(trainer, plan, at)
+        full = {"graph": None, "forward": once_full(trainer.stepper)}
+        full = full if mine and trainer.step + 1 == how.get("full") else {}
+        with unittest.mock.patch.multiple(trainer.stepper, **full) if full else contextlib.nullcontext():
+            report = take(trainer, plan, at)
         if how.get("states"):
             own = [*trainer.guard.tensors().values(), trainer.guard.memory]
             states.append([x.double().sum().item() for x in own])
@@ -39,6 +46,19 @@ def main(settings, how):
         with open(f"{how['states']}-{rank}.json", "w") as file:
             json.dump(states, file)
     return 0
+
+
+def once_full(stepper):
+    """The forward pass, whose first call does not fit into memory."""
+    whole, calls = stepper.forward, []
+
+    def forward(*inputs):
+        calls.append(inputs)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(*inputs)
+
+    return forward
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def launch(settings, *options, **how):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", *options]
     command += [str(WORKER), json.dumps(given), json.dumps(how)]
-    package = str(Path(ranks.__file__).parents[1])
+    package = os.pathsep.join([str(Path(ranks.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     return done.stdout + done.stderr, done.returncode
@@ -103,7 +103,7 @@ def test_two_processes_train_as_one_and_a_run_moves_between_them(small, way, tmp
 
 def test_what_goes_wrong_on_one_rank_is_skipped_by_all_and_named(small, way, tmp_path):
     planted = "loss:nan@2;grad:inf@4:boundary;activation:nan@6:contour;input:nan@8"
-    text, status = launch(small(**way, run="bad"), inject=planted, states=str(tmp_path / "states"))
+    text, status = launch(small(**way, run="bad"), inject=planted, full=10, states=str(tmp_path / "states"))
     assert status == 0, text
     run = Run.open(tmp_path / "bad")
     first, second = states(tmp_path)
@@ -113,6 +113,8 @@ def test_what_goes_wrong_on_one_rank_is_skipped_by_all_and_named(small, way, tmp
     assert {event["step"] for event in skips} == {2, 4, 6, 8}
     assert all(event["ranks"] == [1] and "on rank 1" in event["message"] for event in skips)
     found = {event["step"]: event for event in run.events() if event["kind"] == "incident"}
+    slowed = [event["message"] for event in run.events() if event["kind"] == "speed"]
+    assert "rank 1: a batch of 2 does not fit into memory: it is split into 2 chunks" in slowed
     assert found[2]["phase"] == "loss" and found[8]["phase"] == "input"
     assert found[4]["parameters"][0].startswith("boundary") and found[6]["module"].startswith("contour")
     assert all((tmp_path / "bad" / event["folder"] / "report.json").is_file() for event in found.values())
@@ -128,14 +130,33 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(small, way, tmp_p
     same_losses(losses(whole), losses(run), way["amp"])
 
 
+def test_what_ends_one_process_ends_the_run_with_its_reason(small, way, tmp_path):
+    text, status = launch(small(**way, run="failed"), at=8, raises="the disk is gone")
+    run = Run.open(tmp_path / "failed")
+    assert status != 0 and run.status()["state"] == "failed", text
+    assert "rank 1 of 2 failed, OSError: the disk is gone" in run.status()["last_error"]
+    assert run.has_checkpoint
+
+
+def test_the_setting_gpus_starts_processes_that_an_interrupt_stops(small, way, tmp_path):
+    def interrupt(run):
+        if len(run.epochs()) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(**way, run="two", gpus=2), on_epoch=interrupt)
+    run = Run.open(tmp_path / "two")
+    assert run.status()["state"] == "interrupted" and 6 <= run.status()["step"] < 12
+    assert train(small(**way, run="two", gpus=2, resume=True)).status()["state"] == "ok"
+    same_losses(losses(train(small(**way, run="one"))), losses(run), way["amp"])
+    with pytest.raises(SettingsError, match="batch_size = 4: batch_size is of all 5 processes together"):
+        train(small(gpus=5))
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.slow
 def test_a_process_that_does_not_answer_ends_the_run_by_name(small, way, tmp_path):
     text, status = launch(small(**way, run="silent", rank_timeout=5.0), at=8, signal="SIGSTOP")
     assert status != 0 and re.search("rank 1 of 2 has not answered for 5 s: rank 0 ends", text), text
-    assert (tmp_path / "silent" / "checkpoints" / "last.pt").is_file()
-
-
-def test_a_batch_smaller_than_the_processes_is_refused(small, monkeypatch):
-    monkeypatch.setattr(ranks, "count", lambda: 8)
-    with pytest.raises(SettingsError, match="batch_size = 4: batch_size is of all 8 processes together"):
-        train(small())
+    run = Run.open(tmp_path / "silent")
+    assert run.has_checkpoint and "rank 1 of 2 has not answered" in run.status()["last_error"]
