@@ -1,4 +1,4 @@
-"""``python -m refinelib``: train recipes in a row, score, summarise or replay from the shell."""
+"""``python -m refinelib``: train recipes, many at once; score, summarise or replay from the shell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from refinelib.files import dumps
-from refinelib.runs import Run, latest
+from refinelib.runs import Follower, Run, latest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,13 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("-f", dest="recipe", metavar="RECIPE", help="name of a file in params/, or a path")
     one.add_argument("-p", dest="given", **setting, help="a setting")
 
-    batch = commands.add_parser("run", help="train recipes in a row, through notebooks/train.ipynb")
+    batch = commands.add_parser("run", help="train recipes x values x seeds, through notebooks/train.ipynb")
     batch.set_defaults(execute=_run)
     batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths")
     batch.add_argument("--epochs", type=int, help="passes over the training set, for all of them")
     batch.add_argument("--batch-size", type=int, help="ROIs in a micro-batch, for all of them")
     batch.add_argument("--debug", action="store_true", help="a few images, two epochs, a small model")
-    batch.add_argument("-p", dest="given", **setting, help="a setting")
+    batch.add_argument("--seeds", dest="seed", metavar="SEEDS", help="by commas: a run for each")
+    batch.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, one where there is none")
+    batch.add_argument("--notebook", action=switch, default=True, help="through the notebook, or without it")
+    batch.add_argument("-p", dest="given", **setting, help="a setting, or values by commas: a run for each")
 
     look = commands.add_parser("check-data", help="read a data set once and say what training would use")
     look.set_defaults(execute=_check_data)
@@ -111,7 +114,9 @@ def _train(recipe: str | None, given: list[list[str]]) -> int:
     from refinelib.trainer import train
 
     try:
-        print(train(resolve(recipe, **dict(given))).summary())
+        run = train(resolve(recipe, **dict(given)))
+        if not isinstance(run, Follower):  # of several processes one prints it
+            print(run.summary())
     except KeyboardInterrupt:
         print("train: interrupted; the same command with -p resume true goes on", file=sys.stderr)
         return 130
@@ -140,12 +145,22 @@ def _check_data(annotations: str | None, images: str | None, given: list[list[st
     return 0
 
 
-def _run(recipes: list[str], given: list[list[str]], debug: bool, **shorthands: int | None) -> int:
-    from refinelib.workflows.batch import run, table
+def _run(
+    recipes: list[str],
+    given: list[list[str]],
+    debug: bool,
+    jobs: int | None,
+    notebook: bool,
+    **shorthands: Any,
+) -> int:
+    from refinelib.workflows import batch
 
-    overrides = {name: value for name, value in shorthands.items() if value is not None} | dict(given)
-    outcomes = run(recipes, overrides, debug=debug)
-    print("\n" + table(outcomes))
+    overrides = dict(given) | {name: value for name, value in shorthands.items() if value is not None}
+    plan = batch.plan(recipes, overrides, debug=debug)
+    outcomes = batch.train(plan, at_once=jobs, command=None if notebook else batch.REFINELIB)
+    print("\n" + batch.table(outcomes))
+    if len(outcomes) > 1:
+        print(f"\ncompare them: {batch.compare_command(batch.save(outcomes))}")
     return 0 if all(outcome.state == "ok" for outcome in outcomes) else 1
 
 

@@ -81,12 +81,6 @@ def tiny_pair(output_dir: str = "outputs") -> tuple[list[str], list[str]]:
     return refined, plain
 
 
-def names_of(runs: str | Iterable[str] | None) -> list[str]:
-    """Names in a list, or in a text with commas between them."""
-    parts = runs.split(",") if isinstance(runs, str) else [str(run) for run in runs or ()]
-    return [part.strip() for part in parts if part.strip()]
-
-
 def source_of(
     images: str | None = None,
     annotations: str | None = None,

@@ -1,101 +1,353 @@
-"""Several recipes in a row, each through ``notebooks/train.ipynb``: for a night's training."""
+"""Many runs at once: recipes x values x seeds, each run in a process of its own, shared out over the GPUs."""
 
 from __future__ import annotations
 
+import csv
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, get_args
 
-from refinelib.config import Settings, load_recipe, project_root, resolve
-from refinelib.plots.style import table as markdown
-from refinelib.runs import Run, newest
+from refinelib.config import Settings, SettingsError, fields, load_recipe, project_root, resolve
+from refinelib.runs import Interruption, Run, newest
 
 #: What ``debug`` takes from params/debug.yaml: its size, and nothing else.
 SIZE = ("max_images", "epochs", "batch_size", "warmup_epochs", "width")
+#: The last columns of the table.
+ENDS = ("skipped", "seconds", "error")
+#: The command line that trains without a notebook.
+REFINELIB = (sys.executable, "-m", "refinelib")
+#: Seconds that an interrupted kernel has for its checkpoint.
+PATIENCE = 300
+#: Seconds that the output of a process is awaited after its end: what it started may hold it open.
+LAST_WORDS = 10.0
+
+
+class Job(NamedTuple):
+    """A run to make."""
+
+    name: str  # the run's, before a number is added to it
+    settings: Settings
+    given: dict[str, Any]  # what ``settings`` were resolved from
+    varied: tuple[str, ...] = ()  # names of settings with several values in the batch
+
+    @property
+    def root(self) -> Path:
+        """Folder of the run's folder."""
+        return self.settings.path(self.settings.output_dir)
+
+    @property
+    def notebook(self) -> Path:
+        """File of the executed notebook."""
+        return self.root / f"{self.name}.ipynb"
 
 
 class Outcome(NamedTuple):
-    """How one recipe went."""
+    """How a run went."""
 
-    recipe: str
-    state: str  # the run's, or failed where the notebook did
-    error: str
-    seconds: float
-    notebook: Path
-    run: Run | None
+    job: Job
+    state: str  # the run's own, or failed, or not started
+    error: str = ""
+    seconds: float = 0.0
+    run: Run | None = None
 
 
-def run(
+# -- what to train -----------------------------------------------------------------------------------
+def plan(
     recipes: Sequence[str], overrides: Mapping[str, Any] | None = None, *, debug: bool = False
-) -> list[Outcome]:
-    """Execute ``notebooks/train.ipynb`` for each recipe; a recipe that fails does not stop the next one.
-
-    The executed notebook is ``<recipe>.ipynb`` beside the run folders, ``<recipe>-2.ipynb`` for the second of
-    that name; what it prints is printed here too.
+) -> list[Job]:
+    """Every combination of recipes and values, validated; the last setting changes fastest.
 
     Args:
-        recipes: names of files in ``params/``, or paths to some.
-        overrides: settings by name, for all of them.
+        recipes: names of files in ``params/``, or paths to some; one that comes twice is trained twice.
+        overrides: settings by name; a text with commas is several values, unless the setting is a text.
         debug: a rehearsal, small as the recipe ``debug`` is; ``overrides`` come first.
 
     Raises:
-        SettingsError: a recipe or setting is wrong; nothing has been started then.
+        SettingsError: a recipe or setting is wrong, or a value comes twice.
+
+    Example:
+        >>> [job.name for job in plan(["best"], {"data": "synthetic", "lr": "1e-3,5e-4", "seed": "0,1"})]
+        ['best-lr0.001-seed0', 'best-lr0.001-seed1', 'best-lr0.0005-seed0', 'best-lr0.0005-seed1']
     """
     size = {name: value for name, value in load_recipe("debug").items() if debug and name in SIZE}
-    given = {**size, **(overrides or {})}
-    settings = {recipe: resolve(recipe, **given) for recipe in recipes}
-    outcomes: list[Outcome] = []
+    grid = {name: values_of(name, value) for name, value in {**size, **(overrides or {})}.items()}
+    varied = tuple(name for name, values in grid.items() if len(values) > 1)
+    jobs: dict[str, Job] = {}
     for recipe in recipes:
-        print(f"-- {recipe}, {len(outcomes) + 1} of {len(recipes)}", flush=True)
-        same = sum(Path(before.recipe).stem == Path(recipe).stem for before in outcomes)
-        name = Path(recipe).stem + (f"-{same + 1}" if same else "")
-        outcomes.append(_run_one(name, settings[recipe], {**given, "recipe": recipe}))
-        print(f"-- {recipe}: {outcomes[-1].state} {outcomes[-1].error}", flush=True)
-        if outcomes[-1].state == "interrupted":
-            break
-    return outcomes
+        labels: set[str] = set()
+        for values in itertools.product(*grid.values()):
+            given = {**dict(zip(grid, values, strict=True)), "recipe": recipe}
+            settings = resolve(recipe, **given)
+            label = "".join(f"-{name}{_text(getattr(settings, name))}" for name in varied)
+            if label in labels:
+                raise SettingsError(f"two runs would have {label[1:]}: give each value once")
+            labels.add(label)
+            names = (settings.run_name + label + suffix for suffix in _suffixes())
+            name = next(name for name in names if name not in jobs)
+            if name != settings.run_name:
+                given["run"] = name
+                settings = resolve(recipe, **given)
+            jobs[name] = Job(name, settings, given, varied)
+    return [*jobs.values()]
 
 
-def _run_one(name: str, settings: Settings, parameters: dict[str, Any]) -> Outcome:
-    import papermill  # slow to import
+def values_of(name: str, value: Any) -> list[Any]:
+    """The values of a setting in a text with commas; a setting that is a text has one.
 
-    root, source = settings.path(settings.output_dir), project_root() / "notebooks" / "train.ipynb"
-    root.mkdir(parents=True, exist_ok=True)
-    notebook, state, error, started = root / f"{name}.ipynb", "ok", "", time.time()
-    options = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
+    Example:
+        >>> values_of("seed", "0, 1"), values_of("roi_size", "[64, 48],96"), values_of("category", "a,b")
+        (['0', '1'], ['[64, 48]', '96'], ['a,b'])
+    """
+    kind = fields()[name].annotation if name in fields() else str
+    if not isinstance(value, str) or str in (kind, *get_args(kind)):
+        return [value]
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", value)]  # not those in brackets
+
+
+def _text(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value).replace("+", "")  # 1e+20
+    words = ("off", "on")[value] if isinstance(value, bool) else value
+    return "-" + ("x".join(map(str, words)) if isinstance(words, tuple) else str(words).lower())
+
+
+def _suffixes() -> Iterator[str]:
+    return itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+
+
+# -- training ----------------------------------------------------------------------------------------
+def train(
+    jobs: Sequence[Job],
+    *,
+    at_once: int | None = None,
+    command: Sequence[str] | None = None,
+    ended: Callable[[Outcome, dict[str, str]], object] = lambda outcome, environment: None,
+) -> list[Outcome]:
+    """Train all, each in a process of its own; one that fails does not stop the others.
+
+    A run executes ``notebooks/train.ipynb`` to ``<name>.ipynb`` beside the run folders. What it prints is
+    printed, after its name where several run at once. A run whose ``init_from`` names another of the batch
+    waits for it. A first Ctrl-C (or SIGTERM) lets every run leave its checkpoint and starts no other; a
+    second one kills them.
+
+    Args:
+        jobs: in the order they are started in.
+        at_once: how many at a time; none: one a GPU, one where there is none.
+        command: in place of a notebook, what understands ``train -f RECIPE -p NAME VALUE``, as
+            :data:`REFINELIB` does.
+        ended: called with each outcome, and the environment that it had, before the next run takes its place.
+
+    Returns:
+        An outcome a job, in their order.
+
+    Raises:
+        ValueError: ``at_once`` is below 1.
+    """
+    each = max((getattr(job.settings, "gpus", None) or 1 for job in jobs), default=1)
+    free, lock, running = places(at_once, len(jobs), each), threading.Lock(), set[subprocess.Popen[str]]()
+    several, stopped = len(free) > 1, threading.Event()
+
+    def stop(number: int) -> None:
+        with lock:
+            stopped.set()
+            for process in running:
+                process.send_signal(number)
+
+    def work(job: Job, number: int, before: Future[Outcome] | None) -> Outcome:
+        wait([before] if before else [])
+        with lock:  # none is started after a signal was sent to all
+            if stopped.is_set():
+                return Outcome(job, "not started", "the batch was interrupted before")
+            place, started = free.pop(0), time.time()
+            _say(f"-- {job.name}, {number} of {len(jobs)}{'' if command else f': {job.notebook}'}")
+            job.root.mkdir(parents=True, exist_ok=True)
+            process = subprocess.Popen(
+                _line(job, command), env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, errors="replace", start_new_session=True,  # a terminal's Ctrl-C comes once
+            )  # fmt: skip
+            running.add(process)
+        last, prefix = [""], f"{job.name}: " if several else ""
+        echo = threading.Thread(target=_echo, args=(process.stdout, prefix, last), daemon=True)
+        echo.start()
+        code = process.wait()
+        echo.join(LAST_WORDS)
+        outcome = _outcome(job, code, last[0], started, stopped.is_set())
+        _say(f"-- {job.name}: {outcome.state} {outcome.error}".rstrip())
+        ended(outcome, os.environ | place)
+        with lock:
+            running.discard(process)
+            free.append(place)
+        return outcome
+
+    futures: dict[str, Future[Outcome]] = {}
+    with Interruption() as interruption, ThreadPoolExecutor(len(free)) as pool:
+        interruption.deferred = True
+        try:
+            for number, job in enumerate(jobs, 1):
+                before = futures.get(Path(job.settings.init_from or "").name)
+                futures[job.name] = pool.submit(work, job, number, before)
+            while wait(futures.values(), timeout=0.2).not_done:
+                if interruption.requested and not stopped.is_set():
+                    stop(min(interruption.requested))
+        except KeyboardInterrupt:  # the second
+            stop(getattr(signal, "SIGKILL", signal.SIGTERM))
+    return [future.result() for future in futures.values()]
+
+
+def places(at_once: int | None, most: int, each: int = 1) -> list[dict[str, str]]:
+    """What to add to the environment of a process, for each of those that run at once.
+
+    Args:
+        at_once: how many; none: as many as the GPUs suffice for, one where there is none.
+        most: number of runs.
+        each: GPUs of a run.
+
+    Raises:
+        ValueError: ``at_once`` is below 1.
+    """
+    import torch
+
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"jobs = {at_once}: give at least 1")
+    count = torch.cuda.device_count()  # of those in CUDA_VISIBLE_DEVICES
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    shares = [",".join(map(str.strip, names[at : at + each])) for at in range(0, count - each + 1, each)]
+    number, common = max(1, min(at_once or len(shares), most)), {"PYTHONUNBUFFERED": "1"}
+    if number > 1 and "OMP_NUM_THREADS" not in os.environ:
+        common["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // number // each))
+    gpus = [{"CUDA_VISIBLE_DEVICES": share} for share in shares] or [{}]
+    return [common | gpus[place % len(gpus)] for place in range(number)]
+
+
+def _line(job: Job, command: Sequence[str] | None) -> list[str]:
+    """The command line of a run's process."""
+    given = {name: value for name, value in job.given.items() if value is not None}
+    if command is None:
+        return [sys.executable, "-m", "refinelib.workflows.batch", str(job.notebook), json.dumps(given)]
+    words = (word for name, value in given.items() if name != "recipe" for word in ("-p", name, value))
+    return [*command, "train", "-f", *map(str, (given["recipe"], *words))]
+
+
+def execute(target: str, parameters: str) -> str | None:
+    """Execute ``notebooks/train.ipynb`` in this process; a signal to stop interrupts its kernel.
+
+    Args:
+        target: file of the executed notebook.
+        parameters: JSON of its parameters by name.
+
+    Returns:
+        Why it did not come to its end, in one line; none if it did.
+    """
     try:
-        papermill.execute_notebook(str(source), str(notebook), parameters=parameters, **options)
+        with Interruption():
+            import papermill  # slow to import, and not on machines that only train
+            from traitlets.config import Config
+
+            source = str(project_root() / "notebooks" / "train.ipynb")
+            options = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
+            options["config"] = Config(
+                KernelManager={"shutdown_wait_time": 2 * PATIENCE}
+            )  # half, then a signal
+            papermill.execute_notebook(source, target, parameters=json.loads(parameters), **options)
     except KeyboardInterrupt:
-        state, error = "interrupted", "interrupted by hand"
-    except Exception as raised:  # the next recipe is started, whatever stopped this one
-        state, error = "failed", f"{getattr(raised, 'ename', '')}: {getattr(raised, 'evalue', raised)}"
+        return "interrupted"
+    except Exception as raised:  # whatever stopped it is told in one line
         if "DeadKernel" in type(raised).__name__:
-            error = "kernel died, killed or out of memory"
+            return "the kernel died, killed or out of memory"
+        name = getattr(raised, "ename", type(raised).__name__)
+        return f"{name}: {getattr(raised, 'evalue', raised)}".split("\n")[0]
+    return None
+
+
+def _say(line: str) -> None:
+    print(f"{line}\n", end="", flush=True)  # in one piece: others print as well
+
+
+def _echo(pipe: IO[str], prefix: str, last: list[str]) -> None:
+    """Print what a process prints; ``last`` has its last line afterwards."""
+    for line in pipe:
+        _say(prefix + line.rstrip("\n"))
+        last[0] = line.strip() or last[0]
+
+
+def _outcome(job: Job, code: int, last: str, started: float, stopped: bool) -> Outcome:
+    """What became of a run whose process ended with ``code`` after it printed the line ``last``."""
 
     def is_new(run: Run) -> bool:
-        return (run.folder / "status.json").stat().st_mtime >= started - 1  # times are rounded
+        fresh = (run.folder / "status.json").stat().st_mtime >= started - 1  # times are rounded
+        return fresh and (job.settings.resume or run.started_as() == job.name)
 
-    made = newest(root, settings.run_name, fits=is_new)
-    status = made.status() if made else {"state": state}
-    if made and status["state"] == "running":  # a dead kernel could not write its last status
-        made.update(**status | {"state": "failed" if state == "ok" else state, "last_error": error})
-    elif status["state"] != "ok":
-        state, error = status["state"], status.get("last_error") or error
-    return Outcome(parameters["recipe"], state, error.split("\n")[0], time.time() - started, notebook, made)
+    run = newest(job.root, job.name, fits=is_new)
+    status = run.status() if run else {"state": "running"}
+    state, error = status["state"], status.get("last_error") or ""
+    if state == "running" or (state == "ok" and code):  # it died, or its notebook failed afterwards
+        killed = code < 0 and f"killed by {signal.Signals(-code).name}: by hand, or out of memory"
+        state, error = "interrupted" if stopped else "failed", killed or last or f"it ended with {code}"
+        if run and status["state"] == "running":
+            run.update(**status | {"state": state, "last_error": error})
+    return Outcome(job, state, error.split("\n")[0], time.time() - started, run)
+
+
+# -- tables ------------------------------------------------------------------------------------------
+def records(outcomes: Sequence[Outcome], folder: Path) -> list[dict[str, Any]]:
+    """Outcomes as rows of a table, with run folders relative to ``folder`` and scores of the best epochs."""
+    from refinelib.trainer import SCORES  # slow to import
+
+    rows = []
+    for job, state, error, seconds, run in outcomes:
+        status: dict[str, Any] = run.status() if run else {}
+        place = os.path.relpath(run.folder, folder) if run else None
+        row: dict[str, Any] = {"run": job.name, "folder": place}
+        row |= {**job.settings.pick("recipe", "seed", *job.varied), "state": state}
+        row |= {name: status.get(name) for name in ("epoch", "epochs")}
+        row |= {name: (status.get("best") or {}).get(name) for name in SCORES}
+        row |= {"skipped": status.get("skipped_steps"), "seconds": round(seconds), "error": error}
+        rows.append(row)
+    return rows
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A Markdown table, a line a recipe, and where the executed notebooks are."""
-    rows = []
-    for outcome in outcomes:
-        status = outcome.run.status() if outcome.run else {}
-        found = [(status.get("best") or {}).get(key) for key in ("target_iou", "boundary_iou")]
-        scores = [None if score is None else f"{score:.3f}" for score in found]
-        epochs = f"{status['epoch']} of {status['epochs']}" if status.get("epochs") else ""
-        cells = [epochs, *scores, status.get("skipped_steps"), f"{outcome.seconds:.0f}", outcome.error]
-        rows.append([outcome.recipe, outcome.state, *cells])
-    head = ["recipe", "state", "epochs", "target IoU", "Boundary IoU", "skipped", "seconds", "error"]
-    places = [f"{outcome.recipe}: {outcome.notebook}" for outcome in outcomes]
-    return "\n".join([markdown(rows, head), "", *places])
+    """A Markdown table, a line a run, with the settings that vary."""
+    from refinelib.plots.style import table as markdown  # slow to import
+    from refinelib.trainer import SCORES
+
+    varied, rows = outcomes[0].job.varied, []
+    for row in records(outcomes, Path()):
+        row["epochs"] = f"{row['epoch']} of {row['epochs']}" if row["epochs"] else None
+        row |= {name: f"{row[name]:.3f}" for name in SCORES if row[name] is not None}
+        rows.append([row[name] for name in ("run", *varied, "state", "epochs", *SCORES, *ENDS)])
+    return markdown(rows, ["run", *varied, "state", "epochs", *SCORES.values(), *ENDS])
+
+
+def save(outcomes: Sequence[Outcome]) -> Path:
+    """Write the rows as a new file ``batch.csv``, ``batch-2.csv``, ... beside the run folders."""
+    root = outcomes[0].job.root
+    rows, files = records(outcomes, root), (root / f"batch{suffix}.csv" for suffix in _suffixes())
+    file = next(file for file in files if not file.exists())
+    with open(file, "x", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+def compare_command(file: Path) -> str:
+    """The command line that compares the runs of a table."""
+    source = os.path.relpath(project_root() / "notebooks" / "compare.ipynb")
+    return shlex.join(["papermill", source, str(file.with_name("compare.ipynb")), "-p", "runs", str(file)])
+
+
+if __name__ == "__main__":
+    sys.exit(execute(*sys.argv[1:]))

@@ -5,7 +5,6 @@ Runs that differ in ``seed`` alone are a group, with one colour and one mean.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,15 +33,14 @@ def find(runs: Sequence[str | Run] | str | None, *, output_dir: str = "outputs",
     """The runs that are named; else the ``most`` newest, the oldest of them first; else two tiny ones.
 
     Args:
-        runs: names or folders, as a list or a text with commas.
+        runs: as :func:`refinelib.workflows.examples.named` reads them.
         output_dir: folder of all runs.
         most: how many are taken if none is named.
 
     Raises:
         RunError: one of them does not exist.
     """
-    words = re.split(r"\s*,\s*", runs.strip()) if isinstance(runs, str) else runs or []
-    if names := [word for word in words if word]:
+    if names := examples.named(runs):
         return [examples.find(name, output_dir=output_dir) for name in names]
     found = find_runs(examples.root(output_dir))[-most:]
     return found or [examples.tiny(output_dir, seed=seed) for seed in (0, 1)]

@@ -1,20 +1,58 @@
-"""Runs for a notebook that was given none: the newest there is, else a tiny one trained on the spot."""
+"""Runs for a notebook: those that are named; else the newest there is, else a tiny one trained now."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from refinelib import checkpoints, trainer
 from refinelib.config import absolute, resolve
-from refinelib.runs import Run, newest
+from refinelib.runs import Run, RunError, newest
 
 
 def root(output_dir: str = "outputs") -> Path:
     """Folder of the runs; in smoke size the folder of smoke runs."""
     settings = resolve("debug", output_dir=output_dir)
     return settings.path(settings.output_dir)
+
+
+def named(runs: Iterable[str | Run] | str | None, *, only_ok: bool = False) -> list[str | Run]:
+    """Runs in a list, or in a text with commas between them; the table of a batch stands for its runs.
+
+    Args:
+        runs: names or folders, or files that :func:`refinelib.workflows.batch.save` wrote.
+        only_ok: take only those runs of a table that ended as ok.
+
+    Raises:
+        RunError: a table cannot be read, or lists no such run.
+
+    Example:
+        >>> named("best, best-2,"), named(None)
+        (['best', 'best-2'], [])
+    """
+    found: list[str | Run] = []
+    for run in runs.split(",") if isinstance(runs, str) else runs or ():
+        name = run if isinstance(run, Run) else run.strip()
+        if isinstance(name, str) and name.endswith(".csv"):
+            found += _listed(name, only_ok)
+        elif name:
+            found.append(name)
+    return found
+
+
+def _listed(table: str, only_ok: bool) -> list[str]:
+    file = Path(table) if Path(table).is_file() else absolute(table)
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except (OSError, ValueError, csv.Error) as error:
+        raise RunError(f"the table {file} cannot be read: {error}") from None
+    kept = [row for row in rows if row.get("folder") and (not only_ok or row.get("state") == "ok")]
+    if not kept:
+        raise RunError(f"the table {file} lists no run{' that ended as ok' * only_ok}")
+    return [str(file.parent / row["folder"]) for row in kept]
 
 
 def find(

@@ -345,9 +345,7 @@ def test_variants_are_told_apart_by_settings():
     }
 
 
-def test_names_and_sources():
-    assert results.names_of("a, b,,c ") == results.names_of(["a", "b", "c"]) == ["a", "b", "c"]
-    assert results.names_of(None) == []
+def test_images_and_annotations_belong_together():
     with pytest.raises(SettingsError, match="belong together"):
         results.source_of(images="x")
 

@@ -104,6 +104,30 @@ def test_runs_are_found_by_name_and_the_newest_without_one(runs, tmp_path):
         compare.find("fats", output_dir=where)
 
 
+def test_the_table_of_a_batch_stands_for_its_runs(runs, tmp_path):
+    table = tmp_path / "batch.csv"
+    table.write_text("run,folder,state\na,a,ok\nnone,,failed\nfast,fast,failed\n")
+    assert [run.name for run in compare.find(f"{table}, lost", output_dir=str(tmp_path))] == [
+        "a",
+        "fast",
+        "lost",
+    ]
+    assert examples.named([str(table), runs[1]], only_ok=True) == [str(tmp_path / "a"), runs[1]]
+    assert examples.named("a, b,,c ") == examples.named(["a", "b", "c"]) == ["a", "b", "c"]
+    for content, told in {
+        "run,folder,state\nfast,fast,failed\n": "lists no run that ended as ok",
+        "run;folder;state\na;a;ok\n": "lists no run",
+        "": "lists no run",
+        "a\x00b": "lists no run|cannot be read",
+        "folder\n\xff": "cannot be read",
+    }.items():
+        table.write_bytes(content.encode("latin-1"))
+        with pytest.raises(RunError, match=told):
+            examples.named(str(table), only_ok=True)
+    with pytest.raises(RunError, match="cannot be read: .*No such file"):
+        examples.named("nowhere.csv")
+
+
 @pytest.fixture
 def training(monkeypatch):
     """Settings of the tiny runs that would be trained."""
