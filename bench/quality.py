@@ -3,9 +3,9 @@
     python bench/quality.py --data-dir COCO --pennfudan PENNFUDAN --variants on,off --seeds 0,1,2
 
 Runs are shared out over the GPUs there are, ``--parallel`` at a time on each. The first run of a shape
-compiles its step. Prints a JSON line at every validation of every run and one a finished run, flushed, then
-two tables: mean over seeds and their spread at the end of training, and each variant against the first, seed
-by seed. Runs stay in ``--output-dir``, for notebooks/results.ipynb (intervals, sizes, pictures).
+compiles its step. Prints the lines of every run and a JSON line a finished run, flushed, then two tables:
+mean over seeds and their spread at the end of training, and each variant against the first, seed by seed.
+Runs stay in ``--output-dir`` with their table, for notebooks/results.ipynb (intervals, sizes, pictures).
 ``--evaluations DIR --images IMAGES --annotations JSON`` saves what it needs of them; ``--keep FILE`` packs
 their results, without weights.
 
@@ -15,15 +15,12 @@ bench/quality.md holds the outcome.
 from __future__ import annotations
 
 import argparse
-import collections
+import itertools
 import json
-import os
 import statistics
 import subprocess
-import sys
 import tarfile
-import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +28,7 @@ import torch
 from refinelib import resolve
 from refinelib.config import SettingsError, absolute
 from refinelib.plots.style import table as markdown
-from refinelib.trainer import Trainer, train
+from refinelib.workflows import batch
 from studies.results import REFINEMENT_OFF
 
 #: ``nontarget_pooled`` is of all crops' pixels together; ``nontarget_iou`` is a mean over crops.
@@ -67,131 +64,94 @@ def figures(metrics: dict) -> dict[str, float | None]:
     return {name: metrics["iou"][2] if name == "nontarget_pooled" else metrics[name] for name in FIGURES}
 
 
-def one(name: str, settings_json: str) -> None:
-    """Train one run and print its validations and its end."""
-    settings = resolve(**json.loads(settings_json))
-    first: list[float] = []
-    whole_step = Trainer.train_step
+def run_name(variant: str, seed: int) -> str:
+    """Name of a variant's run."""
+    return f"{variant.replace(' ', '-')}-{seed}"
 
-    def stamped(trainer: Trainer, plan, at: int):
-        report = whole_step(trainer, plan, at)
-        if not first:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            first.append(time.perf_counter())
-        return report
 
-    Trainer.train_step = stamped
-    started, reached = time.perf_counter(), []
+def job(variant: str, seed: int, settings: dict) -> batch.Job:
+    """A run of a variant; raises SettingsError."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    given |= {"seed": seed, "run": run_name(variant, seed)}
+    return batch.Job(given["run"], resolve(**given), given)
 
-    def tell(run) -> None:
-        metrics = run.epochs()[-1]["metrics"]
-        if metrics:
-            after = time.perf_counter() - first[0]
-            if (metrics["target_iou"] or 0) >= EARLY and not reached:
-                reached.append(after)
-            reach = {
-                figure: None if value is None else round(value, 4)
-                for figure, value in figures(metrics).items()
-            }
-            print(
-                json.dumps(
-                    {"run": name, "epoch": run.epochs()[-1]["epoch"], **reach, "seconds": round(after, 1)}
-                ),
-                flush=True,
-            )
 
-    run = train(settings, on_epoch=tell)
-    ended, epochs = time.perf_counter(), run.epochs()
-    metrics = epochs[-1]["metrics"]
+def figures_of(outcome: batch.Outcome) -> dict:
+    """What a finished run reached, and how long it took: epochs without their validations.
+
+    ``first_step`` is what the first epoch took longer than the middle one: compilation.
+    """
+    epochs = outcome.run.epochs()
+    metrics, seconds = epochs[-1]["metrics"], [line["seconds"] for line in epochs]
     parts = {**metrics["by_size"], **metrics["by_tercile"]}
-    line = {"run": name, "done": True, "folder": str(run.folder), **figures(metrics)}
-    line["groups"] = {group: figures(part) for group, part in parts.items() if part["rois"]}
-    line["skipped"] = run.status()["skipped_steps"]
-    line["first_step"], line["training"] = round(first[0] - started, 1), round(ended - first[0], 1)
-    line["early"], line["seconds"] = round(reached[0], 1) if reached else None, round(ended - started, 1)
-    print(json.dumps(line), flush=True)
+    compilation = seconds[0] - statistics.median(seconds)
+    early = [line["epoch"] for line in epochs if (line["metrics"].get("target_iou") or 0) >= EARLY]
+    return {
+        "run": outcome.job.name,
+        "done": True,
+        "folder": str(outcome.run.folder),
+        **figures(metrics),
+        "groups": {group: figures(part) for group, part in parts.items() if part["rois"]},
+        "skipped": outcome.run.status()["skipped_steps"],
+        "first_step": round(compilation, 1),
+        "training": round(sum(seconds) - compilation, 1),
+        "early": round(sum(seconds[: early[0]]) - compilation, 1) if early else None,
+        "seconds": round(outcome.seconds, 1),
+    }
 
 
 def run_all(
-    jobs: list[tuple[str, dict]], *, script: str, parallel: int, judge: list[str] | None = None
+    jobs: Sequence[batch.Job],
+    *,
+    parallel: int,
+    command: Sequence[str] = batch.REFINELIB,
+    judge: list[str] | None = None,
 ) -> dict[str, dict]:
-    """Every job (name, settings) in a process of its own; the last line of each that finished, by name.
+    """Train every job in a process of its own; :func:`figures_of` those that finished, by name.
 
     Args:
         jobs: in the order they are started in.
-        script: this file, or what stands in for it.
         parallel: runs at a time on each GPU.
+        command: as :func:`refinelib.workflows.batch.train` takes it.
         judge: arguments of ``python -m refinelib evaluate`` for the last weights of every run, in which
             ``{run}`` is its folder's name.
     """
-    gpus = list(range(torch.cuda.device_count())) or [None]
-    places = [gpu for _ in range(parallel) for gpu in gpus]
-    waiting, finished = collections.deque(jobs), {}
+    finished = {}
 
-    def work(gpu: int | None) -> None:
-        while True:
-            try:
-                name, settings = waiting.popleft()
-            except IndexError:
-                return
-            environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
-            process = subprocess.Popen(
-                [sys.executable, script, "--one", name, json.dumps(settings)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            problems: list[str] = []
-            reader = threading.Thread(
-                target=lambda pipe, said: said.append(pipe.read()), args=(process.stderr, problems)
-            )
-            reader.start()
-            for line in process.stdout:
-                if line.startswith("{"):
-                    print(line, end="", flush=True)
-                    record = json.loads(line)
-                    if record.get("done"):
-                        finished[name] = record
-            reader.join()
-            if process.wait() and name not in finished:
-                print(json.dumps({"run": name, "failed": problems[0].strip().splitlines()[-1:]}), flush=True)
-            elif judge is not None and name in finished:
-                folder = Path(finished[name]["folder"])
-                line = [
-                    sys.executable,
-                    "-m",
-                    "refinelib",
-                    "evaluate",
-                    str(folder / "checkpoints" / "last.pt"),
-                    *(part.replace("{run}", folder.name) for part in judge),
-                ]
-                judged = subprocess.run(line, env=environment, capture_output=True, text=True)
-                if judged.returncode:
-                    print(
-                        json.dumps({"run": name, "not judged": judged.stderr.strip().splitlines()[-1:]}),
-                        flush=True,
-                    )
+    def ended(outcome: batch.Outcome, environment: dict[str, str]) -> None:
+        name = outcome.job.name
+        if outcome.state != "ok":
+            print(json.dumps({"run": name, outcome.state: outcome.error}), flush=True)
+            return
+        finished[name] = figures_of(outcome)
+        print(json.dumps(finished[name]), flush=True)
+        if judge is not None:
+            folder = outcome.run.folder
+            words = [
+                str(folder / "checkpoints" / "last.pt"),
+                *(part.replace("{run}", folder.name) for part in judge),
+            ]
+            line = [*batch.REFINELIB, "evaluate", *words]
+            judged = subprocess.run(line, env=environment, capture_output=True, text=True)
+            if judged.returncode:
+                print(
+                    json.dumps({"run": name, "not judged": judged.stderr.strip().splitlines()[-1:]}),
+                    flush=True,
+                )
 
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in places]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    outcomes = batch.train(
+        jobs, at_once=parallel * max(1, torch.cuda.device_count()), command=command, ended=ended
+    )
+    print(f"table of the runs: {batch.save(outcomes)}")
     return finished
 
 
 def table(finished: dict[str, dict], variants: list[str], seeds: list[int]) -> str:
     """Means over seeds, then each variant against the first, seed by seed, in Markdown."""
-    runs = {
-        variant: {
-            seed: finished[f"{variant}, seed {seed}"]
-            for seed in seeds
-            if f"{variant}, seed {seed}" in finished
-        }
-        for variant in variants
-    }
+    runs: dict[str, dict] = {variant: {} for variant in variants}
+    for variant, seed in itertools.product(variants, seeds):
+        if run_name(variant, seed) in finished:
+            runs[variant][seed] = finished[run_name(variant, seed)]
     lines = [["variant", "seeds", *FIGURES, "training, s", "to 0.66, s", "skipped"]]
     for variant, mine in runs.items():
         cells = [_spread([run[name] for run in mine.values()]) for name in (*FIGURES, "training", "early")]
@@ -239,9 +199,6 @@ def pack(file: Path, finished: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--one"]:
-        one(*sys.argv[2:4])
-        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="best")
     parser.add_argument("--data-dir", help="folder of COCO persons")
@@ -277,17 +234,8 @@ def main() -> None:
         "add_pennfudan": options.pennfudan,
     }
     common |= {"output_dir": str(absolute(options.output_dir)), **dict(options.p)}
-    jobs = [
-        (
-            f"{variant}, seed {seed}",
-            {**common, **VARIANTS[variant], "seed": seed, "run": f"{variant.replace(' ', '-')}-{seed}"},
-        )
-        for seed in seeds
-        for variant in variants
-    ]
     try:
-        for _, settings in jobs:
-            resolve(**settings)
+        jobs = [job(variant, seed, {**common, **VARIANTS[variant]}) for seed in seeds for variant in variants]
     except SettingsError as error:  # before anything is trained
         parser.error(str(error))
     judge = None
@@ -300,7 +248,7 @@ def main() -> None:
             "--save",
             str(absolute(options.evaluations) / "{run}"),
         ]
-    finished = run_all(jobs, script=__file__, parallel=options.parallel, judge=judge)
+    finished = run_all(jobs, parallel=options.parallel, judge=judge)
     print("\n" + table(finished, variants, seeds))
     if options.keep:
         pack(options.keep, finished)

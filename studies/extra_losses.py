@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as PyTorch's documentation writes it
 from torch import Tensor, nn
 
+from refinelib.__main__ import main as refinelib
 from refinelib.modeling.layers import Head
 from refinelib.modeling.losses import LossTerm, cross_entropy, distance_mask
 from refinelib.modeling.refinements import Refinement, bounded
@@ -135,9 +136,8 @@ def main() -> None:
     import quality
 
     register()
-    if sys.argv[1:2] == ["--one"]:
-        quality.one(*sys.argv[2:4])
-        return
+    if sys.argv[1:2] == ["train"]:  # one run of the batch below
+        sys.exit(refinelib(sys.argv[1:]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
     parser.add_argument("--store-dir")
@@ -167,14 +167,11 @@ def main() -> None:
         }
         common = {"recipe": "original", **where, **size, **rate, **dict(options.p)}
         jobs = [
-            (
-                f"{variant}, seed {seed}",
-                {**common, **VARIANTS[variant], "seed": seed, "run": f"{variant}-{seed}"},
-            )
+            quality.job(variant, seed, {**common, **VARIANTS[variant]})
             for seed in range(options.seeds)
             for variant in options.variants
         ]
-        finished = quality.run_all(jobs, script=__file__, parallel=options.parallel)
+        finished = quality.run_all(jobs, parallel=options.parallel, command=[sys.executable, __file__])
     print("\n" + quality.table(finished, options.variants, list(range(options.seeds))))
 
 

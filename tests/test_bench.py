@@ -61,19 +61,22 @@ def test_the_matrix_notices_what_is_wrong(column):
 
 
 CHILD = """
-import json, sys, time
-name, settings = sys.argv[2], json.loads(sys.argv[3])
-if settings["seed"] == 9:
+import json, sys
+from pathlib import Path
+told = dict(zip(sys.argv[5::3], sys.argv[6::3]))
+if told["seed"] == "9":
     sys.exit("seed 9 is bad luck")
-print(json.dumps({"run": name, "epoch": 1, "started": time.time()}), flush=True)
-time.sleep(0.2)
-reach = settings["reach"]
+folder, reach = Path(told["output_dir"], told["run"]), float(told["ema_decay"])
 smaller = {f: reach - 0.1 for f in ("target_iou", "boundary_iou", "miou")}
-smaller |= {"nontarget_iou": None, "nontarget_pooled": 0.2}
-scores = {"target_iou": reach, "boundary_iou": reach / 2, "miou": 0.5}
-scores |= {"nontarget_iou": None, "nontarget_pooled": reach - 0.5, "groups": {"smaller": smaller}}
-scores |= {"skipped": 1, "training": 10.0, "early": None}
-print(json.dumps({"run": name, "done": True, **scores}), flush=True)
+smaller |= {"nontarget_iou": None, "iou": [0, 0, 0.2], "rois": 1}
+scores = {"target_iou": reach, "boundary_iou": reach / 2, "miou": 0.5, "nontarget_iou": None}
+scores |= {"iou": [0, 0, reach - 0.5], "by_size": {"smaller": smaller, "none": {"rois": 0}}, "by_tercile": {}}
+folder.mkdir()
+(folder / "config.json").write_text(json.dumps({"settings": {"run": told["run"]}}))
+(folder / "status.json").write_text(json.dumps({"state": "ok", "skipped_steps": 1}))
+epochs = zip([17.0, 7.0, 6.0], [{"target_iou": 0.5}, {"target_iou": 0.66}, scores])
+lines = [{"kind": "epoch", "epoch": n, "seconds": s, "metrics": m} for n, (s, m) in enumerate(epochs, 1)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
 
 
@@ -81,15 +84,15 @@ def test_variants_are_trained_side_by_side_and_compared_seed_by_seed(tmp_path, c
     quality = bench("quality")
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    reach = {("on", 0): 0.75, ("on", 1): 0.77, ("off", 0): 0.72, ("off", 1): 0.70}
-    jobs = [
-        (f"{variant}, seed {seed}", {"seed": seed, "reach": value})
-        for (variant, seed), value in reach.items()
-    ]
-    jobs.append(("on, seed 9", {"seed": 9, "reach": 1.0}))
-    finished = quality.run_all(jobs, script=str(script), parallel=2)
-    assert set(finished) == {name for name, *_ in jobs[:-1]}
-    assert '{"run": "on, seed 9", "failed": ["seed 9 is bad luck"]}' in capfd.readouterr().out
+    reach = {("on", 0): 0.75, ("on", 1): 0.77, ("off", 0): 0.72, ("off", 1): 0.70, ("on", 9): 0.9}
+    where = {"recipe": "demo", "output_dir": str(tmp_path), "store_dir": None}
+    jobs = [quality.job(*name, {**where, "ema_decay": value}) for name, value in reach.items()]
+    finished = quality.run_all(jobs, parallel=2, command=[sys.executable, str(script)])
+    assert set(finished) == {"on-0", "on-1", "off-0", "off-1"}
+    assert '{"run": "on-9", "failed": "seed 9 is bad luck"}' in capfd.readouterr().out
+    one = finished["on-0"]
+    assert (one["first_step"], one["training"], one["early"], one["skipped"]) == (10.0, 20.0, 14.0, 1)
+    assert (tmp_path / "batch.csv").read_text().count("ok") == 4
     means, gains = quality.table(finished, ["on", "off"], [0, 1, 9]).split("\n\n")
     assert "| on | 2 | 0.760 (0.750 to 0.770) | 0.380 (0.375 to 0.385) |" in means and means.endswith("| 2 |")
     assert (
