@@ -5,7 +5,16 @@
     batch   milliseconds a ROI and peak memory, batches doubling up to the largest that fits (or --largest)
     size    the same for crops of 32 to 256 pixels
     width   the same and the number of parameters, for widths of 0.125 to 2
-    data    opening, planning an epoch and serving a ROI, for stores of --rows rows, really written
+    data    opening, planning an epoch, serving a ROI and an epoch of whole steps, for stores of --rows rows,
+            really written; memory of the host and the device
+
+Under ``torchrun`` the steps are those of all processes: a batch is theirs together, memory is told of each.
+
+    torchrun --nproc-per-node 2 bench/growth.py --curves data --rows 262000 --served 256
+
+The time of an epoch is that of its steps by the median of ``measured_steps``; ``data_epoch_s`` is that of
+making the batches alone, on one process its own share of them. Of the host's memory ``rss`` counts pages of
+the store's files in each process that has read them, ``pss`` a part of each page, by how many share it.
 
 Steps are whole, but not compiled (--compile compiles them too, minutes a point). One JSON line a point,
 as it is measured; the exponent between neighbours says where a curve bends: 1 is a straight line through
@@ -30,18 +39,13 @@ from typing import Any
 import speed
 import store as stores
 import torch
+from speed import say
 
+from refinelib import ranks
 from refinelib.config import Settings, resolve
 from refinelib.data import Store, open_split
 from refinelib.data.loader import BatchLoader
 from refinelib.guard.guard import ran_out
-
-LINES: list[dict] = []
-
-
-def say(**line: Any) -> None:
-    LINES.append(line)
-    print(json.dumps(line), flush=True)
 
 
 def main() -> int:
@@ -57,17 +61,18 @@ def main() -> int:
     parser.add_argument("--sizes", default="32,64,96,128,192,256")
     parser.add_argument("--widths", default="0.125,0.25,0.5,1,1.5,2")
     parser.add_argument("--rows", default="500,5000,50000,262000")
+    parser.add_argument("--served", type=int, default=64, help="ROIs a step along the curve of data")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
+    with ranks.joined(options.device, speed.TIMEOUT):
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
-    say(
-        curve="device",
-        name=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        torch=torch.__version__,
-        date=time.strftime("%Y-%m-%d"),
-    )
+    say(curve="device", **speed.told_of(device))
     with tempfile.TemporaryDirectory() as folder:
         given = dict(
             augment="full",
@@ -78,7 +83,7 @@ def main() -> int:
             max_images=40,
         )
         base = resolve("original", **{**given, "amp": "auto", **dict(options.p)})
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), ranks.one_a_host_first():
             small = open_split(base, "train")
         for curve in options.curves.split(","):
             points = list(
@@ -88,8 +93,8 @@ def main() -> int:
             )
             for before, after in itertools.pairwise(points):
                 say(curve=curve, between=[before["at"], after["at"]], **exponents(before, after))
-    if options.out:
-        options.out.write_text(json.dumps(LINES, indent=1) + "\n")
+    if options.out and ranks.rank() == 0:
+        options.out.write_text(json.dumps(speed.LINES, indent=1) + "\n")
     return 0
 
 
@@ -117,7 +122,7 @@ def by_size(
         settings = base.model_copy(
             update=dict(batch_size=options.batch, roi_size=(size, size), mask_size=(size, size))
         )
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), ranks.one_a_host_first():
             crops = open_split(settings, "train")
         point = step_cost(settings, crops, device)
         if point is None:
@@ -139,13 +144,17 @@ def by_data(
     base: Settings, small: Store, device: torch.device, options: argparse.Namespace
 ) -> Iterable[dict]:
     for rows in map(int, options.rows.split(",")):
-        with tempfile.TemporaryDirectory() as scratch:
-            with contextlib.redirect_stdout(sys.stderr):
-                stores.scale(small, rows, Path(scratch) / "large")
+        with tempfile.TemporaryDirectory() as own:
+            folder, written = Path(ranks.tell(own)) / "large", 0.0
+            with ranks.one_a_host_first():
+                if not folder.exists():
+                    written = stores.write(small, rows, folder)
             started = time.perf_counter()
-            large = Store.open(Path(scratch) / "large")
+            large = Store.open(folder)
             opened = time.perf_counter()
-            loader = BatchLoader(large, device=device, batch_size=min(64, rows), mode=base.augment, seed=0)
+            settings = base.model_copy(update={"batch_size": min(options.served, rows)})
+            size, mode = settings.batch_size, base.augment
+            loader = BatchLoader(large, device=device, batch_size=size, mode=mode, seed=0)
             ready = time.perf_counter()
             plan = loader.plan(0)
             planned = time.perf_counter()
@@ -153,17 +162,38 @@ def by_data(
             for step in range(taken):
                 loader.batch(plan, step)
             speed.synchronize(device)
-            served = (time.perf_counter() - planned) / (taken * loader.batch_size)
-            yield told(
-                "data",
-                rows,
+            served = (time.perf_counter() - planned) / taken
+            figures = dict(
+                write_s=round(written, 1),
                 opening_s=round(opened - started, 4),
                 feed_s=round(ready - opened, 4),
                 plan_s=round(planned - ready, 4),
-                serving_us_a_roi=round(1e6 * served, 2),
+                serving_us_a_roi=round(1e6 * served / size * ranks.count(), 2),
                 on_device=loader.resident is not None,
                 plan_mib=round(sum(x.nbytes for x in plan) / 2**20, 2),
+                store_gib=round(rows * (large.images[0].nbytes + large.coverage[0].nbytes) / 2**30, 3),
+                served=size,
+                steps=loader.steps_per_epoch,
+                data_epoch_s=round(served * loader.steps_per_epoch, 2),
             )
+            del loader, plan  # the step has its own
+            point = step_cost(settings, large, device)
+            if point is not None:
+                figures["epoch_s"] = round(point["ms"] * figures["steps"] / 1e3, 1)
+                figures |= {name: point[name] for name in ("ms", "measured_steps")}
+            memory = ranks.gathered({**host_memory(), "device_peak_gib": point and point["peak_gib"]})
+            figures |= {name: [each[name] for each in memory] for name in memory[0]}
+            yield told("data", rows, **figures)
+
+
+def host_memory() -> dict[str, float]:
+    """GiB that this process has in memory, by how Linux counts shared pages."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:  # another system
+        return {}
+    kib = {line.split(":")[0].lower(): int(line.split()[1]) for line in lines}
+    return {f"{name}_gib": round(kib[name] / 2**20, 3) for name in ("rss", "pss")}
 
 
 def step_cost(settings: Settings, rois: Store, device: torch.device) -> dict[str, Any] | None:
@@ -175,9 +205,9 @@ def step_cost(settings: Settings, rois: Store, device: torch.device) -> dict[str
     try:
         stepper = speed.stepper(settings, rois, device)
         speed.take(stepper, speed.WARM_UP + 1)
-        if stepper.chunks > 1:  # it took smaller pieces to make the batch fit
+        if max(ranks.gathered(stepper.chunks)) > 1:  # it took smaller pieces to make the batch fit
             return None
-        count = max(2, int(0.3 / speed.seconds_a_step(stepper, 2, device)))
+        count = speed.steps_for(0.3, stepper, device, least=2)
         times = [speed.seconds_a_step(stepper, count, device) for _ in range(3)]
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         parameters = sum(p.numel() for p in stepper.model.parameters())
@@ -185,9 +215,10 @@ def step_cost(settings: Settings, rois: Store, device: torch.device) -> dict[str
             ms=round(1e3 * statistics.median(times), 3),
             peak_gib=peak and round(peak, 3),
             parameters=parameters,
+            measured_steps=3 * count,
         )
     except RuntimeError as error:
-        if not ran_out(error):
+        if not ran_out(error) or ranks.count() > 1:  # other ranks would wait for this one
             raise
         return None
     finally:

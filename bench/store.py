@@ -136,7 +136,14 @@ def second_start(what: list) -> dict[str, float]:
 
 
 def scale(store: Any, rows: int, folder: Path) -> dict[str, Any]:
-    """Writes a store of ``rows`` rows (the small one's, over and over), and serves it in a fresh process."""
+    """Writes a store of so many rows, see :func:`write`, and serves it in a fresh process."""
+    written = write(store, rows, folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return {"rois": rows, "bytes": size, "write_s": round(written, 1), **_fresh(SERVE, str(folder))}
+
+
+def write(store: Any, rows: int, folder: Path) -> float:
+    """Writes a store of ``rows`` rows, the small one's over and over; returns the seconds that it took."""
     import numpy as np
 
     from refinelib.data import DataError
@@ -170,9 +177,7 @@ def scale(store: Any, rows: int, folder: Path) -> dict[str, Any]:
     )
     np.savez(folder / "index.npz", mean_coverage=mean, **columns)
     (folder / "store.json").write_text(json.dumps({**store.info.model_dump(), "rois": rows}))
-    written = time.perf_counter() - started
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return {"rois": rows, "bytes": size, "write_s": round(written, 1), **_fresh(SERVE, str(folder))}
+    return time.perf_counter() - started
 
 
 def _fresh(code: str, argument: str) -> dict[str, Any]:
