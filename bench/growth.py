@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
             augment="full",
             ema_decay=0.98,
             device=device.type,
-            output_dir=folder,
+            output_dir=ranks.tell(folder),
             compile="on" if options.compile else "off",
             max_images=40,
         )

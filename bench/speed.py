@@ -198,7 +198,7 @@ def run(options) -> int:
             augment="full",
             ema_decay=0.98,
             device=device.type,
-            output_dir=folder,
+            output_dir=ranks.tell(folder),
             compile="on",
         )
         settings = resolve(options.recipe, **{**given, "data": "synthetic", **dict(options.p)})
