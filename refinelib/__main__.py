@@ -146,16 +146,11 @@ def _check_data(annotations: str | None, images: str | None, given: list[list[st
 
 
 def _run(
-    recipes: list[str],
-    given: list[list[str]],
-    debug: bool,
-    jobs: int | None,
-    notebook: bool,
-    **shorthands: Any,
+    recipes: list[str], given: list[list[str]], debug: bool, jobs: int | None, notebook: bool, **others: Any
 ) -> int:
     from refinelib.workflows import batch
 
-    overrides = dict(given) | {name: value for name, value in shorthands.items() if value is not None}
+    overrides = dict(given) | {name: value for name, value in others.items() if value is not None}
     plan = batch.plan(recipes, overrides, debug=debug)
     outcomes = batch.train(plan, at_once=jobs, command=None if notebook else batch.REFINELIB)
     print("\n" + batch.table(outcomes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -153,9 +154,10 @@ def train(
         An outcome a job, in their order.
 
     Raises:
-        ValueError: ``at_once`` is below 1.
+        ValueError: ``at_once`` is below 1; before anything is started.
+        OSError: a folder of runs cannot be made; likewise.
     """
-    each = max((getattr(job.settings, "gpus", None) or 1 for job in jobs), default=1)
+    each = max((job.settings.gpus for job in jobs), default=1)
     free, lock, running = places(at_once, len(jobs), each), threading.Lock(), set[subprocess.Popen[str]]()
     several, stopped = len(free) > 1, threading.Event()
 
@@ -172,7 +174,6 @@ def train(
                 return Outcome(job, "not started", "the batch was interrupted before")
             place, started = free.pop(0), time.time()
             _say(f"-- {job.name}, {number} of {len(jobs)}{'' if command else f': {job.notebook}'}")
-            job.root.mkdir(parents=True, exist_ok=True)
             process = subprocess.Popen(
                 _line(job, command), env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, errors="replace", start_new_session=True,  # a terminal's Ctrl-C comes once
@@ -181,16 +182,20 @@ def train(
         last, prefix = [""], f"{job.name}: " if several else ""
         echo = threading.Thread(target=_echo, args=(process.stdout, prefix, last), daemon=True)
         echo.start()
-        code = process.wait()
-        echo.join(LAST_WORDS)
-        outcome = _outcome(job, code, last[0], started, stopped.is_set())
-        _say(f"-- {job.name}: {outcome.state} {outcome.error}".rstrip())
-        ended(outcome, os.environ | place)
-        with lock:
-            running.discard(process)
-            free.append(place)
-        return outcome
+        try:
+            code = process.wait()
+            echo.join(LAST_WORDS)
+            outcome = _outcome(job, code, last[0], started, stopped.is_set())
+            _say(f"-- {job.name}: {outcome.state} {outcome.error}".rstrip())
+            ended(outcome, os.environ | place)
+            return outcome
+        finally:
+            with lock:
+                running.discard(process)
+                free.append(place)
 
+    for job in jobs:
+        job.root.mkdir(parents=True, exist_ok=True)
     futures: dict[str, Future[Outcome]] = {}
     with Interruption() as interruption, ThreadPoolExecutor(len(free)) as pool:
         interruption.deferred = True
@@ -272,7 +277,8 @@ def execute(target: str, parameters: str) -> str | None:
 
 
 def _say(line: str) -> None:
-    print(f"{line}\n", end="", flush=True)  # in one piece: others print as well
+    with contextlib.suppress(OSError):  # nobody reads any more: the runs go on
+        print(f"{line}\n", end="", flush=True)  # in one piece: others print as well
 
 
 def _echo(pipe: IO[str], prefix: str, last: list[str]) -> None:

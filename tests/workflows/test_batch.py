@@ -94,6 +94,13 @@ def test_what_is_wrong_is_said_before_anything_starts(tmp_path, arguments, messa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_anything_starts(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "demo", "phase1", "-p", "output_dir", str(tmp_path / "file")]) == 2
+    told = capsys.readouterr()
+    assert "File exists" in told.err and not told.out
+
+
 # -- where a process runs ----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "visible, count, at_once, expected",
