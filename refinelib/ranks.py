@@ -184,7 +184,7 @@ def sum_gradients(parameters: Sequence[Tensor], values: Tensor, stop: Tensor) ->
     """Sum gradients and values over all ranks, in one collective; the same bits on every rank.
 
     Args:
-        parameters: whose gradients are replaced by their sums.
+        parameters: float32; their gradients, which lie in memory as they do, are replaced by their sums.
         values: float32 ``[N]`` on their device, losses say.
         stop: float32 scalar, 1 where this rank was asked to stop.
 
@@ -192,16 +192,15 @@ def sum_gradients(parameters: Sequence[Tensor], values: Tensor, stop: Tensor) ->
         The summed values; float32 ``[1 + ranks]``: how many were asked to stop, then for each rank whether
         its own gradients or values were not finite.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), values])
-    verdicts = torch.zeros(count(), device=flat.device)
-    verdicts[rank()] = (~torch.linalg.vector_norm(flat, math.inf).isfinite()).float()
-    flat = torch.cat([flat, stop.view(1), verdicts])
+    # Views in the order of the memory: flattening a kernel that lies channels last would copy it.
+    gradients = [p.grad.as_strided((p.numel(),), (1,)) for p in parameters if p.grad is not None]
+    verdicts = values.new_zeros(count())
+    flat = torch.cat([*gradients, values, verdicts, stop.view(1)])
+    *parts, values, verdicts, stop = flat.split([*map(len, gradients), len(values), count(), 1])
+    verdicts[rank()] = (~torch.linalg.vector_norm(flat[: -count() - 1], math.inf).isfinite()).float()
     dist.all_reduce(flat)
-    *parts, values, told = flat.split([*(g.numel() for g in gradients), len(values), 1 + count()])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-    return values, told
+    torch._foreach_copy_(gradients, parts)
+    return values, torch.cat([stop, verdicts])
 
 
 def tell(value: Any, source: int = 0) -> Any:

@@ -86,6 +86,10 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
                     raise cause from error
                 raise
             finally:
+                if trainer is not None:
+                    trainer.stepper.graph = (
+                        None  # the ranks cannot part while a graph holds their collectives
+                    )
                 run.close()
     return run
 

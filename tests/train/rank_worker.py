@@ -1,6 +1,7 @@
 """One process of a run on several: settings as JSON, and what to do to one rank."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -62,6 +63,7 @@ def once_full(stepper):
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(240, exit=True)  # a hang says where
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.exit(main(json.loads(sys.argv[1]), json.loads(sys.argv[2])))
