@@ -28,6 +28,8 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 #: Seconds between two signs of life of a rank, and those that a rank has to end after another one has failed.
 BEAT, GRACE = 1.0, 5.0
+#: A gradient's square overflows float32 from here on.
+LARGE = 1e19
 #: How long a collective waits: rank 0 may be building a store.
 PATIENCE = datetime.timedelta(hours=6)
 
@@ -190,14 +192,15 @@ def sum_gradients(parameters: Sequence[Tensor], values: Tensor, stop: Tensor) ->
 
     Returns:
         The summed values; float32 ``[1 + ranks]``: how many were asked to stop, then for each rank whether
-        its own gradients or values were not finite.
+        its own gradients or values were not finite, or too large for float32.
     """
     # Views in the order of the memory: flattening a kernel that lies channels last would copy it.
     gradients = [p.grad.as_strided((p.numel(),), (1,)) for p in parameters if p.grad is not None]
     verdicts = values.new_zeros(count())
     flat = torch.cat([*gradients, values, verdicts, stop.view(1)])
     *parts, values, verdicts, stop = flat.split([*map(len, gradients), len(values), count(), 1])
-    verdicts[rank()] = (~torch.linalg.vector_norm(flat[: -count() - 1], math.inf).isfinite()).float()
+    own = torch.linalg.vector_norm(flat[: -count() - 1], math.inf)
+    verdicts[rank()] = (~(own < LARGE)).float()  # nan is not below it
     dist.all_reduce(flat)
     torch._foreach_copy_(gradients, parts)
     return values, torch.cat([stop, verdicts])

@@ -117,8 +117,9 @@ class Step:
         return [self.injector.batch(*batch) for batch in self.batches]
 
     def total(self, output: Any, labels: Tensor) -> Tensor:
-        """The loss of a micro-batch."""
-        return self.injector.loss(self.loss(output, labels)[0])
+        """What a micro-batch adds to the step's loss, by its share of the samples."""
+        samples = sum(len(labels) for _, labels in self.batches)
+        return self.injector.loss(self.loss(output, labels)[0]) * (len(labels) / samples)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -185,11 +186,11 @@ def examine(step: Step) -> Finding:
 def take(step: Step) -> tuple[float, list[float]]:
     """Loss and unscaled gradient norms of the step, computed as training computes them."""
     step.model.zero_grad(set_to_none=True)
-    total, share = torch.zeros(()), 1.0 / len(step.batches)
+    total = torch.zeros(())
     for images, labels in step.micro_batches():
         loss = step.total(step.forward(images), labels)
-        (loss * share * step.scale).backward()
-        total = total + loss.detach().cpu() * share
+        (loss * step.scale).backward()
+        total = total + loss.detach().cpu()
     step.injector.after_backward()
     trained = [p for p in step.model.parameters() if p.requires_grad]
     sizes = torch.tensor([p.numel() for p in trained], device=trained[0].device).sqrt()
@@ -276,7 +277,7 @@ def _watch(step: Step, finding: Finding) -> list[int]:
             mode.modules, mode.backward, mode.batch = ["loss", "model"], False, len(images)
             output = step.forward(images)
             mode.modules = ["loss"]
-            loss = step.total(output, labels) / len(batches)
+            loss = step.total(output, labels)
             mode.backward = True
             (loss * step.scale).backward()
             if finding.operation:

@@ -34,7 +34,7 @@ class Row(NamedTuple):
         report: by the names in :data:`~refinelib.guard.guard.REPORT`.
         norms: float64 ``[parameters]``, gradient norms.
         stop: whether a rank was asked to stop; of several processes only.
-        bad_ranks: those whose own gradients or losses were not finite; of several processes only.
+        bad_ranks: those whose own gradient or loss was not finite or too large; of several processes only.
     """
 
     step: int
