@@ -183,6 +183,8 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > YAML:
         raise ValueError(f"it has {len(text)} characters, more than {YAML}")
+    if max(map(text.count, "[{")) > 1000:  # nested, PyYAML would look at them for half a minute
+        raise ValueError("it is nested too deep, or has over 1000 lists or mappings")
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has aliases (*name): write the values out")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,45 @@ def tiny(tmp_path, stores):
         return resolve(recipe, **{**defaults, **keywords})
 
     return settings
+
+
+@contextmanager
+def shallow_models():
+    from helpers import bench
+
+    from refinelib import build
+    from refinelib.metrics import predict
+
+    small = functools.partial(bench("sweep").small_model, buffers=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (build, predict):
+            patch.setattr(module, "build_model", small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """Models with every kind of module but fewer of each: a step takes a third of its time.
+
+    In this process alone: what is trained here is not resumed or loaded by another one.
+    """
+    with shallow_models():
+        yield
+
+
+@pytest.fixture
+def shallow_here():
+    """The same for one test."""
+    with shallow_models():
+        yield
+
+
+@pytest.fixture(scope="module")
+def half():
+    """Float16 convolutions at a bearable speed: a CPU takes 30 times as long for their gradients."""
+    from helpers import bench
+
+    real = torch.nn.functional.conv2d
+    bench("sweep").half_convolutions()
+    yield
+    torch.nn.functional.conv2d = real

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -29,6 +30,7 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
+@functools.cache
 def bench(name):
     """A file of bench/, by its path: bench is no package."""
     spec = importlib.util.spec_from_file_location(f"bench_{name}", project_root() / "bench" / f"{name}.py")

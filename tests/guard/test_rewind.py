@@ -1,6 +1,5 @@
 """Going back to the last good state: what triggers it, what it restores, when it stops."""
 
-import contextlib
 import json
 import math
 import os
@@ -19,6 +18,8 @@ from refinelib.guard.monitor import LossMonitor, Row
 from refinelib.guard.rewind import GENERATIONS, DivergedError, Rewinder, Snapshot
 from refinelib.runs import Run, latest
 from refinelib.trainer import Trainer, train
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 def test_a_fault_for_good_rewinds_a_bounded_number_of_times_and_stops_as_diverged(tiny):
@@ -362,13 +363,16 @@ def shift(trainer, by):
 
 
 @pytest.mark.parametrize(
-    ("at", "by"),
-    [(3, 100.0), *(pytest.param(*late, marks=pytest.mark.slow) for late in ((150, 1.0), (-2, 100.0)))],
+    ("at", "by", "epochs"),
+    [
+        (3, 100.0, 24),
+        *(pytest.param(*late, 80, marks=pytest.mark.slow) for late in ((150, 1.0), (-2, 100.0))),
+    ],
 )
-def test_a_finite_damage_that_comes_once_has_changed_nothing(tiny, monkeypatch, at, by):
+def test_a_finite_damage_that_comes_once_has_changed_nothing(tiny, monkeypatch, at, by, epochs):
     """Loss or weights reveal it, the steps are repeated: weights and records are an undamaged run's."""
     given = dict(
-        epochs=80,
+        epochs=epochs,
         batch_size=3,
         lr=1e-3,
         roi_size=16,
@@ -419,26 +423,6 @@ def test_a_loss_that_explodes_in_the_first_steps_is_not_ok(tiny):
     )
 
 
-def test_a_learning_rate_that_is_far_too_high_is_noticed_at_once(tiny):
-    """There is no warm-up either. The first steps explode, and lower rates save the run or end it."""
-    settings = tiny(
-        epochs=30,
-        batch_size=3,
-        seed=1,
-        lr=1.0,
-        min_lr=1.0,
-        warmup_epochs=0,
-        amp="off",
-        validate_every=40,
-        save_every=40,
-        probe_every=0,
-    )
-    with contextlib.suppress(DivergedError):
-        train(settings)
-    run = Run.open(settings.run_name, output_dir=settings.output_dir)
-    assert min(event["step"] for event in run.events() if event["kind"] == "rewind") <= 32
-
-
 def test_a_run_that_applied_fewer_than_half_of_its_steps_is_not_ok(tiny):
     faults = ";".join(f"loss:nan@{step}" for step in range(1, 61) if step % 3)
     with pytest.raises(DivergedError, match=r"\d of \d+ steps were applied"):
@@ -447,9 +431,9 @@ def test_a_run_that_applied_fewer_than_half_of_its_steps_is_not_ok(tiny):
 
 def test_resume_then_rewind_is_what_the_run_left_alone_does(tiny, monkeypatch):
     """Stopped once and resumed before the trouble: the snapshots are in the checkpoint's company."""
-    faults = ";".join(f"loss:nan@{step}" for step in range(110, 115))
+    faults = ";".join(f"loss:nan@{step}" for step in range(62, 67))
     given = dict(
-        epochs=40,
+        epochs=20,
         batch_size=3,
         inject=faults,
         max_consecutive_skips=5,
@@ -459,7 +443,7 @@ def test_resume_then_rewind_is_what_the_run_left_alone_does(tiny, monkeypatch):
         probe_every=0,
     )
     plain = train(tiny(run="plain", **given))
-    damaging(monkeypatch, 90, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    damaging(monkeypatch, 55, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
         train(tiny(run="stopped", **given))
     run = train(tiny(run="stopped", resume=True, **given))

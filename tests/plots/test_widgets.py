@@ -26,7 +26,7 @@ def watched(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Run:
-    return tiny(str(tmp_path_factory.mktemp("runs")))
+    return tiny(str(tmp_path_factory.mktemp("runs")), epochs=2, max_images=6)
 
 
 def test_nothing_is_made_where_nobody_watches(trained, monkeypatch):
@@ -97,14 +97,15 @@ def test_the_live_panel_is_shown_once_and_then_replaced_in_place(tmp_path, watch
     assert all(part.startswith(b"\x89PNG") for part in shown + updated)
 
 
-def test_in_a_watched_kernel_the_panel_is_two_pictures_and_the_sliders_are_widgets(tmp_path, monkeypatch):
+def test_in_a_watched_kernel_the_panel_is_two_pictures_and_the_sliders_are_widgets(trained, monkeypatch):
     """A real kernel, told that a Jupyter server started it; what the page holds afterwards."""
     monkeypatch.setenv("JPY_SESSION_NAME", "watched.ipynb")
     source = f"""
-import refinelib
 from refinelib.plots import widgets
-settings = refinelib.resolve("debug", output_dir={str(tmp_path / "runs")!r}, smoke=True)
-run = refinelib.train(settings, on_epoch=widgets.live_panel())
+from refinelib.runs import Run
+run, panel = Run.open({str(trained.folder)!r}), widgets.live_panel()
+panel(run)
+panel(run)
 """
     notebook = nbformat.v4.new_notebook(
         cells=[

@@ -1,5 +1,6 @@
 """The loop: what it leaves, that it resumes exactly, that bad steps cost nothing."""
 
+import contextlib
 import json
 import math
 import os
@@ -92,6 +93,7 @@ def test_leaves_what_the_readme_promises(tiny):
     assert worst <= best and worst <= sample["target_iou"].mean() <= best
 
 
+@pytest.mark.usefixtures("shallow_here")
 def test_validated_now_and_then_it_is_the_same_run(tiny):
     often, seldom = train(tiny(epochs=5)), train(tiny(epochs=5, validate_every=2))
     assert_same(final_weights(often), final_weights(seldom))
@@ -111,6 +113,7 @@ def test_the_loss_falls_and_the_mask_beats_the_untrained_one(tiny):
     assert losses[-1] < 0.85 * losses[0]
 
 
+@pytest.mark.usefixtures("shallow_here")
 def test_same_seed_same_run_and_another_seed_another(tiny):
     first, again, other = train(tiny()), train(tiny()), train(tiny(seed=1))
     assert_same(final_weights(first), final_weights(again))
@@ -120,6 +123,7 @@ def test_same_seed_same_run_and_another_seed_another(tiny):
     )
 
 
+@pytest.mark.usefixtures("shallow_here")
 def test_interrupted_and_resumed_equals_never_stopped(tiny, monkeypatch):
     """In the middle of an epoch, and at its end."""
     whole = train(tiny(run="whole", epochs=3, augment="full"))
@@ -148,6 +152,7 @@ def test_killed_and_resumed_from_the_last_whole_checkpoint(tiny, tmp_path):
     assert_same(final_weights(whole), final_weights(run))
 
 
+@pytest.mark.usefixtures("shallow_here")
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -173,6 +178,7 @@ def test_a_bad_step_is_skipped_counted_and_named(tiny, fault, words, amp):
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
 
 
+@pytest.mark.usefixtures("shallow_here")
 @pytest.mark.parametrize("fault", ["grad:overflow@3", "label:swap@3", "grad:spike@3"])
 def test_a_finite_fault_is_no_reason_to_skip(tiny, fault):
     run = train(tiny(inject=fault, epochs=1))
@@ -187,6 +193,7 @@ def test_killed_by_injection(tiny, tmp_path):
     assert Run.open(tmp_path / "killed").status()["state"] == "running"  # it had no time to say otherwise
 
 
+@pytest.mark.usefixtures("shallow_here")
 @pytest.mark.parametrize(
     "text",
     [
@@ -204,6 +211,7 @@ def test_a_fault_that_cannot_be_read_is_refused(tiny, text):
         train(tiny(inject=text))
 
 
+@pytest.mark.usefixtures("shallow_here")
 def test_every_step_bad_never_writes_nan(tiny):
     with pytest.raises(DivergedError, match=r"none of \d+ steps were applied"):
         train(tiny(amp="bf16", inject="loss:inf@1:always"))
@@ -230,6 +238,26 @@ def test_starts_from_another_runs_weights(tiny):
             train(tiny("phase2", init_from=str(deep.folder), epochs=1, coarse_depth=depth))
     with pytest.raises(checkpoints.CheckpointError, match="no run"):
         train(tiny("finetune", init_from="no-such-run"))
+
+
+def test_a_learning_rate_that_is_far_too_high_is_noticed_at_once(tiny):
+    """There is no warm-up either. The first steps explode, and lower rates save the run or end it."""
+    settings = tiny(
+        epochs=10,
+        batch_size=3,
+        seed=1,
+        lr=1.0,
+        min_lr=1.0,
+        warmup_epochs=0,
+        amp="off",
+        validate_every=40,
+        save_every=40,
+        probe_every=0,
+    )
+    with contextlib.suppress(DivergedError):
+        train(settings)
+    run = Run.open(settings.run_name, output_dir=settings.output_dir)
+    assert min(event["step"] for event in run.events() if event["kind"] == "rewind") <= 32
 
 
 def test_a_failure_is_recorded_in_a_sentence(tiny, tmp_path):
@@ -262,6 +290,7 @@ def test_other_shapes_contexts_and_the_subpixel_decoder(tiny, size):
     assert run.status()["state"] == "ok"
 
 
+@pytest.mark.usefixtures("half")
 def test_fp16_on_the_cpu_trains(tiny):
     run = train(tiny(epochs=1, amp="fp16", max_images=3))
     assert run.status()["state"] == "ok" and run.status()["skipped_steps"] <= 2
@@ -310,6 +339,7 @@ def test_resume_refuses_other_settings_and_leaves_the_run_as_it_was(tiny):
     assert longer.status()["state"] == "ok" and [e["epoch"] for e in longer.epochs()] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("shallow_here")
 @pytest.mark.parametrize("error", FULL, ids=["PyTorch", "cuBLAS"])
 def test_memory_that_others_took_meanwhile_is_no_end_of_validation(tiny, error, monkeypatch):
     whole = train(tiny(run="whole", epochs=1, ema_decay=0.9, flip_test=True))
@@ -330,6 +360,7 @@ def test_memory_that_others_took_meanwhile_is_no_end_of_validation(tiny, error, 
         train(tiny(run="none", epochs=1, ema_decay=0.9))
 
 
+@pytest.mark.usefixtures("shallow_here")
 def test_a_run_is_trained_by_one_process_at_a_time(tiny):
     run = train(tiny(run="mine", epochs=1))
     told = run.status()
@@ -339,6 +370,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tiny):
     assert train(tiny(run="mine", epochs=2, resume=True)).status()["epoch"] == 2
 
 
+@pytest.mark.usefixtures("shallow_here")
 def test_a_resume_that_finds_no_data_leaves_a_finished_run_finished(tiny, monkeypatch):
     run = train(tiny(run="mine", epochs=1))
     told = run.status()
@@ -355,6 +387,7 @@ def test_a_resume_that_finds_no_data_leaves_a_finished_run_finished(tiny, monkey
     assert Run.open(run.folder.parent / "fresh").status()["state"] == "failed"
 
 
+@pytest.mark.usefixtures("shallow_here")
 def test_a_run_goes_on_with_the_people_it_was_started_with(tiny, monkeypatch):
     train(tiny(run="mine", epochs=1))
     monkeypatch.setattr(Store, "identity", "others")

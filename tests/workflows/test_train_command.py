@@ -40,7 +40,7 @@ def test_what_is_wrong_is_a_sentence_and_an_exit_code(tmp_path, stores, capsys, 
 
 
 def test_ctrl_c_leaves_a_checkpoint_from_which_it_goes_on(tmp_path, stores):
-    command = [sys.executable, "-m", "refinelib", *arguments(tmp_path, stores, epochs=40)]
+    command = [sys.executable, "-m", "refinelib", *arguments(tmp_path, stores, epochs=12)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project_root())}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
         epoch, start = tmp_path / "demo" / "metrics.jsonl", time.time()
@@ -52,5 +52,5 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_it_goes_on(tmp_path, stores):
         )
     status = tmp_path / "demo" / "status.json"
     assert json.loads(status.read_text())["state"] == "interrupted"
-    assert main(arguments(tmp_path, stores, epochs=40, resume="true")) == 0
+    assert main(arguments(tmp_path, stores, epochs=12, resume="true")) == 0
     assert json.loads(status.read_text())["state"] == "ok"
