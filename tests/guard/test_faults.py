@@ -103,6 +103,7 @@ def test_a_share_takes_the_same_steps_in_every_process():
         assert done.stdout.strip() == str(due("input:nan@5%", 2000))
 
 
+@pytest.mark.usefixtures("shallow_here")
 def test_a_share_survives_a_resume(tiny, monkeypatch):
     inject = "grad:nan@20%:stem;input:inf@10%"
     settings = functools.partial(tiny, epochs=4, batch_size=2, inject=inject, validate_every=4, probe_every=0)

@@ -30,7 +30,10 @@ def finished(tmp_path: Path) -> Run:
     return make_run(tmp_path / "finished")
 
 
-@pytest.fixture(params=["finished", "diverged", "one epoch", "first steps", "nothing yet", "no config"])
+SELDOM = [pytest.param(name, marks=pytest.mark.slow) for name in ("one epoch", "no config")]
+
+
+@pytest.fixture(params=["finished", "diverged", "first steps", "nothing yet", *SELDOM])
 def any_run(request, tmp_path: Path) -> Run:
     run = make_run(
         tmp_path / "run",

@@ -50,7 +50,7 @@ def test_an_ignored_signal_stays_ignored(small):
 
 
 def interrupted(small, monkeypatch, at=10, **given):
-    """A run of six epochs of four steps, stopped before step ``at`` + 1."""
+    """A run of four epochs of four steps, stopped before step ``at`` + 1."""
     real = Trainer.train_step
 
     def step(trainer, plan, place):
@@ -61,7 +61,7 @@ def interrupted(small, monkeypatch, at=10, **given):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step)
         with pytest.raises(KeyboardInterrupt):
-            train(small(epochs=6, **given))
+            train(small(epochs=4, **given))
     return latest(small().output_dir)
 
 
@@ -90,7 +90,7 @@ def test_a_last_checkpoint_that_cannot_be_used_is_passed_over(small, monkeypatch
     """Whole, and foreign or not finite: the best one serves, and an event says why."""
     run = interrupted(small, monkeypatch, ema_decay=0.9)
     changed(run.folder / "checkpoints" / "last.pt", change)
-    run = train(small(epochs=6, ema_decay=0.9, resume=True))
+    run = train(small(epochs=4, ema_decay=0.9, resume=True))
     assert run.status()["state"] == "ok" and run.status()["step"] == run.status()["steps"]
     assert any(event["kind"] == "checkpoint" and words in event["message"] for event in run.events())
     assert all(

@@ -16,6 +16,8 @@ from refinelib.runs import Run
 from refinelib.step import WARM_UP, Stepper
 from refinelib.trainer import train
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 #: As PyTorch's memory says it, and as CUDA's libraries do.
 FULL = [
     torch.OutOfMemoryError("out of memory"),
@@ -244,6 +246,7 @@ def test_small_batches_have_fewer_kernels_and_large_ones_less_traffic(
     assert step.compiler_options(settings, torch.device("cpu")) is None  # all was measured on GPUs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [step.FEWER_KERNELS, step.LESS_TRAFFIC], ids=["kernels", "traffic"])
 def test_the_compiler_knows_these_options(options):
     def function(x):
