@@ -10,6 +10,8 @@ from refinelib.guard.guard import REPORT
 from refinelib.runs import Run
 from refinelib.trainer import Trainer, train
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

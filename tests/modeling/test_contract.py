@@ -603,6 +603,7 @@ def test_compiled_layers_are_finite_and_equal_eager_ones(device, options):
         torch.testing.assert_close(found[0][0], found[1][0], rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "options", "precision"),
     [

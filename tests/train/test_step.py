@@ -256,6 +256,7 @@ def test_the_compiler_knows_these_options(options):
     torch.testing.assert_close(torch.compile(function, options=options)(x), function(x))
 
 
+@pytest.mark.slow
 def test_the_next_process_need_not_trace_again(monkeypatch):
     """Nor where PyTorch by itself keeps nothing: a gradient by hand, a change of precision."""
     config = pytest.importorskip("torch._functorch.config")

@@ -200,6 +200,7 @@ phases.run(made)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_sequence_continues_where_it_was(tmp_path, stores, tiny):
     given = dict(output_dir=str(tmp_path), store_dir=stores, smoke=True, max_images=4, epochs=2, device="cpu")
     killing = {**given, "phases": "1,2,3"}
