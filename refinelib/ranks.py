@@ -200,7 +200,7 @@ def sum_gradients(parameters: Sequence[Tensor], values: Tensor, stop: Tensor) ->
     flat = torch.cat([*gradients, values, verdicts, stop.view(1)])
     *parts, values, verdicts, stop = flat.split([*map(len, gradients), len(values), count(), 1])
     own = torch.linalg.vector_norm(flat[: -count() - 1], math.inf)
-    verdicts[rank()] = (~(own < LARGE)).float()  # nan is not below it
+    verdicts[rank()].copy_(~(own < LARGE))  # nan is not below it
     dist.all_reduce(flat)
     torch._foreach_copy_(gradients, parts)
     return values, torch.cat([stop, verdicts])

@@ -162,12 +162,25 @@ def shallow_here():
         yield
 
 
+@contextmanager
+def half_convolutions():
+    from helpers import bench
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "conv2d", torch.nn.functional.conv2d)  # put back afterwards
+        bench("sweep").half_convolutions()
+        yield
+
+
 @pytest.fixture(scope="module")
 def half():
     """Float16 convolutions at a bearable speed: a CPU takes 30 times as long for their gradients."""
-    from helpers import bench
+    with half_convolutions():
+        yield
 
-    real = torch.nn.functional.conv2d
-    bench("sweep").half_convolutions()
-    yield
-    torch.nn.functional.conv2d = real
+
+@pytest.fixture
+def half_here():
+    """The same for one test."""
+    with half_convolutions():
+        yield

@@ -34,7 +34,7 @@ def assert_same(a, b):
 def bench(name):
     """A file of bench/, by its path: bench is no package."""
     spec = importlib.util.spec_from_file_location(f"bench_{name}", project_root() / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # the compiler looks it up there
     spec.loader.exec_module(module)
     return module
 

@@ -207,5 +207,5 @@ def _corrupt(x: Tensor, value: str, flag: Tensor) -> Tensor:
     if math.isfinite(number):
         number = min(number, torch.finfo(x.dtype).max)
     first = torch.zeros_like(x, dtype=torch.bool)
-    first[(0,) * x.ndim] = True
+    first[(0,) * x.ndim].fill_(True)  # an assignment would copy from the host, which no graph captures
     return x.masked_fill(first & flag, number)

@@ -365,7 +365,7 @@ def small_model(**keywords) -> HierarchicalUNet:
     return HierarchicalUNet(width=0.0625, roi_size=(24, 32), **keywords)
 
 
-@pytest.mark.usefixtures("half")
+@pytest.mark.usefixtures("half_here")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_model_and_loss_are_finite(precision, device):

@@ -63,7 +63,7 @@ def once_full(stepper):
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(240, exit=True)  # a hang says where
+    faulthandler.dump_traceback_later(450, exit=True)  # a hang says where
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.exit(main(json.loads(sys.argv[1]), json.loads(sys.argv[2])))

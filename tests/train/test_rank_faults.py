@@ -4,7 +4,10 @@ import pytest
 from helpers import bench
 
 
-@pytest.mark.parametrize("amp", ["off", *(pytest.param(x, marks=pytest.mark.slow) for x in ("bf16", "fp16"))])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "amp", ["off", "bf16"]
+)  # float16 takes a CPU minutes; two GPUs have it in bench/safety.md
 def test_every_fault_on_one_rank_is_survived_exact_and_attributed(amp, tmp_path):
     matrix = bench("fault_matrix")
     cells = matrix.launched("cpu", amp, "adamw, 2 ranks", str(tmp_path))

@@ -115,11 +115,13 @@ def test_what_goes_wrong_on_one_rank_is_skipped_by_all_and_named(small, way, tmp
     found = {event["step"]: event for event in run.events() if event["kind"] == "incident"}
     slowed = [event["message"] for event in run.events() if event["kind"] == "speed"]
     assert "rank 1: a batch of 2 does not fit into memory: it is split into 2 chunks" in slowed
+    assert not any("could not" in message for message in slowed)  # compile, or capture a graph
     assert found[2]["phase"] == "loss" and found[8]["phase"] == "input"
     assert found[4]["parameters"][0].startswith("boundary") and found[6]["module"].startswith("contour")
     assert all((tmp_path / "bad" / event["folder"] / "report.json").is_file() for event in found.values())
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_goes_on(small, way, tmp_path):
     whole = train(small(**way, run="one"))
     text, status = launch(small(**way, run="killed"), "--max-restarts", "1", at=8, signal="SIGKILL")
@@ -130,6 +132,7 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(small, way, tmp_p
     same_losses(losses(whole), losses(run), way["amp"])
 
 
+@pytest.mark.slow
 def test_what_ends_one_process_ends_the_run_with_its_reason(small, way, tmp_path):
     text, status = launch(small(**way, run="failed"), at=8, raises="the disk is gone")
     run = Run.open(tmp_path / "failed")
@@ -140,15 +143,15 @@ def test_what_ends_one_process_ends_the_run_with_its_reason(small, way, tmp_path
 
 def test_the_setting_gpus_starts_processes_that_an_interrupt_stops(small, way, tmp_path):
     def interrupt(run):
-        if len(run.epochs()) == 2:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
+    long = {**way, "epochs": 6, "run": "two", "gpus": 2}
     with pytest.raises(KeyboardInterrupt):
-        train(small(**way, run="two", gpus=2), on_epoch=interrupt)
+        train(small(**long), on_epoch=interrupt)
     run = Run.open(tmp_path / "two")
-    assert run.status()["state"] == "interrupted" and 6 <= run.status()["step"] < 12
-    assert train(small(**way, run="two", gpus=2, resume=True)).status()["state"] == "ok"
-    same_losses(losses(train(small(**way, run="one"))), losses(run), way["amp"])
+    assert run.status()["state"] == "interrupted" and 3 <= run.status()["step"] < 18
+    assert train(small(**long, resume=True)).status()["state"] == "ok"
+    same_losses(losses(train(small(**way, epochs=6, run="one"))), losses(run), way["amp"])
     with pytest.raises(SettingsError, match="batch_size = 4: batch_size is of all 5 processes together"):
         train(small(gpus=5))
     assert not (tmp_path / "demo").exists()

@@ -290,7 +290,7 @@ def test_other_shapes_contexts_and_the_subpixel_decoder(tiny, size):
     assert run.status()["state"] == "ok"
 
 
-@pytest.mark.usefixtures("half")
+@pytest.mark.usefixtures("half_here")
 def test_fp16_on_the_cpu_trains(tiny):
     run = train(tiny(epochs=1, amp="fp16", max_images=3))
     assert run.status()["state"] == "ok" and run.status()["skipped_steps"] <= 2
