@@ -75,7 +75,8 @@ def test_hundreds_of_faults_are_survived_exact_and_on_record(folder, rigs):
 def test_thousands_of_faults_are_survived_exact_and_on_record(folder, rigs, part):
     skipped, rewound = drawn(folder, rigs, DRAWS // PARTS, part, sweep.keys(full=False))
     assert skipped >= {"input", "activation", "flow", "gradient", "term", "loss", "total", "measured"}
-    assert rewound >= {"parameter", "exp_avg", "exp_avg_sq", "step", "average", "buffer", "memory"}
+    assert rewound >= {"parameter", "exp_avg", "exp_avg_sq", "average", "memory"}
+    assert part or rewound >= {"step", "buffer"}  # these are rarer
 
 
 @pytest.mark.slow
