@@ -45,7 +45,7 @@ from refinelib import ranks
 from refinelib.config import Settings, resolve
 from refinelib.data import Store, open_split
 from refinelib.data.loader import BatchLoader
-from refinelib.guard.guard import ran_out
+from refinelib.guard.measure import ran_out
 
 
 def main() -> int:

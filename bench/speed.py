@@ -45,7 +45,7 @@ from refinelib import step as stepping
 from refinelib.build import build_step
 from refinelib.config import resolve
 from refinelib.data import open_split
-from refinelib.guard.guard import ran_out
+from refinelib.guard.measure import ran_out
 from refinelib.step import WARM_UP, Stepper
 
 #: Steps an epoch of the schedule: a long run's rate, whatever the batch and however small the store.

@@ -13,7 +13,8 @@ from refinelib.config import Settings
 from refinelib.data import Store
 from refinelib.data.loader import BatchLoader
 from refinelib.guard.faults import Injector
-from refinelib.guard.guard import Guard, WarmupCosine, build_optimizer
+from refinelib.guard.guard import Guard
+from refinelib.guard.optimizer import WarmupCosine, build_optimizer
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.roi import canvas_size, mask_canvas_size
 from refinelib.modeling.unet import HierarchicalUNet

@@ -27,6 +27,14 @@ from refinelib.runs import Run
 from refinelib.step import Stepper
 from refinelib.steplog import StepLog
 
+#: What to try where a run has diverged.
+ADVICE = (
+    "checkpoints/best.pt, where an epoch was validated, is what it was at its best. "
+    "The folders in incidents/ hold the bad batches: `python -m refinelib replay INCIDENT` names "
+    "the module, the loss term and the samples. Then try a tenth of the learning rate, or the recipe "
+    "`rescue`; if the skips were spikes, on_spike = clip; if the loss scale was at its floor, amp = "
+    "bf16; if one loss term is named, its weight at 0"
+)
 NEW_RUN = "start a new run from these weights with init_from"
 
 
@@ -49,8 +57,8 @@ class TrainingState:
         steps = settings.epochs * self.loader.steps_per_epoch
         speed, damaged = (functools.partial(self.say, kind) for kind in ("speed", "damaged"))
         self.stepper = Stepper(settings, self.parts, device=self.device, steps=steps, say=speed)
-        limits = settings.pick("max_consecutive_skips", "max_rewinds")
-        self.rewinder = Rewinder(self.guard, log=lambda: self.log.state_dict(), **limits)
+        limits = {"max_skips": settings.max_consecutive_skips, "max_rewinds": settings.max_rewinds}
+        self.rewinder = Rewinder(self.guard, log=lambda: self.log.state_dict(), advice=ADVICE, **limits)
         every, folder = settings.probe_every if self.leads else 0, run.folder / "gradients"
         self.probe = Probe(folder, self.parts, self.forward, every=every, say=damaged)
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, take=self.probe.add)

@@ -25,7 +25,7 @@ from refinelib import modeling, ranks
 from refinelib.build import StepParts, autocast, resolve_auto
 from refinelib.config import Settings, absolute
 from refinelib.data.loader import Plan
-from refinelib.guard.guard import ran_out
+from refinelib.guard.measure import ran_out
 from refinelib.modeling.roi import canvas_size
 
 #: Steps before a CUDA graph is captured: libraries choose kernels, the optimizer makes its state.
@@ -125,21 +125,21 @@ class Stepper:
         self.guard.zero_grad()
         batches = [self.injector.batch(*self.loader.make(*each)) for each in inputs]
         samples = self.loader.batch_size * len(batches)  # of all ranks
-        totals: tuple[Tensor, Tensor] | None = None
+        components: Tensor | None = None
         for whole in batches:
             for images, labels in zip(*(x.tensor_split(self.chunks) for x in whole), strict=True):
                 loss, parts = self.forward(images.contiguous(memory_format=torch.channels_last), labels)
                 loss = self.injector.loss(loss)
                 if len(labels) != samples:  # every loss is a mean over samples
                     loss, parts = loss * (len(labels) / samples), parts * (len(labels) / samples)
-                torch.autograd.backward(self.guard.scale(loss))
-                now = parts, loss.detach()
-                totals = now if totals is None else (totals[0] + now[0], totals[1] + now[1])
+                self.guard.backward(loss)
+                components = parts if components is None else components + parts
         self.injector.after_backward()
-        assert totals is not None  # a step has a batch
+        total = self.guard.total
+        assert components is not None and total is not None  # a step has a batch
         if ranks.count() == 1:
-            return *totals, self.stop[:0]
-        values = torch.cat([totals[0], totals[1].view(1)])
+            return components, total, self.stop[:0]
+        values = torch.cat([components, total.view(1)])
         values, told = ranks.sum_gradients(self.guard.parameters, values, self.stop)
         return values[:-1], values[-1], told
 
@@ -147,7 +147,7 @@ class Stepper:
         """A whole step, in more and more chunks until it fits into memory; equal but for rounding.
 
         Raises:
-            RuntimeError: a single ROI does not fit (:func:`~refinelib.guard.guard.ran_out`).
+            RuntimeError: a single ROI does not fit (:func:`~refinelib.guard.measure.ran_out`).
         """
         while True:
             try:

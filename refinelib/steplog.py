@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from refinelib.guard.guard import REPORT, Guard
+from refinelib.guard.monitor import Reports as DeviceReports
 from refinelib.guard.monitor import Row, StepMonitor
 from refinelib.modeling.losses import MaskLoss
 from refinelib.runs import Run
 
-#: Steps whose reports travel together on CUDA. The host learns of a step after at most twice as many.
-BUNDLE = 16
 #: Reports of some steps on the host, a row a step.
 Reports = NDArray[np.float64]
 Take = Callable[[list[int], Reports], None]
@@ -39,8 +38,7 @@ class StepLog:
     ) -> None:
         self.run, self.names, self.every, self.take = run, loss.names, every, take
         self.monitor = StepMonitor(run.event, guard, losses=loss.names, caps=loss.caps)
-        self.pending: list[tuple[Tensor, tuple[int, int]]] = []  # reports on the device; step, epoch
-        self.travelling: tuple[Tensor, Any, tuple[tuple[int, int], ...]] | None = None
+        self.reports = DeviceReports()
         self.line_rows: list[Row] = []
         self.epoch_rows: list[Reports] = []  # components and report of each step
         self.skipped = 0
@@ -53,37 +51,14 @@ class StepLog:
     # -- from the device
     def add(self, report: Tensor, step: int, epoch: int) -> None:
         """Take a step's report, which may still be computed on the device."""
-        self.pending.append((report, (step, epoch)))
+        self.reports.add(report, (step, epoch))
 
     def read(self, *, wait: bool) -> list[Row]:
-        """The rows that have arrived; with ``wait`` all there are.
-
-        On a CPU that is every step's at once. From CUDA they travel in bundles while the next one is
-        computed, without host-device synchronisation.
-        """
-        at_once = wait or any(not report.is_cuda for report, _ in self.pending)
-        if not at_once and len(self.pending) < BUNDLE:
-            return []
-        rows = self._arrived()
-        if self.pending:
-            reports, keys = zip(*self.pending, strict=True)
-            event = torch.cuda.Event() if reports[0].is_cuda else None
-            together = torch.stack(reports).to("cpu", non_blocking=True)
-            if event is not None:
-                event.record()
-            self.travelling, self.pending = (together, event, keys), []
-        return rows + self._arrived() if at_once else rows
-
-    def _arrived(self) -> list[Row]:
-        if self.travelling is None:
-            return []
-        (reports, event, keys), self.travelling = self.travelling, None
-        if event is not None:
-            event.synchronize()
-        sizes = [len(self.names), len(REPORT), len(self.monitor.guard.names), 1]
-        parts = np.split(reports.numpy().astype(np.float64), np.cumsum(sizes), axis=1)
+        """The rows that have arrived, with ``wait`` all there are: :meth:`Reports.read`."""
+        cuts = np.cumsum([len(self.names), len(REPORT), len(self.monitor.guard.names), 1])
         rows = []
-        for (step, epoch), losses, report, norms, stop, bad in zip(keys, *parts, strict=True):
+        for (step, epoch), values in self.reports.read(wait=wait):
+            losses, report, norms, stop, bad = np.split(values, cuts)
             named = dict(zip(REPORT, report.tolist(), strict=True))
             told = bool(stop.any()), tuple(np.flatnonzero(bad).tolist())  # nothing where one process trains
             rows.append(Row(step, epoch, losses, named, norms, *told))
@@ -91,7 +66,7 @@ class StepLog:
 
     def forget(self) -> None:
         """Drop what has not been read yet: steps that are taken again."""
-        self.pending, self.travelling = [], None
+        self.reports.forget()
 
     # -- into the log
     def record(self, row: Row) -> None:

@@ -28,13 +28,13 @@ from refinelib.files import shown
 from refinelib.guard import faults
 from refinelib.guard.diagnose import Finding
 from refinelib.guard.monitor import WINDOW, Row
-from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError, diverged
+from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError
 from refinelib.incidents import capture
 from refinelib.launch import FOLDER, launch, refuse_small_batch
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.runs import Follower, Interruption, Run
-from refinelib.state import TrainingState, random_state
+from refinelib.state import ADVICE, TrainingState, random_state
 
 #: A run is not called trained if its loss did not fall and its target IoU fell by more than this.
 WORSE = 0.01
@@ -182,7 +182,7 @@ class Trainer(TrainingState):
                 self.keep_incident(plan, row)
                 self.log.forget()
                 self.step = row.step
-            reason = self.rewinder.update(row)
+            reason = self.rewinder.see(row)
             if reason is not None:
                 # Steps that were taken before this report was read; none after an incident.
                 for late in [] if incident else [*rows[place + 1 :], *self.log.read(wait=True)]:
@@ -344,7 +344,7 @@ class Trainer(TrainingState):
         applied = self.step - self.log.skipped
         if 2 * applied < self.step or not applied:
             what = f"{applied or 'none'} of {self.step} steps were applied, the others were skipped"
-            raise DivergedError(diverged(what))
+            raise DivergedError(f"diverged: {what}. {ADVICE}")
         if applied < WINDOW:
             return
         first, last = self.rewinder.monitor.first_and_last()
@@ -354,7 +354,7 @@ class Trainer(TrainingState):
         if now < untrained - WORSE:
             loss = f"the loss is {last:.3g} and began at {first:.3g}"
             iou = f"the target IoU is {now:.3f} and was {untrained:.3f} before training"
-            raise DivergedError(diverged(f"{loss}, {iou}"))
+            raise DivergedError(f"diverged: {loss}, {iou}. {ADVICE}")
 
     # -- validation --------------------------------------------------------------------------------
     @property

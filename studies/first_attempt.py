@@ -27,7 +27,8 @@ from refinelib.config import Settings
 from refinelib.data import make_source
 from refinelib.data.augment import normalise
 from refinelib.data.store_build import usable_cores
-from refinelib.guard.guard import REPORT, WarmupCosine
+from refinelib.guard.guard import REPORT
+from refinelib.guard.optimizer import WarmupCosine
 from refinelib.modeling.layers import Head
 from refinelib.modeling.losses import MaskLoss
 from refinelib.modeling.refinements import BoundaryRefinement, bounded

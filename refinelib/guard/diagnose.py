@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from refinelib.guard.faults import Injector
-from refinelib.guard.guard import measured, unscaled
+from refinelib.guard.measure import measured, unscaled
 
 #: Operations that hand out memory as it is: what they return means nothing yet.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize")
@@ -29,6 +29,8 @@ _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize")
 ROUNDING = 0.02
 #: Gradient norms from here on are called too large: their squares overflow float32.
 LARGE = 1e19
+#: Samples that are taken alone, at most.
+MOST_SAMPLES = 256
 
 
 @dataclass
@@ -89,8 +91,9 @@ class Step:
     Attributes:
         model: in the mode it was in.
         loss: gives the total and anything else, for the model's output and the labels.
-        per_sample: gives each loss term's cost by sample, ``[B]`` by name, for the same.
-        batches: micro-batches: images float32 ``[B, ...]``, labels ``[B, ...]``.
+        per_sample: gives each loss term's cost by sample, ``[B]`` by name, for the same; none: each sample is
+            taken alone.
+        batches: micro-batches: images float32 ``[B, ...]``, labels ``[B, ...]``; of one, anything else too.
         samples: describe each sample, as plain values.
         forward: the model's output for images, as training computes it (in its precision, say).
         injector: of planted faults.
@@ -102,8 +105,8 @@ class Step:
 
     model: nn.Module
     loss: nn.Module
-    per_sample: Callable[[Any, Tensor], Mapping[str, Tensor]]
-    batches: Sequence[tuple[Tensor, Tensor]]
+    per_sample: Callable[[Any, Tensor], Mapping[str, Tensor]] | None
+    batches: Sequence[tuple[Any, Any]]
     samples: Sequence[dict[str, Any]]
     forward: Callable[[Tensor], Any]
     injector: Injector
@@ -112,14 +115,16 @@ class Step:
     recorded: tuple[float, Sequence[float]] | None = None
     describe: Callable[[dict[str, Any]], str] = str
 
-    def micro_batches(self) -> list[tuple[Tensor, Tensor]]:
+    def micro_batches(self) -> list[tuple[Any, Any]]:
         """The micro-batches with the planted faults in them."""
         return [self.injector.batch(*batch) for batch in self.batches]
 
-    def total(self, output: Any, labels: Tensor) -> Tensor:
+    def total(self, output: Any, labels: Any) -> Tensor:
         """What a micro-batch adds to the step's loss, by its share of the samples."""
-        samples = sum(len(labels) for _, labels in self.batches)
-        return self.injector.loss(self.loss(output, labels)[0]) * (len(labels) / samples)
+        loss = self.injector.loss(self.loss(output, labels)[0])
+        if len(self.batches) > 1:
+            loss = loss * (len(labels) / sum(len(labels) for _, labels in self.batches))
+        return loss
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -138,6 +143,61 @@ class Step:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+class _Total(nn.Module):
+    """The loss of any model: of its output and the target, or in its output."""
+
+    def __init__(self, criterion: Callable[..., Tensor] | None) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, output: Any, target: Any) -> tuple[Tensor, None]:
+        if self.criterion is not None:
+            return self.criterion(output, target), None
+        if isinstance(output, Tensor):
+            return output, None
+        return output["loss"] if isinstance(output, Mapping) else output[0], None
+
+
+def diagnose(
+    model: nn.Module, criterion: Callable[..., Tensor] | None, batch: Any, *, scale: float = 1.0
+) -> Finding:
+    """Take a step's forward and backward pass again and say where it first was not finite.
+
+    Give it the weights and the batch of the step, in the same ``torch.autocast``. A compiled model is run
+    uncompiled. Gradients are cleared; weights, buffers and random state stay.
+
+    Args:
+        model: any module, in the mode that it trains in.
+        criterion: the loss of output and target; none: the model's output is the loss, or holds it first or
+            as ``loss``.
+        batch: input and target, ``criterion(model(input), target)``; without a criterion what the model
+            takes: a mapping of keywords, a tuple of arguments, or a tensor.
+        scale: loss scale.
+
+    Returns:
+        Phase, module, operation, parameters; ``places`` of the samples that are not finite alone, where the
+        batch is the first dimension of all its tensors.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> model[2].weight.data.fill_(3e38)[0, 0].item() > 0
+        True
+        >>> found = diagnose(model, nn.MSELoss(), (torch.ones(3, 2), torch.zeros(3, 1)))
+        >>> found.phase in ("forward", "loss")
+        True
+    """
+    model = getattr(model, "_orig_mod", model)
+    inputs, target = (batch, None) if criterion is None else batch
+
+    def forward(given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return model(**given)
+        return model(*given) if isinstance(given, (tuple, list)) else model(given)
+
+    injector = Injector(None, model)
+    return examine(Step(model, _Total(criterion), None, [(inputs, target)], [], forward, injector, 0, scale))
 
 
 def examine(step: Step) -> Finding:
@@ -250,7 +310,7 @@ def _watch(step: Step, finding: Finding) -> list[int]:
         Samples for which the first operation of the forward pass that was not finite was not.
     """
     batches = step.micro_batches()
-    if not all(_finite(images) for images, _ in batches):
+    if not all(_finite(batch) for batch in batches):
         finding.phase = "input"
         return []
     mode = _FirstNonFinite()  # type: ignore[no-untyped-call]  # torch's __init__
@@ -274,7 +334,8 @@ def _watch(step: Step, finding: Finding) -> list[int]:
             watched.enter_context(module.register_forward_hook(leave))
         watched.enter_context(mode)
         for images, labels in batches:
-            mode.modules, mode.backward, mode.batch = ["loss", "model"], False, len(images)
+            size = _samples((images, labels))
+            mode.modules, mode.backward, mode.batch = ["loss", "model"], False, size
             output = step.forward(images)
             mode.modules = ["loss"]
             loss = step.total(output, labels)
@@ -282,7 +343,7 @@ def _watch(step: Step, finding: Finding) -> list[int]:
             (loss * step.scale).backward()
             if finding.operation:
                 break
-            before += len(images)
+            before += size
     if finding.parameters and not finding.operation:  # all was finite but a gradient: it was written there
         finding.phase, finding.module = "gradient", _owner(finding.parameters[0])
     return [before + row for row in mode.rows]
@@ -290,6 +351,9 @@ def _watch(step: Step, finding: Finding) -> list[int]:
 
 def _find_terms_and_places(step: Step, finding: Finding) -> None:
     """Which loss terms and which samples are not finite, in value or in gradient."""
+    if step.per_sample is None:
+        finding.places = _places(step)
+        return
     offset = 0
     for images, labels in step.micro_batches():
         images = images.detach().requires_grad_()
@@ -310,7 +374,29 @@ def _find_terms_and_places(step: Step, finding: Finding) -> None:
         offset += len(images)
 
 
-def _gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def _places(step: Step) -> list[int]:
+    """The samples whose loss or gradient is not finite when each is taken alone; none where that fails."""
+    (batch,) = step.batches
+    bad, trained = [], [p for p in step.model.parameters() if p.requires_grad]
+    for place in range(min(_samples(batch), MOST_SAMPLES)):
+        inputs, target = tree_map_only(Tensor, lambda x: x[place : place + 1], batch)  # noqa: B023
+        try:
+            loss = step.total(step.forward(inputs), target) * step.scale
+            fine = _finite((loss, _gradients(loss, trained)))
+        except (RuntimeError, ValueError):  # batch norm cannot take one sample, say
+            return []
+        if not fine:
+            bad.append(place)
+    return bad
+
+
+def _samples(batch: Any) -> int:
+    """The length that all tensors of a batch have in common, 0 where there is none."""
+    sizes = {len(x) if x.ndim else 0 for x in tree_leaves(batch) if isinstance(x, Tensor)}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
@@ -320,7 +406,7 @@ def _sentence(step: Step, finding: Finding, parameters: int) -> str:
     node = f"{finding.node or operation} ({operation})"
     where = {
         "weights": f"the weights themselves are not finite, first {parameter}",
-        "input": "the images themselves are not finite",
+        "input": "the input itself is not finite",
         "forward": f"the output of {operation} in module {module} is the first that is not finite",
         "loss": f"{operation} in the loss gives the first value that is not finite",
         "backward": f"the gradient of {node} at {module} is the first that is not finite",
@@ -329,7 +415,7 @@ def _sentence(step: Step, finding: Finding, parameters: int) -> str:
         "overflow": "the gradients overflow by the loss scale alone: without it they are finite",
         "none": "everything was finite when the step was replayed",
     }[finding.phase]
-    parts = [f"step {step.number}: {where}"]
+    parts = [f"step {step.number}: {where}" if step.number else where]
     if finding.terms and finding.phase not in ("weights", "gradient"):
         parts.append(f"loss terms that are not finite: {', '.join(finding.terms)}")
     if finding.parameters and finding.phase != "weights":
@@ -338,6 +424,9 @@ def _sentence(step: Step, finding: Finding, parameters: int) -> str:
     if finding.samples:
         more = " ..." if len(finding.samples) > 4 else ""
         parts.append(f"samples: {', '.join(map(step.describe, finding.samples[:4]))}{more}")
+    elif finding.places:
+        more = " ..." if len(finding.places) > 8 else ""
+        parts.append(f"samples of the batch: {', '.join(map(str, finding.places[:8]))}{more}")
     if finding.planted:
         parts.append(f"planted by inject: {', '.join(finding.planted)}")
     if finding.same_step is False:

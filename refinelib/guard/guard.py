@@ -1,4 +1,10 @@
-"""A safe training step: check the loss and the gradients, then update everything or nothing.
+"""A safe training step for any model: check the loss and the gradients, then update everything or nothing.
+
+    guard = Guard(model, optimizer, grad_clip=1.0)
+    for x, y in loader:
+        guard.zero_grad()
+        guard.backward(criterion(model(x), y))  # once a micro-batch
+        report = guard.step()
 
 The decision is a tensor on the device. PyTorch's fused optimizers take it as ``found_inf`` (float32, 0.0 or
 1.0) and return early, so a step needs no host-device synchronisation. Everything else that a step changes
@@ -13,12 +19,15 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from refinelib.guard.measure import compare_with_past, mean_of_processes, measured, plain, unscaled
+from refinelib.guard.optimizer import flatten, furthest_update, trained
 
 #: Columns of a step's report, before the norm of each parameter. ``incident``: updates are suspended from the
 #: next step on, until :meth:`Guard.resume_updates`; ``updates_suspended``: this step was void because of
@@ -40,44 +49,9 @@ EARLY_SPIKE, EARLY_STEPS = 10.0, 8
 LEAST_SPIKE, MOST_SPIKE = 1.5, 100.0
 #: Steps over which the statistics of spikes look back.
 WINDOW = 100
-#: What CUDA and its libraries say when they run out of the memory that they take without PyTorch.
-_OUT_OF_MEMORY = re.compile("CUDA error: out of memory|(CUBLAS_STATUS|CUDNN_STATUS|DEVICE)_ALLOC")
 
 
 State = dict[str, Tensor]
-
-
-class WarmupCosine:
-    """Linear warm-up over steps, then a cosine down to ``min_lr`` (Loshchilov & Hutter, SGDR, 2017, eq. 5).
-
-    Args:
-        lr: peak rate.
-        min_lr: rate at the last step.
-        warmup_steps: steps of warm-up; the first step has ``lr / warmup_steps``.
-        total_steps: steps of the whole run.
-
-    Example:
-        >>> schedule = WarmupCosine(lr=1.0, min_lr=0.0, warmup_steps=2, total_steps=4)
-        >>> [float(schedule(torch.tensor(step))) for step in range(4)]
-        [0.5, 1.0, 1.0, 0.0]
-    """
-
-    def __init__(self, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> None:
-        self.lr, self.min_lr = lr, min_lr
-        self.warmup_steps = warmup_steps
-        self.total_steps = max(total_steps, warmup_steps + 1)
-
-    def __call__(self, step: Tensor) -> Tensor:
-        """Rate of step number ``step`` (from 0), float32.
-
-        Args:
-            step: a tensor, so that the rate stays on its device.
-        """
-        done = step.to(torch.float32)
-        rise = self.lr * (done + 1) / max(self.warmup_steps, 1)
-        along = (done - self.warmup_steps) / max(self.total_steps - 1 - self.warmup_steps, 1)
-        half = 0.5 * (1 + torch.cos(math.pi * along.clamp(0.0, 1.0)))
-        return torch.where(done < self.warmup_steps, rise, self.min_lr + (self.lr - self.min_lr) * half)
 
 
 class StepDecision(NamedTuple):
@@ -86,7 +60,8 @@ class StepDecision(NamedTuple):
     Attributes:
         skip: bool; nothing may change.
         divisor: of the gradients, float32; loss scale and clipping in one.
-        lr: learning rate, float32.
+        lr: learning rate, float32; the largest of the groups' where each keeps its own.
+        lr_factor: what a rewind multiplies the rates by, float32.
         ema_weight: of the new weights in their moving average, float32.
         report: float32 ``[len(REPORT)]``.
         norms: float32 ``[parameters]``.
@@ -96,6 +71,7 @@ class StepDecision(NamedTuple):
     skip: Tensor
     divisor: Tensor
     lr: Tensor
+    lr_factor: Tensor
     ema_weight: Tensor
     report: Tensor
     norms: Tensor
@@ -103,18 +79,26 @@ class StepDecision(NamedTuple):
 
 
 class Guard:
-    """Owns the optimizer's step, the loss scale, the schedule's position and the moving average.
+    """Takes the steps of an optimizer, all or nothing; keeps the loss scale and a moving average.
 
-    A spike is a loss or gradient norm far above its past, see :func:`compare_with_past`. Skipped values never
-    enter the statistics.
+    A spike is a loss or gradient norm far above its past
+    (:func:`~refinelib.guard.measure.compare_with_past`). Skipped values never enter the statistics. A loss may
+    have any sign and scale: once one was 0 or less, differences are compared in place of ratios.
+
+    A step that is skipped moves nothing: weights, the optimizer's state, buffers, the average, the schedule.
+    Several optimizers have a guard each. Under ``DistributedDataParallel`` every process decides by the mean
+    loss of all of them.
 
     Args:
         model: whose parameters are trained. Buffers that a forward pass changes (BatchNorm's) are restored
             when the step is skipped.
-        optimizer: best a fused one (``fused=True``, tensor ``lr``), which skips on the device. For any other
-            the host reads the decision once a step.
-        schedule: learning rate by number of applied steps; that of every parameter group.
-        grad_clip: largest L2 norm of the gradient after clipping.
+        optimizer: any but ``LBFGS``. Fused ones of PyTorch (``fused=True``) skip on the device. For any other
+            the host reads the decision once a step; so it does in the first steps of SGD with momentum.
+        schedule: none: the rates are those in the optimizer's groups, whoever changes them. A scheduler of
+            ``torch.optim.lr_scheduler``: it is stepped after each step that was applied, and only then, which
+            is one host read a step. A function of the number of applied steps, on the device, such as
+            :class:`~refinelib.guard.optimizer.WarmupCosine`: the rate of every group, without a host read.
+        grad_clip: largest L2 norm of the gradient after clipping; none: not clipped.
         average: model that holds the moving average of the weights; none: no average.
         ema_decay: its decay; after ``n`` steps at most ``(1 + n) / (10 + n)``, so that fresh weights soon
             count little.
@@ -127,28 +111,30 @@ class Guard:
         spike_sigma: standard deviations above the mean that make a spike.
         losses: further modules whose buffers a step may change (running class weights, say).
 
+    Raises:
+        ValueError: the optimizer calls the loss by itself (``LBFGS``), holds nothing, or holds parameters on
+            several devices.
+
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = build_optimizer(model.named_parameters(), kind="adamw", lr=0.01, weight_decay=0.0)
-        >>> schedule = WarmupCosine(lr=0.01, min_lr=0.0, warmup_steps=0, total_steps=10)
-        >>> guard = Guard(model, optimizer, schedule, grad_clip=1.0)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> guard = Guard(model, optimizer, grad_clip=1.0)
         >>> before = model.weight.detach().clone()
         >>> guard.zero_grad()
-        >>> loss = model(torch.tensor([[1.0, float("nan")]])).mean()
-        >>> guard.scale(loss).backward()
-        >>> report = dict(zip(REPORT, guard.step(loss.detach()).tolist()))
-        >>> report["skipped"], torch.equal(model.weight, before)
-        (1.0, True)
+        >>> guard.backward(model(torch.tensor([[1.0, float("nan")]])).mean())
+        >>> found = guard.read(guard.step())
+        >>> found["skipped"], found["parameters"], torch.equal(model.weight, before)
+        (True, ['weight'], True)
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: WarmupCosine,
+        schedule: LRScheduler | Callable[[Tensor], Tensor] | None = None,
         *,
-        grad_clip: float,
+        grad_clip: float | None = None,
         average: nn.Module | None = None,
         ema_decay: float = 0.0,
         scaled: bool = False,
@@ -159,24 +145,32 @@ class Guard:
         spike_sigma: float = 6.0,
         losses: Iterable[nn.Module] = (),
     ) -> None:
-        self.model, self.average = model, average
-        self.optimizer, self.schedule = optimizer, schedule
+        self.model, self.average, self.optimizer = model, average, optimizer
+        self.names, self.parameters = trained(model, optimizer)
+        device = self.parameters[0].device
+        self.scheduler = schedule if isinstance(schedule, LRScheduler) else None
+        #: The rate of every group by the number of applied steps; none: each group has its own.
+        self.schedule = None if isinstance(schedule, LRScheduler) else schedule
         #: Says how far weights may move, even if the schedule in use is changed.
-        self.planned = copy.copy(schedule)
+        self.planned = copy.copy(self.schedule)
         self.reach = max(furthest_update(group) for group in optimizer.param_groups)
-        self.grad_clip, self.ema_decay = grad_clip, ema_decay
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+            self.reach = math.inf  # nothing is known of its updates
+        self.grad_clip, self.ema_decay = math.inf if grad_clip is None else grad_clip, ema_decay
         self.scaled, self.scale_floor, self.growth_interval = scaled, scale_floor, growth_interval
         self.on_spike, self.spike_sigma = on_spike, spike_sigma
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.averages = list(average.parameters()) if average is not None else []
         #: Weights and their averages as whole blocks: one kernel moves all of them.
         self.blocks = list(zip(flatten(model), flatten(average), strict=True)) if average is not None else []
         self.buffers = [b for module in (model, *losses) for b in _persistent_buffers(module)]
         self.kept: list[Tensor] = []
+        self.total: Tensor | None = None  # the step's loss so far
+        self.slowed = False  # whether a rewind has ever slowed down
         #: Whether the optimizer takes ``found_inf`` and skips by itself.
         self.fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        device = self.parameters[0].device
+        if self.fused and self.schedule is not None:  # the kernel reads the schedule's rate on the device
+            for group in optimizer.param_groups:
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(device)
         self.root_sizes = torch.tensor([math.sqrt(p.numel()) for p in self.parameters], device=device)
         self.uncompile()
 
@@ -184,6 +178,8 @@ class Guard:
         names += ["lr_factor", "lr_factor_until"]  # the latter in applied steps
         # of log loss and log gradient norm: means, mean absolute deviations, number of values
         names += ["loss_center", "norm_center", "loss_spread", "norm_spread", "seen"]
+        # of the loss itself: mean, mean absolute deviation, mean magnitude; whether one was 0 or less
+        names += ["loss_mean", "loss_deviation", "loss_size", "signed"]
         # rate_sum: of the planned learning rates of the steps that led to these weights
         names += ["capture_enabled", "updates_suspended", "damaged", "rate_sum"]
         #: All that the guard remembers, in one tensor, so that one copy renews it; float64 counts exactly.
@@ -197,31 +193,62 @@ class Guard:
     def zero_grad(self) -> None:
         """Start a step: clear the gradients and copy the buffers."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.kept = [buffer.clone() for buffer in self.buffers]
+        self.kept, self.total = [buffer.clone() for buffer in self.buffers], None
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward`` on."""
         return loss * self.state["scale"].float() if self.scaled else loss
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's loss, a scalar; the step's loss is the sum of these."""
+        torch.autograd.backward(self.scale(loss))
+        self.total = loss.detach() if self.total is None else self.total + loss.detach()
+
     @torch.no_grad()
-    def step(self, loss: Tensor) -> Tensor:
+    def step(self, loss: Tensor | None = None) -> Tensor:
         """Apply the accumulated gradients, or change nothing where they or the loss are not finite.
 
         Args:
-            loss: the step's unscaled loss, scalar.
+            loss: the step's unscaled loss, scalar, the same on every process; none: what :meth:`backward` was
+                called with.
 
         Returns:
             float32 ``[len(REPORT) + parameters]`` on the device: the columns of ``REPORT``, then the L2 norm
-            of each parameter's gradient, unscaled and before clipping.
+            of each parameter's gradient, unscaled and before clipping. :meth:`read` gives them names.
+
+        Raises:
+            RuntimeError: no step was started, or the optimizer has got other parameters since.
         """
-        decision: StepDecision = self._decide(loss, *self.measure())
+        if loss is None and self.total is not None:
+            loss = mean_of_processes(self.total)
+        if loss is None or len(self.kept) != len(self.buffers):
+            raise RuntimeError(
+                "a step has three calls: guard.zero_grad(), guard.backward(loss), guard.step()"
+            )
+        if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self.parameters):
+            raise RuntimeError("the optimizer has got other parameters: make a new Guard for it")
+        decision: StepDecision = self._decide(loss, *self.measure(), self._rate())
         self._update_weights(decision)
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(decision.skip, kept, buffer))
         for weights, averages in self.blocks:
             self._update_average(averages, weights, decision.ema_weight.to(weights.dtype), decision.skip)
         self.memory.copy_(decision.memory)
+        self.total = None
         return torch.cat([decision.report, decision.norms])
+
+    def read(self, report: Tensor) -> dict[str, Any]:
+        """A step's report on the host, by name; waits for the device.
+
+        Returns:
+            The columns of ``REPORT``, those that are yes or no as bool; ``parameters``, the names of those
+            whose gradient was not finite, in the model's order.
+        """
+        values = report.tolist()
+        numbers = dict(zip(REPORT, values, strict=False))
+        norms = zip(self.names, values[len(REPORT) :], strict=True)
+        flags = {name: bool(numbers[name]) for name in REPORT[REPORT.index("bad_loss") :]}
+        return {**numbers, **flags, "parameters": [name for name, norm in norms if not math.isfinite(norm)]}
 
     def compile(self) -> None:
         """Compile the many small operations of a decision into one kernel."""
@@ -236,13 +263,23 @@ class Guard:
         """See :func:`measured`; the gradients are still scaled."""
         return measured(self.parameters)
 
-    def decide(self, loss: Tensor, norms: Tensor, largest: Tensor) -> StepDecision:
+    def _rate(self) -> Tensor | None:
+        """The largest rate of the groups, float32; none where a schedule gives it."""
+        if self.schedule is not None:
+            return None
+        rates = [group.get("lr") or 0.0 for group in self.optimizer.param_groups]
+        return torch.stack([torch.as_tensor(rate).to(self.memory) for rate in rates]).amax().float()
+
+    def decide(
+        self, loss: Tensor, norms: Tensor, largest: Tensor, rate: Tensor | None = None
+    ) -> StepDecision:
         """Decide what happens to a step; changes nothing.
 
         Args:
             loss: scalar, unscaled.
             norms: float32 ``[parameters]``, from :meth:`measure`.
             largest: float32 ``[parameters]``, from :meth:`measure`.
+            rate: learning rate where there is no schedule, float32.
         """
         state = dict(zip(self.state, self.memory.unbind(), strict=True))
         scale, applied, seen = state["scale"].float(), state["applied"], state["seen"]
@@ -250,13 +287,28 @@ class Guard:
         norms, largest = unscaled(norms.double(), largest.double(), scale, self.root_sizes)
         norm, peak = norms.square().sum().sqrt(), largest.amax()
 
-        values = torch.stack([loss.double(), norm])
-        center = torch.stack([state["loss_center"], state["norm_center"]])
-        spread = torch.stack([state["loss_spread"], state["norm_spread"]])
+        logs = torch.stack([loss.double(), norm]).clamp(min=torch.finfo(torch.float32).tiny).log()
+        values = torch.cat([logs, loss.double().view(1)])
+        names = ("loss_center", "norm_center", "loss_mean"), ("loss_spread", "norm_spread", "loss_deviation")
+        center, spread = (torch.stack([state[name] for name in some]) for some in names)
         sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
-        limit = (self.spike_sigma * sigma).clamp(math.log(LEAST_SPIKE), math.log(MOST_SPIKE))
-        limit = torch.where(seen < EARLY_STEPS, math.log(EARLY_SPIKE), limit)
-        spike, center, spread = compare_with_past(values, center, spread, seen, limit=limit, window=WINDOW)
+
+        def above(
+            factor: float,
+        ) -> Tensor:  # ratios have logarithms as distances, differences the loss's size
+            ratio = torch.full_like(norm, math.log(factor))
+            return torch.stack([ratio, ratio, (factor - 1) * state["loss_size"]])
+
+        limit = (self.spike_sigma * sigma).clamp(above(LEAST_SPIKE), above(MOST_SPIKE))
+        limit = torch.where(seen < EARLY_STEPS, above(EARLY_SPIKE), limit)
+        unusual, center, spread = compare_with_past(values, center, spread, seen, limit=limit, window=WINDOW)
+        signed = (state["signed"] != 0) | (loss <= 0)
+        spike = torch.stack([torch.where(signed, unusual[2], unusual[0]), unusual[1]])
+        # No further than the mean moved: an outlier changes it little.
+        size = state["loss_size"] + (1 / (seen + 1)).clamp(min=1 / WINDOW) * (
+            torch.minimum(values[2].abs(), center[2].abs() + limit[2]) - state["loss_size"]
+        )
+        size = torch.where(seen == 0, values[2].abs(), size)
 
         clip = torch.full_like(norm, self.grad_clip)
         if self.on_spike == "clip":
@@ -264,7 +316,11 @@ class Guard:
             clip = torch.where(spike.any(), usual, clip)
         divisor = (scale / (clip / norm.clamp(min=1e-12)).clamp(max=1.0)).float()
         lr_factor = torch.where(applied < state["lr_factor_until"], state["lr_factor"], 1.0)
-        lr = self.schedule(applied) * lr_factor.float()
+        planned = rate
+        if self.schedule is not None and self.planned is not None:
+            rate, planned = self.schedule(applied), self.planned(applied)
+        assert rate is not None and planned is not None  # there is one or the other
+        lr = rate * lr_factor.float()
 
         bad_loss = ~torch.isfinite(loss)
         # A gradient can be finite and yet too large to be measured or clipped in float32: dividing by
@@ -293,7 +349,8 @@ class Guard:
             **{"applied": applied + 1, "seen": seen + 1, "skips_in_a_row": torch.zeros_like(applied)},
             **{"loss_center": center[0], "norm_center": center[1]},
             **{"loss_spread": spread[0], "norm_spread": spread[1]},
-            **{"rate_sum": state["rate_sum"] + self.planned(applied)},
+            **{"loss_mean": center[2], "loss_deviation": spread[2], "loss_size": size},
+            **{"signed": signed.double(), "rate_sum": state["rate_sum"] + planned},
         }
         if_suspended = state | {"updates_suspended": torch.ones_like(applied)}
         outcomes = (if_suspended, if_skipped, if_applied)
@@ -302,7 +359,7 @@ class Guard:
 
         decay = ((1.0 + applied) / (10.0 + applied)).clamp(max=self.ema_decay)
         ema_weight = torch.where(skip, 0.0, 1.0 - decay).float()
-        return StepDecision(skip, divisor, lr, ema_weight, report, norms.float(), memory)
+        return StepDecision(skip, divisor, lr, lr_factor, ema_weight, report, norms.float(), memory)
 
     def _searches_scale(self, state: State) -> Tensor:
         """Whether an overflow of float16 is how its loss scale is found.
@@ -336,21 +393,46 @@ class Guard:
 
     def _update_weights(self, decision: StepDecision) -> None:
         """The optimizer's step, where the decision allows one."""
-        groups = self.optimizer.param_groups
-        if self.fused:
-            for group in groups:
-                group["lr"].copy_(decision.lr)
+        groups, on_device = self.optimizer.param_groups, self.fused and not self._makes_momentum()
+        if on_device:
             # The fused step divides by grad_scale, so unscaling and clipping cost no pass of their own.
             self.optimizer.grad_scale = torch.where(decision.skip, 1.0, decision.divisor)  # type: ignore[attr-defined]
             # The kernel reads it.
             self.optimizer.found_inf = decision.skip.to(torch.float32)  # type: ignore[attr-defined]
-        elif bool(decision.skip):  # the one synchronisation of a step, for an optimizer that cannot skip
-            return
         else:
-            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], decision.divisor)
-            for group in groups:
-                group["lr"] = float(decision.lr)
+            if bool(decision.skip):  # the one synchronisation of a step, for an optimizer that cannot skip
+                return
+            if self.fused:
+                self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_div_([g for g in gradients if not g.is_sparse], decision.divisor)
+            for gradient in gradients:
+                if gradient.is_sparse:
+                    gradient.div_(decision.divisor)
+        own = [group.get("lr") for group in groups]
+        for group, rate in zip(groups, own, strict=True):
+            if self.schedule is not None:
+                if isinstance(rate, Tensor):
+                    rate.copy_(decision.lr)
+                else:
+                    group["lr"] = float(decision.lr)
+            elif self.slowed and rate is not None:
+                factor = decision.lr_factor.float()
+                group["lr"] = rate * (factor if isinstance(rate, Tensor) else float(factor))
         self.optimizer.step()
+        if self.schedule is None and self.slowed:
+            for group, rate in zip(groups, own, strict=True):
+                group["lr"] = rate
+        if self.scheduler is not None and not (on_device and bool(decision.skip)):
+            self.scheduler.step()
+
+    def _makes_momentum(self) -> bool:
+        """Whether the step makes SGD's momentum; a fused one would leave it as memory happens to be."""
+        if type(self.optimizer) is not torch.optim.SGD:
+            return False
+        groups = [group for group in self.optimizer.param_groups if group["momentum"]]
+        held = (self.optimizer.state[p].get("momentum_buffer") for group in groups for p in group["params"])
+        return any(buffer is None for buffer in held)
 
     # -- the state as a whole ------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
@@ -368,7 +450,8 @@ class Guard:
         """Names of all that a step may change, and the largest magnitude in each, float64."""
         alike: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
         for name, x in self.tensors().items():
-            if x.is_floating_point() and x.numel():  # one kernel takes tensors of one type on one device
+            if (x.is_floating_point() or x.is_complex()) and x.numel():
+                x = plain(x)  # one kernel takes tensors of one type on one device
                 alike.setdefault((x.dtype, x.device), {})[name] = x
         norms = [torch.stack(torch._foreach_norm(list(some.values()), math.inf)) for some in alike.values()]
         names = [name for some in alike.values() for name in some] + [f"guard.{name}" for name in self.state]
@@ -377,6 +460,8 @@ class Guard:
     @torch.no_grad()
     def _too_far(self, tensors: Mapping[str, Tensor], memory: Tensor) -> Tensor:
         """Which parameters moved further from an earlier state than the steps since can move them, bool."""
+        if math.isinf(self.reach):
+            return torch.zeros(len(self.names), dtype=torch.bool, device=self.memory.device)
         past = dict(zip(self.state, memory.unbind(), strict=True))
         rates, steps = (self.state[name] - past[name] for name in ("rate_sum", "applied"))
         then = [tensors[f"model.{name}"] for name in self.names]
@@ -420,6 +505,7 @@ class Guard:
 
     def slow_down(self, factor: float, steps: int) -> None:
         """Multiply the learning rate by ``factor`` for the next ``steps`` applied steps."""
+        self.slowed = True
         self.state["lr_factor"].fill_(factor)
         self.state["lr_factor_until"].copy_(self.state["applied"] + steps)
 
@@ -427,7 +513,10 @@ class Guard:
         """The guard's memory by name and the optimizer's state."""
         optimizer = self.optimizer.state_dict()
         # The rate follows from the schedule; the one in the groups was made for the last step.
-        groups = [{**group, "lr": float(self.schedule.lr)} for group in optimizer["param_groups"]]
+        peak = getattr(self.schedule, "lr", None)
+        groups = [
+            group if peak is None else {**group, "lr": float(peak)} for group in optimizer["param_groups"]
+        ]
         return {"state": dict(self.state), "optimizer": {**optimizer, "param_groups": groups}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -435,6 +524,7 @@ class Guard:
         for name in saved["state"].keys() & self.state.keys():
             self.state[name].copy_(saved["state"][name])
         self.state["damaged"].fill_(0)
+        self.slowed = float(self.state["lr_factor"]) != 1.0
         own = [dict(group) for group in self.optimizer.param_groups]
         ways = [{k: g[k] for k in ("capturable", "fused", "foreach") if k in g} for g in own]
         groups = [{**g, **way} for g, way in zip(saved["optimizer"]["param_groups"], ways, strict=True)]
@@ -442,117 +532,6 @@ class Guard:
         for group, before in zip(self.optimizer.param_groups, own, strict=True):
             if isinstance(before["lr"], Tensor):  # the very tensor that the fused kernel reads
                 group["lr"] = before["lr"].copy_(torch.as_tensor(group["lr"]))
-
-
-def furthest_update(group: Mapping[str, Any]) -> float:
-    """The furthest that a step of Adam or AdamW moves a weight, in learning rates, for any gradients.
-
-    With ``m`` and ``v`` as sums over the past, the Cauchy-Schwarz inequality bounds ``m / sqrt(v)`` by
-    ``(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))``. Weight decay and rounding come on top.
-
-    Args:
-        group: a parameter group of the optimizer; without ``betas`` there is no bound.
-
-    Example:
-        >>> round(furthest_update({"betas": (0.9, 0.999)}), 1)
-        7.3
-    """
-    b1, b2 = group.get("betas", (1.0, 1.0))
-    past = (1 - b2) * (1 - b1**2 / b2)
-    return 1.003 * (1 - b1) / math.sqrt(past) if past > 0 else math.inf  # 1.003: moments are float32
-
-
-@torch.no_grad()
-def flatten(module: nn.Module) -> list[Tensor]:
-    """Lay a module's parameters side by side in memory; shapes, strides and values stay.
-
-    Returns:
-        A 1-d block for each dtype. Two modules of the same build have their parameters at the same places.
-
-    Example:
-        >>> layer = torch.nn.Linear(3, 2)
-        >>> (block,) = flatten(layer)
-        >>> block.fill_(1.0).shape, layer.bias.tolist()  # each parameter starts at a multiple of 64 elements
-        (torch.Size([128]), [1.0, 1.0])
-    """
-    blocks = []
-    parameters = list(module.parameters())
-    for dtype in dict.fromkeys(p.dtype for p in parameters):
-        some = [p for p in parameters if p.dtype == dtype]
-        sizes = [-(-p.numel() // 64) * 64 for p in some]  # kernels read whole lines of memory
-        block = torch.zeros(sum(sizes), dtype=dtype, device=some[0].device)
-        for p, piece in zip(some, torch.split(block, sizes), strict=True):
-            place = piece.as_strided(p.shape, p.stride())  # parameters are dense, in whatever order
-            place.copy_(p)
-            p.data = place
-        blocks.append(block)
-    return blocks
-
-
-def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    kind: str,
-    lr: float,
-    weight_decay: float,
-    fused: bool = True,
-) -> torch.optim.Optimizer:
-    """Adam or AdamW with tensor learning rates; only kernels and matrices are decayed.
-
-    Args:
-        parameters: ``model.named_parameters()``.
-        kind: ``adamw`` (Loshchilov & Hutter, 2019) or ``adam`` (decay as an L2 penalty).
-        lr: learning rate before the schedule sets it.
-        weight_decay: of kernels and matrices.
-        fused: one kernel that can skip by itself, on the device. Without it the guard reads its decision
-            back.
-    """
-    trained = [p for _, p in parameters if p.requires_grad]
-    device = trained[0].device
-
-    groups: list[dict[str, Any]] = []
-    for decayed in (True, False):
-        some = [p for p in trained if (p.ndim >= 2) == decayed]
-        # A fused kernel reads its rate on the device; the others take a number.
-        rate = torch.tensor(lr, dtype=torch.float32, device=device) if fused else lr
-        groups.append({"params": some, "weight_decay": decayed * weight_decay, "lr": rate})
-    cls = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
-    # Capturable: its step count lies on the device, so that a step can be part of a CUDA graph.
-    return cls(groups, lr=lr, fused=fused, capturable=fused and device.type == "cuda")
-
-
-def compare_with_past(
-    value: Tensor, center: Tensor, spread: Tensor, seen: Tensor, *, limit: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compare the logarithm of a value with its past, and take it in.
-
-    A value moves the statistics no further than the limit that makes it unusual (Huber, Robust Estimation of
-    a Location Parameter, 1964, eq. 2.7), so one spike cannot hide the next.
-
-    Args:
-        value: float64, of any shape.
-        center: running mean of the logarithm, of the same shape.
-        spread: running mean absolute deviation, of the same shape.
-        seen: number of values so far.
-        limit: deviation of the logarithm from which a value is unusual; the first value never is.
-        window: values over which the statistics look back.
-
-    Returns:
-        Whether the value is unusually large (bool); the new center; the new spread.
-
-    Example:
-        >>> import torch
-        >>> past = torch.tensor(0.0), torch.tensor(0.1), torch.tensor(50.0)
-        >>> unusual, *_ = compare_with_past(torch.tensor(9.0), *past, limit=torch.tensor(1.0), window=100)
-        >>> bool(unusual)
-        True
-    """
-    limit = torch.where(seen == 0, math.inf, limit)
-    deviation = value.clamp(min=torch.finfo(torch.float32).tiny).log() - center
-    moved = torch.maximum(torch.minimum(deviation, limit), -limit)
-    new_center = center + (1.0 / (seen + 1)).clamp(min=1.0 / window) * moved
-    widened = spread + (1.0 / seen.clamp(min=1)).clamp(min=1.0 / window) * (moved.abs() - spread)
-    return deviation > limit, new_center, torch.where(seen == 0, spread, widened)
 
 
 def _update_average(average: Tensor, weights: Tensor, ema_weight: Tensor, skip: Tensor) -> None:
@@ -564,37 +543,3 @@ def _persistent_buffers(module: nn.Module) -> list[Tensor]:
     """Buffers that a checkpoint holds: state. The others are constants."""
     held = module.state_dict(keep_vars=True)
     return [buffer for name, buffer in module.named_buffers() if name in held]
-
-
-def measured(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """L2 norm and largest magnitude of each parameter's gradient, float32 ``[parameters]`` each."""
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    norms, largest = (torch.stack(torch._foreach_norm(grads, kind)).float() for kind in (2, math.inf))
-    return norms, largest
-
-
-def unscaled(
-    norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Norms and largest magnitudes of the gradients without their loss scale.
-
-    Args:
-        norms: ``[parameters]``, from :func:`measured`, best in float64.
-        largest: ``[parameters]``, likewise.
-        scale: the loss scale.
-        root_sizes: square roots of the parameters' numbers of elements, ``[parameters]``.
-    """
-    norms, largest = norms / scale, largest / scale
-    # Squares of finite gradients above 1e19 overflow float32: the norm is then bounded by the largest
-    # element.
-    return torch.where(torch.isfinite(norms), norms, largest * root_sizes), largest
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether memory ran out. The device is as it was, and a smaller batch can be tried.
-
-    PyTorch's allocator raises ``OutOfMemoryError``. CUDA, cuBLAS and cuDNN, which allocate by themselves, end
-    in another ``RuntimeError``.
-    """
-    cuda = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
-    return cuda or isinstance(error, torch.OutOfMemoryError)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from refinelib.guard.guard import Guard, compare_with_past
+from refinelib.guard.guard import Guard
+from refinelib.guard.measure import compare_with_past
 
 #: Gradient norms above the first are noted, above the second warned of.
 HIGH_NORM, UNSTABLE_NORM = 50.0, 100.0
@@ -20,6 +22,8 @@ HIGH_NORM, UNSTABLE_NORM = 50.0, 100.0
 UNUSUAL_FACTOR, UNUSUAL_SIGMA = 5.0, 6.0
 #: Steps before a component can be unusual, and steps that its mean looks back.
 UNUSUAL_AFTER, UNUSUAL_WINDOW = 30, 200
+#: Steps whose reports travel together on CUDA. The host learns of a step after at most twice as many.
+BUNDLE = 16
 #: Samples of a batch that an event names, at most.
 NAMED_SAMPLES = 16
 
@@ -44,6 +48,49 @@ class Row(NamedTuple):
     norms: np.ndarray[Any, Any]
     stop: bool = False
     bad_ranks: tuple[int, ...] = ()
+
+
+class Reports:
+    """Reads the steps' reports back from the device, late and in bundles."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[Tensor, Any]] = []  # reports on the device, and what each is of
+        self.travelling: tuple[Tensor, Any, tuple[Any, ...]] | None = None
+
+    def add(self, report: Tensor, key: Any) -> None:
+        """Take a step's report, which may still be computed on the device."""
+        self.pending.append((report, key))
+
+    def read(self, *, wait: bool) -> list[tuple[Any, np.ndarray[Any, Any]]]:
+        """Keys and reports (float64) that have arrived; with ``wait`` all there are.
+
+        On a CPU that is every step's at once. From CUDA they travel in bundles while the next one is
+        computed, without host-device synchronisation.
+        """
+        at_once = wait or any(not report.is_cuda for report, _ in self.pending)
+        if not at_once and len(self.pending) < BUNDLE:
+            return []
+        rows = self._arrived()
+        if self.pending:
+            reports, keys = zip(*self.pending, strict=True)
+            event = torch.cuda.Event() if reports[0].is_cuda else None
+            together = torch.stack(reports).to("cpu", non_blocking=True)
+            if event is not None:
+                event.record()
+            self.travelling, self.pending = (together, event, keys), []
+        return rows + self._arrived() if at_once else rows
+
+    def _arrived(self) -> list[tuple[Any, np.ndarray[Any, Any]]]:
+        if self.travelling is None:
+            return []
+        (reports, event, keys), self.travelling = self.travelling, None
+        if event is not None:
+            event.synchronize()
+        return list(zip(keys, reports.numpy().astype(np.float64), strict=True))
+
+    def forget(self) -> None:
+        """Drop what has not been read yet: steps that are taken again."""
+        self.pending, self.travelling = [], None
 
 
 class StepMonitor:
@@ -97,7 +144,7 @@ class StepMonitor:
 
     def _unusual(self, components: np.ndarray[Any, Any]) -> list[bool]:
         """Which components are far above their past; takes them in."""
-        values = torch.from_numpy(components).double().clamp(min=1e-12)
+        values = torch.from_numpy(components).double().clamp(min=1e-12).log()
         # 1.2533: a normal distribution's standard deviation over its mean absolute deviation
         limit = (UNUSUAL_SIGMA * 1.2533 * self.spread).clamp(min=math.log(UNUSUAL_FACTOR))
         past = self.center, self.spread, self.count
@@ -177,22 +224,23 @@ EARLY_FACTOR, EARLY_LEAST, EARLY_SIGMA = 3.0, 2.0, 1.5
 
 
 class Reference(NamedTuple):
-    """The level that losses are compared with, in natural logarithms."""
+    """The level that losses are compared with: logarithms, or multiples of the loss's size."""
 
     center: float
     spread: float  # standard deviation of one loss
 
-    def limit(self, count: int, factor: float) -> float:
+    def limit(self, count: int, least: float) -> float:
         """By how much the median of so many losses may lie above it."""
-        return max(math.log(factor), SIGMA * 1.2533 * self.spread / math.sqrt(count))
+        return max(least, SIGMA * 1.2533 * self.spread / math.sqrt(count))
 
 
 class LossMonitor:
     """Tells from the losses of applied steps whether training is healthy, and whether it has diverged.
 
     Medians of logarithms are compared: one outlier moves them little, and a rise is a factor whatever the
-    loss's scale. The standard error of a median of ``n`` is ``1.2533 sigma / sqrt(n)`` (normal distribution);
-    sigma comes from the median absolute deviation.
+    loss's scale. Once a loss was 0 or less, losses are compared in units of their mean magnitude up to then.
+    The standard error of a median of ``n`` is ``1.2533 sigma / sqrt(n)`` (normal distribution); sigma comes
+    from the median absolute deviation.
     """
 
     def __init__(self) -> None:
@@ -202,6 +250,7 @@ class LossMonitor:
         self.medians: list[float] = []  # of the last healthy windows that do not overlap
         self.fresh = 0  # losses since the last of these
         self.lowest: Reference | None = None
+        self.size: float | None = None  # mean magnitude of a loss that has been 0 or less
 
     def add(self, loss: float) -> tuple[bool, str | None]:
         """Take in the loss of an applied step.
@@ -210,55 +259,73 @@ class LossMonitor:
             Whether the last ``WINDOW`` losses were judged just now and are healthy; why training has
             diverged, if it has.
         """
-        log = math.log(max(loss, 1e-12))
-        self.first = log if self.first is None else self.first
-        self.window = [*self.window, log][-WINDOW:]
+        self.first = loss if self.first is None else self.first
+        self.window = [*self.window, loss][-WINDOW:]
+        if loss <= 0 and self.size is None:  # what was learnt of logarithms is of no use any more
+            self.size = statistics.fmean(map(abs, [self.first, *self.window])) or 1.0
+            self.lowest, self.medians, self.fresh = None, [], 0
         self.since, self.fresh = self.since + 1, self.fresh + 1
         if self.since < STRIDE:
             return False, None
         self.since = 0
         return self.judge()
 
+    def level(self, loss: float) -> float:
+        """Where a loss lies on the scale of comparison."""
+        return math.log(max(loss, 1e-12)) if self.size is None else loss / self.size
+
+    def above(self, factor: float) -> float:
+        """The distance on that scale to so many times a loss."""
+        return math.log(factor) if self.size is None else factor - 1
+
     def judge(self) -> tuple[bool, str | None]:
         """Judge the losses there are; see :meth:`add`."""
-        recent, window = self.window[-STRIDE:], self.window
-        whole = len(window) == WINDOW
+        window = [self.level(loss) for loss in self.window]
+        recent, whole = window[-STRIDE:], len(window) == WINDOW
         if self.lowest is None:
             assert self.first is not None
-            start, median = self.first, statistics.median(recent)
+            start, median = self.level(self.first), statistics.median(recent)
             apart = median - start > EARLY_SIGMA * _spread(recent)
-            apart = apart and sorted(recent)[1] - start > math.log(EARLY_LEAST)
-            if apart and median - start > math.log(EARLY_FACTOR):
-                return False, _too_high(median, start, "what it began with")
+            apart = apart and sorted(recent)[1] - start > self.above(EARLY_LEAST)
+            if apart and median - start > self.above(EARLY_FACTOR):
+                return False, self._too_high(median, start, "what it began with")
             if whole:
-                self._refer()
-            return whole and statistics.median(window) <= start, None
+                self._refer(window)
+            return whole and (statistics.median(window) <= start or self.size is not None), None
         healthy = whole
         for losses, factor in ((recent, STRIDE_FACTOR), (window, WINDOW_FACTOR))[: 1 + whole]:
-            median, limit = statistics.median(losses), self.lowest.limit(len(losses), factor)
+            median, limit = statistics.median(losses), self.lowest.limit(len(losses), self.above(factor))
             if median - self.lowest.center > limit:
-                return False, _too_high(median, self.lowest.center, "its best")
+                return False, self._too_high(median, self.lowest.center, "its best")
             healthy = healthy and median - self.lowest.center <= limit / 2
         if healthy and self.fresh >= WINDOW:
-            self._refer()
+            self._refer(window)
         return healthy, None
 
     def judge_end(self) -> str | None:
         """Why a run that is over has diverged, if it has; judges its last losses, however few are new."""
-        for losses in (self.window[-STRIDE // 4 :], self.window[-STRIDE:]):
+        window = [self.level(loss) for loss in self.window]
+        for losses in (window[-STRIDE // 4 :], window[-STRIDE:]):
             if self.lowest is not None and len(losses) >= STRIDE // 4:
                 median = statistics.median(losses)
-                if median - self.lowest.center > self.lowest.limit(len(losses), WINDOW_FACTOR):
-                    return _too_high(median, self.lowest.center, "its best")
+                if median - self.lowest.center > self.lowest.limit(len(losses), self.above(WINDOW_FACTOR)):
+                    return self._too_high(median, self.lowest.center, "its best")
         return None
 
-    def _refer(self) -> None:
-        """Take a healthy window into the reference."""
-        median = statistics.median(self.window)
-        self.medians, self.fresh = [*self.medians, median][-REFERENCE:], 0
+    def _refer(self, window: list[float]) -> None:
+        """Take the levels of a healthy window into the reference."""
+        self.medians, self.fresh = [*self.medians, statistics.median(window)][-REFERENCE:], 0
         center = statistics.median(self.medians)
         if self.lowest is None or center < self.lowest.center:
-            self.lowest = Reference(center, _spread(self.window))
+            self.lowest = Reference(center, _spread(window))
+
+    def _too_high(self, median: float, reference: float, what: str) -> str:
+        if self.size is not None:
+            return f"the loss stays at {median * self.size:.3g}, above {what} ({reference * self.size:.3g})"
+        rise = math.exp(median - reference)
+        return (
+            f"the loss stays at {math.exp(median):.3g}, {rise:.2g} times {what} ({math.exp(reference):.3g})"
+        )
 
     def first_and_last(self) -> tuple[float, float]:
         """The loss at the start, and now.
@@ -266,8 +333,10 @@ class LossMonitor:
         Now is the median of the last window, or the reference where a rewind has emptied it.
         """
         assert self.first is not None
-        last = self.window or self.medians or [self.first]
-        return math.exp(self.first), math.exp(statistics.median(last))
+        if self.window or not self.medians:
+            return self.first, statistics.median(self.window or [self.first])
+        median = statistics.median(self.medians)
+        return self.first, math.exp(median) if self.size is None else median * self.size
 
     def restart(self, saved: dict[str, Any]) -> None:
         """Go on from the reference of an earlier state, with no losses yet."""
@@ -282,7 +351,10 @@ class LossMonitor:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         vars(self).update(copy.deepcopy(saved))
-        self.window = self.window[-WINDOW:]  # older checkpoints hold two windows
+        if "size" not in saved:  # checkpoints of before 2026-11-27 hold logarithms
+            self.window = [math.exp(level) for level in self.window]
+            self.first = self.first if self.first is None else math.exp(self.first)
+        self.window = self.window[-WINDOW:]  # older ones hold two windows
         self.lowest = saved["lowest"] and Reference(*saved["lowest"])
 
 
@@ -290,8 +362,3 @@ def _spread(values: list[float]) -> float:
     """Standard deviation by the median absolute deviation, for a normal distribution."""
     median = statistics.median(values)
     return 1.4826 * statistics.median(abs(value - median) for value in values)
-
-
-def _too_high(median: float, reference: float, what: str) -> str:
-    rise = math.exp(median - reference)
-    return f"the loss stays at {math.exp(median):.3g}, {rise:.2g} times {what} ({math.exp(reference):.3g})"

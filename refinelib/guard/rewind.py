@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refinelib.guard.guard import Guard, ran_out
-from refinelib.guard.monitor import WINDOW, LossMonitor, Row
+from refinelib.guard.guard import REPORT, Guard
+from refinelib.guard.measure import ran_out
+from refinelib.guard.monitor import WINDOW, LossMonitor, Reports, Row
 
 #: Steps between snapshots, at least; between the newest one and a checkpoint, at least.
 SNAPSHOT_EVERY, CHECKPOINT_AFTER = 50, 16
@@ -80,32 +81,42 @@ class Snapshot:
 class Rewinder:
     """Decides from the steps' reports when a run has diverged, and restores an earlier state.
 
+    A loop gives it every report (:meth:`update`), and the state goes back where that is needed; the loop goes
+    on with its next batch. A loop that can take the same steps again reads the reports by itself
+    (:meth:`see`, :meth:`maybe_snapshot`, :meth:`rewind`).
+
     Args:
         guard: of the run.
-        max_consecutive_skips: skips in a row that are too many. Overflows above the floor of the loss scale
+        max_skips: skips in a row that are too many. Overflows above the floor of the loss scale
             do not count: the scale halves at each, so there can be only so many.
         max_rewinds: how often the run may go back.
         log: gives what the run's log knows of the steps whose rows were seen; kept with each snapshot.
+        advice: what to try, for the message of :class:`DivergedError`.
 
     Example:
-        >>> from refinelib.guard.guard import WarmupCosine, build_optimizer
         >>> model = torch.nn.Linear(1, 1)
-        >>> optimizer = build_optimizer(model.named_parameters(), kind="adamw", lr=0.1, weight_decay=0.0)
-        >>> schedule = WarmupCosine(lr=0.1, min_lr=0.1, warmup_steps=0, total_steps=9)
-        >>> guard = Guard(model, optimizer, schedule, grad_clip=1.0)
-        >>> rewinder = Rewinder(guard, max_consecutive_skips=5, max_rewinds=3)
-        >>> rewinder.start(0)
-        >>> _ = model.weight.data.fill_(float("nan"))
-        >>> message, snapshot = rewinder.rewind(rewinder.damage(), step=4)
-        >>> snapshot.step, bool(model.weight.isfinite())
-        (0, True)
+        >>> guard = Guard(model, torch.optim.Adam(model.parameters(), lr=0.1))
+        >>> rewinder = Rewinder(guard, max_skips=3)
+        >>> for x in [1.0] * 4 + [math.nan] * 3:
+        ...     guard.zero_grad()
+        ...     guard.backward(model(torch.tensor([[x]])).square().mean())
+        ...     message = rewinder.update(guard.step())
+        >>> message[:54]
+        'step 7: 3 steps in a row were skipped; restored the st'
     """
 
     def __init__(
-        self, guard: Guard, *, max_consecutive_skips: int, max_rewinds: int, log: LogState = dict
+        self,
+        guard: Guard,
+        *,
+        max_skips: int = 20,
+        max_rewinds: int = 3,
+        log: LogState = dict,
+        advice: str = "",
     ) -> None:
-        self.guard, self.log = guard, log
-        self.max_consecutive_skips, self.max_rewinds = max_consecutive_skips, max_rewinds
+        self.guard, self.log, self.advice = guard, log, advice
+        self.max_skips, self.max_rewinds = max_skips, max_rewinds
+        self.reports, self.taken = Reports(), 0  # of a loop that calls update
         self.snapshots: list[Snapshot] = []  # the oldest first; only the last may be not stable
         self.monitor = LossMonitor()
         self.steps: list[int] = []  # of the losses in the window
@@ -125,7 +136,9 @@ class Rewinder:
         """
         self.seen = step
         if self.guard.damage():
-            raise DivergedError(diverged(f"the run would start with what is not finite: {self.damage()}"))
+            raise DivergedError(
+                self._diverged(f"the run would start with what is not finite: {self.damage()}")
+            )
         if not self.snapshots:
             self._take(step)
             self.snapshots[0].stable = True
@@ -178,7 +191,32 @@ class Rewinder:
             del self.snapshots[0 if newest.step - self.snapshots[1].step >= OLD else -2]
 
     # -- reports -------------------------------------------------------------------------------------
-    def update(self, row: Row) -> str | None:
+    def update(self, report: Tensor) -> str | None:
+        """Take in a step's report as :meth:`Guard.step` gave it; restore an earlier state if that is needed.
+
+        Reports are read late and in bundles, without host-device synchronisation; snapshots are taken and the
+        state is checked now and then. The first call's state is the first to go back to.
+
+        Returns:
+            What was done, in a sentence, where the state went back; none where it did not.
+
+        Raises:
+            DivergedError: it went back as often as it may.
+        """
+        self.taken += 1
+        self.reports.add(report, self.taken)
+        if not self.snapshots:
+            self.start(0)
+        for step, values in self.reports.read(wait=False):
+            named = dict(zip(REPORT, values.tolist(), strict=False))
+            reason = self.see(Row(step, 0, values[:0], named, values[len(REPORT) :]))
+            if reason is not None:
+                self.reports.forget()
+                return self.rewind(reason, self.taken, again=False)[0]
+        self.maybe_snapshot(self.taken)
+        return None
+
+    def see(self, row: Row) -> str | None:
         """Take in one row, in order, which the log has; why the run has to go back, if it has to."""
         if row.report["incident"]:  # the steps after it are repeated
             self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step <= row.step]
@@ -197,7 +235,7 @@ class Rewinder:
             overflow = report["bad_grad"] and not report["bad_loss"]
             searching = self.guard.scaled and overflow and report["loss_scale"] > self.guard.scale_floor
             self.skips += not searching
-            too_many = self.skips >= self.max_consecutive_skips
+            too_many = self.skips >= self.max_skips
             return f"{self.skips} steps in a row were skipped" if too_many else None
         self.skips = 0
         self.steps = [*self.steps, step][-WINDOW:]
@@ -216,12 +254,13 @@ class Rewinder:
             what = f"{len(self.guard.names)} parameters moved further than the learning rates allow"
         return f"{len(names)} of {what}, first {names[0]}"
 
-    def rewind(self, reason: str, step: int) -> tuple[str, Snapshot | None]:
+    def rewind(self, reason: str, step: int, *, again: bool = True) -> tuple[str, Snapshot | None]:
         """Restore an earlier state.
 
         Args:
             reason: why.
             step: number of the last step taken.
+            again: whether the loop can take the same steps again.
 
         Returns:
             What was done, in a sentence; the snapshot after which steps are to be repeated, none where the
@@ -233,16 +272,18 @@ class Rewinder:
         self.reasons.append(f"step {step}: {reason}")
         if self.rewinds >= self.max_rewinds:
             before = "; ".join(self.reasons[:-1]) or "none was allowed"
-            raise DivergedError(diverged(f"{self.reasons[-1]}, after {self.rewinds} rewinds ({before})"))
+            raise DivergedError(
+                self._diverged(f"{self.reasons[-1]}, after {self.rewinds} rewinds ({before})")
+            )
         self.rewinds += 1
-        skipping = self.skips >= self.max_consecutive_skips
+        skipping = self.skips >= self.max_skips
         now = {name: float(self.guard.state[name]) for name in (*_NOT_RESTORED, "applied")}
         if step <= self.known:  # the same trouble: further back than the last time
             while len(self.snapshots) > 1 and self.snapshots[-1].step >= self.target:
                 self.snapshots.pop()
         snapshot = self._restore(step - self.skips if skipping else 0)
         host = snapshot.host
-        again = step > self.known and not skipping
+        again = again and step > self.known and not skipping
         self.known, self.target, snapshot.used = step + WINDOW, snapshot.step, True
         went = f"step {step}: {reason}; restored the state after step {snapshot.step}"
         which = f"(rewind {self.rewinds} of {self.max_rewinds})"
@@ -260,7 +301,7 @@ class Rewinder:
     def _go_past(self, now: dict[str, float]) -> None:
         """Keep the run's own counts and place in the schedule, at a lower rate."""
         state = self.guard.state
-        if int(state["applied"]) < self.guard.schedule.warmup_steps:
+        if int(state["applied"]) < getattr(self.guard.schedule, "warmup_steps", 0):
             del now["applied"]  # a warm-up is done again; elsewhere the schedule ends where the data does
         for name, value in now.items():
             if math.isfinite(value):
@@ -293,7 +334,10 @@ class Rewinder:
             if not self.guard.damage():
                 return self.snapshots[-1]
             self.snapshots.pop()
-        raise DivergedError(diverged(f"{self.reasons[-1]}, and no state to go back to is finite"))
+        raise DivergedError(self._diverged(f"{self.reasons[-1]}, and no state to go back to is finite"))
+
+    def _diverged(self, what: str) -> str:
+        return f"diverged: {what}. {self.advice}".strip()
 
     # -- kept in a checkpoint --------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -314,14 +358,3 @@ class Rewinder:
         self.snapshots = list(snapshots)
         for snapshot in self.snapshots:
             snapshot.stable, snapshot.used = flags[snapshot.step]
-
-
-def diverged(what: str) -> str:
-    """What happened, and what to try."""
-    return (
-        f"diverged: {what}. checkpoints/best.pt, where an epoch was validated, is what it was at its best. "
-        "The folders in incidents/ hold the bad batches: `python -m refinelib replay INCIDENT` names "
-        "the module, the loss term and the samples. Then try a tenth of the learning rate, or the recipe "
-        "`rescue`; if the skips were spikes, on_spike = clip; if the loss scale was at its floor, amp = "
-        "bf16; if one loss term is named, its weight at 0"
-    )

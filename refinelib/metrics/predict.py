@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from refinelib.data import DataError, Store, decode_image
 from refinelib.data.augment import MEAN, normalise
 from refinelib.data.sources import as_rgb
 from refinelib.files import PathLike, replacing, shown
-from refinelib.guard.guard import ran_out
+from refinelib.guard.measure import ran_out
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.modeling import TARGET
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, labels_from_coverage, paste_patches
@@ -42,7 +43,7 @@ CropModel = Callable[[Tensor], Tensor]
 #: What a box has to be, for messages.
 BOX_RULE = "give rows of x0, y0, x1, y1 in pixels with x0 < x1 and y0 < y1, such as [[10, 20, 110, 220]]"
 
-#: Threads of a model on a CPU, at most: processes beside each other wait for each other's threads.
+#: Threads of a model on a CPU, at most.
 MOST_THREADS = 4
 
 #: Fixed ROIs kept every epoch, and as many again: a third each of the worst, the middle and the best.
@@ -67,6 +68,37 @@ def threads(most: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(function: CropModel, images: Tensor) -> Tensor:
+    """A function of crops on a CPU, each thread with its own share of them.
+
+    PyTorch's way, all threads in every operation, makes them wait for each other thousands of times a batch:
+    beside other processes that takes ten times as long. Here they wait once.
+
+    Args:
+        function: of ``[B, ...]``, works on each crop by itself.
+        images: ``[B, ...]``; a single one keeps one thread busy.
+
+    Returns:
+        the results in the order of the images.
+
+    Example:
+        >>> side_by_side(lambda part: part + 1, torch.arange(3.0))
+        tensor([1., 2., 3.])
+    """
+    most = min(MOST_THREADS, _cores(), torch.get_num_threads(), len(images))
+    with threads(1):
+        if most < 2:
+            return function(images)
+        with ThreadPoolExecutor(most, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat([*pool.map(function, images.tensor_split(most))])
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def load(
@@ -165,8 +197,8 @@ class Predictor:
         for part in regions.split(CROPS_AT_ONCE):
             with threads(1):
                 crops = crop_rois(pixels, part, canvas, fill=MEAN).round()  # as the store's bytes are
-            probs = self.roi_probs(normalise(crops.to(self.device)))
-            found.append(centre_window(probs, self.settings.mask_size).cpu())
+                crops = normalise(crops.to(self.device))
+            found.append(centre_window(self.roi_probs(crops), self.settings.mask_size).cpu())
         return torch.cat(found)
 
     def predict(self, image: Any, boxes: Any) -> Any:
@@ -200,7 +232,10 @@ class Predictor:
 
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
-        with threads(MOST_THREADS), autocast(self.settings, self.device):
+        return self._roi_probs(images) if images.is_cuda else side_by_side(self._roi_probs, images)
+
+    def _roi_probs(self, images: Tensor) -> Tensor:
+        with autocast(self.settings, self.device):
             return predict_probs(self.model, images, flip=self.flip, weights=self.weights).float()
 
 
@@ -227,7 +262,7 @@ def predict_probs(
         float32 ``[B, 3, Hm, Wm]``.
 
     Raises:
-        RuntimeError: one crop alone does not fit (:func:`refinelib.guard.guard.ran_out`).
+        RuntimeError: one crop alone does not fit (:func:`refinelib.guard.measure.ran_out`).
     """
     probs: Tensor = _probs(model, images)
     if flip:
@@ -264,12 +299,14 @@ def score(
     """
     metrics = SegmentationMetrics(full=full)
     for rois in torch.arange(len(store))[ranks.share(len(store))].split(CROPS_AT_ONCE):
-        images, coverage = (x.to(device) for x in store.gather(rois))
-        labels = labels_from_coverage(coverage)
-        predicted = predict(normalise(images.permute(0, 3, 1, 2))).argmax(dim=1)
+        with threads(1):
+            images, coverage = (x.to(device) for x in store.gather(rois))
+            labels, images = labels_from_coverage(coverage), normalise(images.permute(0, 3, 1, 2))
+        probs = predict(images)
         # The image's place in the store: a data set's own ids may be negative, and those of two the same.
         columns = (torch.as_tensor(of[rois.numpy()]) for of in (store.areas, store.image_index))
         with threads(1):
+            predicted = probs.argmax(dim=1)
             metrics.update(*(centre_window(x, mask_size) for x in (predicted, labels)), *columns)
     metrics.gather(device)
     return metrics

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from refinelib.guard.guard import REPORT, Guard, WarmupCosine, build_optimizer
+from refinelib.guard.guard import REPORT, Guard
+from refinelib.guard.optimizer import WarmupCosine, build_optimizer
 
 
 class Net(nn.Module):

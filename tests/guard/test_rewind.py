@@ -133,7 +133,7 @@ def row(step, *, loss=1.0, skipped=0, damaged=0, bad_loss=1, loss_scale=1.0):
 
 @pytest.fixture
 def recovery(trainer):
-    found = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
+    found = Rewinder(trainer.guard, max_skips=3, max_rewinds=3)
     found.start(0)
     return found
 
@@ -141,7 +141,7 @@ def recovery(trainer):
 def drive(recovery, losses, start=0):
     """Rows with these losses, None for a skipped step; step and reason of the first rewind."""
     for step, loss in enumerate(losses, start + 1):
-        reason = recovery.update(row(step, skipped=1) if loss is None else row(step, loss=loss))
+        reason = recovery.see(row(step, skipped=1) if loss is None else row(step, loss=loss))
         if reason:
             return step, reason
         recovery.maybe_snapshot(step)
@@ -173,18 +173,18 @@ def test_isolated_skips_do_not_keep_a_snapshot_from_becoming_stable(recovery, pe
 
 def test_skips_count_only_in_a_row(recovery):
     assert drive(recovery, [None, None, 1.0, None, None]) is None
-    assert "3 steps in a row" in recovery.update(row(6, skipped=1))
+    assert "3 steps in a row" in recovery.see(row(6, skipped=1))
 
 
 def test_the_search_for_a_loss_scale_is_no_run_of_skips(recovery):
     recovery.guard.scaled = True
     for step in range(1, 17):
-        assert recovery.update(row(step, skipped=1, bad_loss=0, loss_scale=2.0 ** (17 - step))) is None
-    assert [recovery.update(row(step, skipped=1, bad_loss=0, loss_scale=1.0)) for step in (17, 18)] == [
+        assert recovery.see(row(step, skipped=1, bad_loss=0, loss_scale=2.0 ** (17 - step))) is None
+    assert [recovery.see(row(step, skipped=1, bad_loss=0, loss_scale=1.0)) for step in (17, 18)] == [
         None,
         None,
     ]
-    assert "in a row" in recovery.update(row(19, skipped=1, bad_loss=0, loss_scale=1.0))
+    assert "in a row" in recovery.see(row(19, skipped=1, bad_loss=0, loss_scale=1.0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -217,7 +217,7 @@ def test_a_loss_that_stays_high_is_noticed_from_the_first_steps_on(sigma, seed, 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(150, 800), seed=st.integers(0, 2**20), rise=st.floats(5.0, 100.0))
 def test_a_rewind_goes_to_a_state_of_before_the_damage_and_each_further_back(trainer, at, seed, rise):
-    recovery = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
+    recovery = Rewinder(trainer.guard, max_skips=3, max_rewinds=3)
     recovery.start(0)
     losses = [loss * (rise if step > at else 1.0) for step, loss in enumerate(noisy(at + 400, seed=seed), 1)]
     went, step = [], 0
@@ -239,13 +239,13 @@ def test_a_rewind_goes_to_a_state_of_before_the_damage_and_each_further_back(tra
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(1, 200), seed=st.integers(0, 2**20), by=st.floats(1.0, 1e30))
 def test_a_weight_that_moved_further_than_steps_can_is_noticed_without_the_loss(trainer, at, seed, by):
-    recovery = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
+    recovery = Rewinder(trainer.guard, max_skips=3, max_rewinds=3)
     recovery.start(0)
     before = trainer.model.person_head.bias.detach().clone()
     for step, loss in enumerate(noisy(at + 65, seed=seed), 1):
         if step == at:
             shift(trainer, by)
-        reason = recovery.update(row(step, loss=loss, damaged=float(trainer.guard.state["damaged"])))
+        reason = recovery.see(row(step, loss=loss, damaged=float(trainer.guard.state["damaged"])))
         if reason:
             break
         recovery.maybe_snapshot(step)
@@ -259,7 +259,7 @@ def test_a_snapshot_of_a_step_after_an_incident_is_not_kept(recovery):
     assert drive(recovery, noisy(50)) is None
     incident = row(49, skipped=1)
     incident.report["incident"] = 1.0
-    assert recovery.update(incident) is None
+    assert recovery.see(incident) is None
     assert [snapshot.step for snapshot in recovery.snapshots] == [0]
 
 
@@ -274,7 +274,7 @@ def test_a_burst_of_skips_goes_back_no_further_than_the_newest_snapshot(recovery
 def test_what_a_rewind_needs_is_in_the_state(trainer, recovery):
     losses = noisy(700)
     assert drive(recovery, losses[:333]) is None
-    other = Rewinder(trainer.guard, max_consecutive_skips=3, max_rewinds=3)
+    other = Rewinder(trainer.guard, max_skips=3, max_rewinds=3)
     copies = [Snapshot(s.step, s.tensors, s.memory, s.host) for s in recovery.snapshots]
     other.load_state_dict(json.loads(json.dumps(recovery.state_dict())), copies)
     for each in (recovery, other):
@@ -334,7 +334,7 @@ def test_a_rewind_halves_the_learning_rate_for_a_while(trainer):
     advance(trainer, 2)
     trainer.rewinder.start(2)
     before = float(trainer.guard.optimizer.param_groups[0]["lr"])
-    trainer.rewinder.skips = trainer.rewinder.max_consecutive_skips
+    trainer.rewinder.skips = trainer.rewinder.max_skips
     trainer.rewinder.rewind("test", 2)
     advance(trainer, 1)
     assert float(trainer.guard.optimizer.param_groups[0]["lr"]) == pytest.approx(before / 2, rel=0.02)

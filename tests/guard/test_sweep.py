@@ -8,6 +8,7 @@ from helpers import bench
 
 from refinelib import state as training
 from refinelib.guard import guard as guards
+from refinelib.guard import measure
 from refinelib.guard.guard import REPORT, Guard
 from refinelib.guard.monitor import StepMonitor
 from refinelib.guard.rewind import Rewinder, Snapshot
@@ -160,10 +161,10 @@ def test_the_same_draws_every_time():
 
 
 # -- that it can fail ----------------------------------------------------------------------------------
-def decide_in_float32(self, loss, norms, largest, decide=Guard.decide):
+def decide_in_float32(self, loss, norms, largest, rate=None, decide=Guard.decide):
     """In float32, and whether norm and clipping are finite is not checked."""
-    found, scale = decide(self, loss, norms, largest), self.state["scale"].float()
-    norms, largest = guards.unscaled(norms, largest, scale, self.root_sizes)
+    found, scale = decide(self, loss, norms, largest, rate), self.state["scale"].float()
+    norms, largest = measure.unscaled(norms, largest, scale, self.root_sizes)
     peak = norms.amax()
     total = peak * (norms / peak.clamp(min=torch.finfo(norms.dtype).tiny)).square().sum().sqrt()
     clip = (torch.full_like(total, self.grad_clip) / total.clamp(min=1e-12)).clamp(max=1.0)
@@ -174,8 +175,8 @@ def decide_in_float32(self, loss, norms, largest, decide=Guard.decide):
     return found._replace(skip=skip, divisor=scale / clip, report=report)
 
 
-def decide_without_forgiveness(self, loss, norms, largest, decide=Guard.decide):
-    found = decide(self, loss, norms, largest)
+def decide_without_forgiveness(self, loss, norms, largest, rate=None, decide=Guard.decide):
+    found = decide(self, loss, norms, largest, rate)
     skip, report = found.skip | (self.state["skipped"] > 0), found.report.clone()
     report[REPORT.index("skipped")] = skip.float()
     return found._replace(skip=skip, report=report)
@@ -209,8 +210,8 @@ def ungated_average(average, weights, ema_weight, skip):
     average.lerp_(weights, ema_weight)
 
 
-LASTING = rewinder_with(max_consecutive_skips=10**6)
-HASTY = rewinder_with(max_consecutive_skips=1, max_rewinds=0)
+LASTING = rewinder_with(max_skips=10**6)
+HASTY = rewinder_with(max_skips=1, max_rewinds=0)
 FLOAT32, FORGIVES_NOTHING = (
     (Guard, "decide", decide_in_float32),
     (Guard, "decide", decide_without_forgiveness),

@@ -1,0 +1,98 @@
+"""Sizes of gradients, and values compared with their past."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+#: What CUDA and its libraries say when they run out of the memory that they take without PyTorch.
+_OUT_OF_MEMORY = re.compile("CUDA error: out of memory|(CUBLAS_STATUS|CUDNN_STATUS|DEVICE)_ALLOC")
+
+
+def compare_with_past(
+    value: Tensor, center: Tensor, spread: Tensor, seen: Tensor, *, limit: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare a value, a logarithm say, with its past, and take it in.
+
+    A value moves the statistics no further than the limit that makes it unusual (Huber, Robust Estimation of
+    a Location Parameter, 1964, eq. 2.7), so one spike cannot hide the next.
+
+    Args:
+        value: float64, of any shape.
+        center: running mean, of the same shape.
+        spread: running mean absolute deviation, of the same shape.
+        seen: number of values so far.
+        limit: deviation from which a value is unusual; the first value never is.
+        window: values over which the statistics look back.
+
+    Returns:
+        Whether the value is unusually large (bool); the new center; the new spread.
+
+    Example:
+        >>> import torch
+        >>> past = torch.tensor(0.0), torch.tensor(0.1), torch.tensor(50.0)
+        >>> unusual, *_ = compare_with_past(torch.tensor(9.0), *past, limit=torch.tensor(1.0), window=100)
+        >>> bool(unusual)
+        True
+    """
+    limit = torch.where(seen == 0, math.inf, limit)
+    deviation = value - center
+    moved = torch.maximum(torch.minimum(deviation, limit), -limit)
+    new_center = center + (1.0 / (seen + 1)).clamp(min=1.0 / window) * moved
+    widened = spread + (1.0 / seen.clamp(min=1)).clamp(min=1.0 / window) * (moved.abs() - spread)
+    return deviation > limit, new_center, torch.where(seen == 0, spread, widened)
+
+
+def measured(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """L2 norm and largest magnitude of each parameter's gradient, float32 ``[parameters]`` each."""
+    grads = [torch.zeros_like(p) if p.grad is None else plain(p.grad) for p in parameters]
+    norms, largest = (torch.stack(torch._foreach_norm(grads, kind)).float() for kind in (2, math.inf))
+    return norms, largest
+
+
+def unscaled(
+    norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Norms and largest magnitudes of the gradients without their loss scale.
+
+    Args:
+        norms: ``[parameters]``, from :func:`measured`, best in float64.
+        largest: ``[parameters]``, likewise.
+        scale: the loss scale.
+        root_sizes: square roots of the parameters' numbers of elements, ``[parameters]``.
+    """
+    norms, largest = norms / scale, largest / scale
+    # Squares of finite gradients above 1e19 overflow float32: the norm is then bounded by the largest
+    # element.
+    return torch.where(torch.isfinite(norms), norms, largest * root_sizes), largest
+
+
+def plain(values: Tensor) -> Tensor:
+    """The numbers of a sparse or complex tensor, real and dense."""
+    if values.is_sparse:
+        values = values.coalesce().values()
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
+def mean_of_processes(loss: Tensor) -> Tensor:
+    """A loss, or its mean over the processes of ``torch.distributed``: all have to decide alike."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        loss = loss.clone()
+        dist.all_reduce(loss)
+        loss = loss / dist.get_world_size()
+    return loss
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out. The device is as it was, and a smaller batch can be tried.
+
+    PyTorch's allocator raises ``OutOfMemoryError``. CUDA, cuBLAS and cuDNN, which allocate by themselves, end
+    in another ``RuntimeError``.
+    """
+    cuda = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    return cuda or isinstance(error, torch.OutOfMemoryError)

@@ -1,0 +1,144 @@
+"""Optimizers and their schedule: what a guard steps, and how far a step can move a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WarmupCosine:
+    """Linear warm-up over steps, then a cosine down to ``min_lr`` (Loshchilov & Hutter, SGDR, 2017, eq. 5).
+
+    Args:
+        lr: peak rate.
+        min_lr: rate at the last step.
+        warmup_steps: steps of warm-up; the first step has ``lr / warmup_steps``.
+        total_steps: steps of the whole run.
+
+    Example:
+        >>> schedule = WarmupCosine(lr=1.0, min_lr=0.0, warmup_steps=2, total_steps=4)
+        >>> [float(schedule(torch.tensor(step))) for step in range(4)]
+        [0.5, 1.0, 1.0, 0.0]
+    """
+
+    def __init__(self, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> None:
+        self.lr, self.min_lr = lr, min_lr
+        self.warmup_steps = warmup_steps
+        self.total_steps = max(total_steps, warmup_steps + 1)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Rate of step number ``step`` (from 0), float32.
+
+        Args:
+            step: a tensor, so that the rate stays on its device.
+        """
+        done = step.to(torch.float32)
+        rise = self.lr * (done + 1) / max(self.warmup_steps, 1)
+        along = (done - self.warmup_steps) / max(self.total_steps - 1 - self.warmup_steps, 1)
+        half = 0.5 * (1 + torch.cos(math.pi * along.clamp(0.0, 1.0)))
+        return torch.where(done < self.warmup_steps, rise, self.min_lr + (self.lr - self.min_lr) * half)
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    kind: str,
+    lr: float,
+    weight_decay: float,
+    fused: bool = True,
+) -> torch.optim.Optimizer:
+    """Adam or AdamW with tensor learning rates; only kernels and matrices are decayed.
+
+    Args:
+        parameters: ``model.named_parameters()``.
+        kind: ``adamw`` (Loshchilov & Hutter, 2019) or ``adam`` (decay as an L2 penalty).
+        lr: learning rate before the schedule sets it.
+        weight_decay: of kernels and matrices.
+        fused: one kernel that can skip by itself, on the device. Without it the guard reads its decision
+            back.
+    """
+    trained = [p for _, p in parameters if p.requires_grad]
+    device = trained[0].device
+
+    groups: list[dict[str, Any]] = []
+    for decayed in (True, False):
+        some = [p for p in trained if (p.ndim >= 2) == decayed]
+        # A fused kernel reads its rate on the device; the others take a number.
+        rate = torch.tensor(lr, dtype=torch.float32, device=device) if fused else lr
+        groups.append({"params": some, "weight_decay": decayed * weight_decay, "lr": rate})
+    cls = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
+    # Capturable: its step count lies on the device, so that a step can be part of a CUDA graph.
+    return cls(groups, lr=lr, fused=fused, capturable=fused and device.type == "cuda")
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[Tensor]]:
+    """Names and parameters that an optimizer holds: the model's in its order, then others.
+
+    Raises:
+        ValueError: see :class:`~refinelib.guard.guard.Guard`.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS calls the loss several times a step: the guard takes optimizers of one gradient"
+        )
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    own = model.named_parameters()
+    named = {name.removeprefix("_orig_mod."): p for name, p in own if id(p) in held}  # of a compiled model
+    inside = {id(p) for p in named.values()}
+    for place, group in enumerate(optimizer.param_groups):
+        others = {f"group {place}.{at}": p for at, p in enumerate(group["params"]) if id(p) not in inside}
+        named |= others
+    devices = {str(p.device) for p in named.values()}
+    if len(devices) != 1:
+        where = " and ".join(sorted(devices)) or "nothing"
+        raise ValueError(f"the optimizer holds parameters on {where}: a guard needs them on one device")
+    return list(named), list(named.values())
+
+
+def furthest_update(group: Mapping[str, Any]) -> float:
+    """The furthest that a step of Adam or AdamW moves a weight, in learning rates, for any gradients.
+
+    With ``m`` and ``v`` as sums over the past, the Cauchy-Schwarz inequality bounds ``m / sqrt(v)`` by
+    ``(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))``. Weight decay and rounding come on top.
+
+    Args:
+        group: a parameter group of the optimizer; without ``betas`` there is no bound.
+
+    Example:
+        >>> round(furthest_update({"betas": (0.9, 0.999)}), 1)
+        7.3
+    """
+    b1, b2 = group.get("betas", (1.0, 1.0))
+    past = (1 - b2) * (1 - b1**2 / b2)
+    return 1.003 * (1 - b1) / math.sqrt(past) if past > 0 else math.inf  # 1.003: moments are float32
+
+
+@torch.no_grad()
+def flatten(module: nn.Module) -> list[Tensor]:
+    """Lay a module's parameters side by side in memory; shapes, strides and values stay.
+
+    Returns:
+        A 1-d block for each dtype. Two modules of the same build have their parameters at the same places.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> (block,) = flatten(layer)
+        >>> block.fill_(1.0).shape, layer.bias.tolist()  # each parameter starts at a multiple of 64 elements
+        (torch.Size([128]), [1.0, 1.0])
+    """
+    blocks = []
+    parameters = list(module.parameters())
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        some = [p for p in parameters if p.dtype == dtype]
+        sizes = [-(-p.numel() // 64) * 64 for p in some]  # kernels read whole lines of memory
+        block = torch.zeros(sum(sizes), dtype=dtype, device=some[0].device)
+        for p, piece in zip(some, torch.split(block, sizes), strict=True):
+            place = piece.as_strided(p.shape, p.stride())  # parameters are dense, in whatever order
+            place.copy_(p)
+            p.data = place
+        blocks.append(block)
+    return blocks
