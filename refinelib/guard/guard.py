@@ -82,8 +82,8 @@ class Guard:
     """Takes the steps of an optimizer, all or nothing; keeps the loss scale and a moving average.
 
     A spike is a loss or gradient norm far above its past
-    (:func:`~refinelib.guard.measure.compare_with_past`). Skipped values never enter the statistics. A loss may
-    have any sign and scale: once one was 0 or less, differences are compared in place of ratios.
+    (:func:`~refinelib.guard.measure.compare_with_past`). Skipped values never enter the statistics. A loss
+    may have any sign and scale: once one was 0 or less, differences are compared in place of ratios.
 
     A step that is skipped moves nothing: weights, the optimizer's state, buffers, the average, the schedule.
     Several optimizers have a guard each. Under ``DistributedDataParallel`` every process decides by the mean
