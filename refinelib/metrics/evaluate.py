@@ -176,7 +176,8 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         shape: Any = {name: getattr(settings, name) for name in ("roi_size", "mask_size", "context")}
         root = Path(store_dir or temporary)
-        store = open_store(source, root=root, max_images=max_images, progress=progress, **shape)
+        with threads(1):
+            store = open_store(source, root=root, max_images=max_images, progress=progress, **shape)
         found = _score(predictor, source, store, max_images)
         del store  # its files are mapped, and Windows deletes no mapped file
     return found

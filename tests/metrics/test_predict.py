@@ -242,3 +242,29 @@ def test_a_picture_of_floats_is_refused_rather_than_black(tmp_path):
         predict._rgb(picture)
     with pytest.raises(DataError, match="grey.tiff cannot be decoded .*no agreed range"):
         decode_image(file)
+
+
+def test_crops_on_a_cpu_are_shared_by_threads_that_do_not_wait_for_each_other(monkeypatch):
+    from refinelib.metrics import predict
+
+    monkeypatch.setattr(predict, "_cores", lambda: 3)
+    seen = []
+
+    def function(part):
+        seen.append((len(part), torch.get_num_threads()))
+        return part * 2
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(32)
+        found = predict.side_by_side(function, torch.arange(7.0))
+        assert torch.get_num_threads() == 32
+        assert sorted(seen) == [(2, 1), (2, 1), (3, 1)]
+        assert found.tolist() == [0, 2, 4, 6, 8, 10, 12]
+        seen.clear()
+        predict.side_by_side(function, torch.arange(1.0))
+        with predict.threads(1):
+            predict.side_by_side(function, torch.arange(4.0))
+        assert seen == [(1, 1), (4, 1)]
+    finally:
+        torch.set_num_threads(before)
