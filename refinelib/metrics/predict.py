@@ -223,11 +223,14 @@ class Predictor:
         size = pixels.shape[:2]
         boxes = as_boxes(boxes, size)
         masks, scores = np.zeros((len(boxes), *size), dtype=bool), np.zeros(len(boxes))
-        parts = boxes.split(BOXES_AT_ONCE)  # for the probabilities to stay in bounded memory
-        pasted = (one for some in parts for one in paste_labels(self.probs(pixels, some), some, size))
-        for i, found in enumerate(pasted):
-            masks[i][found.window] = (found.labels == TARGET).numpy()
-            scores[i] = float(found.score)
+        rows = torch.arange(len(boxes)).split(BOXES_AT_ONCE)  # for probabilities to stay in bounded memory
+        for some in rows:
+            probs = self.probs(pixels, boxes[some])
+            with threads(1):
+                pasted = zip(some.tolist(), paste_labels(probs, boxes[some], size), strict=True)
+                for i, found in pasted:
+                    masks[i][found.window] = (found.labels == TARGET).numpy()
+                    scores[i] = float(found.score)
         return masks, scores
 
     def roi_probs(self, images: Tensor) -> Tensor:
@@ -433,7 +436,7 @@ def paste_labels(
         Pasted(top=0, left=0, labels=tensor([[1, 1]]), score=tensor(0.7000))
     """
     for top, left, patch in paste_patches(probs, boxes, image_size):
-        labels = patch.argmax(dim=0)
+        labels = patch.max(dim=0).indices  # ten times as fast as argmax on a CPU, of ties the first too
         mask = labels == TARGET
         if ignored is not None:
             mask &= ~ignored[top : top + len(mask), left : left + mask.shape[1]]
