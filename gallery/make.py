@@ -58,6 +58,7 @@ HERE_MADE: dict[str, dict[str, Any]] = {
     "train": SIZE,
     "debug": {},
     "incident": {},
+    "guard": {},
     "predict": {"run": "demo"},
     "results": {"runs": "demo", "baseline_runs": "demo-plain", "max_images": 30},
     "compare": {"runs": "demo,demo-plain,demo-broken"},

@@ -10,30 +10,20 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from refinelib.guard import Guard, Rewinder
-from refinelib.plots.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    Figure,
-    legend,
-    new_figure,
-    style_axes,
-)
+from refinelib.plots.style import BLACK, BLUE, ORANGE, Figure, figure_legend, new_figure, style_axes
 from refinelib.plots.style import save as save
 
 #: What can be planted, in words.
@@ -485,44 +475,54 @@ def cell(course: Course, clean: Course, without: Course) -> dict[str, Any]:
     }
 
 
-def lines_of(course: Course) -> tuple[np.ndarray, np.ndarray]:
-    """Training loss by step."""
-    return np.arange(1, len(course.losses) + 1), np.array(course.losses)
+def summary(course: Course) -> str:
+    """A run with a fault, in two lines."""
+    final = f"{course.final:.3f}" if math.isfinite(course.final) else "not finite"
+    bad = sum(not bool(x.isfinite().all()) for x in course.state.values())
+    end = f"{bad} of {len(course.state)} tensors of its state are not finite at the end"
+    return f"{TITLES[course.name]}: held-out loss {final}; {end}\n  seen: {seen(course)}"
+
+
+def word(value: Any) -> str:
+    """A value of a report, for a table."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return f"{value:.3g}"
 
 
 # -- the figure ------------------------------------------------------------------------------------
-COLORS = {
-    "plain": VERMILLION,
-    "scaler": ORANGE,
-    "clipping": PURPLE,
-    "lightning": SKY,
-    "transformers": GREEN,
-    "guard": BLUE,
-}
+LINES = {"training loss": ORANGE, "held-out loss": BLUE}
 
 
-def draw(courses: Mapping[str, Course], title: str = "one flat image in one batch") -> Figure:
-    """Training loss and held-out loss of several runs, by step; a run that is dead ends in a cross."""
-    figure = new_figure(title, 5.6)
-    panels = figure.subplots(2, 1, sharex=True)
-    for name, course in courses.items():
-        look = {"color": COLORS[name], "linewidth": 2.4 if name == "guard" else 1.3, "label": TITLES[name]}
-        training = lines_of(course)
-        held = np.array(list(course.held)), np.array(list(course.held.values()))
-        for axes, (x, y) in zip(panels, (training, held), strict=True):
+def draw(courses: Sequence[Course], title: str = "one flat image in one batch") -> Figure:
+    """One panel a run: training loss and held-out loss by step; a line that dies ends in a cross."""
+    figure = new_figure(title, 3.6)
+    panels = np.atleast_1d(figure.subplots(1, len(courses), sharex=True, sharey=True))
+    for axes, course in zip(panels, courses, strict=True):
+        training = dict(enumerate(course.losses, 1))
+        axes.axvline(course.bad[0], color=BLACK, linewidth=1, linestyle=":")
+        for (name, color), line, width in zip(
+            LINES.items(), (training, course.held), (0.9, 2.2), strict=True
+        ):
+            x, y = np.array(list(line)), np.array(list(line.values()))
             good = np.isfinite(y)
-            axes.plot(x, np.where(good, y, np.nan), zorder=1 if name == "guard" else 2, **look)
+            axes.plot(x, np.where(good, y, np.nan), color=color, linewidth=width)
             if not good[-1]:
                 last = int(good.nonzero()[0][-1])
-                axes.plot(x[last], y[last], "X", color=look["color"], markersize=9, zorder=4)
-    (at, *_) = next(iter(courses.values())).bad
-    names = ("training loss of the batch", "held-out loss, in evaluation mode")
-    for axes, what in zip(panels, names, strict=True):
+                axes.plot(x[last], y[last], "X", color=color, markeredgecolor=BLACK, markersize=9)
+                height = 0.04 if name == "training loss" else 0.11
+                text = {"x": 0.03, "y": height, "s": f"{name}: NaN", "color": color}
+                axes.text(**text, fontsize=8, fontweight="bold", transform=axes.transAxes)
         axes.set_yscale("log")
-        axes.axvline(at, color=BLACK, linewidth=1, linestyle=":", label="poisoned batch; X: NaN from here on")
-        style_axes(axes, what, "step" if axes is panels[-1] else "", "loss")
-    figure.get_layout_engine().execute(figure)
-    legend(panels[0])
+        style_axes(axes, TITLES[course.name], "step", "loss" if axes is panels[0] else "")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    handles = [Line2D([], [], color=color, label=name) for name, color in LINES.items()]
+    handles.append(Line2D([], [], color=BLACK, linestyle=":", linewidth=1, label="poisoned batch"))
+    cross = {"color": "white", "markeredgecolor": BLACK, "linestyle": "", "markersize": 8}
+    handles.append(Line2D([], [], marker="X", label="the last value that is not NaN", **cross))
+    figure_legend(figure, handles)
     return figure
 
 

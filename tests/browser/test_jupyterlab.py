@@ -39,6 +39,7 @@ NOTEBOOKS = [
     "compare",
     "train",
     "predict",
+    "guard",
     "incident",
     "gradients",
     "debug",
