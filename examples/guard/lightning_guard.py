@@ -33,10 +33,12 @@ class GuardPrecision(Precision):  # its arguments are the guard's
     def optimizer_step(self, optimizer, model, closure, **kwargs):
         result = closure()
         self._after_closure(model, optimizer)  # calls on_before_optimizer_step
-        if self.guard.total is not None:  # none if training_step gave no loss
+        applied = self.guard.total is not None  # it is none if training_step gave no loss
+        if applied:
             self.reports.append(self.guard.read(self.guard.step()))
-            for config in self.each_step:  # Lightning steps those whose interval is "step", after this
-                config.interval = "none" if self.reports[-1]["skipped"] else "step"
+            applied = not self.reports[-1]["skipped"]
+        for config in self.each_step:  # Lightning steps those whose interval is "step", after this
+            config.interval = "step" if applied else "none"
         return result
 
 
