@@ -284,6 +284,7 @@ class _FirstNonFinite(TorchDispatchMode):
     modules: list[str] = []  # that are being run, the innermost last
     backward = False
     batch = 0
+    strict = False  # whether it is not known that the batch is the first dimension everywhere
     rows: list[int] = []  # samples for which it was not finite
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -299,6 +300,8 @@ class _FirstNonFinite(TorchDispatchMode):
                 found.node = node.name() if node is not None else ""
             elif not found.operation.endswith("_to_copy"):  # that may be the weights, cast
                 parts = [x for x in tensors(out) if x.ndim > 1 and len(x) == self.batch]
+                # Of two dimensions as long as the batch either may be it.
+                parts = [x for x in parts if not self.strict or x.shape.count(self.batch) == 1]
                 self.rows = _not_finite(*parts[:1]) if parts else []
         return out
 
@@ -314,7 +317,7 @@ def _watch(step: Step, finding: Finding) -> list[int]:
         finding.phase = "input"
         return []
     mode = _FirstNonFinite()  # type: ignore[no-untyped-call]  # torch's __init__
-    mode.found = finding
+    mode.found, mode.strict = finding, step.per_sample is None
     names = {module: name for name, module in step.model.named_modules() if name}
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -20,14 +20,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from refinelib.guard.measure import compare_with_past, mean_of_processes, measured, plain, unscaled
-from refinelib.guard.optimizer import flatten, furthest_update, trained
+from refinelib.guard.host_state import check_schedule, makes_momentum
+from refinelib.guard.measure import (
+    compare_with_past,
+    mean_of_processes,
+    measured,
+    node_number,
+    plain,
+    sizes,
+    unscaled,
+)
+from refinelib.guard.optimizer import divide, flatten, persistent_buffers, reach, trained
+from refinelib.guard.scale import next_scale, searches_scale
 
 #: Columns of a step's report, before the norm of each parameter. ``incident``: updates are suspended from the
 #: next step on, until :meth:`Guard.resume_updates`; ``updates_suspended``: this step was void because of
@@ -38,20 +48,12 @@ REPORT = (
     *("spike_loss", "spike_grad", "incident", "updates_suspended", "damaged"),
 )
 
-FLOAT16_MAX = 65504.0
-#: The loss scale keeps the largest gradient this many times below float16's largest number.
-HEADROOM = 4.0
-#: While the loss scale is searched for, an overflow is an incident only after this many in a row.
-ORDINARY_OVERFLOWS = 3
 #: A spike is this many times the mean in the first steps, while there is no spread to go by.
 EARLY_SPIKE, EARLY_STEPS = 10.0, 8
 #: Later a spike is at least the first and at most the second: spikes in the first steps widen the spread.
 LEAST_SPIKE, MOST_SPIKE = 1.5, 100.0
 #: Steps over which the statistics of spikes look back.
 WINDOW = 100
-
-
-State = dict[str, Tensor]
 
 
 class StepDecision(NamedTuple):
@@ -148,22 +150,23 @@ class Guard:
         self.model, self.average, self.optimizer = model, average, optimizer
         self.names, self.parameters = trained(model, optimizer)
         device = self.parameters[0].device
+        check_schedule(schedule, optimizer)
         self.scheduler = schedule if isinstance(schedule, LRScheduler) else None
         #: The rate of every group by the number of applied steps; none: each group has its own.
         self.schedule = None if isinstance(schedule, LRScheduler) else schedule
         #: Says how far weights may move, even if the schedule in use is changed.
         self.planned = copy.copy(self.schedule)
-        self.reach = max(furthest_update(group) for group in optimizer.param_groups)
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-            self.reach = math.inf  # nothing is known of its updates
+        #: The furthest that a step moves a weight, in learning rates; infinite: how far is not checked.
+        self.reach = reach(optimizer)
         self.grad_clip, self.ema_decay = math.inf if grad_clip is None else grad_clip, ema_decay
         self.scaled, self.scale_floor, self.growth_interval = scaled, scale_floor, growth_interval
         self.on_spike, self.spike_sigma = on_spike, spike_sigma
         self.averages = list(average.parameters()) if average is not None else []
         #: Weights and their averages as whole blocks: one kernel moves all of them.
         self.blocks = list(zip(flatten(model), flatten(average), strict=True)) if average is not None else []
-        self.buffers = [b for module in (model, *losses) for b in _persistent_buffers(module)]
-        self.kept: list[Tensor] = []
+        self.buffers = [b for module in (model, *losses) for b in persistent_buffers(module)]
+        self.kept: list[Tensor] | None = None  # copies of these; none: no step was begun
+        self.begun = 0  # number of the first node that autograd can have made in the step
         self.total: Tensor | None = None  # the step's loss so far
         self.slowed = False  # whether a rewind has ever slowed down
         #: Whether the optimizer takes ``found_inf`` and skips by itself.
@@ -191,16 +194,23 @@ class Guard:
 
     # -- a step, in the order of its calls -----------------------------------------------------------
     def zero_grad(self) -> None:
-        """Start a step: clear the gradients and copy the buffers."""
+        """Start a step: clear the gradients, copy the buffers, forget a step that was not finished."""
         self.optimizer.zero_grad(set_to_none=True)
         self.kept, self.total = [buffer.clone() for buffer in self.buffers], None
+        self.begun = node_number()
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward`` on."""
         return loss * self.state["scale"].float() if self.scaled else loss
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's loss, a scalar; the step's loss is the sum of these."""
+        """Add the gradient of a micro-batch's loss, a scalar; the step's loss is the sum of these.
+
+        Raises:
+            RuntimeError: the loss was computed before :meth:`zero_grad`, by a model with buffers.
+        """
+        if self.kept and loss.grad_fn is not None and node_number(loss) < self.begun:
+            raise RuntimeError("the forward pass changes buffers: call guard.zero_grad() before it")
         torch.autograd.backward(self.scale(loss))
         self.total = loss.detach() if self.total is None else self.total + loss.detach()
 
@@ -221,20 +231,20 @@ class Guard:
         """
         if loss is None and self.total is not None:
             loss = mean_of_processes(self.total)
-        if loss is None or len(self.kept) != len(self.buffers):
+        if loss is None or (self.kept is None and (self.buffers or self.total is not None)):
             raise RuntimeError(
                 "a step has three calls: guard.zero_grad(), guard.backward(loss), guard.step()"
             )
         if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self.parameters):
             raise RuntimeError("the optimizer has got other parameters: make a new Guard for it")
-        decision: StepDecision = self._decide(loss, *self.measure(), self._rate())
+        decision: StepDecision = self._decide(loss.reshape(()), *self.measure(), self._rate())
         self._update_weights(decision)
-        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+        for buffer, kept in zip(self.buffers, self.kept or [], strict=True):
             buffer.copy_(torch.where(decision.skip, kept, buffer))
         for weights, averages in self.blocks:
             self._update_average(averages, weights, decision.ema_weight.to(weights.dtype), decision.skip)
         self.memory.copy_(decision.memory)
-        self.total = None
+        self.kept = self.total = None
         return torch.cat([decision.report, decision.norms])
 
     def read(self, report: Tensor) -> dict[str, Any]:
@@ -267,8 +277,9 @@ class Guard:
         """The largest rate of the groups, float32; none where a schedule gives it."""
         if self.schedule is not None:
             return None
-        rates = [group.get("lr") or 0.0 for group in self.optimizer.param_groups]
-        return torch.stack([torch.as_tensor(rate).to(self.memory) for rate in rates]).amax().float()
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        numbers = [torch.as_tensor(0.0 if rate is None else rate).to(self.memory) for rate in rates]
+        return torch.stack(numbers).amax().float()
 
     def decide(
         self, loss: Tensor, norms: Tensor, largest: Tensor, rate: Tensor | None = None
@@ -286,6 +297,7 @@ class Guard:
         suspended, damaged = state["updates_suspended"] != 0, state["damaged"] != 0
         norms, largest = unscaled(norms.double(), largest.double(), scale, self.root_sizes)
         norm, peak = norms.square().sum().sqrt(), largest.amax()
+        norm = torch.where(norm > 0, norm, peak)  # squares of gradients below 1e-23 are 0 in float32
 
         logs = torch.stack([loss.double(), norm]).clamp(min=torch.finfo(torch.float32).tiny).log()
         values = torch.cat([logs, loss.double().view(1)])
@@ -301,6 +313,7 @@ class Guard:
 
         limit = (self.spike_sigma * sigma).clamp(above(LEAST_SPIKE), above(MOST_SPIKE))
         limit = torch.where(seen < EARLY_STEPS, above(EARLY_SPIKE), limit)
+        limit = torch.where(limit > 0, limit, math.inf)  # all losses were exactly 0: they tell of no size
         unusual, center, spread = compare_with_past(values, center, spread, seen, limit=limit, window=WINDOW)
         signed = (state["signed"] != 0) | (loss <= 0)
         spike = torch.stack([torch.where(signed, unusual[2], unusual[0]), unusual[1]])
@@ -308,13 +321,15 @@ class Guard:
         size = state["loss_size"] + (1 / (seen + 1)).clamp(min=1 / WINDOW) * (
             torch.minimum(values[2].abs(), center[2].abs() + limit[2]) - state["loss_size"]
         )
-        size = torch.where(seen == 0, values[2].abs(), size)
+        unknown = state["loss_size"] == 0
+        size = torch.where(unknown, values[2].abs(), size)
+        deviation = torch.where(unknown & (seen > 0), values[2].abs(), spread[2])
 
         clip = torch.full_like(norm, self.grad_clip)
         if self.on_spike == "clip":
             usual = torch.minimum(clip, state["norm_center"].exp())
             clip = torch.where(spike.any(), usual, clip)
-        divisor = (scale / (clip / norm.clamp(min=1e-12)).clamp(max=1.0)).float()
+        divisor = (scale / (clip / norm.clamp(min=1e-300)).clamp(max=1.0)).float()
         lr_factor = torch.where(applied < state["lr_factor_until"], state["lr_factor"], 1.0)
         planned = rate
         if self.schedule is not None and self.planned is not None:
@@ -326,6 +341,8 @@ class Guard:
         # A gradient can be finite and yet too large to be measured or clipped in float32: dividing by
         # infinity would turn it into zeros, and infinity times zero into NaN in every weight.
         bad_grad = ~(torch.isfinite(largest).all() & torch.isfinite(norm.float()) & torch.isfinite(divisor))
+        if not isinstance(self.optimizer, torch.optim.SGD):  # others have second moments: squares of it
+            bad_grad = bad_grad | ~torch.isfinite((norm * scale / divisor).square().float())
         bad = bad_loss | bad_grad | ~torch.isfinite(lr)
         spike = spike & ~bad
         skip = bad | suspended | damaged
@@ -334,7 +351,7 @@ class Guard:
         incident = (state["capture_enabled"] != 0) & bad & ~suspended & ~damaged
         overflow = bad_grad & ~bad_loss
         if self.scaled:
-            incident = incident & ~(overflow & self._searches_scale(state))
+            incident = incident & ~(overflow & searches_scale(state, self.scale_floor))
 
         flags = (bad_loss, bad_grad, skip & ~suspended, *spike, incident, suspended, damaged)
         report = torch.stack([x.float() for x in (loss, norm, peak, lr, scale, *flags)])
@@ -343,15 +360,16 @@ class Guard:
         # suspended changes nothing: the host will take the steps after the incident again.
         after = state | {"updates_suspended": incident.double()}
         if self.scaled:
-            after |= self._next_scale(state, skip, overflow, (report[2] * scale).double())
+            largest_scaled, limits = (report[2] * scale).double(), (self.scale_floor, self.growth_interval)
+            after |= next_scale(state, skip, overflow, largest_scaled, *limits)
         if_skipped = after | {"skipped": state["skipped"] + 1, "skips_in_a_row": state["skips_in_a_row"] + 1}
-        if_applied = after | {
-            **{"applied": applied + 1, "seen": seen + 1, "skips_in_a_row": torch.zeros_like(applied)},
-            **{"loss_center": center[0], "norm_center": center[1]},
-            **{"loss_spread": spread[0], "norm_spread": spread[1]},
-            **{"loss_mean": center[2], "loss_deviation": spread[2], "loss_size": size},
-            **{"signed": signed.double(), "rate_sum": state["rate_sum"] + planned},
-        }
+        learnt = {"loss_center": center[0], "norm_center": center[1], "seen": seen + 1}
+        learnt |= {"loss_spread": spread[0], "norm_spread": spread[1], "signed": signed.double()}
+        learnt |= {"loss_mean": center[2], "loss_deviation": deviation, "loss_size": size}
+        # A gradient of exactly 0 (a hinge loss that is met) says nothing of the usual one.
+        learnt = {name: torch.where(peak > 0, value, state[name]) for name, value in learnt.items()}
+        if_applied = after | learnt | {"applied": applied + 1, "rate_sum": state["rate_sum"] + planned}
+        if_applied["skips_in_a_row"] = torch.zeros_like(applied)
         if_suspended = state | {"updates_suspended": torch.ones_like(applied)}
         outcomes = (if_suspended, if_skipped, if_applied)
         void, skipped, taken = (torch.stack(list(outcome.values())) for outcome in outcomes)
@@ -361,39 +379,9 @@ class Guard:
         ema_weight = torch.where(skip, 0.0, 1.0 - decay).float()
         return StepDecision(skip, divisor, lr, lr_factor, ema_weight, report, norms.float(), memory)
 
-    def _searches_scale(self, state: State) -> Tensor:
-        """Whether an overflow of float16 is how its loss scale is found.
-
-        It is not where good steps have shown that there is room, nor after several overflows in a row.
-        """
-        room = (state["good_in_a_row"] > 0) & (state["headroom_peak"] * HEADROOM <= FLOAT16_MAX)
-        above_floor = state["scale"].float() > self.scale_floor
-        return above_floor & ~room & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
-
-    def _next_scale(self, state: State, skip: Tensor, overflow: Tensor, largest: Tensor) -> State:
-        """The loss scale's next value: back before float16 overflows, and up only where there is room.
-
-        An overflow halves it, down to the floor; a bad loss is no overflow. It also halves when the largest
-        scaled gradient has come within ``HEADROOM`` of float16's largest number: waiting for the overflow
-        would cost a step. It doubles after ``growth_interval`` good steps, if their largest gradient leaves
-        room for it.
-        """
-        good = state["good_in_a_row"]
-        good = torch.where(skip, torch.where(overflow, 0.0, good), good + 1)
-        peak = torch.where(skip, state["headroom_peak"], torch.maximum(state["headroom_peak"], largest))
-        near = peak * HEADROOM > FLOAT16_MAX
-        grown = (good >= self.growth_interval) & ~near
-        roomy = grown & (2 * HEADROOM * peak < FLOAT16_MAX)
-        factor = torch.where(overflow | near, 0.5, torch.where(roomy, 2.0, 1.0))
-        return {
-            "scale": (state["scale"] * factor).clamp(self.scale_floor, 2.0**24),
-            "headroom_peak": torch.where(grown | near | overflow, 0.0, peak),
-            "good_in_a_row": torch.where(grown | near, 0.0, good),
-        }
-
     def _update_weights(self, decision: StepDecision) -> None:
         """The optimizer's step, where the decision allows one."""
-        groups, on_device = self.optimizer.param_groups, self.fused and not self._makes_momentum()
+        groups, on_device = self.optimizer.param_groups, self.fused and not makes_momentum(self.optimizer)
         if on_device:
             # The fused step divides by grad_scale, so unscaling and clipping cost no pass of their own.
             self.optimizer.grad_scale = torch.where(decision.skip, 1.0, decision.divisor)  # type: ignore[attr-defined]
@@ -404,11 +392,7 @@ class Guard:
                 return
             if self.fused:
                 self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            torch._foreach_div_([g for g in gradients if not g.is_sparse], decision.divisor)
-            for gradient in gradients:
-                if gradient.is_sparse:
-                    gradient.div_(decision.divisor)
+            divide(self.parameters, decision.divisor)
         own = [group.get("lr") for group in groups]
         for group, rate in zip(groups, own, strict=True):
             if self.schedule is not None:
@@ -426,24 +410,22 @@ class Guard:
         if self.scheduler is not None and not (on_device and bool(decision.skip)):
             self.scheduler.step()
 
-    def _makes_momentum(self) -> bool:
-        """Whether the step makes SGD's momentum; a fused one would leave it as memory happens to be."""
-        if type(self.optimizer) is not torch.optim.SGD:
-            return False
-        groups = [group for group in self.optimizer.param_groups if group["momentum"]]
-        held = (self.optimizer.state[p].get("momentum_buffer") for group in groups for p in group["params"])
-        return any(buffer is None for buffer in held)
-
     # -- the state as a whole ------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
         """All that a step may change but the guard's memory: weights, buffers, average, moments."""
-        found = {f"model.{name}": x for name, x in self.model.state_dict(keep_vars=True).items()}
+        held = {
+            name.removeprefix("_orig_mod."): x for name, x in self.model.state_dict(keep_vars=True).items()
+        }
+        held |= dict(zip(self.names, self.parameters, strict=True))  # some may lie outside of the model
+        found = {f"model.{name}": x for name, x in held.items()}
+        inside = {id(x) for x in held.values()}
+        found |= {f"buffer.{at}": x for at, x in enumerate(self.buffers) if id(x) not in inside}  # of losses
         if self.average is not None:
             found |= {f"average.{name}": x for name, x in self.average.state_dict(keep_vars=True).items()}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             moments = self.optimizer.state.get(parameter, {})  # the optimizer makes them in its first step
-            found |= {f"optimizer.{name}.{key}": x for key, x in moments.items() if isinstance(x, Tensor)}
-        return {name: value.detach() for name, value in found.items()}
+            found |= {f"optimizer.{name}.{key}": x for key, x in moments.items()}
+        return {name: value.detach() for name, value in found.items() if isinstance(value, Tensor)}
 
     @torch.no_grad()
     def _largest(self) -> tuple[list[str], Tensor]:
@@ -460,16 +442,17 @@ class Guard:
     @torch.no_grad()
     def _too_far(self, tensors: Mapping[str, Tensor], memory: Tensor) -> Tensor:
         """Which parameters moved further from an earlier state than the steps since can move them, bool."""
-        if math.isinf(self.reach):
+        farthest = max(self.reach, reach(self.optimizer))  # a scheduler may change the betas
+        if math.isinf(farthest):
             return torch.zeros(len(self.names), dtype=torch.bool, device=self.memory.device)
         past = dict(zip(self.state, memory.unbind(), strict=True))
         rates, steps = (self.state[name] - past[name] for name in ("rate_sum", "applied"))
         then = [tensors[f"model.{name}"] for name in self.names]
         apart = torch._foreach_sub(self.parameters, then)
-        moved, size = (torch.stack(torch._foreach_norm(x, math.inf)).double() for x in (apart, then))
+        moved, size = (sizes(x)[1].double() for x in (apart, then))
         decayed = rates * max(group["weight_decay"] for group in self.optimizer.param_groups)
         rounded = steps * torch.finfo(then[0].dtype).eps
-        return torch.gt(moved, (self.reach * rates + size * (decayed + rounded)) * (1 + decayed))
+        return torch.gt(moved, (farthest * rates + size * (decayed + rounded)) * (1 + decayed))
 
     def check_state(self, since: tuple[Mapping[str, Tensor], Tensor] | None = None) -> None:
         """Suspend all updates if the training state is damaged; the next report says so.
@@ -510,14 +493,15 @@ class Guard:
         self.state["lr_factor_until"].copy_(self.state["applied"] + steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """The guard's memory by name and the optimizer's state."""
+        """The guard's memory by name, the optimizer's state, and the scheduler's if there is one."""
         optimizer = self.optimizer.state_dict()
         # The rate follows from the schedule; the one in the groups was made for the last step.
         peak = getattr(self.schedule, "lr", None)
         groups = [
             group if peak is None else {**group, "lr": float(peak)} for group in optimizer["param_groups"]
         ]
-        return {"state": dict(self.state), "optimizer": {**optimizer, "param_groups": groups}}
+        own = {"schedule": self.scheduler.state_dict()} if self.scheduler is not None else {}
+        return {"state": dict(self.state), "optimizer": {**optimizer, "param_groups": groups}, **own}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. How the optimizer steps stays as it is on this device."""
@@ -530,16 +514,17 @@ class Guard:
         groups = [{**g, **way} for g, way in zip(saved["optimizer"]["param_groups"], ways, strict=True)]
         self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         for group, before in zip(self.optimizer.param_groups, own, strict=True):
-            if isinstance(before["lr"], Tensor):  # the very tensor that the fused kernel reads
+            if isinstance(before.get("lr"), Tensor):  # the very tensor that the fused kernel reads
                 group["lr"] = before["lr"].copy_(torch.as_tensor(group["lr"]))
+            elif isinstance(group.get("lr"), Tensor):
+                group["lr"] = float(group["lr"])
+        if self.scheduler is not None and "schedule" in saved:
+            self.scheduler.load_state_dict(saved["schedule"])
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a guard cannot be copied: make a Guard for the copies, and load its state_dict()")
 
 
 def _update_average(average: Tensor, weights: Tensor, ema_weight: Tensor, skip: Tensor) -> None:
     """Move ``average`` towards ``weights``. An ``ema_weight`` of 0 is no skip, as 0 times NaN is NaN."""
     average.copy_(torch.where(skip, average, average.lerp(weights, ema_weight)))
-
-
-def _persistent_buffers(module: nn.Module) -> list[Tensor]:
-    """Buffers that a checkpoint holds: state. The others are constants."""
-    held = module.state_dict(keep_vars=True)
-    return [buffer for name, buffer in module.named_buffers() if name in held]

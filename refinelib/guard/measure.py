@@ -50,8 +50,14 @@ def compare_with_past(
 
 def measured(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """L2 norm and largest magnitude of each parameter's gradient, float32 ``[parameters]`` each."""
-    grads = [torch.zeros_like(p) if p.grad is None else plain(p.grad) for p in parameters]
-    norms, largest = (torch.stack(torch._foreach_norm(grads, kind)).float() for kind in (2, math.inf))
+    return sizes([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+
+
+def sizes(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """L2 norm and largest magnitude of each tensor, float32 ``[tensors]`` each; 0 of an empty one."""
+    numbers = [plain(x) for x in tensors]
+    numbers = [x if x.numel() else x.new_zeros(1) for x in numbers]
+    norms, largest = (torch.stack(torch._foreach_norm(numbers, kind)).float() for kind in (2, math.inf))
     return norms, largest
 
 
@@ -77,6 +83,13 @@ def plain(values: Tensor) -> Tensor:
     if values.is_sparse:
         values = values.coalesce().values()
     return torch.view_as_real(values) if values.is_complex() else values
+
+
+def node_number(made: Tensor | None = None) -> int:
+    """Autograd counts the nodes that a thread makes: the number of a tensor's, or of a new one."""
+    with torch.enable_grad():
+        made = torch.ones((), requires_grad=True).neg() if made is None else made
+    return int(made.grad_fn._sequence_nr())  # type: ignore[union-attr]
 
 
 def mean_of_processes(loss: Tensor) -> Tensor:

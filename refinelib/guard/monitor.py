@@ -221,10 +221,13 @@ REFERENCE = 3
 #: the very first by the first factor and so many standard deviations of them, and all but the lowest of them
 #: by the second factor.
 EARLY_FACTOR, EARLY_LEAST, EARLY_SIGMA = 3.0, 2.0, 1.5
+#: Once a loss was 0 or less, a rise by a factor counts as this many mean magnitudes of the loss times the
+#: factor: a loss that swings around 0 rises by 3 of them in each swing.
+SIGNED = 3.0
 
 
 class Reference(NamedTuple):
-    """The level that losses are compared with: logarithms, or multiples of the loss's size."""
+    """The level that losses are compared with: logarithms, or losses of any sign."""
 
     center: float
     spread: float  # standard deviation of one loss
@@ -238,7 +241,8 @@ class LossMonitor:
     """Tells from the losses of applied steps whether training is healthy, and whether it has diverged.
 
     Medians of logarithms are compared: one outlier moves them little, and a rise is a factor whatever the
-    loss's scale. Once a loss was 0 or less, losses are compared in units of their mean magnitude up to then.
+    loss's scale. Once a loss was 0 or less, differences are compared with the mean magnitude of the losses up
+    to then, or of a later healthy window where that is larger.
     The standard error of a median of ``n`` is ``1.2533 sigma / sqrt(n)`` (normal distribution); sigma comes
     from the median absolute deviation.
     """
@@ -250,7 +254,7 @@ class LossMonitor:
         self.medians: list[float] = []  # of the last healthy windows that do not overlap
         self.fresh = 0  # losses since the last of these
         self.lowest: Reference | None = None
-        self.size: float | None = None  # mean magnitude of a loss that has been 0 or less
+        self.size: float | None = None  # magnitude of a loss that has been 0 or less
 
     def add(self, loss: float) -> tuple[bool, str | None]:
         """Take in the loss of an applied step.
@@ -272,11 +276,12 @@ class LossMonitor:
 
     def level(self, loss: float) -> float:
         """Where a loss lies on the scale of comparison."""
-        return math.log(max(loss, 1e-12)) if self.size is None else loss / self.size
+        least = 1e-12 * (self.first or 1.0)  # numerically none of the first loss is left
+        return math.log(max(loss, least)) if self.size is None else loss
 
     def above(self, factor: float) -> float:
         """The distance on that scale to so many times a loss."""
-        return math.log(factor) if self.size is None else factor - 1
+        return math.log(factor) if self.size is None else SIGNED * factor * self.size
 
     def judge(self) -> tuple[bool, str | None]:
         """Judge the losses there are; see :meth:`add`."""
@@ -285,6 +290,7 @@ class LossMonitor:
         if self.lowest is None:
             assert self.first is not None
             start, median = self.level(self.first), statistics.median(recent)
+            self._enlarge(self.window[: max(STRIDE, len(window) - STRIDE)])
             apart = median - start > EARLY_SIGMA * _spread(recent)
             apart = apart and sorted(recent)[1] - start > self.above(EARLY_LEAST)
             if apart and median - start > self.above(EARLY_FACTOR):
@@ -298,9 +304,16 @@ class LossMonitor:
             if median - self.lowest.center > limit:
                 return False, self._too_high(median, self.lowest.center, "its best")
             healthy = healthy and median - self.lowest.center <= limit / 2
-        if healthy and self.fresh >= WINDOW:
-            self._refer(window)
+        if healthy:
+            self._enlarge(self.window)
+            if self.fresh >= WINDOW:
+                self._refer(window)
         return healthy, None
+
+    def _enlarge(self, losses: list[float]) -> None:
+        """Take in the magnitude of healthy losses, where they may have any sign."""
+        if self.size is not None and losses:
+            self.size = max(self.size, statistics.fmean(map(abs, losses)))
 
     def judge_end(self) -> str | None:
         """Why a run that is over has diverged, if it has; judges its last losses, however few are new."""
@@ -321,7 +334,7 @@ class LossMonitor:
 
     def _too_high(self, median: float, reference: float, what: str) -> str:
         if self.size is not None:
-            return f"the loss stays at {median * self.size:.3g}, above {what} ({reference * self.size:.3g})"
+            return f"the loss stays at {median:.3g}, above {what} ({reference:.3g})"
         rise = math.exp(median - reference)
         return (
             f"the loss stays at {math.exp(median):.3g}, {rise:.2g} times {what} ({math.exp(reference):.3g})"
@@ -336,7 +349,7 @@ class LossMonitor:
         if self.window or not self.medians:
             return self.first, statistics.median(self.window or [self.first])
         median = statistics.median(self.medians)
-        return self.first, math.exp(median) if self.size is None else median * self.size
+        return self.first, math.exp(median) if self.size is None else median
 
     def restart(self, saved: dict[str, Any]) -> None:
         """Go on from the reference of an earlier state, with no losses yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,20 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[st
     return list(named), list(named.values())
 
 
+def reach(optimizer: torch.optim.Optimizer) -> float:
+    """The furthest that a step moves a weight, in learning rates; infinite where that is not known.
+
+    It is known for Adam and AdamW in float32 and float64, with betas that no scheduler cycles.
+    """
+    groups = optimizer.param_groups
+    types = {p.dtype for group in groups for p in group["params"]}
+    known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    known = known and types <= {torch.float32, torch.float64}
+    if not known or any("max_momentum" in group for group in groups):
+        return math.inf
+    return max(furthest_update(group) for group in groups)
+
+
 def furthest_update(group: Mapping[str, Any]) -> float:
     """The furthest that a step of Adam or AdamW moves a weight, in learning rates, for any gradients.
 
@@ -142,3 +156,19 @@ def flatten(module: nn.Module) -> list[Tensor]:
             p.data = place
         blocks.append(block)
     return blocks
+
+
+def persistent_buffers(module: nn.Module) -> list[Tensor]:
+    """Buffers that a checkpoint holds: state. The others are constants."""
+    held = module.state_dict(keep_vars=True)
+    return [buffer for name, buffer in module.named_buffers() if name in held]
+
+
+def divide(parameters: Sequence[Tensor], divisor: Tensor) -> None:
+    """Divide the gradients that there are, dense and sparse."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if dense := [gradient for gradient in gradients if not gradient.is_sparse]:
+        torch._foreach_div_(dense, divisor)
+    for gradient in gradients:
+        if gradient.is_sparse:
+            gradient.div_(divisor)

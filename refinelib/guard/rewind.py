@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from refinelib.guard.guard import REPORT, Guard
+from refinelib.guard.host_state import PlainState
 from refinelib.guard.measure import ran_out
 from refinelib.guard.monitor import WINDOW, LossMonitor, Reports, Row
 
@@ -48,12 +49,18 @@ class Snapshot:
         tensors: see :meth:`~refinelib.guard.guard.Guard.tensors`.
         memory: of the guard.
         host: what the host knew of the steps up to it; none while their reports are still on the device.
+        plain: of the optimizer and the scheduler; none: not known.
     """
 
     def __init__(
-        self, step: int, tensors: dict[str, Tensor], memory: Tensor, host: dict[str, Any] | None = None
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        memory: Tensor,
+        host: dict[str, Any] | None = None,
+        plain: PlainState | None = None,
     ) -> None:
-        self.step, self.tensors, self.memory, self.host = step, tensors, memory, host
+        self.step, self.tensors, self.memory, self.host, self.plain = step, tensors, memory, host, plain
         self.stable = False
         self.used = False  # whether a rewind went here
 
@@ -61,20 +68,26 @@ class Snapshot:
     @torch.no_grad()
     def take(cls, step: int, guard: Guard) -> Snapshot:
         """Copy the state after step number ``step``."""
-        return cls(step, {name: x.clone() for name, x in guard.tensors().items()}, guard.memory.clone())
+        tensors = {name: x.clone() for name, x in guard.tensors().items()}
+        return cls(step, tensors, guard.memory.clone(), plain=PlainState(guard.optimizer, guard.scheduler))
 
     @torch.no_grad()
     def restore(self, guard: Guard) -> None:
-        """Give the guard's model, average and optimizer this state; moments that did not exist become 0."""
+        """Give the guard's model, average and optimizer this state, but for rates and a scheduler's place.
+
+        Moments that did not exist are removed; those of Adam become 0.
+        """
+        if self.plain is not None:
+            self.plain.restore(guard.optimizer)
         for name, tensor in guard.tensors().items():
             if name in self.tensors:
                 tensor.copy_(self.tensors[name])
-            else:
+            elif name.startswith("optimizer."):
                 tensor.zero_()
         guard.memory.copy_(self.memory)
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
+        """The arguments of the constructor but ``plain``."""
         return {"step": self.step, "tensors": self.tensors, "memory": self.memory, "host": self.host}
 
 
@@ -84,6 +97,13 @@ class Rewinder:
     A loop gives it every report (:meth:`update`), and the state goes back where that is needed; the loop goes
     on with its next batch. A loop that can take the same steps again reads the reports by itself
     (:meth:`see`, :meth:`maybe_snapshot`, :meth:`rewind`).
+
+    Where the data goes on, the schedule goes on too: a scheduler keeps its place, and the groups their rates,
+    momentum and betas; the lower learning rate is a factor on top. Where steps are repeated, all of these go
+    back with them.
+
+    A loop that changes weights of Adam or AdamW by itself (a critic's weight clipping, say) sets
+    ``guard.reach = math.inf``, or such a change counts as damage.
 
     Args:
         guard: of the run.
@@ -288,6 +308,8 @@ class Rewinder:
         went = f"step {step}: {reason}; restored the state after step {snapshot.step}"
         which = f"(rewind {self.rewinds} of {self.max_rewinds})"
         if again and host is not None:
+            if snapshot.plain is not None:
+                snapshot.plain.restore_schedule(self.guard.optimizer, self.guard.scheduler)
             self.monitor.load_state_dict(host["monitor"])
             self.steps, self.skips, self.seen = list(host["steps"]), host["skips"], snapshot.step
             then = "repeats the steps after it: a fault that does not recur has changed nothing"

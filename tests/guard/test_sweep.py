@@ -222,7 +222,7 @@ MUTATIONS = {
     "a norm that overflows": ([FLOAT32], "gradient", "middle", "report"),
     "a guard that does not check": ([FLOAT32, BLIND], "gradient", "last", "report finite disk"),
     "an average times zero": ([(guards, "_update_average", ungated_average)], "parameter", "middle", "exact"),
-    "buffers not restored": ([(guards, "_persistent_buffers", lambda _: [])], "gradient", "middle", "exact"),
+    "buffers not restored": ([(guards, "persistent_buffers", lambda _: [])], "gradient", "middle", "exact"),
     "a state that is not checked": ([BLIND], "exp_avg average step", "after stop", "finite disk"),
     "a log that says nothing": ([(StepMonitor, "_once", nothing)], "gradient term", "middle last", "record"),
     "moments not restored": ([(Snapshot, "restore", without_moments)], "exp_avg step", "middle", "restored"),
