@@ -161,6 +161,7 @@ class Guard:
         self.grad_clip, self.ema_decay = math.inf if grad_clip is None else grad_clip, ema_decay
         self.scaled, self.scale_floor, self.growth_interval = scaled, scale_floor, growth_interval
         self.on_spike, self.spike_sigma = on_spike, spike_sigma
+        self.squares = not isinstance(optimizer, torch.optim.SGD)  # whether it may square the gradient
         self.averages = list(average.parameters()) if average is not None else []
         #: Weights and their averages as whole blocks: one kernel moves all of them.
         self.blocks = list(zip(flatten(model), flatten(average), strict=True)) if average is not None else []
@@ -341,7 +342,7 @@ class Guard:
         # A gradient can be finite and yet too large to be measured or clipped in float32: dividing by
         # infinity would turn it into zeros, and infinity times zero into NaN in every weight.
         bad_grad = ~(torch.isfinite(largest).all() & torch.isfinite(norm.float()) & torch.isfinite(divisor))
-        if not isinstance(self.optimizer, torch.optim.SGD):  # others have second moments: squares of it
+        if self.squares:
             bad_grad = bad_grad | ~torch.isfinite((norm * scale / divisor).square().float())
         bad = bad_loss | bad_grad | ~torch.isfinite(lr)
         spike = spike & ~bad

@@ -67,6 +67,23 @@ def test_gradients_of_zero_say_nothing_of_the_usual_ones(on_spike):
     assert push(guard, [1.0], [1000.0])[0]["spike_grad"]
 
 
+@pytest.mark.parametrize("optimizer", ["adam fused", "adamw amsgrad", "adagrad", "sgd"])
+def test_a_gradient_whose_square_overflows_makes_no_second_moment_infinite(optimizer):
+    """It is skipped unless it is clipped; SGD, which takes no square, applies it."""
+    for clip in (None, 1.0):
+        guard = build(optimizer, grad_clip=clip)
+        (report,) = push(guard, [1.0], [1e25])
+        assert report["skipped"] == (clip is None and optimizer != "sgd") and guard.damage() == []
+
+
+def test_tiny_gradients_are_measured_and_clipped():
+    guard = build("sgd", on_spike="clip")
+    push(guard, losses("positive", 60), [1e-30] * 60)
+    (report,) = push(guard, [0.3], [1e-27])
+    assert report["spike_grad"] and report["grad_norm"] == pytest.approx(1e-27, rel=1e-3)
+    assert float(guard.parameters[0].grad.max()) == pytest.approx(1e-30, rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_healthy_losses_of_any_kind_have_not_diverged_and_a_hundred_times_have(kind):
     for seed in range(5):
