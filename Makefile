@@ -46,8 +46,8 @@ slow: $(READY) ## pass the tests that `make test` leaves out for their time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist worksteal -p no:nbval
 
 lint: $(READY) ## check format, style and types
-	@$(BIN)/ruff format --check --quiet refinelib studies tests bench gallery || { echo "run: $(BIN)/ruff format"; exit 1; }
-	@$(BIN)/ruff check --quiet refinelib studies tests bench gallery
+	@$(BIN)/ruff format --check --quiet refinelib studies tests bench gallery examples || { echo "run: $(BIN)/ruff format"; exit 1; }
+	@$(BIN)/ruff check --quiet refinelib studies tests bench gallery examples
 	@$(BIN)/mypy refinelib
 
 gallery: $(READY) ## execute the notebooks into gallery/, for readers on the web

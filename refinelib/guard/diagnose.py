@@ -181,12 +181,12 @@ def diagnose(
         batch is the first dimension of all its tensors.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
-        >>> model[2].weight.data.fill_(3e38)[0, 0].item() > 0
-        True
-        >>> found = diagnose(model, nn.MSELoss(), (torch.ones(3, 2), torch.zeros(3, 1)))
-        >>> found.phase in ("forward", "loss")
-        True
+        >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Softplus())
+        >>> _ = nn.init.ones_(model[0].weight)
+        >>> likelihood = lambda rate, seen: (rate - seen * rate.log()).mean()
+        >>> found = diagnose(model, likelihood, (torch.tensor([[0.0], [-200.0]]), torch.ones(2, 1)))
+        >>> found.phase, found.operation, found.places
+        ('loss', 'aten.log', [1])
     """
     model = getattr(model, "_orig_mod", model)
     inputs, target = (batch, None) if criterion is None else batch

@@ -26,16 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from refinelib.guard import measure
 from refinelib.guard.host_state import check_schedule, makes_momentum
-from refinelib.guard.measure import (
-    compare_with_past,
-    mean_of_processes,
-    measured,
-    node_number,
-    plain,
-    sizes,
-    unscaled,
-)
+from refinelib.guard.measure import compare_with_past, measured, plain, sizes, unscaled
 from refinelib.guard.optimizer import divide, flatten, persistent_buffers, reach, trained
 from refinelib.guard.scale import next_scale, searches_scale
 
@@ -101,7 +94,8 @@ class Guard:
             is one host read a step. A function of the number of applied steps, on the device, such as
             :class:`~refinelib.guard.optimizer.WarmupCosine`: the rate of every group, without a host read.
         grad_clip: largest L2 norm of the gradient after clipping; none: not clipped.
-        average: model that holds the moving average of the weights; none: no average.
+        average: model that holds the moving average of the weights; none: no average. Its buffers stay:
+            ``torch.optim.swa_utils.update_bn`` renews those of batch norm.
         ema_decay: its decay; after ``n`` steps at most ``(1 + n) / (10 + n)``, so that fresh weights soon
             count little.
         scaled: whether the loss is scaled (fp16).
@@ -167,7 +161,8 @@ class Guard:
         self.blocks = list(zip(flatten(model), flatten(average), strict=True)) if average is not None else []
         self.buffers = [b for module in (model, *losses) for b in persistent_buffers(module)]
         self.kept: list[Tensor] | None = None  # copies of these; none: no step was begun
-        self.begun = 0  # number of the first node that autograd can have made in the step
+        #: How often batch norm has written its statistics: up to the last step, and to the start of this one.
+        self.written = self.written_at_start = measure.batch_norm_writes(model)
         self.total: Tensor | None = None  # the step's loss so far
         self.slowed = False  # whether a rewind has ever slowed down
         #: Whether the optimizer takes ``found_inf`` and skips by itself.
@@ -198,20 +193,14 @@ class Guard:
         """Start a step: clear the gradients, copy the buffers, forget a step that was not finished."""
         self.optimizer.zero_grad(set_to_none=True)
         self.kept, self.total = [buffer.clone() for buffer in self.buffers], None
-        self.begun = node_number()
+        self.written_at_start = measure.batch_norm_writes(self.model)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward`` on."""
         return loss * self.state["scale"].float() if self.scaled else loss
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's loss, a scalar; the step's loss is the sum of these.
-
-        Raises:
-            RuntimeError: the loss was computed before :meth:`zero_grad`, by a model with buffers.
-        """
-        if self.kept and loss.grad_fn is not None and node_number(loss) < self.begun:
-            raise RuntimeError("the forward pass changes buffers: call guard.zero_grad() before it")
+        """Add the gradient of a micro-batch's loss, a scalar; the step's loss is the sum of these."""
         torch.autograd.backward(self.scale(loss))
         self.total = loss.detach() if self.total is None else self.total + loss.detach()
 
@@ -228,16 +217,23 @@ class Guard:
             of each parameter's gradient, unscaled and before clipping. :meth:`read` gives them names.
 
         Raises:
-            RuntimeError: no step was started, or the optimizer has got other parameters since.
+            RuntimeError: no step was started, a model with batch norm was called before :meth:`zero_grad`, or
+                the optimizer has got other parameters since.
         """
-        if loss is None and self.total is not None:
-            loss = mean_of_processes(self.total)
-        if loss is None or (self.kept is None and (self.buffers or self.total is not None)):
+        own = self.total if loss is None else loss
+        if own is None or (self.kept is None and (self.buffers or self.total is not None)):
             raise RuntimeError(
                 "a step has three calls: guard.zero_grad(), guard.backward(loss), guard.step()"
             )
+        now = measure.batch_norm_writes(self.model)
+        if now == self.written_at_start != self.written and len(now) == len(self.written):
+            raise RuntimeError(
+                "batch norm's statistics are a step's own: call guard.zero_grad() before the model"
+            )
         if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self.parameters):
             raise RuntimeError("the optimizer has got other parameters: make a new Guard for it")
+        own = torch.where(measure.ruined(self.kept or [], self.buffers), math.nan, own)
+        loss = measure.mean_of_processes(own) if loss is None else own
         decision: StepDecision = self._decide(loss.reshape(()), *self.measure(), self._rate())
         self._update_weights(decision)
         for buffer, kept in zip(self.buffers, self.kept or [], strict=True):
@@ -246,6 +242,7 @@ class Guard:
             self._update_average(averages, weights, decision.ema_weight.to(weights.dtype), decision.skip)
         self.memory.copy_(decision.memory)
         self.kept = self.total = None
+        self.written = measure.batch_norm_writes(self.model)
         return torch.cat([decision.report, decision.norms])
 
     def read(self, report: Tensor) -> dict[str, Any]:

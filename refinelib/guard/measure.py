@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 #: What CUDA and its libraries say when they run out of the memory that they take without PyTorch.
 _OUT_OF_MEMORY = re.compile("CUDA error: out of memory|(CUBLAS_STATUS|CUDNN_STATUS|DEVICE)_ALLOC")
@@ -85,11 +85,19 @@ def plain(values: Tensor) -> Tensor:
     return torch.view_as_real(values) if values.is_complex() else values
 
 
-def node_number(made: Tensor | None = None) -> int:
-    """Autograd counts the nodes that a thread makes: the number of a tensor's, or of a new one."""
-    with torch.enable_grad():
-        made = torch.ones((), requires_grad=True).neg() if made is None else made
-    return int(made.grad_fn._sequence_nr())  # type: ignore[union-attr]
+def batch_norm_writes(model: nn.Module) -> list[int]:
+    """How often each buffer of the batch norms in training mode was written to."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training)
+    return [x._version for norm in norms for x in norm.buffers(recurse=False)]
+
+
+def ruined(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Whether any of some tensors was finite before and is not now, bool; integers always are."""
+    pairs = [(old, new) for old, new in zip(before, after, strict=False) if new.is_floating_point()]
+    if not pairs:
+        return torch.zeros((), dtype=torch.bool, device=after[0].device if after else None)
+    was, now = (sizes(some)[1].isfinite() for some in zip(*pairs, strict=True))
+    return (was & ~now).any()
 
 
 def mean_of_processes(loss: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ class Rewinder:
         self.taken += 1
         self.reports.add(report, self.taken)
         if not self.snapshots:
-            self.start(0)
+            self.start(self.taken)
         for step, values in self.reports.read(wait=False):
             named = dict(zip(REPORT, values.tolist(), strict=False))
             reason = self.see(Row(step, 0, values[:0], named, values[len(REPORT) :]))

@@ -4,13 +4,14 @@ import copy
 import math
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from test_any_loop import assert_same, build, data, state, steps
 from torch import nn
 
-from refinelib.guard import DivergedError, Rewinder, diagnose
+from refinelib.guard import DivergedError, Guard, Rewinder, diagnose
 
 NAN, INF = math.nan, math.inf
 
@@ -116,8 +117,9 @@ def test_calls_in_another_order_are_refused():
         guard.step()
     loss = guard.model(x)
     guard.zero_grad()
-    with pytest.raises(RuntimeError, match="call guard.zero_grad.. before it"):
-        guard.backward(loss)
+    guard.backward(loss)
+    with pytest.raises(RuntimeError, match="call guard.zero_grad.. before the model"):
+        guard.step()
     with pytest.raises(RuntimeError, match="does not require grad"):
         guard.backward(torch.ones(()))
 
@@ -256,3 +258,28 @@ def test_an_inner_dimension_as_long_as_the_batch_is_not_taken_for_it():
     x[1, 2] = 0
     found = unchanged(Inner(), nn.functional.mse_loss, (x, torch.rand(4, 1)))
     assert (found.module, found.operation) == ("turned", "aten.div") and found.places in ([], [1])
+
+
+def test_a_step_that_ruins_a_buffer_is_skipped():
+    """Loss and gradient are finite, but the square of an input in the running variance is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    guard = Guard(model, torch.optim.Adam(model.parameters()))
+    x = torch.randn(8, 4)
+    x[0] = 1e25
+    guard.zero_grad()
+    guard.backward(model(x).square().mean())
+    assert guard.read(guard.step())["skipped"]
+    assert all(bool(b.isfinite().all()) for b in model.buffers())
+
+
+def test_a_forward_pass_in_another_thread_is_a_step():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    guard, losses = Guard(model, torch.optim.Adam(model.parameters())), []
+    for _ in range(2):
+        guard.zero_grad()
+        thread = threading.Thread(target=lambda: losses.append(model(torch.randn(8, 4)).square().mean()))
+        thread.start()
+        thread.join()
+        guard.backward(losses.pop())
+        assert not guard.read(guard.step())["skipped"]

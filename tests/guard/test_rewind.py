@@ -215,7 +215,8 @@ def test_a_loss_that_stays_high_is_noticed_from_the_first_steps_on(sigma, seed, 
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(at=st.integers(150, 800), seed=st.integers(0, 2**20), rise=st.floats(5.0, 100.0))
+# After a rewind to step 0 the rise is judged against the first loss, which may be twice the others.
+@given(at=st.integers(150, 800), seed=st.integers(0, 2**20), rise=st.floats(10.0, 100.0))
 def test_a_rewind_goes_to_a_state_of_before_the_damage_and_each_further_back(trainer, at, seed, rise):
     recovery = Rewinder(trainer.guard, max_skips=3, max_rewinds=3)
     recovery.start(0)
