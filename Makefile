@@ -43,7 +43,7 @@ test: $(READY) ## pass every test; nbval executes the notebooks in smoke size
 	  --nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS))
 
 slow: $(READY) ## pass the tests that `make test` leaves out for their time
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist worksteal -p no:nbval
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist worksteal -p no:nbval $(ARGS)
 
 lint: $(READY) ## check format, style and types
 	@$(BIN)/ruff format --check --quiet refinelib studies tests bench gallery examples || { echo "run: $(BIN)/ruff format"; exit 1; }
