@@ -102,9 +102,11 @@ class NoGuard:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        self.total = 0.0
 
-    def scale(self, loss):
-        return loss
+    def backward(self, loss) -> None:
+        loss.backward()
+        self.total = self.total + loss.detach()
 
     @torch.no_grad()
     def step(self, loss):

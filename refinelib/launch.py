@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -56,7 +57,7 @@ def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) ->
         Interruption(),
         subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process,
     ):
-        reader = threading.Thread(target=_print_lines, args=(process.stdout,))
+        reader = threading.Thread(target=echo, args=(process.stdout, "", [""]))
         reader.start()
         try:
             while process.poll() is None or reader.is_alive():
@@ -73,9 +74,17 @@ def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) ->
     return _ended(run, process.returncode)
 
 
-def _print_lines(pipe: IO[str]) -> None:
+def say(line: str) -> None:
+    """Print a line in one piece: others print as well."""
+    with contextlib.suppress(OSError):  # nobody reads any more: the runs go on
+        print(f"{line}\n", end="", flush=True)
+
+
+def echo(pipe: IO[str], prefix: str, last: list[str]) -> None:
+    """Print what a process prints; ``last`` has its last line afterwards."""
     for line in pipe:
-        print(line, end="", flush=True)
+        say(prefix + line.rstrip("\n"))
+        last[0] = line.strip() or last[0]
 
 
 def _ended(run: Run, status: int) -> Run:

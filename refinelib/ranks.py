@@ -5,7 +5,8 @@
 A *rank* is one of these processes. All of them hold the same weights and take the same steps: the gradients,
 the losses and each rank's verdict on its own gradients are summed in one collective a step, before the guard
 decides. What the guard sees is the same on every rank, bit for bit, so every rank takes the same decision.
-Rank 0 writes the run's files and validates. A process that ``torchrun`` did not start is rank 0 of one.
+Rank 0 writes the run's files; all share the validation. A process that ``torchrun`` did not start is rank 0
+of one.
 """
 
 from __future__ import annotations
@@ -146,9 +147,7 @@ class Watch(threading.Thread):
                 store.add(f"alive/{self.own}", 1)
                 now = [store.add(f"alive/{other}", 0) for other in range(self.ranks)]
                 failed = store.get("failed").decode() if store.check(["failed"]) else ""
-            except (
-                RuntimeError
-            ):  # the process that holds the store has gone, and the launcher ends the others
+            except RuntimeError:  # who holds the store has gone, and the launcher ends the others
                 return
             clock = time.monotonic()
             pairs, beats = zip(now, beats, since, strict=True), now

@@ -48,7 +48,7 @@ class TrainingState:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         run.record_settings(settings, name)
 
-        self.leads = ranks.rank() == 0  # writes the run's files, and validates
+        self.leads = ranks.rank() == 0  # writes the run's files
         with ranks.one_a_host_first():
             self.train_store, self.val_store = open_splits(settings, progress=self.leads)
         prepare = self.start_from if settings.init_from else None

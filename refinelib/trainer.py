@@ -87,9 +87,8 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
                 raise
             finally:
                 if trainer is not None:
-                    trainer.stepper.graph = (
-                        None  # the ranks cannot part while a graph holds their collectives
-                    )
+                    # The ranks cannot part while a graph holds their collectives.
+                    trainer.stepper.graph = None
                 run.close()
     return run
 

@@ -137,6 +137,17 @@ def test_a_start_is_timed_from_the_process_on():
     assert 0 < lines[0]["seconds"] <= lines[-1]["seconds"]
 
 
+def test_the_step_without_a_guard_moves_the_weights(tiny):
+    speed = bench("speed")
+    stepper = speed.stepper(
+        tiny(batch_size=2), open_split(tiny(), "train"), torch.device("cpu"), guarded=False
+    )
+    before = [p.detach().clone() for p in stepper.model.parameters()]
+    speed.take(stepper, 2)
+    moved = [not torch.equal(p, old) for p, old in zip(stepper.model.parameters(), before, strict=True)]
+    assert all(bool(p.isfinite().all()) for p in stepper.model.parameters()) and any(moved)
+
+
 def test_a_bench_steps_at_the_rate_of_a_long_run_whatever_its_store(tiny):
     speed = bench("speed")
     settings = tiny(batch_size=2, warmup_epochs=0, lr=1e-3, epochs=100)

@@ -89,9 +89,9 @@ class Guard:
             when the step is skipped.
         optimizer: any but ``LBFGS``. Fused ones of PyTorch (``fused=True``) skip on the device. For any other
             the host reads the decision once a step; so it does in the first steps of SGD with momentum.
-        schedule: none: the rates are those in the optimizer's groups, whoever changes them. A scheduler of
-            ``torch.optim.lr_scheduler``: it is stepped after each step that was applied, and only then, which
-            is one host read a step. A function of the number of applied steps, on the device, such as
+        schedule: none: the rates are those in the optimizer's groups, and the loop may change them. A
+            scheduler of ``torch.optim.lr_scheduler``: it is stepped after each step that was applied, and
+            only then, which is one host read a step. A function of the number of applied steps, on the device, such as
             :class:`~refinelib.guard.optimizer.WarmupCosine`: the rate of every group, without a host read.
         grad_clip: largest L2 norm of the gradient after clipping; none: not clipped.
         average: model that holds the moving average of the weights; none: no average. Its buffers stay:
@@ -162,7 +162,8 @@ class Guard:
         self.buffers = [b for module in (model, *losses) for b in persistent_buffers(module)]
         self.kept: list[Tensor] | None = None  # copies of these; none: no step was begun
         #: How often batch norm has written its statistics: up to the last step, and to the start of this one.
-        self.written = self.written_at_start = measure.batch_norm_writes(model)
+        self.batch_norms = measure.batch_norms(model)
+        self.written = self.written_at_start = measure.writes(self.batch_norms)
         self.total: Tensor | None = None  # the step's loss so far
         self.slowed = False  # whether a rewind has ever slowed down
         #: Whether the optimizer takes ``found_inf`` and skips by itself.
@@ -193,7 +194,7 @@ class Guard:
         """Start a step: clear the gradients, copy the buffers, forget a step that was not finished."""
         self.optimizer.zero_grad(set_to_none=True)
         self.kept, self.total = [buffer.clone() for buffer in self.buffers], None
-        self.written_at_start = measure.batch_norm_writes(self.model)
+        self.written_at_start = measure.writes(self.batch_norms)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward`` on."""
@@ -225,14 +226,15 @@ class Guard:
             raise RuntimeError(
                 "a step has three calls: guard.zero_grad(), guard.backward(loss), guard.step()"
             )
-        now = measure.batch_norm_writes(self.model)
+        now = measure.writes(self.batch_norms)
         if now == self.written_at_start != self.written and len(now) == len(self.written):
             raise RuntimeError(
                 "batch norm's statistics are a step's own: call guard.zero_grad() before the model"
             )
         if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self.parameters):
             raise RuntimeError("the optimizer has got other parameters: make a new Guard for it")
-        own = torch.where(measure.ruined(self.kept or [], self.buffers), math.nan, own)
+        if self.kept:
+            own = torch.where(measure.ruined(self.kept, self.buffers), math.nan, own)
         loss = measure.mean_of_processes(own) if loss is None else own
         decision: StepDecision = self._decide(loss.reshape(()), *self.measure(), self._rate())
         self._update_weights(decision)
@@ -242,7 +244,7 @@ class Guard:
             self._update_average(averages, weights, decision.ema_weight.to(weights.dtype), decision.skip)
         self.memory.copy_(decision.memory)
         self.kept = self.total = None
-        self.written = measure.batch_norm_writes(self.model)
+        self.written = measure.writes(self.batch_norms)
         return torch.cat([decision.report, decision.norms])
 
     def read(self, report: Tensor) -> dict[str, Any]:
@@ -303,9 +305,8 @@ class Guard:
         center, spread = (torch.stack([state[name] for name in some]) for some in names)
         sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
 
-        def above(
-            factor: float,
-        ) -> Tensor:  # ratios have logarithms as distances, differences the loss's size
+        # Ratios have logarithms as distances, differences the loss's size.
+        def above(factor: float) -> Tensor:
             ratio = torch.full_like(norm, math.log(factor))
             return torch.stack([ratio, ratio, (factor - 1) * state["loss_size"]])
 

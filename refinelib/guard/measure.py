@@ -85,17 +85,21 @@ def plain(values: Tensor) -> Tensor:
     return torch.view_as_real(values) if values.is_complex() else values
 
 
-def batch_norm_writes(model: nn.Module) -> list[int]:
-    """How often each buffer of the batch norms in training mode was written to."""
-    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training)
-    return [x._version for norm in norms for x in norm.buffers(recurse=False)]
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The modules that keep statistics of the batches."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+
+
+def writes(norms: Sequence[nn.Module]) -> list[int]:
+    """How often each buffer of those in training mode was written to."""
+    return [x._version for norm in norms if norm.training for x in norm.buffers(recurse=False)]
 
 
 def ruined(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Whether any of some tensors was finite before and is not now, bool; integers always are."""
-    pairs = [(old, new) for old, new in zip(before, after, strict=False) if new.is_floating_point()]
+    pairs = [(old, new) for old, new in zip(before, after, strict=True) if new.is_floating_point()]
     if not pairs:
-        return torch.zeros((), dtype=torch.bool, device=after[0].device if after else None)
+        return torch.zeros((), dtype=torch.bool, device=after[0].device)
     was, now = (sizes(some)[1].isfinite() for some in zip(*pairs, strict=True))
     return (was & ~now).any()
 

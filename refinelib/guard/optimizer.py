@@ -61,12 +61,12 @@ def build_optimizer(
         fused: one kernel that can skip by itself, on the device. Without it the guard reads its decision
             back.
     """
-    trained = [p for _, p in parameters if p.requires_grad]
-    device = trained[0].device
+    own = [p for _, p in parameters if p.requires_grad]
+    device = own[0].device
 
     groups: list[dict[str, Any]] = []
     for decayed in (True, False):
-        some = [p for p in trained if (p.ndim >= 2) == decayed]
+        some = [p for p in own if (p.ndim >= 2) == decayed]
         # A fused kernel reads its rate on the device; the others take a number.
         rate = torch.tensor(lr, dtype=torch.float32, device=device) if fused else lr
         groups.append({"params": some, "weight_decay": decayed * weight_decay, "lr": rate})

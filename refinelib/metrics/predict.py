@@ -22,6 +22,7 @@ from refinelib.config import Settings
 from refinelib.data import DataError, Store, decode_image
 from refinelib.data.augment import MEAN, normalise
 from refinelib.data.sources import as_rgb
+from refinelib.data.store_build import usable_cores
 from refinelib.files import PathLike, replacing, shown
 from refinelib.guard.measure import ran_out
 from refinelib.metrics.segmentation import SegmentationMetrics
@@ -87,18 +88,12 @@ def side_by_side(function: CropModel, images: Tensor) -> Tensor:
         >>> side_by_side(lambda part: part + 1, torch.arange(3.0))
         tensor([1., 2., 3.])
     """
-    most = min(MOST_THREADS, _cores(), torch.get_num_threads(), len(images))
+    most = min(MOST_THREADS, usable_cores(), torch.get_num_threads(), len(images))
     with threads(1):
         if most < 2:
             return function(images)
         with ThreadPoolExecutor(most, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return torch.cat([*pool.map(function, images.tensor_split(most))])
-
-
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def load(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import itertools
 import json
@@ -17,9 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import IO, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from refinelib.config import Settings, SettingsError, fields, load_recipe, project_root, resolve
+from refinelib.launch import echo, say
 from refinelib.runs import Interruption, Run, newest
 
 #: What ``debug`` takes from params/debug.yaml: its size, and nothing else.
@@ -173,20 +173,20 @@ def train(
             if stopped.is_set():
                 return Outcome(job, "not started", "the batch was interrupted before")
             place, started = free.pop(0), time.time()
-            _say(f"-- {job.name}, {number} of {len(jobs)}{'' if command else f': {job.notebook}'}")
+            say(f"-- {job.name}, {number} of {len(jobs)}{'' if command else f': {job.notebook}'}")
             process = subprocess.Popen(
                 _line(job, command), env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, errors="replace", start_new_session=True,  # a terminal's Ctrl-C comes once
             )  # fmt: skip
             running.add(process)
         last, prefix = [""], f"{job.name}: " if several else ""
-        echo = threading.Thread(target=_echo, args=(process.stdout, prefix, last), daemon=True)
-        echo.start()
+        printer = threading.Thread(target=echo, args=(process.stdout, prefix, last), daemon=True)
+        printer.start()
         try:
             code = process.wait()
-            echo.join(LAST_WORDS)
+            printer.join(LAST_WORDS)
             outcome = _outcome(job, code, last[0], started, stopped.is_set())
-            _say(f"-- {job.name}: {outcome.state} {outcome.error}".rstrip())
+            say(f"-- {job.name}: {outcome.state} {outcome.error}".rstrip())
             ended(outcome, os.environ | place)
             return outcome
         finally:
@@ -274,18 +274,6 @@ def execute(target: str, parameters: str) -> str | None:
         name = getattr(raised, "ename", type(raised).__name__)
         return f"{name}: {getattr(raised, 'evalue', raised)}".split("\n")[0]
     return None
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more: the runs go on
-        print(f"{line}\n", end="", flush=True)  # in one piece: others print as well
-
-
-def _echo(pipe: IO[str], prefix: str, last: list[str]) -> None:
-    """Print what a process prints; ``last`` has its last line afterwards."""
-    for line in pipe:
-        _say(prefix + line.rstrip("\n"))
-        last[0] = line.strip() or last[0]
 
 
 def _outcome(job: Job, code: int, last: str, started: float, stopped: bool) -> Outcome:

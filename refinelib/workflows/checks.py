@@ -244,9 +244,9 @@ def _train(parts: Parts, steps: int, lr: float) -> Generator[tuple[Guard, Tensor
             with autocast(settings, images.device):
                 output = model(images)
             cost, _ = loss(output, labels)
-            torch.autograd.backward(guard.scale(cost))
+            guard.backward(cost)
             yield guard, cost.detach(), output
-            guard.step(cost.detach())
+            guard.step()
     finally:
         model.load_state_dict(before)
         model.zero_grad(set_to_none=True)

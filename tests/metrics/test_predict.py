@@ -247,7 +247,7 @@ def test_a_picture_of_floats_is_refused_rather_than_black(tmp_path):
 def test_crops_on_a_cpu_are_shared_by_threads_that_do_not_wait_for_each_other(monkeypatch):
     from refinelib.metrics import predict
 
-    monkeypatch.setattr(predict, "_cores", lambda: 3)
+    monkeypatch.setattr(predict, "usable_cores", lambda: 3)
     seen = []
 
     def function(part):
