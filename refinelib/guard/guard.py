@@ -91,8 +91,9 @@ class Guard:
             the host reads the decision once a step; so it does in the first steps of SGD with momentum.
         schedule: none: the rates are those in the optimizer's groups, and the loop may change them. A
             scheduler of ``torch.optim.lr_scheduler``: it is stepped after each step that was applied, and
-            only then, which is one host read a step. A function of the number of applied steps, on the device, such as
-            :class:`~refinelib.guard.optimizer.WarmupCosine`: the rate of every group, without a host read.
+            only then, which is one host read a step. A function of the number of applied steps, on the
+            device, such as :class:`~refinelib.guard.optimizer.WarmupCosine`: the rate of every group, without
+            a host read.
         grad_clip: largest L2 norm of the gradient after clipping; none: not clipped.
         average: model that holds the moving average of the weights; none: no average. Its buffers stay:
             ``torch.optim.swa_utils.update_bn`` renews those of batch norm.
