@@ -20,6 +20,7 @@ Exit code 1 if a cell fails.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -128,6 +129,7 @@ def launched(device: str, amp: str, path: str, folder: str) -> list[dict]:
 def joined_column(job: str, file: str) -> int:
     """:func:`column` as one of several processes; rank 0 writes the cells into a file."""
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(540, exit=True)  # a hang says where
     device, *how = json.loads(job)
     with ranks.joined(device, timeout=60.0):
         cells = column(device, *how)
@@ -167,6 +169,7 @@ def column(device: str, amp: str, path: str, folder: str, kinds: dict = KINDS) -
             found = judge(trainer, kind, kinds[kind], before, run.events()[told:])
             cells.append({**found, "alike": alike, "device": device, "amp": amp, "path": path})
             alike = True
+    trainer.stepper.graph = None  # the ranks cannot part while a graph holds their collectives
     run.close()
     return cells
 

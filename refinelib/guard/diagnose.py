@@ -24,6 +24,8 @@ from refinelib.guard.measure import measured, unscaled
 
 #: Operations that hand out memory as it is: what they return means nothing yet.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize")
+#: Kernels whose logarithms of sums, of three dimensions, are padded with memory as it is. All else has four.
+_ATTENTION = "aten._scaled_dot_product"
 #: Relative distance from the recorded loss and gradient norms that rounding explains: half precision, another
 #: order.
 ROUNDING = 0.02
@@ -261,7 +263,8 @@ def take(step: Step) -> tuple[float, list[float]]:
 
 def _compare(recorded: Sequence[float], now: Sequence[float]) -> tuple[bool, float | None]:
     """Whether both are equal bit for bit, NaN equal to NaN; and their relative distance."""
-    theirs, ours = (np.array(x, np.float32).astype(np.float64) for x in (recorded, now))
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite there
+        theirs, ours = (np.array(x, np.float32).astype(np.float64) for x in (recorded, now))
     same, finite = np.array_equal(theirs, ours, equal_nan=True), np.isfinite(theirs)
     if not np.array_equal(finite, np.isfinite(ours)):
         return same, None
@@ -292,7 +295,10 @@ class _FirstNonFinite(TorchDispatchMode):
         found = self.found
         if found.operation or str(func).startswith(_UNINITIALISED):
             return out
-        if not _finite(out) and _finite((args, kwargs)):
+        taken, given = (args, kwargs), out
+        if str(func).startswith(_ATTENTION):
+            taken, given = ([x for x in tensors(values) if x.ndim == 4] for values in (taken, given))
+        if not _finite(given) and _finite(taken):
             found.operation, found.module = str(func).rsplit(".", 1)[0], self.modules[-1]
             found.phase = "loss" if found.module == "loss" else "forward"
             if self.backward:
