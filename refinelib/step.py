@@ -201,6 +201,7 @@ class Stepper:
                 self.report = torch.cat([components, self.guard.step(total), told])
             self.graph = graph
         except RuntimeError as error:
+            self.guard.kept = None  # copies that were recorded and never made
             if ran_out(error):  # a graph has memory of its own: the chunks need steps of their own before it
                 self.captures, self.taken = self.split_batch(), 0
                 return

@@ -325,27 +325,36 @@ def _watch(step: Step, finding: Finding) -> list[int]:
     mode = _FirstNonFinite()  # type: ignore[no-untyped-call]  # torch's __init__
     mode.found, mode.strict = finding, step.per_sample is None
     names = {module: name for name, module in step.model.named_modules() if name}
+    owners: dict[int, Tensor] = {}  # by identity; kept, so that it stays theirs
+
+    def own(values: Any, module: str) -> None:
+        """What comes after the gradients of these is the module's backward pass, the innermost one's."""
+        for tensor in tensors(values):
+            if tensor.requires_grad and id(tensor) not in owners:
+                owners[id(tensor)] = tensor
+                handle = tensor.register_hook(lambda gradient: mode.modules.__setitem__(0, module))
+                watched.callback(handle.remove)
+
+    def enter(module: nn.Module, inputs: Any, keywords: Any) -> None:
+        own((inputs, keywords), mode.modules[-1])
+        mode.modules.append(names[module])
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         mode.modules.pop()
-        for tensor in tensors(output):
-            if tensor.requires_grad:  # what comes after its gradient is this module's backward pass
-                tensor.register_hook(lambda gradient: mode.modules.__setitem__(0, names[module]))
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        mode.modules.append(names[module])
+        own(output, names[module])
 
     step.model.zero_grad(set_to_none=True)
     before = 0
     with ExitStack() as watched:
         for module in names:
-            watched.enter_context(module.register_forward_pre_hook(enter))
+            watched.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
             watched.enter_context(module.register_forward_hook(leave))
         watched.enter_context(mode)
         for images, labels in batches:
             size = _samples((images, labels))
             mode.modules, mode.backward, mode.batch = ["loss", "model"], False, size
             output = step.forward(images)
+            own(output, "model")
             mode.modules = ["loss"]
             loss = step.total(output, labels)
             mode.backward = True

@@ -192,8 +192,10 @@ class Guard:
 
     # -- a step, in the order of its calls -----------------------------------------------------------
     def zero_grad(self) -> None:
-        """Start a step: clear the gradients, copy the buffers, forget a step that was not finished."""
+        """Start a step: clear the gradients, copy the buffers; undo an unfinished step's writes to them."""
         self.optimizer.zero_grad(set_to_none=True)
+        for buffer, kept in zip(self.buffers, self.kept or [], strict=False):
+            buffer.copy_(kept)
         self.kept, self.total = [buffer.clone() for buffer in self.buffers], None
         self.written_at_start = measure.writes(self.batch_norms)
 

@@ -132,7 +132,9 @@ def test_what_lies_between_the_calls_changes_nothing():
         other.zero_grad()
         if place == 3:
             with pytest.raises(KeyError):
-                other.backward((other.model.last.weight * NAN).sum())
+                other.backward(
+                    (other.model.last.weight * NAN).sum() + other.model(x * NAN)
+                )  # statistics, too
                 raise KeyError
         other.zero_grad()
         loss = other.model(x)
@@ -229,6 +231,30 @@ def test_a_diagnosis_names_module_operation_parameter_and_samples():
     assert found.phase in ("forward", "backward") and found.module in ("model", "drop", "last")
     found = unchanged(mlp, nn.functional.mse_loss, (x * NAN, y))
     assert found.phase in ("input", "forward")
+
+
+class Between(nn.Module):
+    """Its own code before its parts, between or after them may give a gradient that is not finite."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.first, self.last, self.place = nn.Linear(3, 3), nn.Linear(3, 3), place
+
+    def own(self, x, place):
+        return (x * 0).abs().sqrt() + x if place == self.place else x.clone()
+
+    def forward(self, x):
+        x = self.first(self.own(x + 0 * self.last.bias, "before"))
+        return self.own(self.last(self.own(x, "between")), "after")
+
+
+@pytest.mark.parametrize("place", ["before", "between", "after"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_gradient_of_a_modules_own_code_is_that_modules(place, inner):
+    model = nn.Sequential(nn.Linear(3, 3), Between(place)) if inner else Between(place)
+    found = unchanged(model, nn.functional.mse_loss, (torch.rand(4, 3), torch.rand(4, 3)))
+    assert (found.phase, found.node) == ("backward", "SqrtBackward0")
+    assert found.module == ("1" if inner else "model")
 
 
 def test_where_the_batch_is_not_the_first_dimension_no_samples_are_named():
