@@ -295,7 +295,8 @@ class _FirstNonFinite(TorchDispatchMode):
         found = self.found
         if found.operation or str(func).startswith(_UNINITIALISED):
             return out
-        taken, given = (args, kwargs), out
+        taken: Any = (args, kwargs)
+        given = out
         if str(func).startswith(_ATTENTION):
             taken, given = ([x for x in tensors(values) if x.ndim == 4] for values in (taken, given))
         if not _finite(given) and _finite(taken):
