@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,18 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, help="skip, and count, the tests that would start later")
+
+
+def pytest_runtest_setup(item):
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - STARTED > seconds:
+        pytest.skip(f"no time left: {seconds:g} s are over")
+
 
 #: Real data lies beside the project, never in it.
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

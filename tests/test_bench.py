@@ -14,6 +14,7 @@ from refinelib.data import open_split
 from refinelib.modeling.layers import GroupNorm
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_hard_kills_lose_nothing(tmp_path, capfd):
     outcome = bench("kill").attack(tmp_path, 2, random.Random(1), epochs=5)
@@ -108,6 +109,7 @@ def test_every_variant_is_one_that_can_be_trained():
         assert all(getattr(settings, setting) == value for setting, value in changes.items()), name
 
 
+@pytest.mark.slow
 def test_a_start_is_timed_from_the_process_on():
     small = [
         "-p",
@@ -162,6 +164,7 @@ def test_a_bench_steps_at_the_rate_of_a_long_run_whatever_its_store(tiny):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not torch.__version__.startswith("2.13"),
     reason="bench/kernels.py reaches into the compiler of torch 2.13",

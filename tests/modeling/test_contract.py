@@ -553,6 +553,7 @@ OPTIONS = {"cpu": [None], "cuda": [stepping.FEWER_KERNELS, stepping.LESS_TRAFFIC
 WAYS = [(device, options) for device in DEVICES for options in OPTIONS[device]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "options"), WAYS)
 def test_compiled_losses_equal_eager_ones(device, options):
     labels = all_labels(device)
@@ -575,6 +576,7 @@ def test_compiled_losses_equal_eager_ones(device, options):
         torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "options"), WAYS)
 def test_compiled_layers_are_finite_and_equal_eager_ones(device, options):
     """Each kind of layer once, in half precision, on pictures that are flat and pictures that are not."""

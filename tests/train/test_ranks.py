@@ -80,6 +80,7 @@ def test_shares_are_whole_and_even(size, count):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_a_run_moves_between_them(small, way, tmp_path):
     whole = train(small(**way, run="one"))
     text, status = launch(small(**way, run="two"), states=str(tmp_path / "states"))
@@ -143,6 +144,7 @@ def test_what_ends_one_process_ends_the_run_with_its_reason(small, way, tmp_path
     assert run.has_checkpoint
 
 
+@pytest.mark.slow
 def test_the_setting_gpus_starts_processes_that_an_interrupt_stops(small, way, tmp_path):
     def interrupt(run):
         raise KeyboardInterrupt

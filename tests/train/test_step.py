@@ -187,6 +187,7 @@ def test_what_cannot_be_compiled_trains_uncompiled(tiny, monkeypatch):
     assert_same(final_weights(plain), final_weights(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["auto", "bf16"])
 def test_model_and_loss_compile_as_one_graph(tiny, amp, monkeypatch):
     """A graph break is only slow: no error tells of it. Asking a GPU what it can do is one."""

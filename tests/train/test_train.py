@@ -186,6 +186,7 @@ def test_a_finite_fault_is_no_reason_to_skip(tiny, fault):
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
 
 
+@pytest.mark.slow
 def test_killed_by_injection(tiny, tmp_path):
     settings = tiny(run="killed", inject="kill@5", epochs=2)
     done = subprocess.run([sys.executable, "-c", CODE, settings.model_dump_json()], capture_output=True)
@@ -240,6 +241,7 @@ def test_starts_from_another_runs_weights(tiny):
         train(tiny("finetune", init_from="no-such-run"))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_far_too_high_is_noticed_at_once(tiny):
     """There is no warm-up either. The first steps explode, and lower rates save the run or end it."""
     settings = tiny(
@@ -275,6 +277,7 @@ def test_stable_starts_between_1_5_and_2(tiny):
         assert 1.5 < run.steps()[0]["loss"] < 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 48), (40, 24)])
 def test_other_shapes_contexts_and_the_subpixel_decoder(tiny, size):
     run = train(

@@ -278,6 +278,7 @@ def test_how_a_notebook_ended_is_one_line(monkeypatch, raised, line):
     assert batch.execute("b", '{"seed": "1"}') == line
 
 
+@pytest.mark.slow
 def test_a_rehearsal_is_small_and_what_is_given_stays(tmp_path):
     line = command("phase1", "--debug", "--epochs", 1, output_dir=tmp_path)
     done = subprocess.run(
@@ -291,6 +292,7 @@ def test_a_rehearsal_is_small_and_what_is_given_stays(tmp_path):
     assert (tmp_path / "phase1.ipynb").is_file() and not (tmp_path / "batch.csv").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_and_each_leaves_a_checkpoint(tmp_path):
     """Two notebooks at once, a third that waits."""
     size = [f"-p {name} {value}".split() for name, value in {"smoke": "false", "width": 0.0625}.items()]

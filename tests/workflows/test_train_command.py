@@ -39,6 +39,7 @@ def test_what_is_wrong_is_a_sentence_and_an_exit_code(tmp_path, stores, capsys, 
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_from_which_it_goes_on(tmp_path, stores):
     command = [sys.executable, "-m", "refinelib", *arguments(tmp_path, stores, epochs=12)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project_root())}
