@@ -15,7 +15,7 @@ from refinelib.guard.rewind import Rewinder, Snapshot
 
 sweep = bench("sweep")
 #: The suite's share, the same every time; ``python bench/sweep.py --draws 20000 --seed S`` draws others.
-SAMPLE, DRAWS, PARTS, WHOLE = 120, 2000, 4, 40
+SAMPLE, DRAWS, PARTS, WHOLE = 200, 2000, 4, 40
 PLAIN = {"amp": "off", "optimizer": "adamw", "fused": True, "accumulate": 1, "ema": True, "buffers": True}
 
 
