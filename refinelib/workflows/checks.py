@@ -231,7 +231,8 @@ def overfit(figures: dict[str, Any], parts: Parts, *, steps: int = 120, lr: floa
 def _train(parts: Parts, steps: int, lr: float) -> Generator[tuple[Guard, Tensor, Any], None, None]:
     """Train on the one batch; gives guard, loss and output after each backward pass, before the step.
 
-    It trains the model itself, for a copy would lack its hooks, and gives it its weights back.
+    It trains the model itself, for a copy would lack its hooks, and gives it its weights back. As in a run, a
+    step that overflows by the fp16 loss scale halves the scale and is taken again; it is not given or counted.
     """
     settings, model, loss, (images, labels, _) = parts
     fast = settings.model_copy(update=FAST | {"ema_decay": 0.0, "lr": lr, "min_lr": lr / 20})
@@ -240,16 +241,28 @@ def _train(parts: Parts, steps: int, lr: float) -> Generator[tuple[Guard, Tensor
     model.train()
     try:
         for _ in range(steps):
-            guard.zero_grad()
-            with autocast(settings, images.device):
-                output = model(images)
-            cost, _ = loss(output, labels)
-            guard.backward(cost)
+            while True:
+                guard.zero_grad()
+                with autocast(settings, images.device):
+                    output = model(images)
+                cost, _ = loss(output, labels)
+                guard.backward(cost)
+                if not _overflows(guard, cost):
+                    break
+                guard.step()
+                guard.state["skipped"] -= 1
             yield guard, cost.detach(), output
             guard.step()
     finally:
         model.load_state_dict(before)
         model.zero_grad(set_to_none=True)
+
+
+def _overflows(guard: Guard, cost: Tensor) -> bool:
+    """Whether a gradient is not finite, the loss is, and a lower fp16 loss scale may help."""
+    lowest = not guard.scaled or float(guard.state["scale"]) <= guard.scale_floor
+    gradients = [p.grad for p in guard.parameters if p.grad is not None]
+    return not lowest and bool(cost.isfinite()) and not all(bool(g.isfinite().all()) for g in gradients)
 
 
 @check("one whole tiny run")
@@ -262,7 +275,10 @@ def whole_run(figures: dict[str, Any], settings: Settings) -> str:
     run = train(settings)
     figures["folder"] = str(run.folder)
     status, losses = run.status(), [line["train_loss"] for line in run.epochs()]
-    epochs, skipped = f"{len(losses)} of {settings.epochs} epochs", status["skipped_steps"]
+    bad = [event for event in run.events() if event["kind"] == "incident" or event.get("skipped")]
+    # Under fp16 an overflow that is no incident is how the loss scale is found.
+    skipped = status["skipped_steps"] if bad or settings.amp != "fp16" else 0
+    epochs = f"{len(losses)} of {settings.epochs} epochs"
     course = f"the run is {status['state']} after {epochs}, {status['step']} steps"
     if status["state"] != "ok" or len(losses) != settings.epochs or None in losses or skipped:
         raise CheckError(f"{course}, {skipped} steps were skipped: read events.jsonl in {run.folder}")

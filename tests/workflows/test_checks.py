@@ -185,3 +185,19 @@ def test_a_run_that_fails_is_named_and_its_status_says_so(settings, tmp_path, mo
         checks.raise_if_failed([check])
     with pytest.raises(checks.CheckError, match="the tiny run left no folder; 1 of 1"):
         checks.record([check._replace(figures={})])
+
+
+@pytest.mark.usefixtures("half_here")
+def test_a_loss_scale_that_is_still_too_high_is_no_fault_of_the_model(tmp_path):
+    """fp16: its first gradients overflow; a run skips such steps, halves the scale and is healthy."""
+    size = {"max_images": 4, "batch_size": 1, "device": "cpu", "output_dir": str(tmp_path)}
+    settings = resolve("original", smoke=True, loss_scale_init=2.0**21, **size)
+    parts = checks.parts(settings)
+    results = [checks.shapes(parts), checks.gradients(parts), checks.overfit(parts, steps=6)]
+    assert results[0].passed and results[1].passed, results
+    assert results[2].figures["skipped"] == 0 and "skipped" not in results[2].sentence
+    run = checks.whole_run(settings)
+    assert run.passed and Run(run.figures["folder"]).status()["skipped_steps"] > 0, run
+    parts.model.boundary.blend.register_hook(lambda grad: grad * torch.nan)
+    broken = checks.gradients(parts)
+    assert not broken.passed and "not finite: boundary.blend" in broken.sentence
