@@ -349,10 +349,10 @@ def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
         if path.is_file():
             return path
     try:
-        folder = Run.open(source, output_dir=output_dir).folder / "checkpoints"
+        run = Run.open(source, output_dir=output_dir)
+        for name in ("best.pt", "last.pt"):
+            if (run.folder / "checkpoints" / name).is_file():
+                return run.folder / "checkpoints" / name
+        raise RunError(f"{run.folder} holds no checkpoint: the run is {run.status().get('state', 'unknown')}")
     except RunError as error:
         raise CheckpointError(str(error)) from None
-    for name in ("best.pt", "last.pt"):
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(f"{folder} holds no checkpoint yet")

@@ -68,12 +68,26 @@ def exclusive(folder: Path, refusal: Exception) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(FileLock(folder / ".lock", blocking=False))
+            # :func:`is_locked` in another process holds it for a moment.
+            held.enter_context(FileLock(folder / ".lock", timeout=0.5))
         except Timeout:
             raise refusal from None
         except (OSError, NotImplementedError):
             pass  # this file system has no locks, or the folder cannot be written to
         yield
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process holds the lock of :func:`exclusive`; none where there is no lock to be tried."""
+    try:
+        if not (folder / ".lock").is_file():
+            return None
+        with FileLock(folder / ".lock", blocking=False):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return None
 
 
 # -- messages ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 
 from refinelib.config import Settings, SettingsError, resolve
 from refinelib.guard.rewind import DivergedError
-from refinelib.runs import Interruption, Run
+from refinelib.runs import Run
 
 #: Tells the processes which folder their run has.
 FOLDER = "REFINELIB_RUN_FOLDER"
@@ -24,6 +24,35 @@ FOLDER = "REFINELIB_RUN_FOLDER"
 RESTARTS = 3
 #: Seconds between two looks at the run's records.
 LOOK = 0.5
+
+
+class Interruption:
+    """Turns Ctrl-C, SIGTERM and SIGHUP (a closed terminal) into an orderly end.
+
+    Before the training loop they raise ``KeyboardInterrupt`` at once. In the loop (``deferred``) they are a
+    request that it honours between two steps: within a step half of the parameters may be updated, and a
+    checkpoint would be of a state that never was. The same signal a second time stops at once. A signal that
+    was ignored (``nohup``) stays ignored.
+    """
+
+    def __enter__(self) -> Interruption:
+        self.deferred = False
+        self.requested: set[int] = set()  # the signals that came in the loop
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if number in self.requested or not self.deferred:
+            raise KeyboardInterrupt
+        self.requested.add(number)
 
 
 def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) -> Run:

@@ -10,10 +10,8 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +20,7 @@ from typing import Any
 
 from refinelib import files
 from refinelib.config import Settings, absolute, fields, project_root
-from refinelib.files import PathLike, dumps, exclusive, read_json, reason, write_atomically
+from refinelib.files import PathLike, dumps, exclusive, is_locked, read_json, reason, write_atomically
 
 
 class RunError(RuntimeError):
@@ -210,7 +208,9 @@ class Run:
             RunError: another process is training it.
         """
         wait = "wait until it ends, or start a run of another name"
-        with exclusive(self.folder, RunError(f"{self.folder} is being trained by another process: {wait}")):
+        busy = RunError(f"{self.folder} is being trained by another process: {wait}")
+        busy.run = self  # type: ignore[attr-defined]  # a notebook shows what there is
+        with exclusive(self.folder, busy):
             for file in self.folder.rglob(".*.tmp"):
                 with contextlib.suppress(OSError):
                     file.unlink()
@@ -289,6 +289,9 @@ class Run:
     def status(self) -> dict[str, Any]:
         """What ``status.json`` holds: state, step, epoch, best, metrics.
 
+        The state of a run whose process was killed is ``killed`` in place of ``running``; see
+        :func:`was_killed`.
+
         Raises:
             RunError: it is missing or damaged.
         """
@@ -296,9 +299,14 @@ class Run:
         with contextlib.suppress(OSError, ValueError):
             found = read_json(file)
             if isinstance(found, dict) and isinstance(found.get("state", ""), str) and _are_numbers(found):
-                return found
+                return found | self._end_of_killed(found) if was_killed(self.folder, found) else found
         fix = "put {} into it, and resume=true continues from the checkpoints beside it"
         raise RunError(f"{file} is damaged or missing: {fix}")
+
+    def _end_of_killed(self, status: dict[str, Any]) -> dict[str, str]:
+        where = (f"{name} {status.get(name)} of {status.get(f'{name}s')}" for name in ("epoch", "step"))
+        how = "-p resume true goes on" if self.has_checkpoint else "there is no checkpoint, so start it again"
+        return {"state": "killed", "last_error": f"killed after {', '.join(where)}; {how}"}
 
     def steps(self) -> list[dict[str, Any]]:
         """Lines of ``metrics.jsonl``, one for every ``log_every`` steps."""
@@ -329,7 +337,12 @@ class Run:
         """The run's state, its metrics and where its figures lie, a few lines."""
         status = self.status()
         metrics = status.get("metrics") or {}
-        error = f" ({status['last_error']})" if status.get("last_error") else ""
+        more = status.get("last_error")
+        if status.get("state") == "running":  # nothing tells this host whether a process of another one lives
+            more = (
+                f"on {status.get('host', 'an unknown host')}, last record {status.get('updated', 'unknown')}"
+            )
+        error = f" ({more})" if more else ""
         rows = {"run": f"{self.name}: {status.get('state', 'unknown')}{error}"}
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
         three = zip(("background", "target", "non-target"), metrics.get("iou") or (), strict=False)
@@ -346,6 +359,33 @@ class Run:
             return str(settings["run"] or Path(settings["recipe"]).stem)
         except (OSError, ValueError, KeyError, TypeError):  # it has no settings yet
             return re.sub(r"-\d+$", "", self.name)
+
+
+def was_killed(folder: Path, status: dict[str, Any]) -> bool:
+    """Whether a status says ``running`` though no process works in its folder any more.
+
+    Only the host that the status names can tell, by the folder's lock. While a launcher (``torchrun``) lives,
+    it may start its processes again: the lock is free until they take it.
+
+    Args:
+        folder: of a run or of a phase sequence.
+        status: its state and its :func:`owner`.
+    """
+    here = status.get("state") == "running" and status.get("host") == platform.node()
+    if not here or is_locked(folder) is not False:
+        return False
+    try:
+        os.kill(status["launcher"], 0)
+    except (ProcessLookupError, OverflowError, TypeError, KeyError):
+        return True
+    except PermissionError:  # another user's process
+        pass
+    return False
+
+
+def owner(launched: bool = False) -> dict[str, Any]:
+    """What :func:`was_killed` needs: this host, and if ``launched`` the process that started this one."""
+    return {"host": platform.node(), "launcher": os.getppid() if launched and os.name == "posix" else None}
 
 
 def find_runs(root: PathLike = "outputs", name: str | None = None) -> list[Run]:
@@ -407,36 +447,6 @@ class Follower(Run):
     def exclusive(self) -> Iterator[None]:
         """Rank 0 holds the run."""
         yield
-
-
-# -- its end -------------------------------------------------------------------------------------------
-class Interruption:
-    """Turns Ctrl-C, SIGTERM and SIGHUP (a closed terminal) into an orderly end.
-
-    Before the training loop they raise ``KeyboardInterrupt`` at once. In the loop (``deferred``) they are a
-    request that it honours between two steps: within a step half of the parameters may be updated, and a
-    checkpoint would be of a state that never was. The same signal a second time stops at once. A signal that
-    was ignored (``nohup``) stays ignored.
-    """
-
-    def __enter__(self) -> Interruption:
-        self.deferred = False
-        self.requested: set[int] = set()  # the signals that came in the loop
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: Any) -> None:
-        if number in self.requested or not self.deferred:
-            raise KeyboardInterrupt
-        self.requested.add(number)
 
 
 # -- helpers -----------------------------------------------------------------------------------------

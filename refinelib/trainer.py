@@ -30,10 +30,10 @@ from refinelib.guard.diagnose import Finding
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError
 from refinelib.incidents import capture
-from refinelib.launch import FOLDER, launch, refuse_small_batch
+from refinelib.launch import FOLDER, Interruption, launch, refuse_small_batch
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
-from refinelib.runs import Follower, Interruption, Run
+from refinelib.runs import Follower, Run, owner
 from refinelib.state import ADVICE, TrainingState, random_state
 
 #: A run is not called trained if its loss did not fall and its target IoU fell by more than this.
@@ -71,7 +71,8 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
             watch.report = lambda sentence: run.update(state="failed", last_error=sentence)
             before = run.status() if settings.resume else None
             fresh = {"epoch": 0, "step": 0, "skipped_steps": 0, "rewinds": 0, "best": None, "metrics": None}
-            run.update(state="running", last_error=None, **({} if settings.resume else fresh))
+            first = owner(ranks.launched()) | ({} if settings.resume else fresh)
+            run.update(state="running", last_error=None, **first)
             trainer = None
             try:
                 trainer = Trainer(settings, run)

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ from refinelib.guard.measure import ran_out
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.modeling import TARGET
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, labels_from_coverage, paste_patches
+from refinelib.runs import Run, RunError
 
 #: Boxes whose probabilities are in memory at a time while masks are pasted.
 BOXES_AT_ONCE = 256
@@ -117,6 +119,11 @@ def load(
         other = path.with_name("last.pt" if path.name == "best.pt" else "best.pt")
         hint = f"; {other} is whole: give that file" if checkpoints.readable(other) else ""
         raise checkpoints.CheckpointError(f"{error}{hint}") from None
+    with contextlib.suppress(RunError):  # a file that lies in no run's folder
+        status = Run(path.absolute().parent.parent).status()
+        if status.get("state", "ok") not in ("ok", "running"):
+            told = f"{path} is of a run that is {status['state']} ({status.get('last_error')})"
+            warnings.warn(told, stacklevel=2)
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
     model.load_state_dict(saved["average"] or saved["model"])

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from refinelib.config import Settings, SettingsError, fields, load_recipe, project_root, resolve
-from refinelib.launch import echo, say
-from refinelib.runs import Interruption, Run, newest
+from refinelib.launch import Interruption, echo, say
+from refinelib.runs import Run, newest
 
 #: What ``debug`` takes from params/debug.yaml: its size, and nothing else.
 SIZE = ("max_images", "epochs", "batch_size", "warmup_epochs", "width")
@@ -288,11 +288,13 @@ def _outcome(job: Job, code: int, last: str, started: float, stopped: bool) -> O
     run = newest(job.root, job.name, fits=is_new)
     status = run.status() if run else {"state": "running"}
     state, error = status["state"], status.get("last_error") or ""
-    if state == "running" or (state == "ok" and code):  # it died, or its notebook failed afterwards
-        killed = code < 0 and f"killed by {signal.Signals(-code).name}: by hand, or out of memory"
-        state, error = "interrupted" if stopped else "failed", killed or last or f"it ended with {code}"
-        if run and status["state"] == "running":
-            run.update(**status | {"state": state, "last_error": error})
+    if state in ("running", "killed") or (state == "ok" and code):  # or its notebook failed afterwards
+        by = code < 0 and f"killed by {signal.Signals(-code).name}: by hand, or out of memory"
+        died = "killed" if state == "killed" or (state == "running" and by) else "failed"
+        state, error = "interrupted" if stopped else died, by or last or f"it ended with {code}"
+        if run and status["state"] != "ok":
+            told = "; ".join(filter(None, [error, status.get("last_error")]))
+            run.update(**status | {"state": state, "last_error": told})
     return Outcome(job, state, error.split("\n")[0], time.time() - started, run)
 
 

@@ -232,7 +232,7 @@ def _train(parts: Parts, steps: int, lr: float) -> Generator[tuple[Guard, Tensor
     """Train on the one batch; gives guard, loss and output after each backward pass, before the step.
 
     It trains the model itself, for a copy would lack its hooks, and gives it its weights back. As in a run, a
-    step that overflows by the fp16 loss scale halves the scale and is taken again; it is not given or counted.
+    step that overflows by the fp16 loss scale halves the scale; it is taken again, not given and not counted.
     """
     settings, model, loss, (images, labels, _) = parts
     fast = settings.model_copy(update=FAST | {"ema_decay": 0.0, "lr": lr, "min_lr": lr / 20})

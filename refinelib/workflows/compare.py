@@ -26,7 +26,7 @@ PANELS = {
     "target_iou": ("target IoU on the validation instances", "IoU, 0 to 1"),
     "boundary_iou": ("boundary IoU on the validation instances", "IoU, 0 to 1"),
 }
-ENDS = {"failed": "X", "diverged": "X", "running": ">"}
+ENDS = {"failed": "X", "diverged": "X", "killed": "X", "running": ">"}
 
 
 def find(runs: Sequence[str | Run] | str | None, *, output_dir: str = "outputs", most: int = 12) -> list[Run]:
@@ -124,7 +124,7 @@ def metrics_table(runs: Sequence[Run]) -> str:
 # -- figures ---------------------------------------------------------------------------------------
 def curves(runs: Sequence[Run]) -> Figure:
     """Loss, gradient norm, target IoU and boundary IoU by epoch, a line a run, in the colour of its group."""
-    figure = style.new_figure(f"{len(runs)} runs; X: diverged or failed, >: still running", 6.6)
+    figure = style.new_figure(f"{len(runs)} runs; X: diverged, failed or killed, >: still running", 6.6)
     for (key, (title, unit)), axes in zip(PANELS.items(), figure.subplots(2, 2).flat, strict=True):
         axes.set_yscale("log" if key == "grad_norm" else "linear")
         for number, (name, members) in enumerate(groups(runs).items()):
@@ -156,7 +156,7 @@ def pictures(runs: Sequence[Run], count: int = 6) -> Figure:
     for name, run in zip(names_of(runs), runs, strict=True):
         state = state_of(run)
         name += "" if state == "ok" else f"\n({state})"
-        alarm += [name] * (state in ("failed", "diverged"))
+        alarm += [name] * (ENDS.get(state) == "X")
         if (read := read_samples(run)) is None:
             missing.append(name)
             continue

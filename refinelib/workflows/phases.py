@@ -22,7 +22,7 @@ from refinelib.config import Settings, SettingsError, absolute, names_with_role,
 from refinelib.data import open_splits
 from refinelib.files import dumps, exclusive, read_json, write_atomically
 from refinelib.metrics import predict
-from refinelib.runs import Run, RunError
+from refinelib.runs import Run, RunError, owner, was_killed
 from refinelib.trainer import train
 from refinelib.workflows.checks import Check
 
@@ -213,7 +213,7 @@ def _train(made: Plan, state: State, entry: State, source: str | None, on_epoch:
         free = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         entry["run"] = next(folder for folder in free if not (made.folder / folder).exists())
     entry.update(NOT_BEGUN, state="running", run=entry["run"], settings=settings.model_dump(mode="json"))
-    _write(made.folder, state, state="running", phase=name, last_error=None)
+    _write(made.folder, state, state="running", phase=name, last_error=None, **owner())
     start = f"{entry['run']} resumes from its checkpoint" if resume else f"starts from {source or 'scratch'}"
     print(f"{name} ({ADDS[name]}): {start}", flush=True)
     if source is not None:
@@ -320,6 +320,13 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 entry["state"] = "rejected" if entry["state"] == "held" else entry["state"]
             if not {"phase", *NOT_BEGUN} <= entry.keys():
                 raise ValueError("an entry lacks a field")
+        if was_killed(place, state):
+            state |= {
+                "state": "killed",
+                "last_error": f"{state['phase']} was killed: run it again to continue",
+            }
+            for entry in state["phases"]:
+                entry["state"] = "killed" if entry["state"] == "running" else entry["state"]
         return {**state, "state": str(state["state"]), "init_from": state["init_from"], "folder": str(place)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         hint = "its runs are whole: give the sequence another name, or start from one of them with init_from"
@@ -330,7 +337,7 @@ def _write(folder: Path, state: State, /, **changes: Any) -> None:
     state.update(changes, updated=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     state.pop("folder", None)
     write_atomically(folder / STATE, dumps(state, indent=1))
-    status = {key: state.get(key) for key in ("state", "last_error", "phase", "updated")}
+    status = {key: state.get(key) for key in ("state", "last_error", "phase", "updated", *owner())}
     status["passed"] = [entry["phase"] for entry in state["phases"] if entry["state"] == "passed"]
     write_atomically(folder / "status.json", dumps(status, indent=1))
 

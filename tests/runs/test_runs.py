@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -10,9 +13,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from refinelib import runs
+from refinelib.__main__ import main
 from refinelib.config import resolve
-from refinelib.files import dumps
-from refinelib.runs import Run, RunError, find_runs, latest, newest
+from refinelib.files import dumps, is_locked
+from refinelib.runs import Run, RunError, find_runs, latest, newest, owner
 
 
 def settings(tmp_path, **keywords):
@@ -116,6 +120,50 @@ def test_open_by_folder_and_the_sentence_otherwise(tmp_path):
     assert Run.open(run.folder).status()["state"] == "ok"
     with pytest.raises(RunError, match="no run 'nonesuch'"):
         Run.open("nonesuch")
+
+
+def test_a_run_that_says_running_and_holds_no_lock_was_killed(tmp_path, capsys):
+    """Unless it runs on another host, or its launcher may start it again, or nothing can be told."""
+    run = Run.start(settings(tmp_path))
+    first = {"state": "running", "epoch": 1, "epochs": 5, "step": 20, "steps": 100}
+    run.update(**first, **owner())
+    assert run.status()["state"] == "running", "it never had a lock"
+    with run.exclusive():
+        assert run.status()["state"] == "running" and main(["summary", str(run.folder)]) == 0
+    assert main(["summary", str(run.folder)]) == 1
+    told = "killed (killed after epoch 1 of 5, step 20 of 100; there is no checkpoint, so start it again)"
+    assert told in capsys.readouterr().out
+    (run.folder / "checkpoints" / "last.pt").touch()
+    assert run.status()["last_error"].endswith("; -p resume true goes on")
+    run.update(host="another")
+    assert run.status()["state"] == "running" and main(["summary", str(run.folder)]) == 0
+    assert "running (on another, last record 20" in capsys.readouterr().out
+    run.update(**owner(launched=True))  # the process that started this one lives
+    assert run.status()["state"] == "running"
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    run.update(launcher=ended.pid)
+    assert run.status()["state"] == "killed"
+    for launcher in ("a", [1], 1e300, 10**30, -(10**30)):
+        run.update(launcher=launcher)
+        assert run.status()["state"] == "killed"
+    again = Run.start(settings(tmp_path, resume=True))
+    with again.exclusive():
+        again.update(state="running", last_error=None)
+        assert run.status()["state"] == "running"
+
+
+def test_a_glance_at_the_lock_keeps_nobody_from_training(tmp_path):
+    run = Run.start(settings(tmp_path))
+    with run.exclusive():
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        glances = pool.submit(lambda: [is_locked(run.folder) for _ in range(3000)])
+        held = 0
+        while not glances.done():
+            with run.exclusive():
+                held += 1
+    assert held and set(glances.result()) == {True, False}
 
 
 def test_lines_are_strict_json(tmp_path):

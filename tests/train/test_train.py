@@ -147,6 +147,7 @@ def test_killed_and_resumed_from_the_last_whole_checkpoint(tiny, tmp_path):
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order
     subprocess.run([sys.executable, "-c", CODE, killed.model_dump_json()], capture_output=True, env=threads)
     (tmp_path / "killed" / "checkpoints" / "best.pt").write_bytes(b"cut short")
+    assert Run(tmp_path / "killed").status()["last_error"].endswith("-p resume true goes on")
     run = train(settings.model_copy(update={"resume": True}))
     assert run.status()["state"] == "ok" and any(e["kind"] == "resume" for e in run.events())
     assert_same(final_weights(whole), final_weights(run))
@@ -191,7 +192,8 @@ def test_killed_by_injection(tiny, tmp_path):
     settings = tiny(run="killed", inject="kill@5", epochs=2)
     done = subprocess.run([sys.executable, "-c", CODE, settings.model_dump_json()], capture_output=True)
     assert done.returncode == -signal.SIGKILL
-    assert Run.open(tmp_path / "killed").status()["state"] == "running"  # it had no time to say otherwise
+    status = Run.open(tmp_path / "killed").status()  # it had no time to say so
+    assert status["state"] == "killed" and status["last_error"].startswith("killed after epoch 1 of 2, step 4 of 8")
 
 
 @pytest.mark.usefixtures("shallow_here")

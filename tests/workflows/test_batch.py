@@ -189,14 +189,14 @@ def test_a_run_that_fails_or_is_killed_does_not_stop_the_others(outcomes, tmp_pa
     killed = "killed by SIGKILL: by hand, or out of memory"
     assert [(name, outcome.state, outcome.error) for name, outcome in found.items()] == [
         ("failed", "failed", "no room"),
-        ("killed", "failed", killed),
+        ("killed", "killed", killed),
         ("diverged", "diverged", "its last loss was NaN"),
         ("early", "failed", "CheckpointError: there is no run 'phase4'"),
         ("spoilt", "failed", "NameError: name 'plots' is not defined"),
         ("ok", "ok", ""),
     ]
     status = Run(tmp_path / "killed").status()
-    assert (status["state"], status["last_error"], status["skipped_steps"]) == ("failed", killed, 3)
+    assert (status["state"], status["last_error"], status["skipped_steps"]) == ("killed", killed, 3)
     assert found["early"].run is None and found["ok"].run.folder == tmp_path / "ok"
     assert "early: hello\n" in capfd.readouterr().out
     table = batch.table(list(found.values()))

@@ -12,7 +12,7 @@ from helpers import make_run
 
 from refinelib import checkpoints
 from refinelib.files import dumps
-from refinelib.runs import Run, RunError, latest
+from refinelib.runs import Run, RunError, latest, owner
 from refinelib.workflows import compare, examples
 from refinelib.workflows.compare import groups, names_of
 
@@ -85,6 +85,19 @@ def test_diverged_and_failed_runs_stay_and_are_marked(runs):
         and "| lost | **diverged** |" in table
         and "| young | running | 1 of 1 |" in table
     )
+
+
+def test_a_run_that_was_killed_is_marked(runs):
+    run = runs[-1]
+    with run.exclusive():
+        run.update(**run.status() | owner())
+        assert "| young | running | 1 of 1 |" in compare.states_table(runs)
+    (run.folder / "checkpoints").mkdir()
+    (run.folder / "checkpoints" / "last.pt").touch()
+    goes_on = "killed after epoch 1 of 1, step 60 of None; -p resume true goes on |"
+    assert "| young | **killed** | 1 of 1 |" in (told := compare.states_table(runs)) and goes_on in told
+    crosses = [line for line in compare.curves(runs).axes[0].get_lines() if line.get_gid() == "killed"]
+    assert len(crosses) == 1 and crosses[0].get_marker() == "X"
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path):

@@ -209,12 +209,13 @@ def test_a_killed_sequence_continues_where_it_was(tmp_path, stores, tiny):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "progressive"
-    assert state_of(folder) == {"phase1": "passed", "phase2": "running", "phase3": "waiting"}
+    assert state_of(folder) == {"phase1": "passed", "phase2": "killed", "phase3": "waiting"}
+    with pytest.raises(phases.PhaseError, match="phase2 was killed: run it again to continue"):
+        phases.raise_if_failed(folder)
+    assert Run(folder).status()["state"] == "killed"
     killed = Run(folder / "phase2")
     per_epoch = killed.status()["steps"] // 2
-    assert killed.status()["state"] == "running" and per_epoch < 9, (
-        "killed after the first epoch's checkpoint"
-    )
+    assert killed.status()["state"] == "killed" and per_epoch < 9, "killed after the first epoch's checkpoint"
     before = (folder / "phase1" / "metrics.jsonl").read_bytes()
 
     assert phases.run(tiny(phases="1,2,3")) == folder
