@@ -10,13 +10,18 @@ from typing import Any
 from refinelib.files import dumps
 from refinelib.runs import Follower, Run, latest
 
+_SAVED = (
+    "write report.json, people.csv, coco_results.json there, for programs evaluation.npz, evaluation.json"
+)
+_SETTINGS = "`papermill --help-notebook notebooks/train.ipynb` lists them with their ranges"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m refinelib", description="Boundary-refined person masks.")
     commands = parser.add_subparsers(dest="command", required=True)
     switch = argparse.BooleanOptionalAction  # where it is not given, the run's own setting holds
-    device: dict[str, Any] = {"default": "auto", "choices": ["auto", "cpu", "cuda"]}
+    device: dict[str, Any] = {"default": "auto", "help": "auto, cpu, mps, cuda, or one GPU as cuda:1"}
     setting: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
 
     score = commands.add_parser("evaluate", help="score a run on annotated images; prints one JSON object")
@@ -32,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--category", help="names of the persons' categories in the JSON, by commas")
     score.add_argument("--crowd", choices=["auto", "skip", "keep"], help="what iscrowd means")
     score.add_argument("--exif", choices=["ignore", "apply"], help="orientation of image files")
-    score.add_argument("--save", metavar="DIR", help="write report.json, people.csv, coco_results.json there")
+    score.add_argument("--save", metavar="DIR", help=_SAVED)
     score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
 
     summary = commands.add_parser("summary", help="print a run's metrics and where its figures lie")
@@ -47,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     one = commands.add_parser("train", help="train a recipe in this process; returns 0 if the run ends as ok")
     one.set_defaults(execute=_train)
     one.add_argument("-f", dest="recipe", metavar="RECIPE", help="name of a file in params/, or a path")
-    one.add_argument("-p", dest="given", **setting, help="a setting")
+    one.add_argument("-p", dest="given", **setting, help=f"a setting; {_SETTINGS}")
 
     batch = commands.add_parser("run", help="train recipes x values x seeds, through notebooks/train.ipynb")
     batch.set_defaults(execute=_run)
@@ -58,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     batch.add_argument("--seeds", dest="seed", metavar="SEEDS", help="by commas: a run for each")
     batch.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, one where there is none")
     batch.add_argument("--notebook", action=switch, default=True, help="through the notebook, or without it")
-    batch.add_argument("-p", dest="given", **setting, help="a setting, or values by commas: a run for each")
+    batch.add_argument(
+        "-p", dest="given", **setting, help=f"a setting, or values by commas, a run for each; {_SETTINGS}"
+    )
 
     look = commands.add_parser("check-data", help="read a data set once and say what training would use")
     look.set_defaults(execute=_check_data)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from refinelib.config import Settings
+from refinelib.config import Settings, checked
 from refinelib.data import Store
 from refinelib.data.loader import BatchLoader
 from refinelib.guard.faults import Injector
@@ -124,13 +124,22 @@ def build_device(settings: Settings) -> torch.device:
     """The device a run uses.
 
     Raises:
-        ValueError: ``cuda`` was asked for and there is none.
+        ValueError: a device was asked for that is not there.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = cuda, and PyTorch sees no CUDA device here: set device to auto or cpu")
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = ("cuda" if count else "cpu") if settings.device == "auto" else checked(device=settings.device)
+    device, rule = torch.device(name), "set device to auto or cpu"
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = f"{count} of them, numbered from 0" if count else "no CUDA device"
+        raise ValueError(f"device = {name}, and PyTorch sees {there} here: {rule}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device = {name}, and PyTorch sees no GPU of Apple's here: {rule}")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name on CUDA, else the kind of the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def resolve_auto(settings: Settings, device: torch.device) -> Settings:

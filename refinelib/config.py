@@ -23,6 +23,7 @@ import contextlib
 import difflib
 import functools
 import os
+import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
@@ -33,7 +34,7 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from refinelib.files import PathLike, parse_yaml, read_yaml, reason, shown
-from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option
+from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option, limits_in_words
 
 ROLES = ("run", "data", "model", "training", "inference")
 SMOKE_VARIABLE = "REFINELIB_SMOKE"
@@ -89,6 +90,9 @@ class _Values(pydantic.BaseModel):
             value = "on" if value else "off"  # YAML 1.1 reads these words as truth values
             if value not in _choices(annotation):
                 raise ValueError(f"give {_kind(annotation)}, not a truth value")
+        known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(value))
+        if info.field_name == "device" and not known_device and value is not None:
+            raise ValueError("give auto, cpu, mps, cuda, or one GPU by its number, such as cuda:1")
         if str in (annotation, *get_args(annotation)):
             _say_if_number(str(info.field_name), value)
         return value
@@ -109,7 +113,6 @@ def _setting(role: str, default: Any, description: str, **limits: Any) -> Any:
 
 _run, _data, _model, _train, _infer = (functools.partial(_setting, role) for role in ROLES)
 Side = Annotated[int, pydantic.Field(ge=16, le=512)]
-Precision = Literal["auto", "off", "bf16", "fp16"]
 
 V = TypeVar("V", bound=_Values)
 
@@ -131,7 +134,7 @@ class Settings(_Values):
     output_dir: str = _run("outputs", "folder of all runs; a relative path starts at the project's root")
     store_dir: str | None = _run(None, "folder of the prepared crops; none: output_dir/stores")
     resume: bool = _run(False, "continue the newest run of this name from its newest whole checkpoint")
-    device: Literal["auto", "cpu", "cuda"] = _run("auto", "auto: CUDA where there is one")
+    device: str = _run("auto", "auto, cpu, mps, cuda, or one GPU as cuda:1; auto: CUDA where there is one")
     gpus: int = _run(1, "GPUs of this host that train the run together; on a CPU, processes", ge=1, le=64)
     workers: int | None = _run(None, "processes that build the store; none: one a core", ge=1, le=256)
     compile: Literal["auto", "on", "off"] = _run("auto", "compile the step; auto: in long runs on CUDA")
@@ -176,13 +179,11 @@ class Settings(_Values):
     weight_decay: float = _train(1e-3, "decay of matrices and kernels, not of biases", ge=0.0, le=1.0)
     grad_clip: float = _train(5.0, "largest L2 norm of the gradient after clipping", gt=0.0, le=1e6)
     ema_decay: float = _train(0.0, "decay of the moving average of the weights; 0: none", ge=0.0, lt=1.0)
-    amp: Precision = _train("auto", "mixed precision; auto: bf16 where it is fast")
+    amp: Literal["auto", "off", "bf16", "fp16"] = _train("auto", "precision; auto: bf16 where it is fast")
     loss_scale_init: float = _train(65536.0, "fp16 loss scale at the start", ge=1.0, le=2.0**24)
     loss_scale_floor: float = _train(1.0, "lowest fp16 loss scale", gt=0.0, le=2.0**24)
     fused_optimizer: bool = _train(True, "skip a step on the device; false: one host read a step")
-    refinement_loss_cap: float | None = _train(
-        None, "cap on each refinement loss; none: no cap", gt=0, le=1e6
-    )
+    refinement_loss_cap: float | None = _train(None, "cap on a refinement loss; none: no cap", gt=0, le=1e6)
     on_spike: Literal["skip", "clip", "note"] = _train("clip", "what to do with a spike of loss or gradient")
     spike_sigma: float = _train(6.0, "deviations above the running mean log that are a spike", ge=2, le=100)
     max_consecutive_skips: int = _train(20, "skips in a row after which the run rewinds", ge=2, le=10_000)
@@ -385,7 +386,7 @@ class _Parameters(_Values):
     flip: bool | None = None
     jitter: bool | None = None
     max_images: int | None = pydantic.Field(None, ge=1)
-    device: Literal["auto", "cpu", "cuda"] | None = None
+    device: str | None = None
 
 
 def checked(**values: Any) -> Any:
@@ -425,8 +426,8 @@ def parameters_cell() -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    choices = _choices(field.annotation)
-    return f"{', '.join(choices)}; {field.description}" if choices else str(field.description)
+    choices = ", ".join(_choices(field.annotation))
+    return "; ".join(filter(None, (choices, field.description, limits_in_words(field.metadata))))
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:

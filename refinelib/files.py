@@ -7,6 +7,7 @@ be opened OSError. Nothing of the package is imported.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -55,6 +56,19 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step; see :func:`replacing`."""
     with replacing(path) as file:
         file.write(text)
+
+
+def append_whole(file: Path, data: bytes) -> None:
+    """Append all of ``data`` or nothing: half a line would damage the next one.
+
+    Raises:
+        OSError: it does not fit on the disk, or cannot be written.
+    """
+    with open(file, "ab", buffering=0) as out:
+        end = out.seek(0, os.SEEK_END)
+        if out.write(data) != len(data):
+            out.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import checkpoints
-from refinelib.build import StepParts, build_device, build_loss, forward, fresh_model
+from refinelib.build import StepParts, build_device, build_loss, device_name, forward, fresh_model
 from refinelib.config import Settings, absolute
 from refinelib.files import PathLike, dumps, read_json, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
@@ -84,7 +84,7 @@ def capture(
         **{"finding": finding.as_dict(), "recorded": row.report, "people": list(samples)},
         "losses": dict(zip(loss.names, row.components.tolist(), strict=True)),
         "gradient_norms": dict(zip(parts.guard.names, row.norms.tolist(), strict=True)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         **{"torch": torch.__version__, "threads": torch.get_num_threads()},
         **{"state": "state.pt", "settings": settings.model_dump(mode="json")},
     }
@@ -109,7 +109,7 @@ def replay(incident: PathLike, *, device: str = "auto") -> Finding:
 
     Args:
         incident: an incident's folder, ``outputs/<run>/incidents/<step>``.
-        device: ``auto``, ``cpu`` or ``cuda``. On the one where it happened it is the same step bit for bit
+        device: see the setting of that name. On the one where it happened it is the same step bit for bit
             (on CUDA with ``deterministic``), unless the run was compiled: a replay is not
             (``Finding.apart``).
 

@@ -14,7 +14,10 @@ from typing import IO, Any
 
 import torch
 
+from refinelib import checkpoints
 from refinelib.config import Settings, SettingsError, resolve
+from refinelib.files import shown
+from refinelib.guard import faults
 from refinelib.guard.rewind import DivergedError
 from refinelib.runs import Run
 
@@ -68,9 +71,9 @@ def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) ->
         KeyboardInterrupt: it was interrupted, after a checkpoint.
         RuntimeError: whatever else stopped the run.
     """
-    refuse_small_batch(settings, settings.gpus)
+    refuse_processes(settings, settings.gpus)
     there = torch.cuda.device_count()
-    if settings.device != "cpu" and 0 < there < settings.gpus:
+    if settings.device in ("auto", "cuda") and 0 < there < settings.gpus:
         raise SettingsError(f"gpus = {settings.gpus}: this host has {there}: give at most so many")
     run = Run.start(settings)
     if not settings.resume:
@@ -134,12 +137,30 @@ def _ended(run: Run, status: int) -> Run:
     raise error
 
 
-def refuse_small_batch(settings: Settings, processes: int) -> None:
-    """Refuse a batch that some process would have no part of.
+def refuse_wrong_values(settings: Settings) -> None:
+    """Refuse what can be known to be wrong before any work.
 
     Raises:
-        SettingsError: it has fewer ROIs than there are processes.
+        SettingsError: the faults to plant cannot be read.
+        CheckpointError: ``init_from`` names no checkpoint.
     """
+    try:
+        faults.parse(settings.inject or "")
+    except ValueError as error:
+        raise SettingsError(f"inject = {shown(settings.inject)}: {error}") from None
+    if settings.init_from:
+        checkpoints.find(settings.init_from, output_dir=settings.output_dir)
+
+
+def refuse_processes(settings: Settings, processes: int) -> None:
+    """Refuse settings that so many processes cannot train.
+
+    Raises:
+        SettingsError: the batch has fewer ROIs than there are processes; or the device is a single GPU.
+    """
+    if processes > 1 and settings.device not in ("auto", "cpu", "cuda"):
+        rule = f"{processes} processes take a GPU each: give cuda or auto, or cpu"
+        raise SettingsError(f"device = {settings.device} is one GPU, and {rule}")
     if settings.batch_size < processes:
         rule = f"batch_size is of all {processes} processes together: give at least as many"
         raise SettingsError(f"batch_size = {settings.batch_size}: {rule}")

@@ -74,7 +74,7 @@ def joined(device: str, timeout: float) -> Iterator[Watch]:
     if dist.is_initialized() or not launched() or os.environ["WORLD_SIZE"] == "1":
         yield Watch(0, 1, timeout)
         return
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_gpu:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:

@@ -7,7 +7,7 @@ so that a new part needs no other line in the package.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +32,22 @@ class Option:
     description: str
     limits: Mapping[str, Any] = field(default_factory=dict, hash=False)
     role: str = "training"
+
+
+def limits_in_words(limits: Iterable[Any]) -> str:
+    """The limits of a setting, pydantic's constraints, in words; without an equals sign (papermill).
+
+    Example:
+        >>> from annotated_types import Ge, Gt, Le, Lt
+        >>> limits_in_words([Ge(1), Le(64)]), limits_in_words([Gt(0), Lt(2**31)]), limits_in_words([])
+        ('1 to 64', 'above 0, below 2147483648', '')
+    """
+    words = {"pattern": "letters, digits, dot, dash, underscore"}
+    words |= {"ge": "at least {:.10g}", "gt": "above {:.10g}", "le": "at most {:.10g}", "lt": "below {:.10g}"}
+    found = {n: getattr(one, n) for one in limits for n in words if getattr(one, n, None) is not None}
+    if found.keys() == {"ge", "le"}:
+        return f"{found['ge']:.10g} to {found['le']:.10g}"
+    return ", ".join(words[name].format(value) for name, value in found.items())
 
 
 class Registry(Mapping[str, Part], Generic[Part]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import difflib
 import itertools
 import json
 import os
@@ -20,7 +20,16 @@ from typing import Any
 
 from refinelib import files
 from refinelib.config import Settings, absolute, fields, project_root
-from refinelib.files import PathLike, dumps, exclusive, is_locked, read_json, reason, write_atomically
+from refinelib.files import (
+    PathLike,
+    append_whole,
+    dumps,
+    exclusive,
+    is_locked,
+    read_json,
+    reason,
+    write_atomically,
+)
 
 
 class RunError(RuntimeError):
@@ -44,6 +53,7 @@ def _skipped_lines(path: Path, damaged: list[int]) -> str:
 _NUMBERS = {"loss", "train_loss", "grad_norm", "grad_norm_max", "lr", "loss_scale", "skipped", "seconds"}
 _NUMBERS |= {"step", "steps", "epoch", "epochs", "skipped_steps", "rewinds"}
 _SCORES = ("losses", "metrics", "best")
+_FAILED_START = {"config.json", "status.json", "events.jsonl", ".lock", "figures"}
 _TABLES = {"by_size", "by_third", "by_tercile", "intervals"}
 
 
@@ -88,7 +98,8 @@ class Run:
     def start(cls, settings: Settings, begun: PathLike | None = None) -> Run:
         """A new folder for this run, or with ``resume`` the newest one of its name; or the one ``begun``.
 
-        No folder is ever written over: the next free number is appended to the name.
+        No folder of a run that took a step is ever written over: the next free number is appended to the
+        name. A start that failed before its first step gives its name back (:func:`is_free`).
         """
         if begun is not None:
             run = cls.open(begun)
@@ -107,6 +118,10 @@ class Run:
             return found[-1]
         for number in itertools.count(1):
             folder = root / (name if number == 1 else f"{name}-{number}")
+            if is_free(folder):
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    failed = folder.rename(root / f".{folder.name}.failed-{os.getpid()}")
+                    shutil.rmtree(failed, ignore_errors=True)
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 break
@@ -121,7 +136,11 @@ class Run:
             if (folder / "status.json").is_file():
                 return cls(folder)
         known = ", ".join(sorted(found.name for found in find_runs(output_dir))) or "none: train first"
-        raise RunError(f"there is no run {str(run)!r}: give a folder with status.json; there are {known}")
+        files = (file for depth in ("*/*", "*") for file in absolute(output_dir).glob(f"{depth}/config.json"))
+        places = {file.parent.name: file.parent for file in files}  # phases lie a folder deeper
+        near = difflib.get_close_matches(Path(run).name, places, 1)
+        missing = f"there is no run {str(run)!r}" + "".join(f"; did you mean {places[one]}" for one in near)
+        raise RunError(f"{missing}: give a folder with status.json; there are {known}")
 
     # -- writing
     def record_settings(self, settings: Settings, device: str) -> None:
@@ -240,7 +259,7 @@ class Run:
                 if name == "status.json" and lines:
                     write_atomically(self.folder / name, lines[0])
                 elif lines:
-                    _append_whole(self.folder / name, "".join(lines).encode())
+                    append_whole(self.folder / name, "".join(lines).encode())
                 lines.clear()
             except OSError as error:
                 failed = error
@@ -406,6 +425,20 @@ def find_runs(root: PathLike = "outputs", name: str | None = None) -> list[Run]:
     return sorted((run for run in runs if name in (None, run.name, run.started_as())), key=last_record)
 
 
+def is_free(folder: Path) -> bool:
+    """Whether a run may take a folder: there is none, or that of a start that failed before its first step.
+
+    Such a start left its settings, its status and figures of nothing.
+    """
+    if not folder.exists():
+        return True
+    with contextlib.suppress(RunError, OSError):
+        left = {file.relative_to(folder).parts[0] for file in folder.rglob("*") if file.is_file()}
+        state = Run(folder).status().get("state")
+        return state in ("failed", "interrupted") and left <= _FAILED_START
+    return False
+
+
 def newest(
     root: PathLike = "outputs", name: str | None = None, *, fits: Callable[[Run], bool] = lambda run: True
 ) -> Run | None:
@@ -450,15 +483,6 @@ class Follower(Run):
 
 
 # -- helpers -----------------------------------------------------------------------------------------
-def _append_whole(file: Path, data: bytes) -> None:
-    """Append all of ``data`` or nothing: half a line would damage the next one."""
-    with open(file, "ab", buffering=0) as out:
-        end = out.seek(0, os.SEEK_END)
-        if out.write(data) != len(data):
-            out.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, dict):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import checkpoints, ranks
-from refinelib.build import build_device, build_step, forward
+from refinelib.build import build_device, build_step, device_name, forward
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings, names_with_role
 from refinelib.data import open_splits
@@ -45,8 +45,9 @@ class TrainingState:
         self.settings, self.run = settings, run
         self.device = build_device(settings)
         _seed_everything(settings)
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        run.record_settings(settings, name)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # graphs and compiled kernels use the current one
+        run.record_settings(settings, device_name(self.device))
 
         self.leads = ranks.rank() == 0  # writes the run's files
         with ranks.one_a_host_first():
@@ -86,9 +87,9 @@ class TrainingState:
 
     # -- messages ----------------------------------------------------------------------------------
     def say(self, kind: str, message: str, **fields: Any) -> None:
-        """Record an event, at the present step if no other is given; what slows a run down is printed too."""
+        """Record an event, at the present step if no other is given; some kinds are printed too."""
         self.run.event(kind, message, **{"step": self.step, **fields})
-        if kind == "speed" and self.leads:
+        if kind in ("speed", "inject") and self.leads:
             print(f"{self.run.name}: {message}", flush=True)
 
     @contextlib.contextmanager

@@ -22,15 +22,14 @@ from tqdm import tqdm
 from refinelib import ranks
 from refinelib.build import autocast, fresh_model, resolve_auto
 from refinelib.checkpoints import CheckpointError
-from refinelib.config import Settings, SettingsError
+from refinelib.config import Settings
 from refinelib.data.loader import Plan
-from refinelib.files import shown
 from refinelib.guard import faults
 from refinelib.guard.diagnose import Finding
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError
 from refinelib.incidents import capture
-from refinelib.launch import FOLDER, Interruption, launch, refuse_small_batch
+from refinelib.launch import FOLDER, Interruption, launch, refuse_processes, refuse_wrong_values
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.runs import Follower, Run, owner
@@ -54,18 +53,16 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
 
     Raises:
         SettingsError: the faults to plant cannot be read.
+        CheckpointError: ``init_from`` names no checkpoint.
         DivergedError: skipping steps and rewinding did not help; the best checkpoint stays.
         KeyboardInterrupt: it was interrupted, after a checkpoint of the very step that was reached.
         Exception: whatever else stopped the run, after ``status.json`` says so in one line.
     """
-    try:
-        faults.parse(settings.inject or "")  # what cannot be read is refused before a folder is made
-    except ValueError as error:
-        raise SettingsError(f"inject = {shown(settings.inject)}: {error}") from None
+    refuse_wrong_values(settings)  # before a folder is made
     if settings.gpus > 1 and not ranks.launched():
         return launch(settings, on_epoch)
     with Interruption() as interruption, ranks.joined(settings.device, settings.rank_timeout) as watch:
-        refuse_small_batch(settings, ranks.count())
+        refuse_processes(settings, ranks.count())
         settings, run = _start(settings, watch)
         with run.exclusive():
             watch.report = lambda sentence: run.update(state="failed", last_error=sentence)
@@ -120,6 +117,8 @@ class Trainer(TrainingState):
             self.restore()
         total = settings.epochs * per_epoch
         self.run.update(epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
+        for fault in faults.beyond(settings.inject, total):
+            self.say("inject", f"the planted fault {fault} never comes: the run has {total} steps")
         self.rewinder.start(self.step)
         interruption.deferred = True
         # Only a terminal shows the bar; the lines of the epochs are printed everywhere.

@@ -18,7 +18,13 @@ from refinelib.data import CocoPeople, Source, SyntheticPeople
 from refinelib.files import read_json, read_npz
 from refinelib.metrics.evaluate import ARRAYS, REST, Evaluation, measure
 from refinelib.metrics.predict import load
-from refinelib.metrics.segmentation import ImageBootstrap, coco_groups, iou_from_confusion, tercile_groups
+from refinelib.metrics.segmentation import (
+    ImageBootstrap,
+    coco_groups,
+    iou_from_confusion,
+    metrics_device,
+    tercile_groups,
+)
 from refinelib.registry import LOSSES, METRICS, REFINEMENTS
 from refinelib.workflows import examples
 from studies.box_jitter import SIGMAS, jitter_curve
@@ -146,7 +152,9 @@ def score_runs(
         found = one if isinstance(one, Evaluation) else measure(one, source=source, **options)
         if jitter is not False and not isinstance(one, Evaluation):
             where = dict(
-                device=one.device, max_images=options.get("max_images"), only=found.people["annotation_id"]
+                device=metrics_device(one.device),
+                max_images=options.get("max_images"),
+                only=found.people["annotation_id"],
             )
             sigmas = SIGMAS if jitter is True else jitter
             found.report["jitter"] = jitter_curve(one.probs, source, sigmas=sigmas, **where)

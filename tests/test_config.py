@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import types
+from typing import get_args
 
 import pytest
 
@@ -161,6 +162,37 @@ def test_parameters_cell_sets_nothing_by_itself():
     exec(config.parameters_cell(), {}, space)
     assert from_notebook(space) == resolve("demo")
     assert set(space) - {"__annotations__"} == set(config.fields())
+
+
+def test_the_parameters_cell_has_the_range_or_the_choices_of_every_setting():
+    lines = {line.split(":")[0]: line for line in config.parameters_cell().splitlines()[1:]}
+    for name, field in config.fields().items():
+        given = [
+            value
+            for limit in field.metadata
+            for value in (getattr(limit, of, None) for of in ("ge", "gt", "le", "lt"))
+            if value is not None
+        ]
+        kinds = {field.annotation, *get_args(field.annotation)}
+        assert given or not kinds & {int, float}, f"{name} has no limits"
+        for value in given:
+            assert f" {value:.10g}" in lines[name].split("  # ")[1], lines[name]
+        for choice in config._choices(field.annotation):
+            assert choice in lines[name], lines[name]
+    assert "letters, digits" in lines["run"] and "cuda:1" in lines["device"]
+    assert config.describe(resolve()).count("0.1 to 10") == 2  # the table too
+
+
+@pytest.mark.parametrize("given", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:12"])
+def test_a_device_is_a_kind_or_one_gpu(given):
+    assert resolve(device=given).device == checked(device=given) == given
+
+
+@pytest.mark.parametrize("given", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "CUDA:1 "])
+def test_another_device_is_refused_in_a_sentence(given):
+    for read in (resolve, checked):
+        with pytest.raises(SettingsError, match="give auto, cpu, mps, cuda, or one GPU by its number"):
+            read(device=given)
 
 
 @pytest.mark.parametrize(

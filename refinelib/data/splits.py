@@ -146,7 +146,10 @@ class JoinedSources:
         columns: Any = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
         columns["image_index"] += np.repeat(np.array(starts[:-1], np.int32), [len(part) for part in parts])
         by_name = dict(zip([source.name for source in self.parts], starts[:-1], strict=False))
-        return Instances(**columns, images=starts[-1], starts=by_name, **vars(Tally(*parts)))
+        tally = Tally(*parts)
+        for index in (index for index in self.corrupted if index >= starts[-1]):
+            tally.note("planted fault beyond the last image", f"image {index + 1} of {starts[-1]}")
+        return Instances(**columns, images=starts[-1], starts=by_name, **vars(tally))
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""

@@ -94,6 +94,16 @@ def parse(text: str) -> list[Fault]:
     return [_parse_one(part.strip()) for part in text.split(";") if part.strip()]
 
 
+def beyond(text: str | None, steps: int) -> list[Fault]:
+    """The faults that never come in a run of so many steps.
+
+    Example:
+        >>> [str(fault) for fault in beyond("grad:nan@12; loss:nan@99; input:nan@5%; file:missing@99", 20)]
+        ['loss:nan@99']
+    """
+    return [fault for fault in parse(text or "") if fault.what != "file" and fault.step > steps]
+
+
 def _parse_one(text: str) -> Fault:
     match = _FORM.fullmatch(text)
     what, value, step, percent, rest = match.groups("") if match else [""] * 5

@@ -16,7 +16,7 @@ from refinelib.data.splits import coco_options
 from refinelib.files import PathLike, dumps, replacing, write_atomically
 from refinelib.metrics import image_space
 from refinelib.metrics.predict import Predictor, load, mean_mask, score, threads
-from refinelib.metrics.segmentation import KEYS, SegmentationMetrics
+from refinelib.metrics.segmentation import KEYS, SegmentationMetrics, metrics_device
 from refinelib.modeling.roi import centre_window
 
 #: What the score in COCO results is.
@@ -141,7 +141,7 @@ def measure(
         annotations: COCO JSON of the people in them.
         pennfudan: in place of both, the folder of the Penn-Fudan set.
         source: in place of either, any source of scenes.
-        device: ``auto``, ``cpu`` or ``cuda``; not for a loaded predictor, which has one.
+        device: see the setting of that name; not for a loaded predictor, which has one.
         flip: flip test, see :class:`refinelib.Predictor`; none: as the run's settings say, or as the
             predictor was loaded.
         max_images: score only the first so many images.
@@ -185,19 +185,19 @@ def measure(
 
 def _score(predictor: Predictor, source: Source, store: Store, max_images: int | None) -> Evaluation:
     settings, device, size = predictor.settings, predictor.device, predictor.settings.mask_size
-    baseline = mean_mask(predictor.mean_coverage.to(device))
+    baseline, place = mean_mask(predictor.mean_coverage.to(device)), metrics_device(device)
 
     predictors = {
-        "model": image_space.pasted_model(predictor.probs, device),
+        "model": image_space.pasted_model(predictor.probs, place),
         "mean_mask": image_space.pasted_model(
-            lambda image, boxes: centre_window(baseline(boxes), size), device
+            lambda image, boxes: centre_window(baseline(boxes), size), place
         ),
         "resolution_bound": image_space.resolution_bound(size),
     }
     where: Any = {"device": device, "mask_size": size, "full": True}
     on_roi, of_baseline = (score(predict, store, **where) for predict in (predictor.roi_probs, baseline))
     truth: list[image_space.CocoEntry] = []
-    where = {"device": device, "max_images": max_images, "only": store.annotation_ids}
+    where = {"device": place, "max_images": max_images, "only": store.annotation_ids}
     pasted = image_space.score_in_images(predictors, source, full=True, truth=truth, **where)
     with threads(1):
         report = on_roi.compute(intervals=True)

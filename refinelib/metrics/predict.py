@@ -26,7 +26,7 @@ from refinelib.data.sources import as_rgb
 from refinelib.data.store_build import usable_cores
 from refinelib.files import PathLike, replacing, shown
 from refinelib.guard.measure import ran_out
-from refinelib.metrics.segmentation import SegmentationMetrics
+from refinelib.metrics.segmentation import SegmentationMetrics, metrics_device
 from refinelib.modeling import TARGET
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, labels_from_coverage, paste_patches
 from refinelib.runs import Run, RunError
@@ -105,7 +105,7 @@ def load(
 
     Args:
         source: a run's name, its folder (its best checkpoint is taken) or a checkpoint file.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: see the setting of that name.
         output_dir: where runs are looked for by name.
         flip: flip test, see :class:`Predictor`; none: as the run's own settings say.
 
@@ -237,7 +237,8 @@ class Predictor:
 
     def roi_probs(self, images: Tensor) -> Tensor:
         """Class probabilities float32 ``[B, 3, *mask_canvas]`` of normalised crops ``[B, 3, *canvas]``."""
-        return self._roi_probs(images) if images.is_cuda else side_by_side(self._roi_probs, images)
+        on_cpu = images.device.type == "cpu"
+        return side_by_side(self._roi_probs, images) if on_cpu else self._roi_probs(images)
 
     def _roi_probs(self, images: Tensor) -> Tensor:
         with autocast(self.settings, self.device):
@@ -298,11 +299,11 @@ def score(
     Args:
         predict: normalised crops to class probabilities.
         store: of ROIs.
-        device: where crops and metrics are computed.
+        device: where crops and, as far as :func:`metrics_device` says, metrics are computed.
         mask_size: of the box window.
         full: the costly metrics too.
     """
-    metrics = SegmentationMetrics(full=full)
+    metrics, where = SegmentationMetrics(full=full), metrics_device(device)
     for rois in torch.arange(len(store))[ranks.share(len(store))].split(CROPS_AT_ONCE):
         with threads(1):
             images, coverage = (x.to(device) for x in store.gather(rois))
@@ -312,8 +313,9 @@ def score(
         columns = (torch.as_tensor(of[rois.numpy()]) for of in (store.areas, store.image_index))
         with threads(1):
             predicted = probs.argmax(dim=1)
-            metrics.update(*(centre_window(x, mask_size) for x in (predicted, labels)), *columns)
-    metrics.gather(device)
+            pair = (centre_window(x, mask_size).to(where) for x in (predicted, labels))
+            metrics.update(*pair, *columns)
+    metrics.gather(where)
     return metrics
 
 

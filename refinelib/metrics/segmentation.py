@@ -171,6 +171,16 @@ def iou_from_confusion(counts: Tensor) -> Tensor:
 
 
 # -- over a data set -----------------------------------------------------------------------------
+def metrics_device(device: torch.device) -> torch.device:
+    """Where metrics of a device's results are computed: Apple's GPUs lack float64, and the CPU does it.
+
+    Example:
+        >>> metrics_device(torch.device("mps")), metrics_device(torch.device("cuda:1"))
+        (device(type='cpu'), device(type='cuda', index=1))
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class SegmentationMetrics:
     """Gathers metrics over batches on the device; only :meth:`compute` reads them back.
 

@@ -90,6 +90,9 @@ def plan(
         for values in itertools.product(*grid.values()):
             given = {**dict(zip(grid, values, strict=True)), "recipe": recipe}
             settings = resolve(recipe, **given)
+            if ":" in settings.device:
+                rule = "the batch shares out the GPUs: give cuda, and choose some by CUDA_VISIBLE_DEVICES"
+                raise SettingsError(f"device = {settings.device}: {rule}")
             label = "".join(f"-{name}{_text(getattr(settings, name))}" for name in varied)
             if label in labels:
                 raise SettingsError(f"two runs would have {label[1:]}: give each value once")

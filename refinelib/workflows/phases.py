@@ -8,6 +8,7 @@ phases are kept, and the phase that was interrupted resumes from its checkpoint.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -22,7 +23,7 @@ from refinelib.config import Settings, SettingsError, absolute, names_with_role,
 from refinelib.data import open_splits
 from refinelib.files import dumps, exclusive, read_json, write_atomically
 from refinelib.metrics import predict
-from refinelib.runs import Run, RunError, owner, was_killed
+from refinelib.runs import Run, RunError, is_free, owner, was_killed
 from refinelib.trainer import train
 from refinelib.workflows.checks import Check
 
@@ -101,7 +102,7 @@ def plan(
         raise SettingsError(f"phases = {', '.join(names)}: each phase once")
     init_from = None if str(init_from).lower() in ("none", "") else str(init_from)
     if phase is not None and names[0] != "phase1" and init_from is None:
-        hint = f"give init_from, such as -p init_from outputs/phase{list(ADDS).index(names[0])}"
+        hint = f"give init_from, such as -p init_from outputs/progressive/phase{list(ADDS).index(names[0])}"
         raise SettingsError(f"{names[0]} alone starts from the phase before: {hint}")
     if not 0 <= float(margin) <= 1:
         raise SettingsError(f"margin = {margin!r}: give an IoU from 0 to 1, such as 0.02")
@@ -133,14 +134,19 @@ def _difference(made: Plan) -> str:
     if any(a != b for a, b in zip(then, now, strict=False)):
         return f"phases were {', '.join(then)} and are {', '.join(now)}"
     free = names_with_role("run") | {"init_from"}
-    for entry in state["phases"][: len(now)]:
-        if entry["settings"] and state["init_from"] != made.init_from:
+    for entry in filter(functools.partial(_has_begun, made), state["phases"][: len(now)]):
+        if state["init_from"] != made.init_from:
             return f"init_from was {state['init_from']} and is {made.init_from}"
         new = made.settings[entry["phase"]].model_dump(mode="json")
-        for key, old in (entry["settings"] or {}).items():
+        for key, old in entry["settings"].items():
             if key in new and key not in free and new[key] != old:
                 return f"in {entry['phase']}, {key} was {old} and is {new[key]}"
     return ""
+
+
+def _has_begun(made: Plan, entry: State) -> bool:
+    """Whether a phase's run took a step; one that failed before may be started with other settings."""
+    return entry["settings"] is not None and not is_free(made.folder / entry["run"])
 
 
 # -- run -------------------------------------------------------------------------------------------
@@ -168,6 +174,8 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
         state |= read(made.folder) if (made.folder / STATE).is_file() else {"phases": []}
         fresh = [{"phase": name, **NOT_BEGUN} for name in made.settings]
         state["phases"] += fresh[len(state["phases"]) :]
+        if not any(_has_begun(made, entry) for entry in state["phases"]):
+            state |= {"init_from": made.init_from, "before": None}
         source = made.init_from
         for number, entry in enumerate(state["phases"][: len(made.settings)]):
             name = entry["phase"]
@@ -211,7 +219,7 @@ def _train(made: Plan, state: State, entry: State, source: str | None, on_epoch:
     resume = bool(entry["run"]) and Run(begun).has_checkpoint
     if not resume:
         free = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-        entry["run"] = next(folder for folder in free if not (made.folder / folder).exists())
+        entry["run"] = next(folder for folder in free if is_free(made.folder / folder))
     entry.update(NOT_BEGUN, state="running", run=entry["run"], settings=settings.model_dump(mode="json"))
     _write(made.folder, state, state="running", phase=name, last_error=None, **owner())
     start = f"{entry['run']} resumes from its checkpoint" if resume else f"starts from {source or 'scratch'}"

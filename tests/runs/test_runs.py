@@ -33,6 +33,38 @@ def test_a_run_is_never_written_over(tmp_path):
     assert Run.start(settings(tmp_path, run="mine")).name == "mine"
 
 
+def test_a_start_that_failed_before_its_first_step_gives_its_name_back(tmp_path):
+    settings = resolve("demo", output_dir=str(tmp_path))
+
+    def start(state, *files):
+        run = Run.start(settings)
+        run.record_settings(settings, "cpu")
+        run.update(state=state)
+        for file in files:
+            (run.folder / file).write_text("{}")
+        return run.name
+
+    assert start("failed") == start("interrupted", "figures/losses.png") == start("running") == "demo"
+    assert start("failed", "notes.txt") == "demo-2"  # the one before is running
+    assert start("failed", "metrics.jsonl") == "demo-3"
+    assert start("failed", "incidents/report.json") == "demo-4"
+    assert start("failed", "checkpoints/last.pt") == "demo-5"
+    assert start("ok") == "demo-6" and start("failed") == "demo-7"
+    assert (tmp_path / "demo-2" / "notes.txt").exists() and start("ok") == "demo-7"
+    assert not [*tmp_path.glob(".*failed*")]
+
+
+def test_the_error_names_the_nearest_run_also_of_a_phase_sequence(tmp_path):
+    for place in ("progressive/phase2", "best"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}")
+    for wrong, near in [("outputs/phase2", "progressive/phase2"), ("bestt", "best")]:
+        with pytest.raises(RunError, match=f"no run '{wrong}'; did you mean {tmp_path / near}: give"):
+            Run.open(wrong, output_dir=str(tmp_path))
+    with pytest.raises(RunError, match="no run 'x': give"):
+        Run.open("x", output_dir=str(tmp_path))
+
+
 def test_resume_takes_the_newest_of_the_name(tmp_path):
     for number in range(12):
         Run.start(settings(tmp_path)).update(state="interrupted", step=number)

@@ -193,7 +193,9 @@ def test_killed_by_injection(tiny, tmp_path):
     done = subprocess.run([sys.executable, "-c", CODE, settings.model_dump_json()], capture_output=True)
     assert done.returncode == -signal.SIGKILL
     status = Run.open(tmp_path / "killed").status()  # it had no time to say so
-    assert status["state"] == "killed" and status["last_error"].startswith("killed after epoch 1 of 2, step 4 of 8")
+    assert status["state"] == "killed" and status["last_error"].startswith(
+        "killed after epoch 1 of 2, step 4 of 8"
+    )
 
 
 @pytest.mark.usefixtures("shallow_here")
@@ -222,6 +224,27 @@ def test_every_step_bad_never_writes_nan(tiny):
     assert run.status()["skipped_steps"] == run.status()["steps"] and run.status()["state"] == "diverged"
     assert all(torch.isfinite(w).all() for w in final_weights(run).values())
     assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
+
+
+def test_a_start_that_fails_leaves_the_name_to_the_next_one(tiny, tmp_path):
+    with pytest.raises(checkpoints.CheckpointError, match="no run 'outputs/phase1'"):
+        train(tiny("phase2", init_from="outputs/phase1"))
+    assert not (tmp_path / "phase2").exists()
+    with pytest.raises(DataError):
+        train(tiny("phase2", data="coco", data_dir=str(tmp_path)))
+    assert Run(tmp_path / "phase2").status()["state"] == "failed"
+    assert train(tiny("phase2", epochs=1)).name == train(tiny("phase1", epochs=1)).name.replace("1", "2")
+    assert not (tmp_path / "phase2-2").exists() and not [*tmp_path.glob(".*.failed*")]
+
+
+def test_a_planted_fault_that_never_comes_is_told_at_the_start(tiny, capsys):
+    run = train(tiny(epochs=1, inject="grad:nan@99999; loss:nan@1; file:missing@99; input:nan@1%"))
+    sentence = "the planted fault grad:nan@99999 never comes: the run has 4 steps"
+    first, *others = run.events()
+    assert (first["kind"], first["step"]) == ("inject", 0) and first["message"] == sentence
+    out = capsys.readouterr().out
+    assert sentence in out and "planted fault beyond the last image" in out
+    assert "inject" not in [event["kind"] for event in others]
 
 
 def test_starts_from_another_runs_weights(tiny):

@@ -74,7 +74,8 @@ def test_each_phase_has_its_own_recipe_and_what_is_given_for_all(tiny, tmp_path)
         (dict(phases=[1, 1]), "each phase once"),
         (
             dict(phase=3),
-            "phase3 alone starts from the phase before: give init_from, such as -p init_from outputs/phase2",
+            "phase3 alone starts from the phase before: give init_from, such as "
+            "-p init_from outputs/progressive/phase2",
         ),
         (dict(phase=3, phases=[3]), "give one of the two"),
         (dict(learning_rate=1), "did you mean 'lr'?"),
@@ -298,6 +299,19 @@ def test_one_phase_alone_starts_from_a_run_anywhere(tiny, tmp_path):
     nowhere = phases.run(tiny(phase=4, init_from="nowhere"))
     with pytest.raises(phases.PhaseError, match="phase4 failed, CheckpointError: there is no run 'nowhere'"):
         phases.raise_if_failed(nowhere)
+
+
+def test_a_first_phase_that_failed_before_a_step_starts_again_as_it_was_meant(tiny, tmp_path):
+    nowhere = phases.run(tiny(phase=2, init_from="first/phase1", epochs=1))
+    with pytest.raises(phases.PhaseError, match="did you mean .*earlier/phase1"):
+        (tmp_path / "earlier" / "phase1").mkdir(parents=True)
+        (tmp_path / "earlier" / "phase1" / "config.json").write_text("{}")
+        phases.raise_if_failed(phases.run(tiny(phase=2, init_from="first/phase1", epochs=1)))
+    first = loop.train(tiny(phase=1, epochs=1).settings["phase1"])
+    folder = phases.run(tiny(phase=2, init_from=str(first.folder), epochs=1, lr=1e-4))
+    assert folder == nowhere and "1 of 1 phases accepted" in phases.raise_if_failed(folder)
+    assert (folder / "phase2").is_dir() and not (folder / "phase2-2").exists()
+    assert phases.read(folder)["init_from"] == str(first.folder)
 
 
 def test_a_finished_sequence_is_continued_and_never_overwritten(tiny):
