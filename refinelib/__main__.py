@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 from refinelib.files import dumps
@@ -74,10 +75,30 @@ def main(arguments: list[str] | None = None) -> int:
     look.add_argument("-p", dest="given", **setting, help="a setting, as for train")
     look.add_argument("--out", default="outputs/check-data", help="folder for a picture of each split")
 
+    draw = commands.add_parser("predict", help="write the masks of an image or a folder of images")
+    draw.set_defaults(execute=_predict)
+    draw.add_argument("run", help="a run's name or folder, or a checkpoint file")
+    draw.add_argument("path", help="an image, or a folder of images")
+    draw.add_argument("--boxes", nargs="+", default=[], metavar="X,Y,W,H", help="of the image, in pixels")
+    draw.add_argument("--annotations", help="COCO JSON that lists the images; its persons' boxes are taken")
+    draw.add_argument(
+        "--out", required=True, metavar="DIR", help="a folder for each image, coco_results.json"
+    )
+    draw.add_argument("--overlays", action="store_true", help="also the image with its masks in colour")
+    draw.add_argument("--overwrite", action="store_true", help="replace earlier predictions in DIR")
+    draw.add_argument("--category", default="person", help="names of the persons' categories, by commas")
+    draw.add_argument("--exif", choices=["ignore", "apply"], default="ignore", help="orientation of images")
+    draw.add_argument("--device", **device)
+    draw.add_argument("--flip", action=switch, help="average with the mirror image, or not")
+    draw.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
+
     options = vars(parser.parse_args(arguments))
     command, execute = options.pop("command"), options.pop("execute")
     try:
         return int(execute(**options))
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
@@ -98,6 +119,28 @@ def _evaluate(
     if save:
         for file in found.save(save):
             print(f"wrote {file}", file=sys.stderr)
+    return 0
+
+
+def _predict(
+    run: str,
+    path: str,
+    out: str,
+    device: str,
+    flip: bool | None,
+    output_dir: str,
+    overwrite: bool,
+    **how: Any,
+) -> int:
+    from refinelib.metrics.predict import load
+    from refinelib.workflows import predict_images
+
+    image, folder = Path(path).expanduser(), Path(out).expanduser()
+    predict_images.check(
+        image, folder, how["boxes"], how["annotations"], overwrite
+    )  # before a model is loaded
+    predictor = load(run, device=device, output_dir=output_dir, flip=flip)
+    print(predict_images.predict_images(predictor, image, folder, **how, progress=sys.stderr.isatty()))
     return 0
 
 

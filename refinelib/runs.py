@@ -434,8 +434,9 @@ def is_free(folder: Path) -> bool:
         return True
     with contextlib.suppress(RunError, OSError):
         left = {file.relative_to(folder).parts[0] for file in folder.rglob("*") if file.is_file()}
-        state = Run(folder).status().get("state")
-        return state in ("failed", "interrupted") and left <= _FAILED_START
+        status = Run(folder).status()
+        ended = status.get("state") in ("failed", "interrupted") and not status.get("step")
+        return ended and left <= _FAILED_START
     return False
 
 

@@ -86,7 +86,7 @@ class StepLog:
         reports = np.stack([[*row.components, *row.report.values(), *row.norms] for row in rows])
         self.take([row.step for row in rows], reports)
         line = {"kind": "step", "step": rows[-1].step, "epoch": rows[-1].epoch, **self._summary(reports)}
-        speed = round(len(rows) / (time.perf_counter() - self.started), 3)
+        speed = float(f"{len(rows) / (time.perf_counter() - self.started):.4g}")
         self.run.metrics({**line, "skipped": self.skipped, "steps_per_second": speed})
         self.restart_clock()
 

@@ -21,7 +21,7 @@ from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.data.annotations import read_annotations, read_people
 from refinelib.data.coco import xyxy
-from refinelib.data.image_folder import common_end, name_parts, plain_parts
+from refinelib.data.image_folder import Parts, common_end, name_parts, plain_parts
 from refinelib.data.segmentation import decode_segmentation
 from refinelib.data.sources import NO_AREA, OUTSIDE, box_of, counted
 from refinelib.files import PathLike, dumps, shown, write_atomically
@@ -96,7 +96,7 @@ def read_inputs(
             pixels = decode_image(path, upright=exif == "apply", notes=notes)
             inputs = Inputs(pixels, [], [], path.stem, left_out=_noted(notes), source=str(path))
         else:
-            inputs = _annotated(_existing(annotations), path, category, exif)
+            inputs = Annotations(annotations, category=category).inputs(path, exif=exif)
     if given:
         inputs = inputs.with_boxes(given)
     if annotations is not None and not inputs.boxes:
@@ -111,35 +111,76 @@ def _existing(file: PathLike) -> Path:
     return path if os.path.exists(path) else absolute(path)
 
 
-def _annotated(annotations: Path, image: Path, category: str, exif: str) -> Inputs:
-    """An image and its persons' boxes of a COCO JSON."""
-    content = read_annotations(annotations)
-    for one in content["annotations"]:
-        if isinstance(one, dict):
-            one["segmentation"] = one.get("segmentation") or True  # a person's box is enough here
-    people = read_people(content, str(annotations), category=category)
-    numbers, names = [*people.images], [entry["file_name"] for entry in people.images.values()]
-    try:
-        index = index_of(image, names)
-    except DataError as error:
-        raise DataError(f"{annotations} lists {error}") from None
-    number = numbers[index]
-    size = people.images[number]["height"], people.images[number]["width"]
-    notes = list[tuple[str, str]]()
-    pixels = decode_image(image, size if all(size) else None, upright=exif == "apply", notes=notes)
-    left_out = Counter(reason for reason, _, where in people.left_out if where == number)
-    images, categories = people.as_written["image_id"], people.as_written["category_id"]
-    found = [(_box(one, *pixels.shape[:2]), one["category_id"]) for one in people.persons.get(number, [])]
-    left_out.update(box for box, _ in found if isinstance(box, str))
-    kept = [(box, categories.get(of, of)) for box, of in found if not isinstance(box, str)]
-    first = next((one["category_id"] for persons in people.persons.values() for one in persons), 1)
-    own_ids = images.get(number, number), categories.get(first, first)
-    folders = plain_parts(names[index])[:-1]
-    if common_end(plain_parts(str(image.parent)), folders) < len(folders):
-        notes.append(("the image is listed under other folders", names[index]))
-    told = "; ".join(filter(None, (counted(left_out), _noted(notes))))
-    boxes, ids = ([one[place] for one in kept] for place in (0, 1))
-    return Inputs(pixels, boxes, ids, _name(image, names, index), *own_ids, told, str(image))
+class Annotations:
+    """A COCO file, read once: the persons' boxes in each of its images.
+
+    Args:
+        file: COCO JSON; masks may lack where there is a box.
+        category: see :func:`~refinelib.data.annotations.read_people`.
+
+    Attributes:
+        names: of the images, as the file has them.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, file: PathLike, *, category: str = "person") -> None:
+        self.file = _existing(file)
+        content = read_annotations(self.file)
+        for one in content["annotations"]:
+            if isinstance(one, dict):
+                one["segmentation"] = one.get("segmentation") or True  # a person's box is enough here
+        self.people = people = read_people(content, str(self.file), category=category)
+        self.numbers, self.names = [*people.images], [one["file_name"] for one in people.images.values()]
+        self.left_out: dict[int | None, Counter[str]] = {}
+        for reason, _, where in people.left_out:
+            self.left_out.setdefault(where, Counter())[reason] += 1
+        self.stems: dict[str, list[tuple[int, Parts]]] = {}  # of the images' names, by the last part
+        for index, name in enumerate(self.names):
+            stem = plain_parts(os.path.splitext(name)[0])
+            self.stems.setdefault("".join(stem[-1:]), []).append((index, stem))
+
+    def inputs(self, image: Path, index: int | None = None, *, exif: str = "ignore") -> Inputs:
+        """An image and its persons' boxes.
+
+        Args:
+            image: file.
+            index: of its name in ``names``; none: the one that fits (:func:`index_of`).
+            exif: see :func:`read_inputs`.
+
+        Raises:
+            DataError: the file cannot be read, or is not listed.
+        """
+        people = self.people
+        try:
+            index = index_of(image, self.names) if index is None else index
+        except DataError as error:
+            raise DataError(f"{self.file} lists {error}") from None
+        number = self.numbers[index]
+        size = people.images[number]["height"], people.images[number]["width"]
+        notes = list[tuple[str, str]]()
+        pixels = decode_image(image, size if all(size) else None, upright=exif == "apply", notes=notes)
+        left_out = Counter(self.left_out.get(number))
+        images, categories = people.as_written["image_id"], people.as_written["category_id"]
+        found = [(_box(one, *pixels.shape[:2]), one["category_id"]) for one in people.persons.get(number, [])]
+        left_out.update(box for box, _ in found if isinstance(box, str))
+        kept = [(box, categories.get(of, of)) for box, of in found if not isinstance(box, str)]
+        first = next((one["category_id"] for persons in people.persons.values() for one in persons), 1)
+        own_ids = images.get(number, number), categories.get(first, first)
+        folders = plain_parts(self.names[index])[:-1]
+        if common_end(plain_parts(str(image.parent)), folders) < len(folders):
+            notes.append(("the image is listed under other folders", self.names[index]))
+        told = "; ".join(filter(None, (counted(left_out), _noted(notes))))
+        boxes, ids = ([one[place] for one in kept] for place in (0, 1))
+        return Inputs(pixels, boxes, ids, self._name(image, index), *own_ids, told, str(image))
+
+    def _name(self, image: Path, index: int) -> str:
+        """The image's name with as many folders before it as tell it from the other images listed."""
+        stem = plain_parts(os.path.splitext(self.names[index])[0])
+        others = (other for number, other in self.stems["".join(stem[-1:])] if number != index)
+        alike = max((common_end(other, stem) for other in others), default=0)
+        return "_".join([*image.parts[1:-1], image.stem][-1 - alike :])
 
 
 def _noted(notes: Iterable[tuple[str, str]]) -> str:
@@ -188,22 +229,15 @@ def index_of(image: PathLike, file_names: Sequence[str]) -> int:
     return best[0]
 
 
-def _name(image: Path, file_names: Sequence[str], index: int) -> str:
-    """The image's name with as many folders before it as tell it from the other images listed."""
-    stems = [plain_parts(os.path.splitext(name)[0]) for name in file_names]
-    alike = (common_end(stem, stems[index]) for number, stem in enumerate(stems) if number != index)
-    return "_".join([*image.parts[1:-1], image.stem][-1 - max(alike, default=0) :])
-
-
 def _parts(path: str) -> tuple[str, ...]:
     return tuple(unicodedata.normalize("NFC", unquote(part)) for part in name_parts(path))
 
 
 # -- files ---------------------------------------------------------------------------------------------
 def save_masks(
-    folder: PathLike, inputs: Inputs, masks: Pixels, scores: Pixels, overlay: Pixels
+    folder: PathLike, inputs: Inputs, masks: Pixels, scores: Pixels, overlay: Pixels | None
 ) -> list[Path]:
-    """Write a PNG a person (0 and 255), the overlay as PNG, and all masks as COCO results.
+    """Write a PNG a person (0 and 255), the overlay as PNG where there is one, and all masks as COCO results.
 
     They go into a folder of the image's own: its name, with a number where another image has that folder, as
     ``image.json`` in it says. Files of an earlier prediction of the same image are replaced.
@@ -213,7 +247,7 @@ def save_masks(
         inputs: image and boxes.
         masks: bool ``[N, H, W]``.
         scores: float ``[N]``.
-        overlay: uint8 ``[H, W, 3]``, the image with the masks in colour.
+        overlay: uint8 ``[H, W, 3]``, the image with the masks in colour; none: it is not written.
 
     Returns:
         the files: masks, overlay, JSON.
@@ -227,7 +261,7 @@ def save_masks(
             old.unlink()
     files = []
     pictures = {f"person{number}": mask.astype(np.uint8) * 255 for number, mask in enumerate(masks)}
-    for name, picture in [*pictures.items(), ("overlay", overlay)]:
+    for name, picture in (pictures | ({} if overlay is None else {"overlay": overlay})).items():
         files.append(folder / f"{inputs.name}_{name}.png")
         Image.fromarray(picture).save(files[-1])
     found = zip(inputs.category_ids, masks, scores, strict=True)

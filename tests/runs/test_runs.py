@@ -67,9 +67,9 @@ def test_the_error_names_the_nearest_run_also_of_a_phase_sequence(tmp_path):
 
 def test_resume_takes_the_newest_of_the_name(tmp_path):
     for number in range(12):
-        Run.start(settings(tmp_path)).update(state="interrupted", step=number)
+        Run.start(settings(tmp_path)).update(state="interrupted", step=number + 1)
     run = Run.start(settings(tmp_path, resume=True))
-    assert run.name == "demo-12" and run.status()["step"] == 11
+    assert run.name == "demo-12" and run.status()["step"] == 12
     (tmp_path / "demo-3" / "checkpoints" / "last.pt").touch()  # the others have nothing to resume from
     assert Run.start(settings(tmp_path, resume=True)).name == "demo-3"
     with pytest.raises(RunError, match="no run named 'other'"):
