@@ -92,6 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     draw.add_argument("--flip", action=switch, help="average with the mirror image, or not")
     draw.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
 
+    doctor = commands.add_parser("doctor", help="say what this machine has for training, and what to fix")
+    doctor.set_defaults(execute=_doctor)
+    doctor.add_argument("-p", dest="given", **setting, help="a setting, such as data and data_dir")
+
     options = vars(parser.parse_args(arguments))
     command, execute = options.pop("command"), options.pop("execute")
     try:
@@ -142,6 +146,16 @@ def _predict(
     predictor = load(run, device=device, output_dir=output_dir, flip=flip)
     print(predict_images.predict_images(predictor, image, folder, **how, progress=sys.stderr.isatty()))
     return 0
+
+
+def _doctor(given: list[list[str]]) -> int:
+    from refinelib.workflows.doctor import examine
+
+    fixes = 0
+    for found in examine(dict(given)):
+        print(found, flush=True)
+        fixes += bool(found.fix)
+    return 1 if fixes else 0
 
 
 def _replay(incident: str, device: str) -> int:
