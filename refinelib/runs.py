@@ -143,8 +143,8 @@ class Run:
         raise RunError(f"{missing}: give a folder with status.json; there are {known}")
 
     # -- writing
-    def record_settings(self, settings: Settings, device: str) -> None:
-        """Write ``config.json``: settings as resolved, versions, device, commit."""
+    def record_settings(self, settings: Settings, device: str, **further: Any) -> None:
+        """Write ``config.json``: settings as resolved, versions, device, commit; and what is ``further``."""
         import numpy
         import torch
 
@@ -158,6 +158,7 @@ class Run:
             "device": device,
             "command": sys.argv,
             "started": _now(),
+            **further,
         }
         resumed = (self.folder / "config.json").exists()
         name = f"config.resumed-{int(time.time())}.json" if resumed else "config.json"
@@ -461,7 +462,7 @@ def latest(output_dir: str = "outputs") -> Run:
 class Follower(Run):
     """A run as the ranks see it that do not write it (:mod:`refinelib.ranks`): records go nowhere."""
 
-    def record_settings(self, settings: Settings, device: str) -> None:
+    def record_settings(self, settings: Settings, device: str, **further: Any) -> None:
         """Write nothing."""
 
     def update(self, **changes: Any) -> None:

@@ -7,7 +7,7 @@ import functools
 import os
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from refinelib import checkpoints, ranks
 from refinelib.build import build_device, build_step, device_name, forward
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings, names_with_role
-from refinelib.data import open_splits
+from refinelib.data import Source, open_splits
 from refinelib.gradients.record import Probe
 from refinelib.guard.rewind import Rewinder, Snapshot
 from refinelib.registry import REFINEMENTS
@@ -39,19 +39,26 @@ NEW_RUN = "start a new run from these weights with init_from"
 
 
 class TrainingState:
-    """A run's live objects: data, model, guard, records; new, or restored from a checkpoint."""
+    """A run's live objects: data, model, guard, records; new, or restored from a checkpoint.
 
-    def __init__(self, settings: Settings, run: Run) -> None:
+    Args:
+        settings: of the run.
+        run: its folder.
+        sources: of each split, where the data are in memory.
+    """
+
+    def __init__(self, settings: Settings, run: Run, sources: Mapping[str, Source] = {}) -> None:
         self.settings, self.run = settings, run
         self.device = build_device(settings)
         _seed_everything(settings)
         if self.device.index is not None:
             torch.cuda.set_device(self.device)  # graphs and compiled kernels use the current one
-        run.record_settings(settings, device_name(self.device))
+        data = {split: source.fingerprint() for split, source in sources.items()}
+        run.record_settings(settings, device_name(self.device), **({"data": data} if data else {}))
 
         self.leads = ranks.rank() == 0  # writes the run's files
         with ranks.one_a_host_first():
-            self.train_store, self.val_store = open_splits(settings, progress=self.leads)
+            self.train_store, self.val_store = open_splits(settings, given=sources, progress=self.leads)
         prepare = self.start_from if settings.init_from else None
         self.parts = build_step(settings, self.train_store, self.device, prepare=prepare)
         self.model, self.average, self.loss, self.guard, self.injector, self.loader = self.parts
@@ -154,8 +161,13 @@ class TrainingState:
             "best": self.best,
             "settings": self.settings.model_dump(mode="json"),
             "mean_coverage": self.mean_coverage,
-            "people": self.train_store.identity,
+            "people": self.people,
         }
+
+    @property
+    def people(self) -> str:
+        """What the run is trained on; of data in memory, what it is validated on too."""
+        return self.train_store.identity + self.val_store.content
 
     def restore(self) -> None:
         """Continue from the newest whole checkpoint of the run, and say what was wrong with the others."""
@@ -232,7 +244,7 @@ class TrainingState:
         if then != now:
             wrong = f"{path} was made with {then} steps an epoch, this run has {now}"
             raise CheckpointError(f"{wrong}: resume with the data, batch_size and accumulate of its start")
-        if saved.get("people") not in (None, self.train_store.identity):
+        if saved.get("people") not in (None, self.people):
             wrong = f"{path} was made with other people than the {len(self.train_store)} that this run has"
             raise CheckpointError(f"{wrong}: resume with the data of its start, or {NEW_RUN}")
         check_weights(self.model, saved, path)

@@ -23,6 +23,7 @@ from refinelib import ranks
 from refinelib.build import autocast, fresh_model, resolve_auto
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
+from refinelib.data.arrays import sources_of
 from refinelib.data.loader import Plan
 from refinelib.guard import faults
 from refinelib.guard.diagnose import Finding
@@ -41,23 +42,42 @@ WORSE = 0.01
 SCORES = {"target_iou": "target IoU", "boundary_iou": "Boundary IoU", "miou": "mIoU"}
 
 
-def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) -> Run:
+def train(settings: Settings, *, data: Any = None, on_epoch: Callable[[Run], None] | None = None) -> Run:
     """Train as the settings say; under ``torchrun`` on several processes (:mod:`~refinelib.ranks`).
 
     Args:
         settings: from :func:`refinelib.resolve`.
+        data: images and masks in memory, in place of the data set that the settings name: arrays
+            ``(images, masks)``, a list or a torch data set of ``(image, mask)``
+            (:class:`~refinelib.data.ArrayPeople`), or two of them as a tuple, train and val. Of a single one
+            ``seed`` chooses about every fifth item for val (:func:`~refinelib.data.arrays.sources_of`). To
+            resume, give the same data.
         on_epoch: called with the run after each epoch's records are on disk (a live panel, say).
 
     Returns:
         The finished run.
 
     Raises:
-        SettingsError: the faults to plant cannot be read.
+        SettingsError: the faults to plant cannot be read, or the settings exclude ``data``.
+        DataError: the data cannot be used.
         CheckpointError: ``init_from`` names no checkpoint.
         DivergedError: skipping steps and rewinding did not help; the best checkpoint stays.
         KeyboardInterrupt: it was interrupted, after a checkpoint of the very step that was reached.
         Exception: whatever else stopped the run, after ``status.json`` says so in one line.
+
+    Example:
+        >>> import tempfile, numpy, refinelib
+        >>> images, ids = numpy.zeros((8, 40, 40, 3), "uint8"), numpy.zeros((8, 40, 40), "uint8")
+        >>> ids[:, 4:36, 10:30], images[:, 4:36, 10:30] = 1, 200  # one person in each image
+        >>> tiny = {"width": 0.0625, "roi_size": 32, "mask_size": 32, "epochs": 1, "device": "cpu"}
+        >>> settings = refinelib.resolve("demo", output_dir=tempfile.mkdtemp(), **tiny)
+        >>> run = refinelib.train(settings, data=(images, ids))  # doctest: +ELLIPSIS
+        arrays train: ... ROIs of 32x32 from ... images
+        ...
+        >>> refinelib.load(run.folder, device="cpu").predict(images[0], [10, 4, 30, 36]).shape
+        (1, 40, 40)
     """
+    settings, sources = sources_of(data, settings)
     refuse_wrong_values(settings)  # before a folder is made
     if settings.gpus > 1 and not ranks.launched():
         return launch(settings, on_epoch)
@@ -72,7 +92,7 @@ def train(settings: Settings, *, on_epoch: Callable[[Run], None] | None = None) 
             run.update(state="running", last_error=None, **first)
             trainer = None
             try:
-                trainer = Trainer(settings, run)
+                trainer = Trainer(settings, run, sources)
                 trainer.fit(interruption, on_epoch)
             except BaseException as error:
                 unchanged = trainer is None or isinstance(error, CheckpointError)  # no step was taken

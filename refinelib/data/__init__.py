@@ -1,5 +1,6 @@
 """Persons as ROIs: sources of images with masks, and the store they are decoded into once."""
 
+from refinelib.data.arrays import ArrayPeople as ArrayPeople
 from refinelib.data.coco import CocoPeople as CocoPeople
 from refinelib.data.coco import coco_paths as coco_paths
 from refinelib.data.formats import PennFudanPeople as PennFudanPeople

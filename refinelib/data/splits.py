@@ -26,24 +26,34 @@ from refinelib.registry import DATASETS, Option
 SYNTHETIC = {"train": 240, "val": 60}
 
 
-def open_splits(settings: Settings, *, progress: bool = True) -> tuple[Store, Store]:
+def open_splits(
+    settings: Settings, given: Mapping[str, Source] = {}, *, progress: bool = True
+) -> tuple[Store, Store]:
     """The train and the val store that the settings ask for, built where they don't exist yet.
 
     Stores lie in ``store_dir``, else in ``output_dir/stores``. Where the images are not at hand (no
     ``data_dir``, or not on this machine) a store in ``store_dir`` of the same data, split and sizes is used
     instead.
 
+    Args:
+        settings: of the run.
+        given: source of each split, in place of the one that the settings name.
+        progress: see :func:`open_store`.
+
     Raises:
         DataError: neither the data nor a store of it is there, or it cannot be used.
     """
-    return open_split(settings, "train", progress=progress), open_split(settings, "val", progress=progress)
+    train, val = (open_split(settings, split, given, progress=progress) for split in ("train", "val"))
+    return train, val
 
 
-def open_split(settings: Settings, split: str, *, progress: bool = True) -> Store:
+def open_split(
+    settings: Settings, split: str, given: Mapping[str, Source] = {}, *, progress: bool = True
+) -> Store:
     """One of :func:`open_splits`: ``train`` or ``val``."""
     root = settings.path(settings.store_dir or f"{settings.output_dir}/stores")
     try:
-        source = make_source(settings, split)
+        source = make_source(settings, split, given.get(split))
     except DataError as missing:
         found = find_store(root, settings, split) if settings.store_dir else None
         if found is None:
@@ -56,13 +66,15 @@ def open_split(settings: Settings, split: str, *, progress: bool = True) -> Stor
     return open_store(source, root=root, progress=progress, **options)
 
 
-def make_source(settings: Settings, split: str) -> Source:
+def make_source(settings: Settings, split: str, given: Source | None = None) -> Source:
     """The source of a split, as the settings say; reads no pixel and parses no file.
+
+    One that is ``given`` takes the place of the data set that the settings name.
 
     Raises:
         DataError: a file or folder is missing.
     """
-    first: Source = DATASETS[settings.data](settings, split)
+    first: Source = given or DATASETS[settings.data](settings, split)
     added = settings.add_pennfudan if split == "train" else None
     others = [PennFudanPeople(settings.path(added), split)] if added else []
     planted = faults.parse(settings.inject or "") if split == "train" else []
@@ -131,6 +143,7 @@ class JoinedSources:
     def __init__(self, parts: Sequence[Source], split: str, corrupted: Mapping[int, Any] = {}) -> None:
         self.parts, self.split, self.corrupted = list(parts), split, corrupted
         self.name = "+".join(part.name for part in parts)
+        self.workers = next((one for part in parts if (one := getattr(part, "workers", None))), None)
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -218,6 +231,10 @@ def _labelme(settings: Settings, split: str) -> Source:
     return LabelmePeople(files, images, split, part, **coco_options(settings, "category"))
 
 
+def _arrays(settings: Settings, split: str) -> Source:
+    raise DataError("data = arrays are in a program's memory: call refinelib.train(settings, data=...)")
+
+
 def _masks(settings: Settings, split: str) -> Source:
     masks, images, part = _places(settings, split, "masks", "images")
     return MaskPeople(images, masks, split, part, exif=settings.exif)
@@ -269,3 +286,4 @@ DATASETS.add("coco", _coco, _FOLDER, *_WHERE, *_READ, _MARKS, _TURN)
 DATASETS.add("yolo", _yolo, _FOLDER, *_READ)
 DATASETS.add("labelme", _labelme, _FOLDER, *_WHERE, *_READ)
 DATASETS.add("masks", _masks, _FOLDER, *_WHERE, _TURN)
+DATASETS.add("arrays", _arrays)

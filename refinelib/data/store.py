@@ -14,6 +14,7 @@ A store is a folder that can be copied to another machine; the images are not ne
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -200,7 +201,12 @@ class Store:
         """Hash of its persons in their order: the same wherever data and store lie."""
         columns = (self.annotation_ids, self.image_ids, self.boxes)
         content = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
-        return hashlib.sha256(content).hexdigest()[:16]
+        return hashlib.sha256(content + self.content.encode()).hexdigest()[:16]
+
+    @property
+    def content(self) -> str:
+        """Hash of images and masks, where the data were in memory; empty for data on disk."""
+        return "".join(re.findall("sha256:[0-9a-f]{64}", self.info.fingerprint))
 
     def summary(self) -> str:
         """One line: what it is, how many ROIs, what was left out and why."""

@@ -218,8 +218,9 @@ def usable_cores() -> int:
 
 
 def _decoded(rows: _Rows, workers: int | None) -> Iterator[_Decoded]:
-    """All images in order, decoded by several processes."""
-    workers = min(workers or usable_cores(), -(-len(rows) // 8))
+    """All images in order, decoded by several processes, or as many as the source says."""
+    workers = getattr(rows.source, "workers", None) or workers or usable_cores()
+    workers = min(workers, -(-len(rows) // 8))
     loader: DataLoader[_Decoded] = DataLoader(
         rows,
         batch_size=None,
