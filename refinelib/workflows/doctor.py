@@ -168,7 +168,9 @@ def _recipes() -> Iterator[Found]:
             wrong[name] = reason(error)
     folder = project_root() / "params"
     if not names:
-        yield Found("recipes", f"{folder} holds none", "run from the project's folder, or pip install -e . in it")
+        yield Found(
+            "recipes", f"{folder} holds none", "run in the project's folder, or pip install -e . there"
+        )
     for name, why in wrong.items():
         yield Found("recipes", f"{folder / name}.yaml: {why}", "mend that file")
     if names and not wrong:
@@ -182,7 +184,7 @@ def _data(given: dict[str, Any]) -> Iterator[Found]:
     try:
         settings = resolve("original", **given)
         if settings.data == "synthetic":
-            yield Found("data", "synthetic needs none; give -p data NAME -p data_dir DIR to look at a data set")
+            yield Found("data", "synthetic needs none; -p data NAME -p data_dir DIR looks at a data set")
             return
         for split in ("train", "val"):
             make_source(settings, split)

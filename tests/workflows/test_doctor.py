@@ -24,7 +24,15 @@ def test_a_line_for_every_part_and_an_exit_code(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert code == any(line.startswith("FIX") for line in lines)
     assert all(line.startswith(("ok  ", "FIX ")) for line in lines)
-    for part in ("Python: 3.", "packages: ", "torch: 2.", "Jupyter kernel: ", "outputs: ", "recipes: ", "data: "):
+    for part in (
+        "Python: 3.",
+        "packages: ",
+        "torch: 2.",
+        "Jupyter kernel: ",
+        "outputs: ",
+        "recipes: ",
+        "data: ",
+    ):
         assert any(line[4:].startswith(part) for line in lines), part
     assert any("CUDA" in line or "cuda:0" in line for line in lines)
     assert f"{tmp_path}/not/yet can be written to" in "\n".join(lines) and not (tmp_path / "not").exists()
@@ -68,7 +76,9 @@ def test_packages_that_lack_or_are_too_old(monkeypatch):
     assert not parts["optional packages, guard-examples"].fix  # they may lack
 
 
-@pytest.mark.parametrize("executable, right", [("python", True), (sys.executable, True), ("/x/python", False)])
+@pytest.mark.parametrize(
+    "executable, right", [("python", True), (sys.executable, True), ("/x/python", False)]
+)
 def test_the_kernel_must_be_of_this_python(tmp_path, monkeypatch, executable, right):
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
