@@ -96,6 +96,18 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.set_defaults(execute=_doctor)
     doctor.add_argument("-p", dest="given", **setting, help="a setting, such as data and data_dir")
 
+    fetch = commands.add_parser(
+        "fetch", help="fetch a data set; the same command goes on after an interruption"
+    )
+    fetch.set_defaults(execute=_fetch)
+    fetch.add_argument(
+        "data", choices=["pennfudan", "coco-person"], help="coco-person: COCO's images of people"
+    )
+    fetch.add_argument("folder", metavar="DIR", help="folder to write into")
+    fetch.add_argument("--split", choices=["val", "train"], help="of COCO; default: val")
+    fetch.add_argument("--max-images", type=int, help="only the first so many images of COCO")
+    fetch.add_argument("--mirror", metavar="URL", help="address of a copy, in place of the authors' server")
+
     options = vars(parser.parse_args(arguments))
     command, execute = options.pop("command"), options.pop("execute")
     try:
@@ -156,6 +168,25 @@ def _doctor(given: list[list[str]]) -> int:
         print(found, flush=True)
         fixes += bool(found.fix)
     return 1 if fixes else 0
+
+
+def _fetch(data: str, folder: str, split: str | None, max_images: int | None, mirror: str | None) -> int:
+    from refinelib.metrics.evaluate import checked_folder
+    from refinelib.workflows import fetch
+
+    place, how = checked_folder(folder), dict[str, Any](progress=sys.stderr.isatty())
+    how |= {"mirror": mirror.rstrip("/")} if mirror else {}
+    try:
+        if data == "coco-person":
+            print(fetch.coco_person(place, split or "val", max_images=max_images, **how))
+        elif split or max_images is not None:
+            raise ValueError("Penn-Fudan is fetched whole: leave --split and --max-images out")
+        else:
+            print(fetch.pennfudan(place, **how))
+    except KeyboardInterrupt:
+        print(f"fetch: interrupted; {fetch.AGAIN}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _replay(incident: str, device: str) -> int:

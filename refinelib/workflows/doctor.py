@@ -169,7 +169,7 @@ def _recipes() -> Iterator[Found]:
     folder = project_root() / "params"
     if not names:
         yield Found(
-            "recipes", f"{folder} holds none", "run in the project's folder, or pip install -e . there"
+            "recipes", f"{folder} holds none", "run from the project's folder, or pip install -e . in it"
         )
     for name, why in wrong.items():
         yield Found("recipes", f"{folder / name}.yaml: {why}", "mend that file")
@@ -184,7 +184,9 @@ def _data(given: dict[str, Any]) -> Iterator[Found]:
     try:
         settings = resolve("original", **given)
         if settings.data == "synthetic":
-            yield Found("data", "synthetic needs none; -p data NAME -p data_dir DIR looks at a data set")
+            yield Found(
+                "data", "synthetic needs none; give -p data NAME -p data_dir DIR to look at a data set"
+            )
             return
         for split in ("train", "val"):
             make_source(settings, split)
