@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from children import end_with_me
 from torch import Tensor
 
 from refinelib import ranks
@@ -335,4 +336,5 @@ def word(cell: dict) -> str:
 
 
 if __name__ == "__main__":
+    end_with_me()
     sys.exit(main())

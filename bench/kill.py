@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from children import end_with_me
 
 from refinelib import checkpoints
 from refinelib.config import Settings, resolve
@@ -105,4 +106,5 @@ def _whole(file: Path) -> bool:
 
 
 if __name__ == "__main__":
+    end_with_me()
     sys.exit(main())

@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from children import end_with_me
+
 from refinelib.config import SMOKE_VARIABLE, project_root
 
 NOTEBOOKS = project_root() / "notebooks"
@@ -130,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_me()
     main()

@@ -17,6 +17,8 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from children import end_with_me
+
 SCORES = ("target_iou", "boundary_iou", "miou")
 
 
@@ -78,4 +80,5 @@ def _spread(values: list[float]) -> float | None:
 
 
 if __name__ == "__main__":
+    end_with_me()
     sys.exit(main())

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from children import end_with_me
 
 from refinelib import resolve
 from refinelib.config import SettingsError, absolute
@@ -255,4 +256,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_me()
     main()

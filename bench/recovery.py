@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from children import end_with_me
 
 from refinelib.config import recipe_names, resolve
 from refinelib.guard.rewind import DivergedError
@@ -265,4 +266,5 @@ def table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
+    end_with_me()
     sys.exit(main())

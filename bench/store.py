@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from children import end_with_me
+
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_person"
 
 #: Run by a fresh interpreter: what a second start costs, measured from its own first line.
@@ -219,4 +221,5 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    end_with_me()
     main()

@@ -48,6 +48,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from children import end_with_me
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -952,4 +953,5 @@ def again(fault: Fault, device: str, compiled: bool) -> int:
 
 
 if __name__ == "__main__":
+    end_with_me()
     sys.exit(main())

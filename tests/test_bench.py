@@ -1,10 +1,16 @@
 """Small runs of the benches: hard kills, the fault matrix, variants side by side, a cold start."""
 
+import contextlib
 import json
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from helpers import bench
@@ -59,6 +65,60 @@ def test_the_matrix_notices_what_is_wrong(column):
         "grad:nan:boundary", True, [skip]
     )
     assert not matrix.attributed("grad:nan:stem", True, [])
+
+
+PARENT = """
+import subprocess, sys, tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from children import end_with_me
+
+def work(folder):
+    nested = [sys.executable, "-c", "import time; time.sleep(300)"]
+    command = f"import subprocess; subprocess.run({nested})"
+    Path(folder, "pool").touch()
+    subprocess.run([sys.executable, "-c", command], start_new_session=True)
+
+if __name__ == "__main__":
+    end_with_me()
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            if sys.argv[2] == "pool":
+                list(pool.map(work, [sys.argv[1]]))
+            elif sys.argv[2] == "run":
+                work(sys.argv[1])
+            else:
+                subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+"""
+
+
+@pytest.mark.parametrize("how", ["pool", "run", "exit"])
+def test_a_bench_that_is_ended_ends_what_it_started(tmp_path, how):
+    file, runs = tmp_path / "parent.py", tmp_path / "runs"
+    file.write_text(PARENT)
+    runs.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(project_root() / "bench")}
+    with subprocess.Popen([sys.executable, str(file), str(runs), how], env=environment) as parent:
+        process, deadline, started = psutil.Process(parent.pid), time.time() + 60, []
+        deep = {"pool": 4, "run": 2, "exit": 1}[how]  # a pool has a process that watches its semaphores
+        while len(started) < deep and time.time() < deadline and parent.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started = process.children(recursive=True)
+            time.sleep(0.02)
+        assert len(started) >= deep
+        if how != "exit":
+            parent.terminate()
+        assert parent.wait(30) == (0 if how == "exit" else 128 + signal.SIGTERM)
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive and not [place for place in runs.iterdir() if place.is_dir()]
+
+
+def test_every_bench_that_starts_processes_ends_them():
+    for file in (project_root() / "bench").glob("*.py"):
+        text = file.read_text()
+        starts = re.search(r"^(import subprocess|import multiprocessing|from multiprocessing)", text, re.M)
+        assert not starts or re.search(r"^ +end_with_me\(\)$", text, re.M), file.name
 
 
 CHILD = """
