@@ -1,4 +1,4 @@
-"""``python -m refinelib``: train recipes, many at once; score, summarise or replay from the shell."""
+"""``python -m refinelib``: fetch data, train recipes, score, predict or replay from the shell."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ class TrainingState:
                 if not fits or checkpoints.nonfinite({**tensors, "memory": memory}):
                     raise CheckpointError(f"{file} is not of this run")
                 tensors = {name: x.to(self.device) for name, x in tensors.items()}
-                found.append(Snapshot(number, tensors, memory.to(self.device), content["host"]))
+                found.append(Snapshot(number, tensors, memory.to(self.guard.memory), content["host"]))
                 self.written_snapshots.add(found[-1])
                 self.kept_snapshots.add(file)
             except (CheckpointError, KeyError, TypeError, AttributeError) as error:

@@ -110,7 +110,8 @@ class BatchLoader:
             return shared(plan.device_rois), params
         pixels: tuple[Tensor, ...] = self.store.gather(shared(plan.rois))
         if self.device.type == "cuda":
-            pixels = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in pixels)
+            pixels = tuple(x.pin_memory() for x in pixels)
+        pixels = tuple(x.to(self.device, non_blocking=self.device.type == "cuda") for x in pixels)
         return *pixels, params
 
     @torch.no_grad()  # always: compiled kernels belong to one mode

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from refinelib.guard.faults import Injector
-from refinelib.guard.measure import measured, unscaled
+from refinelib.guard.measure import measured, unscaled, widest
 
 #: Operations that hand out memory as it is: what they return means nothing yet.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize")
@@ -256,9 +256,9 @@ def take(step: Step) -> tuple[float, list[float]]:
     step.injector.after_backward()
     trained = [p for p in step.model.parameters() if p.requires_grad]
     sizes = torch.tensor([p.numel() for p in trained], device=trained[0].device).sqrt()
-    norms, largest = measured(trained)
+    norms, largest = (x.to(widest(x.device)) for x in measured(trained))
     # float64 keeps a gradient that is finite but large apart from one that is not
-    return float(total), unscaled(norms.double(), largest.double(), step.scale, sizes)[0].tolist()
+    return float(total), unscaled(norms, largest, step.scale, sizes)[0].tolist()
 
 
 def _compare(recorded: Sequence[float], now: Sequence[float]) -> tuple[bool, float | None]:

@@ -60,7 +60,7 @@ class StepDecision(NamedTuple):
         ema_weight: of the new weights in their moving average, float32.
         report: float32 ``[len(REPORT)]``.
         norms: float32 ``[parameters]``.
-        memory: the guard's memory after the step, float64.
+        memory: the guard's memory after the step, float64 (:func:`~refinelib.guard.measure.widest`).
     """
 
     skip: Tensor
@@ -184,7 +184,7 @@ class Guard:
         # rate_sum: of the planned learning rates of the steps that led to these weights
         names += ["capture_enabled", "updates_suspended", "damaged", "rate_sum"]
         #: All that the guard remembers, in one tensor, so that one copy renews it; float64 counts exactly.
-        self.memory = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self.memory = torch.zeros(len(names), dtype=measure.widest(device), device=device)
         #: The same by name, as views.
         self.state = dict(zip(names, self.memory, strict=True))
         self.state["scale"].fill_(scale_init if scaled else 1.0)
@@ -298,12 +298,13 @@ class Guard:
         state = dict(zip(self.state, self.memory.unbind(), strict=True))
         scale, applied, seen = state["scale"].float(), state["applied"], state["seen"]
         suspended, damaged = state["updates_suspended"] != 0, state["damaged"] != 0
-        norms, largest = unscaled(norms.double(), largest.double(), scale, self.root_sizes)
+        wide = self.memory.dtype
+        norms, largest = unscaled(norms.to(wide), largest.to(wide), scale, self.root_sizes)
         norm, peak = norms.square().sum().sqrt(), largest.amax()
         norm = torch.where(norm > 0, norm, peak)  # squares of gradients below 1e-23 are 0 in float32
 
-        logs = torch.stack([loss.double(), norm]).clamp(min=torch.finfo(torch.float32).tiny).log()
-        values = torch.cat([logs, loss.double().view(1)])
+        logs = torch.stack([loss.to(wide), norm]).clamp(min=torch.finfo(torch.float32).tiny).log()
+        values = torch.cat([logs, loss.to(wide).view(1)])
         names = ("loss_center", "norm_center", "loss_mean"), ("loss_spread", "norm_spread", "loss_deviation")
         center, spread = (torch.stack([state[name] for name in some]) for some in names)
         sigma = spread * math.sqrt(math.pi / 2)  # of a normal distribution with that mean absolute deviation
@@ -360,13 +361,13 @@ class Guard:
 
         # The memory after the step, for each of three outcomes. A step that is void because updates are
         # suspended changes nothing: the host will take the steps after the incident again.
-        after = state | {"updates_suspended": incident.double()}
+        after = state | {"updates_suspended": incident.to(wide)}
         if self.scaled:
-            largest_scaled, limits = (report[2] * scale).double(), (self.scale_floor, self.growth_interval)
+            largest_scaled, limits = (report[2] * scale).to(wide), (self.scale_floor, self.growth_interval)
             after |= next_scale(state, skip, overflow, largest_scaled, *limits)
         if_skipped = after | {"skipped": state["skipped"] + 1, "skips_in_a_row": state["skips_in_a_row"] + 1}
         learnt = {"loss_center": center[0], "norm_center": center[1], "seen": seen + 1}
-        learnt |= {"loss_spread": spread[0], "norm_spread": spread[1], "signed": signed.double()}
+        learnt |= {"loss_spread": spread[0], "norm_spread": spread[1], "signed": signed.to(wide)}
         learnt |= {"loss_mean": center[2], "loss_deviation": deviation, "loss_size": size}
         # A gradient of exactly 0 (a hinge loss that is met) says nothing of the usual one.
         learnt = {name: torch.where(peak > 0, value, state[name]) for name, value in learnt.items()}
@@ -431,7 +432,7 @@ class Guard:
 
     @torch.no_grad()
     def _largest(self) -> tuple[list[str], Tensor]:
-        """Names of all that a step may change, and the largest magnitude in each, float64."""
+        """Names of all that a step may change, and the largest magnitude in each."""
         alike: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
         for name, x in self.tensors().items():
             if (x.is_floating_point() or x.is_complex()) and x.numel():
@@ -451,7 +452,7 @@ class Guard:
         rates, steps = (self.state[name] - past[name] for name in ("rate_sum", "applied"))
         then = [tensors[f"model.{name}"] for name in self.names]
         apart = torch._foreach_sub(self.parameters, then)
-        moved, size = (sizes(x)[1].double() for x in (apart, then))
+        moved, size = (sizes(x)[1].to(self.memory) for x in (apart, then))
         decayed = rates * max(group["weight_decay"] for group in self.optimizer.param_groups)
         rounded = steps * torch.finfo(then[0].dtype).eps
         return torch.gt(moved, (farthest * rates + size * (decayed + rounded)) * (1 + decayed))

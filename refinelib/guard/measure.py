@@ -48,6 +48,16 @@ def compare_with_past(
     return deviation > limit, new_center, torch.where(seen == 0, spread, widened)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The type that a device counts and sums in: float64, but float32 on Apple's GPUs, which lack it.
+
+    Example:
+        >>> widest(torch.device("cuda")), widest(torch.device("mps"))
+        (torch.float64, torch.float32)
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def measured(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """L2 norm and largest magnitude of each parameter's gradient, float32 ``[parameters]`` each."""
     return sizes([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])

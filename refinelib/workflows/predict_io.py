@@ -259,6 +259,7 @@ def save_masks(
     for old in folder.glob(f"{glob.escape(inputs.name)}_person*.png"):  # there may have been more boxes
         if old.stem.removeprefix(f"{inputs.name}_person").isdigit():
             old.unlink()
+    (folder / f"{inputs.name}_overlay.png").unlink(missing_ok=True)
     files = []
     pictures = {f"person{number}": mask.astype(np.uint8) * 255 for number, mask in enumerate(masks)}
     for name, picture in (pictures | ({} if overlay is None else {"overlay": overlay})).items():

@@ -1,12 +1,17 @@
 """Which device a run uses: what is accepted, and that a kind of device is never compared with its name."""
 
+import contextlib
 import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from refinelib.build import autocast, build_device, device_name, precision
+from refinelib import step
+from refinelib.build import autocast, build_device, build_step, device_name, precision
 from refinelib.config import SettingsError, project_root, resolve
+from refinelib.data import open_split
+from refinelib.guard import measure
 from refinelib.launch import refuse_processes
 from refinelib.workflows import batch
 
@@ -51,6 +56,40 @@ def test_apples_gpu_trains_like_a_cpu(monkeypatch):
     device = build_device(settings)
     assert device_name(device) == device.type == "mps" and precision(settings, device) == "off"
     assert not autocast(settings, device)._enabled
+
+
+class Wide(TorchDispatchMode):
+    """Notes the float64 results on a device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.found = device, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64 and x.device == self.device:
+                self.found.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_step_on_a_device_without_float64_needs_none_and_stays_there(monkeypatch, tiny, lacks):
+    """The meta device stands for one that is neither a CPU nor CUDA: a tensor left elsewhere is an error."""
+    meta, widest = torch.device("meta"), measure.widest
+    kind = torch.device("mps") if lacks else meta
+    monkeypatch.setattr(measure, "widest", lambda device: widest(kind))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it has no meta
+    settings = tiny(augment="strong", ema_decay=0.9)
+    store = open_split(settings, "train", progress=False)
+    with Wide(meta) as seen:
+        parts = build_step(settings, store, meta)
+        stepper = step.Stepper(settings, parts, device=meta, steps=10)
+        plan = parts.loader.plan(0)
+        components, total, _ = stepper.gradient([parts.loader.inputs(plan, 0)])
+        decision = parts.guard.decide(total, *measure.measured(parts.guard.parameters))
+    assert {components.device, total.device, decision.report.device, decision.memory.device} == {meta}
+    assert bool(seen.found) != lacks, seen.found
 
 
 @pytest.mark.parametrize("given", ["cuda:1", "mps"])

@@ -72,6 +72,7 @@ def test_a_folder_with_annotations(weights, people, tmp_path, capsys):
     assert predict(weights, *places, "--out", out) == 2
     assert f"{out} holds files: give an empty folder, or --overwrite" in capsys.readouterr().err
     assert predict(weights, *places, "--out", out, "--overwrite") == 0
+    assert not (out / "a" / "a_overlay.png").exists()  # it would be of other masks
     assert not (out / "none").exists()
 
 
