@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 PLAYWRIGHT := $(VENV)/.playwright
 OUT ?= outputs/train.ipynb
 ARGS ?=
+RUN ?= best
 NOTEBOOKS := $(or $(shell git ls-files "notebooks/*.ipynb" 2>/dev/null),$(wildcard notebooks/*.ipynb))
 # Those that train come first: the others find their runs, and need not train one of their own.
 FIRST := notebooks/train.ipynb notebooks/progressive.ipynb
@@ -13,7 +14,7 @@ FIRST := notebooks/train.ipynb notebooks/progressive.ipynb
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test slow lint browser chromium gallery lab nbdime bench clean
+.PHONY: help env train test slow lint browser chromium gallery lab nbdime bench release clean
 
 help: ## say what there is
 	@echo "refinelib: boundary-refined person masks, finite by construction"
@@ -77,6 +78,9 @@ nbdime: $(READY) ## let git show and merge notebooks cell by cell
 
 bench: $(READY) ## measure the data path
 	@$(BIN)/python bench/store.py
+
+release: $(READY) ## pack a finished run (RUN=best) as a release file: weights, settings, card
+	@$(BIN)/python bench/release.py $(RUN) $(ARGS)
 
 clean: ## remove the environment; outputs stay
 	rm -rf $(VENV) *.egg-info .pytest_cache

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from refinelib.config import absolute
-from refinelib.files import PathLike, opened_zip, reason, replacing, shown
+from refinelib.files import PathLike, opened_zip, read_json, reason, replacing, shown
 from refinelib.runs import Run, RunError
 
 #: Version of the content; others are refused. 4: attention is made of matrix products.
@@ -337,17 +337,23 @@ def nonfinite(content: Any, name: str = "") -> list[str]:
     return [found for key, value in items for found in nonfinite(value, f"{name}.{key}".lstrip("."))]
 
 
-def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
-    """The checkpoint file meant by a run's name, a run's folder or a file's own path.
+def zoo() -> Path:
+    """The folder of release files, trained weights by name: ``$REFINELIB_ZOO``, else ``outputs/zoo``."""
+    return absolute(os.environ.get("REFINELIB_ZOO") or "outputs/zoo")
 
-    Of a run, the best one, else the last.
+
+def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
+    """The checkpoint file meant by a run's name, a run's folder, a release's name or a file's own path.
+
+    Of a run, the best one, else the last. A release is looked for in :func:`zoo`, where no run has its name.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is a release file that its card does not describe.
     """
+    released = zoo() / f"{source}.pt"
     for path in (Path(source), absolute(source)):
         if path.is_file():
-            return path
+            return _described(path)
     try:
         run = Run.open(source, output_dir=output_dir)
         for name in ("best.pt", "last.pt"):
@@ -355,4 +361,29 @@ def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
                 return run.folder / "checkpoints" / name
         raise RunError(f"{run.folder} holds no checkpoint: the run is {run.status().get('state', 'unknown')}")
     except RunError as error:
-        raise CheckpointError(str(error)) from None
+        if released.is_file():
+            return _described(released)
+        rule = "`make release` packs a run as one, or copy it there with its card"
+        raise CheckpointError(f"{error}; and there is no release {released}: {rule}") from None
+
+
+def _described(path: Path) -> Path:
+    """A checkpoint file, if it is the one that the card beside it describes, where there is a card.
+
+    Raises:
+        CheckpointError: it has another SHA-256, or the card is damaged.
+    """
+    card = path.with_suffix(".json")
+    if card.is_file():
+        try:
+            said = read_json(card).get("sha256")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"the card {card} cannot be read ({reason(error)}): copy it again"
+            ) from None
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if said not in (None, found):
+            wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"
+            raise CheckpointError(f"{wrong}: copy both files again")
+    return path

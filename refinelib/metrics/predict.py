@@ -101,16 +101,17 @@ def side_by_side(function: CropModel, images: Tensor) -> Tensor:
 def load(
     source: PathLike, *, device: str = "auto", output_dir: str = "outputs", flip: bool | None = None
 ) -> Predictor:
-    """The model of a run or of a checkpoint file, ready to predict.
+    """The model of a run, of a release or of a checkpoint file, ready to predict.
 
     Args:
-        source: a run's name, its folder (its best checkpoint is taken) or a checkpoint file.
+        source: a run's name, its folder (its best checkpoint is taken), a release's name (of a file in
+            ``$REFINELIB_ZOO``, else ``outputs/zoo``) or a checkpoint file.
         device: see the setting of that name.
         output_dir: where runs are looked for by name.
         flip: flip test, see :class:`Predictor`; none: as the run's own settings say.
 
     Raises:
-        CheckpointError: no such run, or its checkpoint is not whole.
+        CheckpointError: no such run or release, or its checkpoint is not whole.
     """
     path = checkpoints.find(source, output_dir=output_dir)
     try:

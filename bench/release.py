@@ -1,0 +1,110 @@
+"""Pack a finished run as a release: its weights and settings in one file, and a card that describes them.
+
+    python bench/release.py RUN [--name best] [--report DIR/report.json] [--licence TEXT] [--out FOLDER]
+
+``NAME.pt`` is a checkpoint of the weights alone (the moving average, where the run has one);
+``NAME.json`` is its card: data, licence, figures, date, command, SHA-256 of the file. Both go to
+``$REFINELIB_ZOO``, else to ``outputs/zoo``, where ``refinelib.load(NAME)`` finds them. Of each path in the
+settings only the last part is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from refinelib import checkpoints
+from refinelib.config import Settings, SettingsError
+from refinelib.files import dumps, read_json, write_atomically
+from refinelib.launch import overrides
+from refinelib.runs import Run
+
+LICENCE = "MIT, as refinelib; the data keep their own licence"
+#: Settings that say nothing to others.
+OWN = ("output_dir", "run", "resume", "workers", "device", "gpus", "init_from")
+DATA = ("data", "data_dir", "train_annotations", "val_annotations", "add_pennfudan", "max_images", "category")
+
+
+def short(value: Any) -> Any:
+    """The last part of a path; anything else as it is."""
+    path = isinstance(value, str) and ("/" in value or "\\" in value)
+    return Path(value.replace("\\", "/")).name if path else value
+
+
+def command(settings: Settings, typed: list[str]) -> str:
+    """What trains such a run; what was typed, where the recipe is not at hand."""
+    with contextlib.suppress(SettingsError):
+        typed = ["python", "-m", "refinelib", "train", "-f", settings.recipe, *overrides(settings)]
+    return shlex.join(map(short, typed))
+
+
+def pack(run: Run, *, name: str, licence: str = LICENCE, report: str | None = None, out: Path) -> Path:
+    """Write a release; returns the file of the weights, with the card beside it.
+
+    Raises:
+        ValueError: the run did not end as ok, or the report cannot be read.
+        CheckpointError: it has no whole checkpoint.
+    """
+    if (state := run.status().get("state")) != "ok":
+        raise ValueError(f"{run.folder} is {state}: a release is made of a run that ended as ok")
+    parts = ("model", "average", "settings", "mean_coverage", "position")
+    saved, config = checkpoints.load(checkpoints.find(run.folder), needs=parts), run.config()
+    values = {key: value for key, value in saved["settings"].items() if key not in OWN}
+    epoch, settings = saved["position"]["epoch"], Settings(**{key: short(values[key]) for key in values})
+    measured = {line["epoch"]: line["metrics"] for line in run.validations()}.get(epoch, {})
+    figures = measured if report is None else read_json(report)
+    card = {
+        "name": name,
+        "licence": licence,
+        "data": {key: value for key in DATA if (value := getattr(settings, key)) is not None},
+        "content": config.get("data"),
+        "rois": run.status().get("rois"),
+        "epoch": epoch,
+        "figures": {
+            k: v for k, v in figures.items() if isinstance(v, (int, float)) or k in ("iou", "intervals")
+        },
+        "figures_of": "the run's validation data" if report is None else short(report),
+        "trained": config["started"],
+        "packed": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command(Settings(**values), config["command"]),
+        **{key: config[key] for key in ("device", "versions", "git_commit")},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    weights = out / f"{name}.pt"
+    content = {"model": saved["average"] or saved["model"], "average": None, "card": card}
+    content |= {"settings": settings.model_dump(mode="json"), "mean_coverage": saved["mean_coverage"]}
+    checkpoints.save(weights, content)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    write_atomically(weights.with_suffix(".json"), dumps({**card, "sha256": digest}, indent=2) + "\n")
+    return weights
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Pack a finished run as a release.")
+    parser.add_argument("run", nargs="?", default="best", help="a run's name or folder")
+    parser.add_argument("--name", help="of the release; default: the run's")
+    parser.add_argument(
+        "--report", help="report.json of `python -m refinelib evaluate --save`, for the figures"
+    )
+    parser.add_argument("--licence", default=LICENCE, help="of the weights, in words")
+    parser.add_argument("--out", type=Path, default=checkpoints.zoo(), help="folder for both files")
+    given = vars(parser.parse_args(arguments))
+    try:
+        run = Run.open(given.pop("run"))
+        weights = pack(run, **{**given, "name": given["name"] or run.name})
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"release: {error}", file=sys.stderr)
+        return 2
+    size = weights.stat().st_size / 1e6
+    print(f"{weights} ({size:.1f} MB) and its card {weights.with_suffix('.json').name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
