@@ -38,6 +38,8 @@ from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option, limits_in_
 
 ROLES = ("run", "data", "model", "training", "inference")
 SMOKE_VARIABLE = "REFINELIB_SMOKE"
+#: Folder of all runs, and of those of smoke size, if no other is given.
+RUNS_DIR, SMOKE_DIR = "outputs", "outputs/smoke"
 #: Longer names under which two recipes are known.
 RECIPE_ALIASES = {
     "rgb_hierarchical_unet_v2_attention_r64m64_refined": "refined",
@@ -131,7 +133,7 @@ class Settings(_Values):
     # -- the run
     recipe: str = _run("demo", "name of a file in params/ (without .yaml) or a path to one")
     run: str | None = _run(None, "name of the run's folder; none: the recipe's", pattern=r"^[A-Za-z0-9._-]+$")
-    output_dir: str = _run("outputs", "folder of all runs; a relative path starts at the project's root")
+    output_dir: str = _run(RUNS_DIR, "folder of all runs; a relative path starts at the project's root")
     store_dir: str | None = _run(None, "folder of the prepared crops; none: output_dir/stores")
     resume: bool = _run(False, "continue the newest run of this name from its newest whole checkpoint")
     device: str = _run("auto", "auto, cpu, mps, cuda, or one GPU as cuda:1; auto: CUDA where there is one")
@@ -328,16 +330,20 @@ def resolve(recipe: str | None = None, /, **overrides: Any) -> Settings:
 def from_notebook(namespace: Mapping[str, Any]) -> Settings:
     """The settings that a notebook's parameter cells left in its name space.
 
-    Every plain value (number, text, bool, list, none) under a public name is taken for a setting. A name that
-    is no setting, as after ``papermill -p learning_rate 1e-3``, is refused with the nearest right one; a
-    variable of the notebook's own needs a leading underscore.
+    A name that is no setting, as after ``papermill -p learning_rate 1e-3``, is refused with the nearest right
+    one; a variable of the notebook's own needs a leading underscore.
 
     Args:
         namespace: the notebook's ``globals()``, before it made any variable of its own.
     """
+    return resolve(**plain_values(namespace))
+
+
+def plain_values(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values (number, text, bool, list) under public names of a notebook's name space."""
     plain, history = (bool, int, float, str, list, tuple, dict), ("In", "Out")  # IPython's own
     public = {name: value for name, value in namespace.items() if not name.startswith("_")}
-    return resolve(**{n: v for n, v in public.items() if isinstance(v, plain) and n not in history})
+    return {n: v for n, v in public.items() if isinstance(v, plain) and n not in history}
 
 
 def load_recipe(recipe: str) -> dict[str, Any]:
@@ -369,8 +375,8 @@ def _smoke(settings: Settings) -> dict[str, Any]:
     values: dict[str, Any] = {name: min(getattr(settings, name) or size, size) for name, size in most.items()}
     for name in ("roi_size", "mask_size"):
         values[name] = tuple(min(side, 32) for side in getattr(settings, name))
-    if settings.output_dir == "outputs":
-        values["output_dir"] = "outputs/smoke"
+    if settings.output_dir == RUNS_DIR:
+        values["output_dir"] = SMOKE_DIR
     return {**values, "smoke": True, "log_every": 1}
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -102,6 +103,33 @@ def is_locked(folder: Path) -> bool | None:
         return True
     except (OSError, NotImplementedError):
         return None
+
+
+def was_killed(folder: Path, status: dict[str, Any]) -> bool:
+    """Whether a status says ``running`` though no process works in its folder any more.
+
+    Only the host that the status names can tell, by the folder's lock. While a launcher (``torchrun``) lives,
+    it may start its processes again: the lock is free until they take it.
+
+    Args:
+        folder: of a run or of a phase sequence.
+        status: its state and its :func:`owner`.
+    """
+    here = status.get("state") == "running" and status.get("host") == platform.node()
+    if not here or is_locked(folder) is not False:
+        return False
+    try:
+        os.kill(status["launcher"], 0)
+    except (ProcessLookupError, OverflowError, TypeError, KeyError):
+        return True
+    except PermissionError:  # another user's process
+        pass
+    return False
+
+
+def owner(launched: bool = False) -> dict[str, Any]:
+    """What :func:`was_killed` needs: this host, and if ``launched`` the process that started this one."""
+    return {"host": platform.node(), "launcher": os.getppid() if launched and os.name == "posix" else None}
 
 
 # -- messages ----------------------------------------------------------------------------------------

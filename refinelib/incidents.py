@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import shutil
@@ -32,7 +33,7 @@ from refinelib.guard.faults import Injector
 from refinelib.guard.monitor import Row
 from refinelib.modeling import IGNORED
 from refinelib.modeling.losses import MaskLoss
-from refinelib.runs import find_runs
+from refinelib.runs import DEBUG_DIR, find_runs, places
 
 #: Of the folder's layout, and of the weights in it: an incident goes with the checkpoints of its time.
 FORMAT = 10 * checkpoints.FORMAT + 2
@@ -168,19 +169,21 @@ def _step(settings: Settings, model: nn.Module, loss: MaskLoss, injector: Inject
 def find(incident: PathLike | None = None, *, output_dir: str = "outputs") -> Path | None:
     """The folder of an incident; without one given, the newest of the run that last had one.
 
-    What another version left is passed over, unless it is given.
+    Debug runs and smoke runs come after the others. What another version left is passed over, unless it is
+    given.
 
     Raises:
         IncidentError: the folder given holds none.
     """
     if incident is not None:
-        places = Path(incident).expanduser(), absolute(incident)
-        folder = next((path for path in places if path.is_dir()), Path(incident))
+        named = Path(incident).expanduser(), absolute(incident)
+        folder = next((path for path in named if path.is_dir()), Path(incident))
         read_report(folder)
         return folder
     root = absolute(output_dir)
-    runs = [*find_runs(root), *find_runs(root / "smoke")]
-    for run in sorted(runs, key=lambda run: -(run.folder / "status.json").stat().st_mtime):
+    folders = dict.fromkeys([*places(output_dir), root / DEBUG_DIR, root / "smoke"])
+    last = [sorted(find_runs(f), key=lambda r: -(r.folder / "status.json").stat().st_mtime) for f in folders]
+    for run in itertools.chain(*last):
         for report in sorted(run.folder.glob("incidents/*/report.json"), reverse=True):
             with contextlib.suppress(IncidentError):
                 read_report(report.parent)

@@ -19,7 +19,7 @@ from refinelib.config import Settings, SettingsError, resolve
 from refinelib.files import shown
 from refinelib.guard import faults
 from refinelib.guard.rewind import DivergedError
-from refinelib.runs import Run
+from refinelib.runs import Follower, Run
 
 #: Tells the processes which folder their run has.
 FOLDER = "REFINELIB_RUN_FOLDER"
@@ -63,7 +63,7 @@ def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) ->
 
     Args:
         settings: from :func:`refinelib.resolve`.
-        on_epoch: called in this process with the run after each epoch.
+        on_epoch: called in this process with the run after each epoch, and once more at its end.
 
     Raises:
         SettingsError: this host has fewer GPUs, or the batch fewer ROIs.
@@ -101,9 +101,20 @@ def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) ->
         except BaseException as error:
             process.send_signal(signal.SIGINT)  # each process ends after the step it is in, with a checkpoint
             process.wait()
+            show_end(run, on_epoch)
             error.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
             raise
-    return _ended(run, process.returncode)
+    try:
+        return _ended(run, process.returncode)
+    finally:
+        show_end(run, on_epoch)
+
+
+def show_end(run: Run, on_epoch: Callable[[Run], None] | None) -> None:
+    """Show the last state of a run that has ended; an error of ``on_epoch`` does not change how it did."""
+    if on_epoch is not None and not isinstance(run, Follower) and run.epochs():
+        with contextlib.suppress(Exception):
+            on_epoch(run)
 
 
 def say(line: str) -> None:

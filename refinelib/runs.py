@@ -19,17 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from refinelib import files
-from refinelib.config import Settings, absolute, fields, project_root
+from refinelib.config import RUNS_DIR, SMOKE_DIR, SMOKE_VARIABLE, Settings, absolute, fields, project_root
 from refinelib.files import (
     PathLike,
     append_whole,
     dumps,
     exclusive,
-    is_locked,
     read_json,
     reason,
+    was_killed,
     write_atomically,
 )
+
+#: Folder of debug runs in the folder of all runs.
+DEBUG_DIR = "debug-runs"
 
 
 class RunError(RuntimeError):
@@ -131,15 +134,23 @@ class Run:
 
     @classmethod
     def open(cls, run: PathLike, *, output_dir: str = "outputs") -> Run:
-        """A run on disk, finished or still going, by its folder or its name under ``outputs/``."""
-        for folder in (Path(run), absolute(output_dir) / run, absolute(run)):
+        """A run on disk, finished or still going, by its folder or its name under ``outputs/``.
+
+        Raises:
+            RunError: there is none; the message names a smoke run, a debug run or a phase of that name.
+        """
+        root, *others = places(output_dir)
+        for folder in (Path(run), root / run, *(other / run for other in others), absolute(run)):
             if (folder / "status.json").is_file():
                 return cls(folder)
-        known = ", ".join(sorted(found.name for found in find_runs(output_dir))) or "none: train first"
-        files = (file for depth in ("*/*", "*") for file in absolute(output_dir).glob(f"{depth}/config.json"))
-        places = {file.parent.name: file.parent for file in files}  # phases lie a folder deeper
-        near = difflib.get_close_matches(Path(run).name, places, 1)
-        missing = f"there is no run {str(run)!r}" + "".join(f"; did you mean {places[one]}" for one in near)
+        missing = f"there is no run {str(run)!r} in {root}"
+        if below := runs_below(root, str(run)):
+            raise RunError(f"{missing}; there is {' and '.join(below)}: give that as its name")
+        known = ", ".join(sorted(found.name for found in find_runs(root))) or "none: train first"
+        files = (file for depth in ("*/*", "*") for file in root.glob(f"{depth}/config.json"))
+        folders = {file.parent.name: file.parent for file in files}  # phases lie a folder deeper
+        near = difflib.get_close_matches(Path(run).name, folders, 1)
+        missing += "".join(f"; did you mean {folders[one]}" for one in near)
         raise RunError(f"{missing}: give a folder with status.json; there are {known}")
 
     # -- writing
@@ -310,7 +321,7 @@ class Run:
         """What ``status.json`` holds: state, step, epoch, best, metrics.
 
         The state of a run whose process was killed is ``killed`` in place of ``running``; see
-        :func:`was_killed`.
+        :func:`~refinelib.files.was_killed`.
 
         Raises:
             RunError: it is missing or damaged.
@@ -381,31 +392,22 @@ class Run:
             return re.sub(r"-\d+$", "", self.name)
 
 
-def was_killed(folder: Path, status: dict[str, Any]) -> bool:
-    """Whether a status says ``running`` though no process works in its folder any more.
+def places(output_dir: str = RUNS_DIR) -> list[Path]:
+    """Folders in which a run is looked for by its name; new ones are made in the first.
 
-    Only the host that the status names can tell, by the folder's lock. While a launcher (``torchrun``) lives,
-    it may start its processes again: the lock is free until they take it.
-
-    Args:
-        folder: of a run or of a phase sequence.
-        status: its state and its :func:`owner`.
+    With ``REFINELIB_SMOKE`` smoke runs come first. A debug run may start from the weights of any run.
     """
-    here = status.get("state") == "running" and status.get("host") == platform.node()
-    if not here or is_locked(folder) is not False:
-        return False
-    try:
-        os.kill(status["launcher"], 0)
-    except (ProcessLookupError, OverflowError, TypeError, KeyError):
-        return True
-    except PermissionError:  # another user's process
-        pass
-    return False
+    root = absolute(output_dir)
+    smoke = os.environ.get(SMOKE_VARIABLE, "").lower() not in ("", "0", "false", "off", "no")
+    first = [absolute(SMOKE_DIR)] if smoke and output_dir == RUNS_DIR else []
+    return [*first, root, *[root.parent] * (root.name == DEBUG_DIR)]
 
 
-def owner(launched: bool = False) -> dict[str, Any]:
-    """What :func:`was_killed` needs: this host, and if ``launched`` the process that started this one."""
-    return {"host": platform.node(), "launcher": os.getppid() if launched and os.name == "posix" else None}
+def runs_below(root: Path, name: str | None = None) -> list[str]:
+    """The newest run (of a name) in each folder below a folder of runs, as :meth:`Run.open` finds it."""
+    folders = sorted(folder for pattern in ("*/", "*/*/") for folder in root.glob(pattern))
+    found = (newest(folder, name) for folder in folders)
+    return [str(run.folder.relative_to(root)) for run in found if run is not None]
 
 
 def find_runs(root: PathLike = "outputs", name: str | None = None) -> list[Run]:
@@ -454,9 +456,13 @@ def latest(output_dir: str = "outputs") -> Run:
     Raises:
         RunError: there is none.
     """
-    if run := newest(output_dir):
+    root = places(output_dir)[0]
+    if run := newest(root):
         return run
-    raise RunError(f"there is no run under {absolute(output_dir)} yet: `make train` makes one")
+    below = ", ".join(runs_below(root)) or "none"
+    raise RunError(
+        f"there is no run under {root} yet: `make train` makes one; in its folders there are {below}"
+    )
 
 
 class Follower(Run):

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,15 +26,16 @@ from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
 from refinelib.data.arrays import sources_of
 from refinelib.data.loader import Plan
+from refinelib.files import owner
 from refinelib.guard import faults
 from refinelib.guard.diagnose import Finding
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError
 from refinelib.incidents import capture
-from refinelib.launch import FOLDER, Interruption, launch, refuse_processes, refuse_wrong_values
+from refinelib.launch import FOLDER, Interruption, launch, refuse_processes, refuse_wrong_values, show_end
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
-from refinelib.runs import Follower, Run, owner
+from refinelib.runs import Follower, Run
 from refinelib.state import ADVICE, TrainingState, random_state
 
 #: A run is not called trained if its loss did not fall and its target IoU fell by more than this.
@@ -52,7 +54,8 @@ def train(settings: Settings, *, data: Any = None, on_epoch: Callable[[Run], Non
             (:class:`~refinelib.data.ArrayPeople`), or two of them as a tuple, train and val. Of a single one
             ``seed`` chooses about every fifth item for val (:func:`~refinelib.data.arrays.sources_of`). To
             resume, give the same data.
-        on_epoch: called with the run after each epoch's records are on disk (a live panel, say).
+        on_epoch: called with the run after each epoch's records are on disk (a live panel, say), and once
+            more when the run has ended, however it did.
 
     Returns:
         The finished run.
@@ -108,6 +111,7 @@ def train(settings: Settings, *, data: Any = None, on_epoch: Callable[[Run], Non
                     # The ranks cannot part while a graph holds their collectives.
                     trainer.stepper.graph = None
                 run.close()
+                show_end(run, on_epoch)
     return run
 
 
@@ -141,8 +145,8 @@ class Trainer(TrainingState):
             self.say("inject", f"the planted fault {fault} never comes: the run has {total} steps")
         self.rewinder.start(self.step)
         interruption.deferred = True
-        # Only a terminal shows the bar; the lines of the epochs are printed everywhere.
-        silent = None if self.leads else True
+        # Only a terminal shows the bar: below a panel in a notebook, its old states would stay.
+        silent = None if self.leads and "ipykernel" not in sys.modules else True
         progress = tqdm(total=total, initial=self.step, desc=self.run.name, unit=" steps", disable=silent)
         with contextlib.closing(self.writer), progress as bar:
             while self.step < total:

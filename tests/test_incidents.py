@@ -311,7 +311,15 @@ def test_an_incident_of_an_older_version_is_passed_over_unless_it_is_asked_for(f
     shutil.copytree(folder, run / "incidents" / "000003")
     (run / "status.json").write_text('{"state": "ok"}')
     assert find(output_dir=str(run.parent)) == run / "incidents" / "000003"
+    for apart in ("debug-runs", "smoke"):
+        shutil.copytree(run, run.parent / apart / "run")
+        assert find(output_dir=str(run.parent)) == run / "incidents" / "000003", (
+            "a newer one that is no result"
+        )
     rewrite(run / "incidents" / "000003", format=FORMAT - 1)
+    assert find(output_dir=str(run.parent)).is_relative_to(run.parent / "debug-runs")
+    for apart in ("debug-runs", "smoke"):
+        shutil.rmtree(run.parent / apart)
     assert find(output_dir=str(run.parent)) is None
     with pytest.raises(IncidentError, match="use the version that wrote it"):
         find(run / "incidents" / "000003")

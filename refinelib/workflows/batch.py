@@ -18,12 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from refinelib.config import Settings, SettingsError, fields, load_recipe, project_root, resolve
+from refinelib.config import Settings, SettingsError, fields, project_root, resolve
 from refinelib.launch import Interruption, echo, say
 from refinelib.runs import Run, newest
 
-#: What ``debug`` takes from params/debug.yaml: its size, and nothing else.
-SIZE = ("max_images", "epochs", "batch_size", "warmup_epochs", "width")
 #: The last columns of the table.
 ENDS = ("skipped", "seconds", "error")
 #: The command line that trains without a notebook.
@@ -72,7 +70,7 @@ def plan(
     Args:
         recipes: names of files in ``params/``, or paths to some; one that comes twice is trained twice.
         overrides: settings by name; a text with commas is several values, unless the setting is a text.
-        debug: a rehearsal, small as the recipe ``debug`` is; ``overrides`` come first.
+        debug: a debug run of each (:func:`refinelib.workflows.examples.debug_run`); ``overrides`` come first.
 
     Raises:
         SettingsError: a recipe or setting is wrong, or a value comes twice.
@@ -81,14 +79,16 @@ def plan(
         >>> [job.name for job in plan(["best"], {"data": "synthetic", "lr": "1e-3,5e-4", "seed": "0,1"})]
         ['best-lr0.001-seed0', 'best-lr0.001-seed1', 'best-lr0.0005-seed0', 'best-lr0.0005-seed1']
     """
-    size = {name: value for name, value in load_recipe("debug").items() if debug and name in SIZE}
-    grid = {name: values_of(name, value) for name, value in {**size, **(overrides or {})}.items()}
+    from refinelib.workflows import examples  # slow to import
+
+    grid = {name: values_of(name, value) for name, value in (overrides or {}).items()}
     varied = tuple(name for name, values in grid.items() if len(values) > 1)
     jobs: dict[str, Job] = {}
     for recipe in recipes:
         labels: set[str] = set()
         for values in itertools.product(*grid.values()):
             given = {**dict(zip(grid, values, strict=True)), "recipe": recipe}
+            given = examples.debug_run(given) if debug else given
             settings = resolve(recipe, **given)
             if ":" in settings.device:
                 rule = "the batch shares out the GPUs: give cuda, and choose some by CUDA_VISIBLE_DEVICES"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from refinelib import checkpoints, trainer
-from refinelib.config import absolute, resolve
-from refinelib.runs import Run, RunError, newest
+from refinelib.config import absolute, load_recipe, resolve
+from refinelib.runs import DEBUG_DIR, Run, RunError, newest, places
+
+#: What a debug run takes from params/debug.yaml: its size, and nothing else.
+SIZE = ("max_images", "epochs", "batch_size", "warmup_epochs", "width")
 
 
 def root(output_dir: str = "outputs") -> Path:
     """Folder of the runs; in smoke size the folder of smoke runs."""
-    settings = resolve("debug", output_dir=output_dir)
-    return settings.path(settings.output_dir)
+    return places(output_dir)[0]
 
 
 def named(runs: Iterable[str | Run] | str | None, *, only_ok: bool = False) -> list[str | Run]:
@@ -76,11 +78,26 @@ def find(
         RunError: the run that is named does not exist.
     """
     if run is not None:
-        return run if isinstance(run, Run) else Run.open(run, output_dir=str(root(output_dir)))
+        return run if isinstance(run, Run) else Run.open(run, output_dir=output_dir)
     for folder in (root(output_dir), absolute(output_dir), absolute(output_dir) / "smoke"):
         if found := newest(folder, name, fits=fits):
             return found
     return tiny(output_dir, run=name, **overrides)
+
+
+def debug_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a debug run: small as the recipe ``debug``, and apart from the runs of its own recipe.
+
+    It lies in the folder ``debug-runs`` of its ``output_dir``, so that nobody takes it for a result.
+
+    Args:
+        given: settings by name, which come first.
+    """
+    size = {name: value for name, value in load_recipe("debug").items() if name in SIZE}
+    chosen = {**size, **{name: value for name, value in given.items() if value is not None}}
+    settings = resolve(**chosen)
+    root, store = settings.output_dir, settings.store_dir
+    return {**chosen, "output_dir": f"{root}/{DEBUG_DIR}", "store_dir": store or f"{root}/stores"}
 
 
 def tiny(output_dir: str = "outputs", **overrides: Any) -> Run:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from refinelib import checkpoints
 from refinelib.config import Settings, SettingsError, absolute, names_with_role, resolve
 from refinelib.data import open_splits
-from refinelib.files import dumps, exclusive, read_json, write_atomically
+from refinelib.files import dumps, exclusive, owner, read_json, was_killed, write_atomically
 from refinelib.metrics import predict
-from refinelib.runs import Run, RunError, is_free, owner, was_killed
+from refinelib.runs import Run, RunError, is_free
 from refinelib.trainer import train
 from refinelib.workflows.checks import Check
 

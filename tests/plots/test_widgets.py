@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import signal
+import sys
 
+import ipykernel  # noqa: F401  # as in a notebook
 import nbclient
 import nbformat
 import numpy as np
@@ -89,12 +95,48 @@ def test_the_live_panel_is_shown_once_and_then_replaced_in_place(tmp_path, watch
         shown.append(figure._repr_png_())
         return Handle()
 
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(ipython_display, "display", display)
     settings = refinelib.resolve("debug", output_dir=str(tmp_path), smoke=True, epochs=2)
     run = refinelib.train(settings, on_epoch=widgets.live_panel(samples=2))
-    assert len(shown) == len(updated) == 2 and shown[0] != updated[0] and shown[1] != updated[1]
+    assert len(shown) == 2 and len(updated) == 4  # two epochs and the end of the run
+    assert len({shown[0], *updated[::2]}) == len({shown[1], *updated[1::2]}) == 3
+    assert "ipykernel" in sys.modules and terminal.getvalue() == ""  # no bar whose old states would stay
     assert run.status()["state"] == "ok"
     assert all(part.startswith(b"\x89PNG") for part in shown + updated)
+
+
+@pytest.mark.parametrize(
+    "inject, state", [("", "ok"), ("loss:nan@1:always", "diverged"), ("kernel", "interrupted")], ids=str
+)
+def test_the_live_panel_shows_how_the_run_ended(tmp_path, watched, monkeypatch, inject, state):
+    from IPython import display as ipython_display
+
+    titles = []
+
+    class Handle:
+        def update(self, figure):
+            titles.append(figure.get_suptitle())
+
+    def stop(run):
+        panel(run)
+        if inject == "kernel":  # as a click on the button
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ipython_display, "display", lambda figure, **_: Handle())
+    panel = widgets.live_panel(samples=2)
+    size = {"smoke": True, "epochs": 2, "inject": inject.replace("kernel", "") or None, "max_rewinds": 0}
+    settings = refinelib.resolve("debug", output_dir=str(tmp_path), **size)
+    with contextlib.suppress(refinelib.DivergedError, KeyboardInterrupt):
+        refinelib.train(settings, on_epoch=stop)
+    assert refinelib.Run.open(tmp_path / "debug").status()["state"] == state
+    epoch = 2 if state == "ok" else 1
+    assert all(f"[{state}, epoch {epoch} of 2" in title for title in titles[-2:])
 
 
 def test_in_a_watched_kernel_the_panel_is_two_pictures_and_the_sliders_are_widgets(trained, monkeypatch):

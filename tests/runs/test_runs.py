@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from refinelib import runs
 from refinelib.__main__ import main
+from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
-from refinelib.files import dumps, is_locked
-from refinelib.runs import Run, RunError, find_runs, latest, newest, owner
+from refinelib.files import dumps, is_locked, owner
+from refinelib.metrics.predict import load
+from refinelib.runs import Run, RunError, find_runs, latest, newest
 
 
 def settings(tmp_path, **keywords):
@@ -196,6 +198,33 @@ def test_a_glance_at_the_lock_keeps_nobody_from_training(tmp_path):
             with run.exclusive():
                 held += 1
     assert held and set(glances.result()) == {True, False}
+
+
+def test_smoke_runs_and_debug_runs_live_apart_and_are_found_where_they_live(tmp_path, monkeypatch):
+    monkeypatch.setattr("refinelib.config.project_root", lambda: tmp_path)
+
+    def made(name):
+        folder = tmp_path / "outputs" / name
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text('{"state": "ok"}')
+        return folder
+
+    smoke, _, debug = made("smoke/w1"), made("debug-runs/original"), made("debug-runs/original-2")
+    with pytest.raises(CheckpointError, match=r"no run 'w1' in .*outputs; there is smoke/w1: give that"):
+        load("w1")
+    with pytest.raises(RunError, match=r"'original' in .*outputs; there is debug-runs/original-2: give that"):
+        Run.open("original")
+    with pytest.raises(RunError, match=r"no run under .*outputs yet: .* debug-runs/original-2, smoke/w1"):
+        latest()
+    assert Run.open("smoke/w1").folder == smoke and Run.open("debug-runs/original-2").folder == debug
+    mine, weights = made("original"), made("phase1")
+    assert Run.open("original").folder == mine and newest("outputs", "original").folder == mine
+    inside = {"output_dir": "outputs/debug-runs"}  # init_from of a debug run: a debug run, else any run
+    assert Run.open("original-2", **inside).folder == debug and Run.open("phase1", **inside).folder == weights
+    monkeypatch.setenv("REFINELIB_SMOKE", "1")
+    assert Run.open("w1").folder == latest().folder == smoke and Run.open("phase1").folder == weights
+    monkeypatch.setenv("REFINELIB_SMOKE", "0")
+    assert latest().folder in (mine, weights)
 
 
 def test_lines_are_strict_json(tmp_path):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from refinelib.__main__ import main
 from refinelib.config import SettingsError, project_root, resolve
-from refinelib.runs import Run
+from refinelib.runs import Run, newest
 from refinelib.workflows import batch, compare
 
 ENVIRONMENT = {**os.environ, "REFINELIB_SMOKE": "1", "OMP_NUM_THREADS": "1"}
@@ -279,17 +279,21 @@ def test_how_a_notebook_ended_is_one_line(monkeypatch, raised, line):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_is_small_and_what_is_given_stays(tmp_path):
+def test_a_debug_run_is_small_and_apart_and_what_is_given_stays(tmp_path):
     line = command("phase1", "--debug", "--epochs", 1, output_dir=tmp_path)
     done = subprocess.run(
         line, cwd=project_root(), env=ENVIRONMENT, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    settings = Run(tmp_path / "phase1").settings()
+    apart = tmp_path / "debug-runs"
+    settings = Run(apart / "phase1").settings()
     assert (settings.max_images, settings.batch_size, settings.epochs, settings.lr) == (6, 1, 1, 5e-6)
     assert "\nepoch    1/1" in done.stdout and "| phase1 | ok | 1 of 1 |" in done.stdout
-    assert f"phase1, 1 of 1: {tmp_path / 'phase1.ipynb'}" in done.stdout
-    assert (tmp_path / "phase1.ipynb").is_file() and not (tmp_path / "batch.csv").exists()
+    assert f"phase1, 1 of 1: {apart / 'phase1.ipynb'}" in done.stdout
+    assert (apart / "phase1.ipynb").is_file() and not (apart / "batch.csv").exists()
+    assert newest(tmp_path, "phase1") is None and {file.name for file in tmp_path.iterdir()} == {
+        "debug-runs", "stores"
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ import torch
 from helpers import make_run
 
 from refinelib import checkpoints
-from refinelib.files import dumps
-from refinelib.runs import Run, RunError, latest, owner
+from refinelib.files import dumps, owner
+from refinelib.runs import Run, RunError, latest
 from refinelib.workflows import compare, examples
 from refinelib.workflows.compare import groups, names_of
 
