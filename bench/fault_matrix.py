@@ -42,7 +42,8 @@ from refinelib import ranks
 from refinelib.config import resolve
 from refinelib.guard.diagnose import Finding, Step
 from refinelib.guard.faults import Injector, parse
-from refinelib.runs import Follower, Run
+from refinelib.launch import Follower
+from refinelib.runs import Run
 from refinelib.trainer import Trainer
 
 #: Fault, and whether the step has to be skipped.

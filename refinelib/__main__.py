@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refinelib.files import dumps
-from refinelib.runs import Follower, Run, latest
+from refinelib.runs import Run, latest
 
 _SAVED = (
     "write report.json, people.csv, coco_results.json there, for programs evaluation.npz, evaluation.json"
@@ -206,6 +206,7 @@ def _summary(run: str) -> int:
 
 def _train(recipe: str | None, given: list[list[str]]) -> int:
     from refinelib.config import resolve
+    from refinelib.launch import Follower
     from refinelib.trainer import train
 
     try:

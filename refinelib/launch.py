@@ -19,7 +19,7 @@ from refinelib.config import Settings, SettingsError, resolve
 from refinelib.files import shown
 from refinelib.guard import faults
 from refinelib.guard.rewind import DivergedError
-from refinelib.runs import Follower, Run
+from refinelib.runs import Run
 
 #: Tells the processes which folder their run has.
 FOLDER = "REFINELIB_RUN_FOLDER"
@@ -27,6 +27,31 @@ FOLDER = "REFINELIB_RUN_FOLDER"
 RESTARTS = 3
 #: Seconds between two looks at the run's records.
 LOOK = 0.5
+
+
+class Follower(Run):
+    """A run as the ranks see it that do not write it (:mod:`refinelib.ranks`): records go nowhere."""
+
+    def record_settings(self, settings: Settings, device: str, **further: Any) -> None:
+        """Write nothing."""
+
+    def update(self, **changes: Any) -> None:
+        """Write nothing."""
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """Keep what only this process knows, for rank 0 to write."""
+        self.slowed += [message] * (kind == "speed")
+
+    def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
+        """Write nothing."""
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Rank 0 holds the run."""
+        yield
 
 
 class Interruption:

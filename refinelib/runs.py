@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from refinelib import files
-from refinelib.config import RUNS_DIR, SMOKE_DIR, SMOKE_VARIABLE, Settings, absolute, fields, project_root
+from refinelib import config, files
+from refinelib.config import Settings, absolute, fields, names_with_role, project_root
 from refinelib.files import (
     PathLike,
     append_whole,
@@ -99,7 +99,7 @@ class Run:
 
     @classmethod
     def start(cls, settings: Settings, begun: PathLike | None = None) -> Run:
-        """A new folder for this run, or with ``resume`` the newest one of its name; or the one ``begun``.
+        """A new folder for this run, with ``resume`` the newest one of its name and settings; or ``begun``.
 
         No folder of a run that took a step is ever written over: the next free number is appended to the
         name. A start that failed before its first step gives its name back (:func:`is_free`).
@@ -114,6 +114,7 @@ class Run:
             found = find_runs(root, name)
             # A start that failed early has no checkpoint: it must not hide the run before it.
             found = [run for run in found if run.has_checkpoint] or found
+            found = [run for run in found if run.fits(settings)] or found  # else the settings are refused
             if not found:
                 missing = f"there is no run named {name!r} under {root} to resume"
                 raise RunError(f"{missing}: start it without resume")
@@ -160,7 +161,7 @@ class Run:
         import torch
 
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "numpy": numpy.__version__}
-        config = {
+        content = {
             "settings": settings.model_dump(mode="json"),
             "recipe": settings.recipe,
             "git_commit": _git_commit(),
@@ -173,7 +174,7 @@ class Run:
         }
         resumed = (self.folder / "config.json").exists()
         name = f"config.resumed-{int(time.time())}.json" if resumed else "config.json"
-        write_atomically(self.folder / name, dumps(config, indent=2))
+        write_atomically(self.folder / name, dumps(content, indent=2))
 
     def update(self, **changes: Any) -> None:
         """Change fields of ``status.json``, atomically.
@@ -239,9 +240,7 @@ class Run:
             RunError: another process is training it.
         """
         wait = "wait until it ends, or start a run of another name"
-        busy = RunError(f"{self.folder} is being trained by another process: {wait}")
-        busy.run = self  # type: ignore[attr-defined]  # a notebook shows what there is
-        with exclusive(self.folder, busy):
+        with exclusive(self.folder, RunError(f"{self.folder} is being trained by another process: {wait}")):
             for file in self.folder.rglob(".*.tmp"):
                 with contextlib.suppress(OSError):
                     file.unlink()
@@ -337,7 +336,7 @@ class Run:
     def _end_of_killed(self, status: dict[str, Any]) -> dict[str, str]:
         where = (f"{name} {status.get(name)} of {status.get(f'{name}s')}" for name in ("epoch", "step"))
         how = "-p resume true goes on" if self.has_checkpoint else "there is no checkpoint, so start it again"
-        return {"state": "killed", "last_error": f"killed after {', '.join(where)}; {how}"}
+        return {"state": "killed", "last_error": f"stopped after {', '.join(where)}; {how}"}
 
     def steps(self) -> list[dict[str, Any]]:
         """Lines of ``metrics.jsonl``, one for every ``log_every`` steps."""
@@ -383,6 +382,15 @@ class Run:
         rows |= {name: str(self.folder / name) for name in ("checkpoints", "figures")}
         return "\n".join(f"{name:20} {text}" for name, text in rows.items())
 
+    def fits(self, settings: Settings, *, exactly: bool = False) -> bool:
+        """Whether it was started with these settings, as far as a resume needs; or ``exactly``."""
+        with contextlib.suppress(RunError):
+            then, now = self.config()["settings"], settings.model_dump(mode="json")
+            return (
+                {**then, "resume": now["resume"]} == now if exactly else not changed_settings(settings, then)
+            )
+        return False
+
     def started_as(self) -> str:
         """The name the run was started under: ``coco-2017`` may be the 2017th run of ``coco``, or not."""
         try:
@@ -392,14 +400,14 @@ class Run:
             return re.sub(r"-\d+$", "", self.name)
 
 
-def places(output_dir: str = RUNS_DIR) -> list[Path]:
+def places(output_dir: str = config.RUNS_DIR) -> list[Path]:
     """Folders in which a run is looked for by its name; new ones are made in the first.
 
     With ``REFINELIB_SMOKE`` smoke runs come first. A debug run may start from the weights of any run.
     """
     root = absolute(output_dir)
-    smoke = os.environ.get(SMOKE_VARIABLE, "").lower() not in ("", "0", "false", "off", "no")
-    first = [absolute(SMOKE_DIR)] if smoke and output_dir == RUNS_DIR else []
+    smoke = os.environ.get(config.SMOKE_VARIABLE, "").lower() not in ("", "0", "false", "off", "no")
+    first = [absolute(config.SMOKE_DIR)] if smoke and output_dir == config.RUNS_DIR else []
     return [*first, root, *[root.parent] * (root.name == DEBUG_DIR)]
 
 
@@ -408,6 +416,18 @@ def runs_below(root: Path, name: str | None = None) -> list[str]:
     folders = sorted(folder for pattern in ("*/", "*/*/") for folder in root.glob(pattern))
     found = (newest(folder, name) for folder in folders)
     return [str(run.folder.relative_to(root)) for run in found if run is not None]
+
+
+def changed_settings(settings: Settings, then: dict[str, Any]) -> list[str]:
+    """What differs from the settings that a run was started with, and must not where it is resumed.
+
+    What only says where a run lies and what it leaves may differ, and ``epochs``, which stretches the rest of
+    the schedule.
+    """
+    now = settings.model_dump(mode="json")
+    free = names_with_role("run", "inference") | {"add_pennfudan", "epochs", "init_from", "max_rewinds"}
+    names = [name for name in then if name in now and name not in free and then[name] != now[name]]
+    return [f"{name} was {then[name]}, is {now[name]}" for name in names]
 
 
 def find_runs(root: PathLike = "outputs", name: str | None = None) -> list[Run]:
@@ -463,31 +483,6 @@ def latest(output_dir: str = "outputs") -> Run:
     raise RunError(
         f"there is no run under {root} yet: `make train` makes one; in its folders there are {below}"
     )
-
-
-class Follower(Run):
-    """A run as the ranks see it that do not write it (:mod:`refinelib.ranks`): records go nowhere."""
-
-    def record_settings(self, settings: Settings, device: str, **further: Any) -> None:
-        """Write nothing."""
-
-    def update(self, **changes: Any) -> None:
-        """Write nothing."""
-
-    def metrics(self, record: dict[str, Any]) -> None:
-        """Write nothing."""
-
-    def event(self, kind: str, message: str, **fields: Any) -> None:
-        """Keep what only this process knows, for rank 0 to write."""
-        self.slowed += [message] * (kind == "speed")
-
-    def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
-        """Write nothing."""
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Rank 0 holds the run."""
-        yield
 
 
 # -- helpers -----------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from refinelib import checkpoints, ranks
 from refinelib.build import build_device, build_step, device_name, forward
 from refinelib.checkpoints import CheckpointError
-from refinelib.config import Settings, names_with_role
+from refinelib.config import Settings
 from refinelib.data import Source, open_splits
 from refinelib.gradients.record import Probe
 from refinelib.guard.rewind import Rewinder, Snapshot
 from refinelib.registry import REFINEMENTS
-from refinelib.runs import Run
+from refinelib.runs import Run, changed_settings
 from refinelib.step import Stepper
 from refinelib.steplog import StepLog
 
@@ -255,16 +255,10 @@ class TrainingState:
 def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
     """A run that resumed with another learning rate or precision would be neither the old one nor the new.
 
-    What only says where a run lies and what it leaves may differ, and ``epochs``, which stretches the rest of
-    the schedule.
-
     Raises:
-        CheckpointError: names each setting that differs.
+        CheckpointError: names each setting that differs (:func:`~refinelib.runs.changed_settings`).
     """
-    now = settings.model_dump(mode="json")
-    free = names_with_role("run", "inference") | {"add_pennfudan", "epochs", "init_from", "max_rewinds"}
-    names = [name for name in then if name in now and name not in free and then[name] != now[name]]
-    if changed := [f"{name} was {then[name]}, is {now[name]}" for name in names]:
+    if changed := changed_settings(settings, then):
         wrong = f"resume goes on with the settings it was started with, and {'; '.join(changed)}"
         raise CheckpointError(f"{wrong}: leave that as it was, or {NEW_RUN}")
 

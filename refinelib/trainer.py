@@ -32,10 +32,18 @@ from refinelib.guard.diagnose import Finding
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError
 from refinelib.incidents import capture
-from refinelib.launch import FOLDER, Interruption, launch, refuse_processes, refuse_wrong_values, show_end
+from refinelib.launch import (
+    FOLDER,
+    Follower,
+    Interruption,
+    launch,
+    refuse_processes,
+    refuse_wrong_values,
+    show_end,
+)
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
-from refinelib.runs import Follower, Run
+from refinelib.runs import Run
 from refinelib.state import ADVICE, TrainingState, random_state
 
 #: A run is not called trained if its loss did not fall and its target IoU fell by more than this.

@@ -79,8 +79,6 @@ def plan(
         >>> [job.name for job in plan(["best"], {"data": "synthetic", "lr": "1e-3,5e-4", "seed": "0,1"})]
         ['best-lr0.001-seed0', 'best-lr0.001-seed1', 'best-lr0.0005-seed0', 'best-lr0.0005-seed1']
     """
-    from refinelib.workflows import examples  # slow to import
-
     grid = {name: values_of(name, value) for name, value in (overrides or {}).items()}
     varied = tuple(name for name, values in grid.items() if len(values) > 1)
     jobs: dict[str, Job] = {}
@@ -88,7 +86,10 @@ def plan(
         labels: set[str] = set()
         for values in itertools.product(*grid.values()):
             given = {**dict(zip(grid, values, strict=True)), "recipe": recipe}
-            given = examples.debug_run(given) if debug else given
+            if debug:
+                from refinelib.workflows.examples import debug_run  # slow to import
+
+                given = debug_run(given)
             settings = resolve(recipe, **given)
             if ":" in settings.device:
                 rule = "the batch shares out the GPUs: give cuda, and choose some by CUDA_VISIBLE_DEVICES"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from refinelib import checkpoints, trainer
-from refinelib.config import absolute, load_recipe, resolve
+from refinelib.config import Settings, absolute, load_recipe, resolve
+from refinelib.files import is_locked
+from refinelib.plots import widgets
 from refinelib.runs import DEBUG_DIR, Run, RunError, newest, places
 
 #: What a debug run takes from params/debug.yaml: its size, and nothing else.
@@ -105,6 +108,41 @@ def tiny(output_dir: str = "outputs", **overrides: Any) -> Run:
     size = {"epochs": 8, "max_images": 24, "width": 0.0625, "batch_size": 4, "roi_size": 32, "mask_size": 32}
     settings = {"output_dir": output_dir, **size, "lr": 3e-3, "context": 0.5, **overrides}
     return trainer.train(resolve("debug", **{**settings, "run": settings.get("run") or "tiny"}))
+
+
+def earlier(settings: Settings) -> Run | None:
+    """The run of this name and these settings that a notebook shows, in place of training it twice.
+
+    It prints what there is and how to go on. A run without any epoch or checkpoint does not count.
+
+    Args:
+        settings: of the notebook. A finished run has the very same ones, another one those of a resume.
+
+    Returns:
+        None where the notebook trains: there is no such run, nobody watches (papermill), or with ``resume``.
+    """
+
+    def is_same(run: Run) -> bool:
+        with contextlib.suppress(RunError):
+            state = run.status().get("state")
+            has_something = state == "running" or run.has_checkpoint or bool(run.epochs())
+            return has_something and run.fits(settings, exactly=state == "ok")
+        return False
+
+    run = newest(settings.path(settings.output_dir), settings.run_name, fits=is_same)
+    if run is None or (settings.resume and not (widgets.interactive() and is_locked(run.folder))):
+        return None
+    status = run.status()
+    state, goes_on = status.get("state"), run.has_checkpoint and status.get("state") not in ("ok", "diverged")
+    where = status.get("last_error") or f"epoch {status.get('epoch')} of {status.get('epochs')}"
+    about = f"{run.name}, a run of these settings, is {state} ({where})"
+    if not widgets.interactive():
+        print(f"{about}. A new run is trained{'; with -p resume true that one goes on' if goes_on else ''}.")
+        return None
+    again = "resume = True in the parameters goes on with it, " if goes_on else ""
+    again = "" if settings.resume else f": {again}run = 'NAME' trains a new one"
+    print(f"{about}. It is shown below, and nothing is trained here{again}.")
+    return run
 
 
 def has_weights(run: Run) -> bool:

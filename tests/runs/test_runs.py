@@ -165,7 +165,7 @@ def test_a_run_that_says_running_and_holds_no_lock_was_killed(tmp_path, capsys):
     with run.exclusive():
         assert run.status()["state"] == "running" and main(["summary", str(run.folder)]) == 0
     assert main(["summary", str(run.folder)]) == 1
-    told = "killed (killed after epoch 1 of 5, step 20 of 100; there is no checkpoint, so start it again)"
+    told = "killed (stopped after epoch 1 of 5, step 20 of 100; there is no checkpoint, so start it again)"
     assert told in capsys.readouterr().out
     (run.folder / "checkpoints" / "last.pt").touch()
     assert run.status()["last_error"].endswith("; -p resume true goes on")

@@ -194,7 +194,7 @@ def test_killed_by_injection(tiny, tmp_path):
     assert done.returncode == -signal.SIGKILL
     status = Run.open(tmp_path / "killed").status()  # it had no time to say so
     assert status["state"] == "killed" and status["last_error"].startswith(
-        "killed after epoch 1 of 2, step 4 of 8"
+        "stopped after epoch 1 of 2, step 4 of 8"
     )
 
 
