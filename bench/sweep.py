@@ -544,7 +544,9 @@ def nonfinite(content: Any) -> list[str]:
 def small_model(settings: Settings, *, buffers: bool, real: Callable = build.build_model) -> nn.Module:
     """The model with every kind of module but fewer of each. ``buffers``: running statistics too."""
     model = real(settings)
-    model.shared, model.progressive.steps = model.shared[:1], model.progressive.steps[:1]
+    model.shared = model.shared[:1]
+    if model.progressive is not None:
+        model.progressive.steps = model.progressive.steps[:1]
     for unet, depth in ((model.person, 1), (model.target, 2)):
         unet.downs = nn.ModuleList(scale[:1] for scale in unet.downs[:depth])
         unet.ups = nn.ModuleList(scale[:1] for scale in unet.ups[:depth])

@@ -1,4 +1,4 @@
-"""``python -m refinelib``: fetch data, train recipes, score, predict or replay from the shell."""
+"""``refinelib`` (or ``python -m refinelib``): fetch data, train, score, predict, export, replay."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--exif", choices=["ignore", "apply"], help="orientation of image files")
     score.add_argument("--save", metavar="DIR", help=_SAVED)
     score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
+
+    exported = commands.add_parser("export", help="write a run's model as one file for another runtime")
+    exported.set_defaults(execute=_export)
+    exported.add_argument("run", help="a run's name or folder, or a checkpoint file")
+    exported.add_argument("--format", required=True, help="onnx, pt2, torchscript or safetensors")
+    exported.add_argument("--out", metavar="FILE", help="file to write; default: beside the checkpoint")
+    exported.add_argument("--flip", action=switch, help="average with the mirror image, or not")
+    exported.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
 
     summary = commands.add_parser("summary", help="print a run's metrics and where its figures lie")
     summary.set_defaults(execute=_summary)
@@ -186,6 +194,13 @@ def _fetch(data: str, folder: str, split: str | None, max_images: int | None, mi
     except KeyboardInterrupt:
         print(f"fetch: interrupted; {fetch.AGAIN}", file=sys.stderr)
         return 130
+    return 0
+
+
+def _export(**options: Any) -> int:
+    from refinelib.export import export
+
+    print(export(**options).sentence)
     return 0
 
 

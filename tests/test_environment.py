@@ -22,7 +22,7 @@ def _pins() -> dict[str, str]:
 def _declared() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *extras["test"], *extras["browser"]]
+    return [*project["dependencies"], *extras["test"], *extras["browser"], *extras["export"]]
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ ORDER = [
     {"build"},
     {"step"},
     {"metrics", "incidents", "gradients"},
-    {"state", "launch"},
+    {"state", "launch", "export"},
     {"trainer"},
     {"plots"},
     {"workflows"},

@@ -193,16 +193,26 @@ class Predictor:
         Raises:
             ValueError: an image that is not RGB, or boxes that are not what they should be.
         """
+        pixels, found = _rgb(image), [torch.zeros(0, 3, *self.settings.mask_size)]
+        for part in as_boxes(boxes).split(CROPS_AT_ONCE):
+            probs = self.roi_probs(self.crops(pixels, part))
+            found.append(centre_window(probs, self.settings.mask_size).cpu())
+        return torch.cat(found)
+
+    def crops(self, image: Any, boxes: Any) -> Tensor:
+        """What the model gets: normalised crops of the boxes with their context.
+
+        Arguments and errors are those of :meth:`probs`.
+
+        Returns:
+            float32 ``[N, 3, *canvas]`` on ``device``.
+        """
         pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
         canvas, size = self.model.canvas, self.settings.roi_size
         regions = expand_boxes(as_boxes(boxes), (canvas[0] / size[0], canvas[1] / size[1]))
-        found = [torch.zeros(0, 3, *self.settings.mask_size)]
-        for part in regions.split(CROPS_AT_ONCE):
-            with threads(1):
-                crops = crop_rois(pixels, part, canvas, fill=MEAN).round()  # as the store's bytes are
-                crops = normalise(crops.to(self.device))
-            found.append(centre_window(self.roi_probs(crops), self.settings.mask_size).cpu())
-        return torch.cat(found)
+        with threads(1):
+            crops = crop_rois(pixels, regions, canvas, fill=MEAN).round()  # as the store's bytes are
+            return normalise(crops.to(self.device))
 
     def predict(self, image: Any, boxes: Any) -> Any:
         """One mask a box, in image coordinates.
