@@ -54,7 +54,7 @@ _MODULES = {"build", "checkpoints", "data", "guard", "metrics", "modeling", "reg
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted({*_MODULE_OF, *_MODULES})
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

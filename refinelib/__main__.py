@@ -1,14 +1,15 @@
-"""``refinelib`` (or ``python -m refinelib``): fetch data, train, score, predict, export, replay."""
+"""The command ``refinelib``: fetch data, train, score, predict, export, replay."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from refinelib.files import dumps
+from refinelib.files import dumps, shipped
 from refinelib.runs import Run, latest
 
 _SAVED = (
@@ -19,7 +20,7 @@ _SETTINGS = "`papermill --help-notebook notebooks/train.ipynb` lists them with t
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m refinelib", description="Boundary-refined person masks.")
+    parser = argparse.ArgumentParser(prog="refinelib", description="Boundary-refined person masks.")
     commands = parser.add_subparsers(dest="command", required=True)
     switch = argparse.BooleanOptionalAction  # where it is not given, the run's own setting holds
     device: dict[str, Any] = {"default": "auto", "help": "auto, cpu, mps, cuda, or one GPU as cuda:1"}
@@ -115,6 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
     fetch.add_argument("--split", choices=["val", "train"], help="of COCO; default: val")
     fetch.add_argument("--max-images", type=int, help="only the first so many images of COCO")
     fetch.add_argument("--mirror", metavar="URL", help="address of a copy, in place of the authors' server")
+
+    copies = commands.add_parser(
+        "notebooks", help="copy the notebooks into a folder, to change and run there"
+    )
+    copies.set_defaults(execute=_notebooks)
+    copies.add_argument("folder", metavar="DIR", help="folder for them; nothing in it is overwritten")
 
     options = vars(parser.parse_args(arguments))
     command, execute = options.pop("command"), options.pop("execute")
@@ -253,6 +260,19 @@ def _check_data(annotations: str | None, images: str | None, given: list[list[st
         source, progress = make_source(settings, split), sys.stderr.isatty()
         print(check_data(source, picture, max_images=settings.max_images, progress=progress))
         print(f"picture: {picture}", flush=True)
+    return 0
+
+
+def _notebooks(folder: str) -> int:
+    target, notebooks = Path(folder), sorted((shipped() / "notebooks").glob("*.ipynb"))
+    if target.is_file():
+        raise ValueError(f"{target} is a file: give a folder")
+    if there := [file.name for file in notebooks if (target / file.name).exists()]:
+        raise ValueError(f"{target} already holds {', '.join(there)}: give another folder, or move them away")
+    target.mkdir(parents=True, exist_ok=True)
+    for file in notebooks:
+        print(f"wrote {shutil.copyfile(file, target / file.name)}")
+    print(f"open them: jupyter lab --notebook-dir={target}")
     return 0
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import pydantic
 from pydantic.fields import FieldInfo
 
-from refinelib.files import PathLike, parse_yaml, read_yaml, reason, shown
+from refinelib.files import PathLike, parse_yaml, read_yaml, reason, shipped, shown
 from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option, limits_in_words
 
 ROLES = ("run", "data", "model", "training", "inference")
@@ -52,12 +52,11 @@ class SettingsError(ValueError):
 
 
 def project_root() -> Path:
-    """The folder that holds ``params/`` and ``outputs/``.
+    """The folder in which a relative path such as ``outputs`` starts.
 
-    It is the checkout that the package was installed from (``pip install -e .``), else the working directory.
+    It is the checkout that the package is imported from (``pip install -e .``), else the working directory.
     """
-    checkout = Path(__file__).resolve().parents[1]
-    return checkout if (checkout / "params").is_dir() else Path.cwd()
+    return Path.cwd() if shipped() == Path(__file__).resolve().parent else shipped()
 
 
 def absolute(value: PathLike) -> Path:
@@ -347,11 +346,11 @@ def plain_values(namespace: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe(recipe: str) -> dict[str, Any]:
-    """The raw mapping in ``params/<recipe>.yaml``, or in the YAML file at that path."""
-    file = project_root() / "params" / f"{recipe}.yaml"
+    """The raw mapping in a recipe of ``params/`` by its name, or in the YAML file at that path."""
+    file = _recipes().get(recipe)
     if recipe.endswith((".yaml", ".yml")):
         file = Path(recipe) if os.path.exists(recipe) else absolute(recipe)
-    if not os.path.isfile(file):
+    if file is None or not os.path.isfile(file):
         known = recipe_names()
         nearest = _nearest(recipe, [*known, *RECIPE_ALIASES])
         raise SettingsError(f"there is no recipe {shown(recipe)}{nearest}; there are {', '.join(known)}")
@@ -365,8 +364,14 @@ def load_recipe(recipe: str) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """Names of all recipes in ``params/``."""
-    return sorted(file.stem for file in (project_root() / "params").glob("*.yaml"))
+    """Names of all recipes in ``params/``, the package's and those of the working folder."""
+    return sorted(_recipes())
+
+
+def _recipes() -> dict[str, Path]:
+    """Recipes by name; one in ``params/`` of the project's root comes before the package's of that name."""
+    folders = (shipped() / "params", project_root() / "params")
+    return {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
 
 
 def _smoke(settings: Settings) -> dict[str, Any]:

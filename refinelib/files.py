@@ -31,6 +31,18 @@ ARRAYS = 256 << 20
 PathLike = str | os.PathLike[str]
 
 
+# -- the package's own -------------------------------------------------------------------------------
+def shipped() -> Path:
+    """The folder of the package's own ``params/`` and ``notebooks/``: the installed package, or its checkout.
+
+    Example:
+        >>> (shipped() / "params" / "demo.yaml").is_file()
+        True
+    """
+    package = Path(__file__).resolve().parent
+    return package if (package / "params").is_dir() else package.parent
+
+
 # -- writing -----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:

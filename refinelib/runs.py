@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import refinelib
 from refinelib import config, files
-from refinelib.config import Settings, absolute, fields, names_with_role, project_root
+from refinelib.config import Settings, absolute, fields, names_with_role
 from refinelib.files import (
     PathLike,
     append_whole,
@@ -27,6 +28,7 @@ from refinelib.files import (
     exclusive,
     read_json,
     reason,
+    shipped,
     was_killed,
     write_atomically,
 )
@@ -161,6 +163,7 @@ class Run:
         import torch
 
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "numpy": numpy.__version__}
+        versions["refinelib"] = refinelib.__version__
         content = {
             "settings": settings.model_dump(mode="json"),
             "recipe": settings.recipe,
@@ -501,7 +504,9 @@ def _now() -> str:
 def _git_commit() -> str | None:
     """The checkout's commit, with ``+changes`` where the tree differs from it; none outside a checkout."""
     git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    if not (shipped() / ".git").exists():  # git would take a repository around an installed package
+        return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(git, cwd=project_root(), capture_output=True, text=True, check=True, timeout=5)
+        done = subprocess.run(git, cwd=shipped(), capture_output=True, text=True, check=True, timeout=5)
         return done.stdout.strip()
     return None

@@ -18,7 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from refinelib.config import Settings, SettingsError, fields, project_root, resolve
+from refinelib.config import Settings, SettingsError, fields, resolve
+from refinelib.files import shipped
 from refinelib.launch import Interruption, echo, say
 from refinelib.runs import Run, newest
 
@@ -266,7 +267,7 @@ def execute(target: str, parameters: str) -> str | None:
             import papermill  # slow to import, and not on machines that only train
             from traitlets.config import Config
 
-            source = str(project_root() / "notebooks" / "train.ipynb")
+            source = str(shipped() / "notebooks" / "train.ipynb")
             options = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
             options["config"] = Config(
                 KernelManager={"shutdown_wait_time": 2 * PATIENCE}
@@ -347,7 +348,7 @@ def save(outcomes: Sequence[Outcome]) -> Path:
 
 def compare_command(file: Path) -> str:
     """The command line that compares the runs of a table."""
-    source = os.path.relpath(project_root() / "notebooks" / "compare.ipynb")
+    source = os.path.relpath(shipped() / "notebooks" / "compare.ipynb")
     return shlex.join(["papermill", source, str(file.with_name("compare.ipynb")), "-p", "runs", str(file)])
 
 

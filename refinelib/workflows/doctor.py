@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refinelib.files import reason
+from refinelib.files import reason, shipped
 
 #: Free bytes under which a disk is called full: a store of COCO's people takes five times as much.
 LEAST_FREE = 1 << 30
@@ -158,7 +158,7 @@ def _outputs(given: dict[str, Any]) -> Iterator[Found]:
 
 
 def _recipes() -> Iterator[Found]:
-    from refinelib.config import SettingsError, project_root, recipe_names, resolve
+    from refinelib.config import SettingsError, recipe_names, resolve
 
     names, wrong = recipe_names(), dict[str, str]()
     for name in names:
@@ -166,7 +166,7 @@ def _recipes() -> Iterator[Found]:
             resolve(name)
         except SettingsError as error:
             wrong[name] = reason(error)
-    folder = project_root() / "params"
+    folder = shipped() / "params"
     if not names:
         yield Found(
             "recipes", f"{folder} holds none", "run from the project's folder, or pip install -e . in it"

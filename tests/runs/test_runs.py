@@ -346,7 +346,7 @@ def test_config_says_what_ran(tmp_path):
     run.record_settings(settings(tmp_path, lr=1e-3), "cpu")
     config = run.config()
     assert config["settings"]["lr"] == 1e-3 and config["recipe"] == "demo" and config["device"] == "cpu"
-    assert set(config["versions"]) == {"python", "torch", "cuda", "numpy"}
+    assert set(config["versions"]) == {"python", "refinelib", "torch", "cuda", "numpy"}
     assert run.settings() == settings(tmp_path, lr=1e-3)
 
 
