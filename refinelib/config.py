@@ -412,18 +412,31 @@ def checked(**values: Any) -> Any:
 
 
 # -- tables ----------------------------------------------------------------------------------------------
-def describe(settings: Settings) -> str:
-    """A table of the settings, a paragraph each; those that differ from the defaults are starred.
+def describe(settings: Settings, *, every: bool = False) -> str:
+    """A table of the settings, a paragraph each: those that differ from the defaults, or all of them.
 
     Lines have 100 characters, the width of a notebook beside JupyterLab's file list.
+
+    Args:
+        settings: of a run.
+        every: also those at their defaults; a star marks those that differ.
+
+    Example:
+        >>> print(describe(Settings(lr=1e-3)).splitlines()[0])
+        lr                         0.001           peak learning rate
     """
-    lines = []
+    lines, left = [], 0
     for name, field in fields().items():
         value = getattr(settings, name)
+        if value == field.default and not every:
+            left += 1
+            continue
         text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         text = "x".join(map(str, value)) if isinstance(value, tuple) else text
-        line = f"{'*' if value != field.default else ' '} {name:26} {text:15} {_meaning(field)}"
-        lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 45, break_long_words=False))
+        star = ("  " if value == field.default else "* ") * every
+        line = f"{star}{name:26} {text:15} {_meaning(field)}"
+        lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 43, break_long_words=False))
+    lines += [f"{left} more at their defaults: print(describe(settings, every=True))"] * (not every)
     return "\n".join(lines)
 
 

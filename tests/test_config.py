@@ -252,9 +252,20 @@ def test_every_setting_has_one_role_and_tables_are_grouped_by_it():
     assert config.names_with_role("run", "inference") == roles[0] | roles[-1]
     order = [name for name in config.fields()]
     assert sorted(order, key=lambda name: [name in role for role in roles].index(True)) == order
-    described = config.describe(resolve("best"))
+    described = config.describe(resolve("best"), every=True)
     assert "* batch_size                 32" in described and "  accumulate                 1" in described
     assert max(map(len, described.splitlines())) <= 100
+
+
+def test_settings_at_their_defaults_are_counted_and_not_listed():
+    lines = config.describe(resolve("best")).splitlines()
+    names = [line.split()[0] for line in lines if line[0] != " "]
+    assert "batch_size" in names and "accumulate" not in names and len(lines) < 32  # a screen
+    differ = {
+        name for name, field in config.fields().items() if getattr(resolve("best"), name) != field.default
+    }
+    assert set(names[:-1]) == differ
+    assert lines[-1].startswith(f"{len(config.fields()) - len(differ)} more at their defaults")
 
 
 @pytest.mark.parametrize("registry", [LOSSES, REFINEMENTS, DATASETS], ids=lambda registry: registry.kind)
