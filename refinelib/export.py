@@ -21,7 +21,8 @@ interpolated to the image's pixels, is the likeliest class. To have the model's 
 each class by its decision weight and the three by their sum.
 
 Weights are the moving average's where the run has one. They are float32 on the CPU, and so is the
-computation, whatever the run was trained on and in; the layers' formulations for GPUs are in no file.
+computation, whatever the run was trained on and in (``Predictor`` keeps to the run's ``amp``). The layers'
+formulations for GPUs are in no file.
 
 Every file has the same metadata, a JSON text under the name :data:`METADATA`: see :func:`metadata`.
 """

@@ -276,3 +276,12 @@ def test_the_predictors_crops_are_those_its_probabilities_come_from(checkpoint):
     boxes = [[10, 20, 60, 90], [-20, 0, 30, 40]]
     probs = centre_window(predictor.roi_probs(predictor.crops(pixels, boxes)), (32, 32))
     torch.testing.assert_close(predictor.probs(pixels, boxes), probs, atol=1e-6, rtol=0)
+
+
+def test_the_bench_compares_every_runtime_with_eager_pytorch(checkpoint, tmp_path):
+    compared = bench("export")
+    model, _ = export.opened(export.export(checkpoint(), "torchscript").path)
+    lines = compared.measured(({"eager": model, "torchscript": model}, (24, 24)), 2, 3, least=0.0)
+    assert [line["runtime"] for line in lines] == ["eager", "torchscript"]
+    assert lines[0]["least"] == lines[0]["most"] == 1 and lines[0]["ms_a_roi"] > 0
+    assert lines[1]["least"] <= lines[1]["median"] <= lines[1]["most"]
