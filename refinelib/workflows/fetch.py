@@ -82,7 +82,9 @@ def download(
             attempts = 0 if _size(part) > before else attempts + 1
             if attempts >= ATTEMPTS:
                 kept = f"{_size(part)} bytes of it are kept, and {AGAIN}"
-                raise FetchError(f"{url} cannot be fetched ({reason(error)}): {kept}") from None
+                inner = getattr(error, "reason", None)  # urllib wraps what happened
+                why = reason(inner if isinstance(inner, OSError) else error)
+                raise FetchError(f"{url} cannot be fetched ({why}): {kept}") from None
             time.sleep(PAUSE)
     if wrong := check(part):
         part.unlink()
