@@ -11,6 +11,7 @@ from torch import nn
 
 from refinelib.guard.guard import REPORT, Guard
 from refinelib.guard.optimizer import WarmupCosine, build_optimizer
+from refinelib.guard.scale import FLOAT16_MAX, HEADROOM, ORDINARY_OVERFLOWS, searches_scale
 
 
 class Net(nn.Module):
@@ -162,6 +163,24 @@ def test_loss_scale_backs_off_before_it_overflows():
     largest = [r["grad_max"] * r["loss_scale"] for r in reports]
     assert largest[0] > 65504 / 4  # it had to back off
     assert max(largest[12:]) <= 65504 / 2 and min(r["loss_scale"] for r in reports[12:]) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "searches"),
+    [
+        ({}, True),
+        ({"scale": 2.0}, False),  # it is at its floor
+        ({"good_in_a_row": 1.0}, False),  # a good step has shown that there is room
+        ({"good_in_a_row": 1.0, "headroom_peak": FLOAT16_MAX / HEADROOM * 1.01}, True),
+        ({"good_in_a_row": 1.0, "headroom_peak": FLOAT16_MAX / HEADROOM * 0.99}, False),
+        ({"skips_in_a_row": ORDINARY_OVERFLOWS - 1.0}, True),
+        ({"skips_in_a_row": float(ORDINARY_OVERFLOWS)}, False),
+    ],
+)
+def test_an_overflow_finds_the_scale_unless_there_was_room_or_it_is_one_of_many(changes, searches):
+    state = {"scale": 4.0, "good_in_a_row": 0.0, "headroom_peak": 0.0, "skips_in_a_row": 0.0, **changes}
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
+    assert bool(searches_scale(tensors, 2.0)) == searches
 
 
 def test_a_bad_loss_does_not_touch_the_scale():

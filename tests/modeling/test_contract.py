@@ -257,6 +257,23 @@ def test_boundary_aware_weights_are_those_of_the_formula():
     )
 
 
+def test_contour_and_others_count_alone_where_there_are_no_others_or_no_contour():
+    undecided = torch.zeros(1, 2, 1, 2)
+    for row in ([0, 0], [0, 1]):  # no contour; both pixels are contour
+        cost = losses.contour_head(undecided, targets_of(torch.tensor([[row]])))
+        assert cost.item() == pytest.approx(math.log(2))
+
+
+def test_an_option_has_the_default_of_its_functions_parameter():
+    pairs = [
+        (inspect.signature(term.function).parameters[option.name].default, option.default)
+        for name, term in LOSSES.items()
+        for option in LOSSES.options(name)
+        if option.name in inspect.signature(term.function).parameters
+    ]
+    assert len(pairs) == 2 and all(own == other for own, other in pairs)
+
+
 # -- refinements -----------------------------------------------------------------------------------
 HIDDEN, CHANNELS = 8, 16
 FEATURES = {"fine": 1, "half": 2, "quarter": 4}  # pixels along a side of a cell
