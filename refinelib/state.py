@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import random
 import weakref
@@ -75,6 +76,7 @@ class TrainingState:
         self.step = 0  # steps tried: the position in the data
         self.best: dict[str, Any] | None = None
         self.last_metrics: dict[str, Any] = {}
+        self.last_summary: dict[str, Any] = {}  # of the last epoch that this process trained
         self.incidents: list[str] = []  # kinds that were kept
         self.repeats = 0  # incidents of a kind that was kept before
         self.stop_requested = False  # of any rank
@@ -87,6 +89,12 @@ class TrainingState:
     def wants_incidents(self) -> bool:
         """Whether another incident would be kept."""
         return max(len(self.incidents), self.repeats) < self.settings.max_incidents
+
+    @property
+    def lost_epoch(self) -> bool:
+        """Whether no step of the last epoch had a finite loss; one step alone tells nothing."""
+        several = self.last_summary.get("skipped", 0) > 1
+        return several and not math.isfinite(self.last_summary["train_loss"])
 
     def forward(self, images: Tensor) -> Any:
         """The trained model's output for normalised crops, in the run's precision."""

@@ -369,12 +369,13 @@ class Trainer(TrainingState):
         """Refuse to call a run trained that learnt nothing, although every step was finite.
 
         Raises:
-            DivergedError: less than half of the steps were applied; or the loss is no lower than at the start
-                and the masks are worse than those of the first weights.
+            DivergedError: less than half of the steps were applied, or the last epoch had no finite loss, or
+                the loss is no lower than at the start and the masks are worse than with the first weights.
         """
         applied = self.step - self.log.skipped
-        if 2 * applied < self.step or not applied:
+        if 2 * applied < self.step or not applied or self.lost_epoch:
             what = f"{applied or 'none'} of {self.step} steps were applied, the others were skipped"
+            what += ", all those of the last epoch among them" * self.lost_epoch
             raise DivergedError(f"diverged: {what}. {ADVICE}")
         if applied < WINDOW:
             return

@@ -64,10 +64,8 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def state_of(run: Run) -> str:
-    """The state of its status; ``diverged`` also where its last loss was not finite."""
-    state: str = run.status().get("state", "running")
-    epochs = run.epochs()
-    return "diverged" if state == "ok" and epochs and epochs[-1].get("train_loss") is None else state
+    """The state of its status."""
+    return str(run.status().get("state", "running"))
 
 
 # -- tables ----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from refinelib.modeling.unet import HierarchicalUNet
 from refinelib.plots import curves as plots
 from refinelib.runs import Run, RunError, latest
 from refinelib.trainer import train
+from refinelib.workflows.compare import state_of
 
 CODE = """import json, sys
 from refinelib.config import Settings
@@ -214,6 +215,16 @@ def test_killed_by_injection(tiny, tmp_path):
 def test_a_fault_that_cannot_be_read_is_refused(tiny, text):
     with pytest.raises((SettingsError, ValueError), match="inject"):
         train(tiny(inject=text))
+
+
+@pytest.mark.usefixtures("shallow_here")
+def test_a_last_epoch_without_a_finite_loss_is_no_success_anywhere(tiny):
+    steps = train(tiny(run="healthy", epochs=1)).status()["steps"]
+    with pytest.raises(DivergedError, match="were skipped, all those of the last epoch among them"):
+        train(tiny(run="lost", epochs=3, inject=f"loss:nan@{2 * steps + 1}:always"))
+    run = latest(tiny().output_dir)
+    assert run.status()["state"] == state_of(run) == "diverged" and run.status()["skipped_steps"] == steps
+    assert train(tiny(run="healthy", epochs=1, resume=True)).status()["state"] == "ok"  # no step was left
 
 
 @pytest.mark.usefixtures("shallow_here")

@@ -34,7 +34,7 @@ def runs(tmp_path) -> list[Run]:
         make_run(tmp_path / "a"),
         shift(make_run(tmp_path / "a-2", seed=1), 0.1),
         make_run(tmp_path / "fast", lr=1e-2, state="failed"),
-        make_run(tmp_path / "lost", amp="fp16", bad_from=70),
+        make_run(tmp_path / "lost", amp="fp16", bad_from=70, state="diverged"),
         make_run(tmp_path / "young", batch_size=16, state="running", epochs=1),
     ]
     for run in made:  # as the trainer writes them: fixed ROIs too
