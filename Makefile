@@ -4,9 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLAYWRIGHT := $(VENV)/.playwright
+SPHINX := $(VENV)/.sphinx
 OUT ?= outputs/train.ipynb
 ARGS ?=
 RUN ?= best
+# Another torch than the tested one, in an environment of its own: make test TORCH=2.6.0 VENV=.venv-oldest
+TORCH ?=
+# Each torch brings the sympy that it wants.
+PINS := sed $(if $(TORCH),-e '/^sympy==/d' -e 's/^torch==.*/torch==$(TORCH)/') -e '' constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(VENV)/constraints.txt
 NOTEBOOKS := $(or $(shell git ls-files "notebooks/*.ipynb" 2>/dev/null),$(wildcard notebooks/*.ipynb))
 # Those that train come first: the others find their runs, and need not train one of their own.
 FIRST := notebooks/train.ipynb notebooks/progressive.ipynb
@@ -14,7 +20,7 @@ FIRST := notebooks/train.ipynb notebooks/progressive.ipynb
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test slow lint browser chromium gallery lab nbdime bench release clean
+.PHONY: help env train test slow nightly coverage docs lint browser chromium gallery lab settings nbdime bench release clean
 
 help: ## say what there is
 	@echo "refinelib: boundary-refined person masks, finite by construction"
@@ -31,7 +37,8 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "$(PYTHON) -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 	@echo "installing into $(VENV) (the first time takes some minutes)"
-	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@$(PINS) > $(VENV)/constraints.txt
+	@$(PIP) -e ".[test]"
 	@touch $@
 
 train: $(READY) ## train on synthetic people, headless: notebooks/train.ipynb through papermill
@@ -46,9 +53,23 @@ test: $(READY) ## pass every test; nbval executes the notebooks in smoke size
 slow: $(READY) ## pass the tests that `make test` leaves out for their time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist worksteal -p no:nbval $(ARGS)
 
+nightly: slow browser ## pass what is too slow for every change: slow tests (the mutations are some), notebooks in a browser
+
+coverage: $(READY) ## report the lines and branches of refinelib that the tests of `make test` reach; pages in outputs/coverage
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not browser and not slow" -n auto --dist worksteal -p no:nbval \
+	  --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+
+docs: $(SPHINX) ## make the reference and the executed notebooks into pages, in outputs/docs
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . outputs/docs
+	@echo "open outputs/docs/docs/index.html"
+
+$(SPHINX): $(READY)
+	@$(PIP) -e ".[docs]"
+	@touch $@
+
 lint: $(READY) ## check format, style and types
-	@$(BIN)/ruff format --check --quiet refinelib studies tests bench gallery examples || { echo "run: $(BIN)/ruff format"; exit 1; }
-	@$(BIN)/ruff check --quiet refinelib studies tests bench gallery examples
+	@$(BIN)/ruff format --check --quiet refinelib studies tests bench gallery examples docs setup.py || { echo "run: $(BIN)/ruff format"; exit 1; }
+	@$(BIN)/ruff check --quiet refinelib studies tests bench gallery examples docs setup.py
 	@$(BIN)/mypy refinelib
 
 gallery: $(READY) ## execute the notebooks into gallery/, for readers on the web
@@ -58,7 +79,7 @@ browser: $(PLAYWRIGHT) chromium ## pass every notebook (ARGS="-k train": some) i
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser -n 2 --dist worksteal -p no:cacheprovider $(ARGS) tests/browser
 
 $(PLAYWRIGHT): $(READY)
-	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	@$(PIP) -e ".[browser]"
 	@touch $@
 
 chromium:
@@ -70,10 +91,16 @@ chromium:
 	  $(BIN)/python tests/browser/lab.py; \
 	fi
 
-lab: $(READY) ## open JupyterLab on the notebooks
-	@$(BIN)/jupyter lab --notebook-dir=notebooks
+lab: $(READY) ## open JupyterLab on the notebooks; ARGS go on to it
+	@$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-nbdime: $(READY) ## let git show and merge notebooks cell by cell
+settings: $(READY) ## write the settings into the parameter cell of notebooks/train.ipynb, after a change of them
+	@$(BIN)/python -c 'import nbformat; from refinelib.config import parameters_cell; \
+	  file = "notebooks/train.ipynb"; notebook = nbformat.read(file, 4); \
+	  next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])).source = parameters_cell(); \
+	  nbformat.write(notebook, file)'
+
+nbdime: $(READY) ## let git show and merge notebooks cell by cell, as .gitattributes asks for
 	@$(BIN)/nbdime config-git --enable
 
 bench: $(READY) ## measure the data path

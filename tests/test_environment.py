@@ -1,6 +1,8 @@
-"""pyproject.toml, constraints.txt and environment.yml say the same thing."""
+"""pyproject.toml, constraints.txt, environment.yml, Makefile and the workflow say the same thing."""
 
+import os
 import re
+import subprocess
 import tomllib
 
 import yaml
@@ -8,6 +10,10 @@ import yaml
 from refinelib.config import project_root
 
 ROOT = project_root()
+#: Extras whose packages have a tested version.
+PINNED = ("test", "browser", "docs", "export")
+#: The end of the line that installs the package, for conda users.
+INSTALL = 'install -c constraints.txt -e ".[test]"'
 
 
 def _name(requirement: str) -> str:
@@ -22,7 +28,7 @@ def _pins() -> dict[str, str]:
 def _declared() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *extras["test"], *extras["browser"], *extras["export"]]
+    return [*project["dependencies"], *(line for name in PINNED for line in extras[name])]
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -44,14 +50,62 @@ def test_constraints_pin_exactly_and_name_no_place():
 
 
 def test_conda_installs_the_same():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert pip == ["-c constraints.txt", "-e .[test]"]
-    python = next(entry for entry in environment["dependencies"] if str(entry).startswith("python"))
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    assert python == f"python{wanted}"
+    text = (ROOT / "environment.yml").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (python, *others) = yaml.safe_load(text)["dependencies"]
+    assert others == ["pip", "make", "git"], "packages come from pip: conda would take other versions"
+    assert python == "python=3.12" and "Programming Language :: Python :: 3.12" in project["classifiers"]
+    assert _version(python) >= _version(project["requires-python"])
+    assert f"#   pip {INSTALL}\n" in text
+
+
+def make(*words: str) -> str:
+    """What make would execute."""
+    line = ["make", "--always-make", "--dry-run", "--directory", str(ROOT), *words]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout
+
+
+def pins(*words: str) -> list[str]:
+    (line,) = [line for line in make("env", *words).splitlines() if line.startswith("sed ")]
+    return subprocess.check_output(line.split(" > ")[0], shell=True, cwd=ROOT, text=True).splitlines()
 
 
 def test_make_installs_with_the_constraints():
-    makefile = (ROOT / "Makefile").read_text()
-    assert '-c constraints.txt -e ".[test]"' in makefile
+    assert '-c .venv/constraints.txt -e ".[test]"' in make("env")
+    tested = (ROOT / "constraints.txt").read_text().splitlines()
+    assert pins() == tested
+    changed = [line for line in pins("TORCH=2.6.0") if line not in tested]
+    assert changed == ["torch==2.6.0"] and len(pins("TORCH=2.6.0")) == len(tested) - 1  # sympy is torch's
+
+
+def test_jupyterlab_starts_as_root_and_takes_arguments():
+    (line,) = [line for line in make("lab", "ARGS=--no-browser").splitlines() if "jupyter lab" in line]
+    assert line.endswith("--no-browser") and ("--allow-root" in line) == (os.getuid() == 0)
+
+
+def test_git_compares_notebooks_as_nbdime_asks():
+    """``make nbdime`` adds what it misses here: a changed file in everyone's checkout."""
+    words = (ROOT / ".gitattributes").read_text().split()
+    assert words == ["*.ipynb", "diff=jupyternotebook", "*.ipynb", "merge=jupyternotebook"]
+
+
+def test_the_workflow_calls_targets_that_there_are():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    called = {word for step in steps for word in re.findall(r"make (\w+)", step.get("run", ""))}
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"lint", "test", "docs", "nightly", "coverage"} <= called <= targets
+    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [f"Programming Language :: Python :: {name}" for name in matrix["python"]] == [
+        line for line in project["classifiers"] if "Python :: 3" in line
+    ]
+    oldest, newest = (row["torch"] for row in matrix["include"])
+    assert f"torch>={oldest.removesuffix('.0')}" in project["dependencies"] and newest == _pins()["torch"]
+
+
+def test_the_tools_of_a_commit_are_those_of_make_lint():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["id"] for hook in hooks] == ["ruff-format", "ruff-check", "mypy", "nbstripout"]
+    assert all(re.match(hooks[-1]["files"], name) is None for name in ("gallery/train.ipynb", "a.py"))
+    assert re.match(hooks[-1]["files"], "notebooks/train.ipynb")

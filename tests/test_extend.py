@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from refinelib.config import project_root
+from refinelib.data import splits
 from refinelib.data.sources import InstancesBuilder, Scene
+from refinelib.metrics import segmentation
 from refinelib.metrics.segmentation import Metric
+from refinelib.modeling import losses, refinements
 from refinelib.modeling.layers import Head
 from refinelib.modeling.losses import LossTerm
 from refinelib.modeling.refinements import Refinement, bounded
@@ -110,3 +116,24 @@ def test_a_data_set_from_outside_is_trained_on(discs, tiny):
     run = train(tiny(run="discs", data="discs", disc_radius=14))
     assert run.status()["state"] == "ok" and run.status()["rois"] == 6
     assert run.settings().disc_radius == 14
+
+
+@pytest.fixture
+def of_the_page():
+    """The four parts that CONTRIBUTING.md adds, each as if it stood at the end of its module."""
+    blocks = re.findall(r"```python\n(.*?)```", (project_root() / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    modules = (losses, refinements, segmentation, splits)
+    for module, block in zip(modules, blocks, strict=True):
+        exec(block, {**vars(module), "Discs": Discs})
+    yield
+    for registry, name in zip((LOSSES, REFINEMENTS, METRICS, DATASETS), PAGE, strict=True):
+        registry.remove(name)
+
+
+PAGE = ("jaccard", "sharpen", "area_error", "discs")
+
+
+def test_what_the_contributors_page_adds_is_trained_with(of_the_page, tiny):
+    run = train(tiny(data="discs", disc_radius=10, use_jaccard_loss=True, use_sharpen=True))
+    assert run.status()["state"] == "ok" and "jaccard" in run.steps()[-1]["losses"]
+    assert run.epochs()[-1]["metrics"]["area_error"] >= 0 and run.settings().use_sharpen
