@@ -107,5 +107,6 @@ def test_the_workflow_calls_targets_that_there_are():
 def test_the_tools_of_a_commit_are_those_of_make_lint():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert [hook["id"] for hook in hooks] == ["ruff-format", "ruff-check", "mypy", "nbstripout"]
+    assert hooks[-1]["entry"] == "nbstripout --keep-id"  # tests and gallery know cells by their ids
     assert all(re.match(hooks[-1]["files"], name) is None for name in ("gallery/train.ipynb", "a.py"))
     assert re.match(hooks[-1]["files"], "notebooks/train.ipynb")
