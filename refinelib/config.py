@@ -425,19 +425,19 @@ def describe(settings: Settings, *, every: bool = False) -> str:
         >>> print(describe(Settings(lr=1e-3)).splitlines()[0])
         lr                         0.001           peak learning rate
     """
-    lines, left = [], 0
-    for name, field in fields().items():
+    lines = []
+    told = {n: f for n, f in fields().items() if every or getattr(settings, n) != f.default}
+    for name, field in told.items():
         value = getattr(settings, name)
         if value == field.default and not every:
             left += 1
             continue
         text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         text = "x".join(map(str, value)) if isinstance(value, tuple) else text
-        star = ("  " if value == field.default else "* ") * every
-        line = f"{star}{name:26} {text:15} {_meaning(field)}"
+        line = f"{('  ' if value == field.default else '* ') * every}{name:26} {text:15} {_meaning(field)}"
         lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 43, break_long_words=False))
-    lines += [f"{left} more at their defaults: print(describe(settings, every=True))"] * (not every)
-    return "\n".join(lines)
+    left = f"{len(fields()) - len(told)} more at their defaults: print(describe(settings, every=True))"
+    return "\n".join([*lines, *[left] * (not every)])
 
 
 def parameters_cell() -> str:
