@@ -131,7 +131,7 @@ def scale_fall(records: Sequence[Record]) -> Figure:
 
 def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
     """Both runs by step: loss, loss scale, parameter tensors with NaN, steps skipped so far."""
-    figure = new_figure("the same recipe: first attempt and ours", 6.6)
+    figure = new_figure(f"the same recipe for {len(ours)} steps: first attempt and ours", 6.6)
     panels = figure.subplots(2, 2, sharex=True).ravel()
     for records, color, name in ((first, FIRST, "first attempt"), (ours, OURS, "ours")):
         steps = np.arange(1, len(records) + 1)
@@ -157,6 +157,8 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
     for axes, title, unit in zip(panels, titles, ("loss", "factor", "tensors", "steps"), strict=False):
         style_axes(axes, title, "step" if axes in panels[2:] else "", unit)
     _powers(panels[1], -151, 20, zero=True)
+    for axes in panels[2:]:
+        axes.set_ylim(bottom=0)
     handles, labels = panels[0].get_legend_handles_labels()
     place = dict(loc="upper right", bbox_to_anchor=(0.995, 1.005), ncols=len(labels))  # beside the title
     figure.legend(handles, labels, fontsize=9, frameon=False, **place)
@@ -165,7 +167,8 @@ def together(first: Sequence[Record], ours: Sequence[Record]) -> Figure:
 
 def remedies(runs: Mapping[str, Sequence[Record]]) -> Figure:
     """Loss scale by step of each run, and the share of its steps that were skipped; a cross is death."""
-    figure = new_figure("each old remedy by itself, against all faults", 4.4)
+    most = max(map(len, runs.values()))
+    figure = new_figure(f"each old remedy by itself, with all faults, in {most} steps", 4.4)
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
     for i, (_name, records) in enumerate(runs.items()):
         steps = np.arange(1, len(records) + 1)
@@ -182,8 +185,11 @@ def remedies(runs: Mapping[str, Sequence[Record]]) -> Figure:
             )
         share = skipped_share(records)
         right.barh(i, share, color=SERIES[i], height=0.7)
+        right.plot(
+            [0], [i], "s", color=SERIES[i], clip_on=False
+        )  # the key to the lines, also where no bar is
         place = dict(textcoords="offset points", va="center", fontsize=8)
-        right.annotate(f"{share:.0%}, {fate(records)}", (share, i), (4, 0), **place)
+        right.annotate(f"{share:.0%}, {fate(records)}", (share, i), (7, 0), **place)
     left.axhline(SMALLEST, color=GREY, linestyle="--", linewidth=1)
     style_axes(left, "loss scale (cross: NaN in the weights; flat at 1: no fp16)", "step", "factor")
     _powers(left, -151, 20, zero=True)

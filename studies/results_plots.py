@@ -45,6 +45,8 @@ def gains(
         below.axhline(0, color=BLACK, linewidth=0.8)
         names = [f"{name}\n({int(inside.sum())})" for name, inside in groups.items()]
         below.set_xticks(places, [name.replace(" ", "\n", 1) for name in names])
+        low, high = above.get_ylim()
+        above.set_ylim(max(0.0, low), high)  # a score of 0 has nothing below it
         style.style_axes(above, title(key), "", f"{title(key)}, 0 to 1")
         style.style_axes(
             below, "gain, paired over images", "size of the person (number of people)", "difference"

@@ -1,5 +1,6 @@
 """Incidents: found where they were planted, kept whole, replayed bit for bit and layer by layer."""
 
+import itertools
 import json
 import math
 import os
@@ -379,13 +380,18 @@ def test_magnitudes_and_gradients_are_those_of_a_plain_step(folder):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_figures_and_tables(runs, fault):
+def test_figures_and_tables(runs, fault, recwarn):
     folder = runs[fault].folder / "incidents" / "000003"
     report, _, step = load(folder, device="cpu")
     found = layers(step)
     by_layer = [make(report, found) for make in (draw.activations, draw.gradients, draw.parameter_gradients)]
     for figure in (draw.pictures(folder, report), *by_layer):
-        assert isinstance(figure, Figure)
+        assert isinstance(figure, Figure) and figure._repr_png_()
+    assert not [told for told in recwarn if "log-scaled" in str(told.message)]
+    for figure in by_layer:  # each name of a part has room of its own
+        names = [text for text in figure.axes[-1].texts if text.get_rotation() == 90]
+        ends = [name.get_window_extent() for name in names]
+        assert len(ends) > 5 and all(a.x1 <= b.x0 + 1 for a, b in itertools.pairwise(ends))
     title = draw.parameter_gradients(report, found).axes[0].get_title(loc="left")
     assert title.endswith("are the same bit for bit")
     report["gradient_norms"]["stem.0.1.weight"] = 0.5

@@ -117,7 +117,10 @@ def score_panel(axes: Axes, run: Run) -> None:
     if any(scores):
         at = x[scores.index(max(scores))], max(scores)  # the first of equals, as the trainer keeps it
         axes.plot(*at, "*", markersize=13, color=VERMILLION, markeredgecolor="white", zorder=5)
-        axes.annotate(f"best {at[1]:.3f}", at, (0, 9), textcoords="offset points", fontsize=8, ha="center")
+        side = "left" if at[0] == x[0] else "right" if at[0] == x[-1] else "center"
+        paper: dict[str, Any] = {"fc": "white", "ec": "none", "pad": 1}
+        look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": side, "bbox": paper}
+        axes.annotate(f"best {at[1]:.3f}", at, (0, 9), **look)
     axes.set_ylim(0, 1)
     axes.margins(x=0.08)
     style.style_axes(axes, "scores on the validation instances", "epoch", "0 to 1")

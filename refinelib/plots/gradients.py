@@ -40,11 +40,15 @@ def heat(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     figure = style.run_figure(run, "gradient norm by layer and step", 2.4 + 0.34 * max(6, len(rows)))
     above, below = figure.subplots(2, 1, sharex=True)
     _heat_map(above, found, norms, "cividis", LogNorm(low, 1.01 * high))
-    _heat_map(below, found, times, "RdBu_r", LogNorm(1e-2, 1e2))
+    off = np.abs(np.log10(times[np.isfinite(times) & (times > 0)]))
+    most = 10 ** max(1.0, float(off.max(initial=0.0)))  # the colours reach as far as the values
+    _heat_map(below, found, times, "RdBu_r", LogNorm(1 / most, most))
     for axes in (above, below):
         axes.set_yticks(range(len(rows)), list(rows))
     style.style_axes(above, "L2 norm of the gradient before clipping (black: not finite)")
     style.style_axes(below, "times each layer's usual level, the median of 50 steps before", "step")
+    if found.skipped.any():
+        style.figure_legend(figure)
     return figure
 
 
@@ -58,7 +62,8 @@ def _heat_map(axes: Axes, found: Gradients, values: NDArray[Any], colors: str, n
     cmap = matplotlib.colormaps[colors].with_extremes(bad="black")
     picture = axes.pcolormesh(x, y, cells, cmap=cmap, norm=norm, rasterized=True)
     axes.figure.colorbar(picture, ax=axes, pad=0.01, aspect=12)
-    style.mark(axes, steps[found.skipped], 0.02, "^", color=VERMILLION, mec="white", gid="skips")
+    look = {"color": VERMILLION, "mec": "white", "gid": "skips", "label": "skipped"}
+    style.mark(axes, steps[found.skipped], 0.02, "^", **look)
     axes.invert_yaxis()
 
 
@@ -71,14 +76,16 @@ def module_norms(run: Run, found: Gradients, layers: Layers = None) -> Figure:
     figure, grid = _panels(run, "L2 norm of the gradient by module and step", rows, 3)
     for i, (name, axes) in enumerate(zip(rows, grid, strict=False)):
         axes.set_yscale("log", nonpositive="mask")
-        color = VERMILLION if seen and seen[0].module == name else BLUE
-        style.draw_line(axes, found.steps, norms[:, i].tolist(), color, marker="", label="gradient norm")
+        cause = bool(seen) and seen[0].module == name
+        color, label = (VERMILLION, "of the worst module") if cause else (BLUE, "gradient norm")
+        style.draw_line(axes, found.steps, norms[:, i].tolist(), color, marker="", label=label)
         axes.plot(found.steps, usual[:, i], "--", color=BLACK, linewidth=0.9, label="usual level")
         for e in seen:
             if e.module == name:
-                axes.axvspan(e.first - 0.5, e.last + 0.5, color=ORANGE, alpha=0.3, linewidth=0, gid="episode")
+                look: dict[str, Any] = {"color": ORANGE, "alpha": 0.3, "linewidth": 0, "gid": "episode"}
+                axes.axvspan(e.first - 0.5, e.last + 0.5, label="unstable", **look)
         style.style_axes(axes, name)
-    style.figure_legend(figure, axes.get_legend_handles_labels()[0])
+    style.figure_legend(figure)
     return figure
 
 
@@ -121,7 +128,7 @@ def distributions(run: Run, found: Gradients) -> Figure:
             name += f", {lost} {kind}s not finite" if lost else ""
         axes.set_xlim(-12, 2)
         style.style_axes(axes, name)
-    style.figure_legend(figure, axes.get_legend_handles_labels()[0])
+    style.figure_legend(figure)
     return figure
 
 
@@ -139,7 +146,7 @@ def term_shares(run: Run, found: Gradients) -> Figure:
     style.style_axes(axes, "", "% of the sum of the losses' gradient norms")
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
-    style.figure_legend(figure, axes.get_legend_handles_labels()[0])
+    style.figure_legend(figure)
     return figure
 
 

@@ -108,9 +108,12 @@ def _by_layer(
     """A panel for values and one for shares that are not finite, with a line at the first of these."""
     figure = _figure(report, what + (f"; not finite first: {first.name}" if first else ""), 5.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 1])
-    top.set_yscale("log", nonpositive="mask")
-    x = range(len(values))
-    style.draw_line(top, x, [value or 0.0 for value, _ in values], BLUE)
+    x, known = range(len(values)), [i for i, (value, _) in enumerate(values) if value is not None]
+    # Where no element is finite there is no largest of them and no norm.
+    finite = [math.nan if values[i][1] == 1 else values[i][0] for i in known]
+    if any(value > 0 for value in finite):
+        top.set_yscale("log", nonpositive="mask")
+    style.draw_line(top, known, finite, BLUE)
     # A dot on each: one bad element among many has to be seen too.
     bottom.stem(x, [share or math.nan for _, share in values], linefmt=VERMILLION, basefmt=" ")
     bottom.set_ylim(-0.05, 1.1)
@@ -118,16 +121,22 @@ def _by_layer(
         top.axvline(found.forward.index(first), color=BLACK, linestyle="--")
         bottom.axvline(found.forward.index(first), color=BLACK, linestyle="--")
     style.style_axes(top, f"{what}, in forward order: input, modules, losses")
+    style.legend(top)
     style.style_axes(bottom, "share of its elements that is not finite")
     _name_parts(bottom, [layer.name for layer in found.forward])
     return figure
 
 
 def _name_parts(axes: Axes, names: Sequence[str]) -> None:
-    """A name and a tick where each part of the model begins: a name's first word."""
+    """A tick where each part of the model begins, and below it, or as near as there is room, its name."""
     parts = [re.split("[.:]", name)[0] for name in names]
     starts = [i for i, part in enumerate(parts) if i == 0 or parts[i - 1] != part]
-    axes.set_xticks(starts, [parts[start] for start in starts], rotation=90, fontsize=6)
+    axes.set_xticks(starts, [""] * len(starts))
+    look: dict[str, Any] = {"rotation": 90, "fontsize": 6, "ha": "center", "va": "top"}
+    place = -math.inf
+    for start in starts:
+        place = max(float(start), place + len(names) / 75)
+        axes.text(place, -0.04, parts[start], transform=axes.get_xaxis_transform(), **look)
 
 
 def _picture(image: NDArray[Any]) -> NDArray[Any]:

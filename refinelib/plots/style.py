@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -128,15 +129,20 @@ def style_axes(axes: Axes, title: str, x: str = "", y: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
+    if axes.get_yscale() == "log" and not np.isfinite(axes.dataLim.minposy):
+        axes.set_yscale("linear")  # a logarithmic axis without a positive value has no place for anything
     if axes.get_yscale() == "log":
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        few = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
+        axes.yaxis.set_major_locator(few if high > 5 * low else MaxNLocator(nbins=5))
     if x.startswith(("step", "epoch")):
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    if not np.isfinite(axes.dataLim.intervalx).all():
-        axes.text(0.5, 0.5, "nothing recorded yet", ha="center", transform=axes.transAxes, fontsize=9)
+    if not np.isfinite(axes.dataLim.intervaly).all():
+        text = "no finite value" if np.isfinite(axes.dataLim.intervalx).all() else "nothing recorded yet"
+        axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes, fontsize=9)
+        axes.set_yticks([])
 
 
 def legend(axes: Axes) -> None:
@@ -151,8 +157,10 @@ def legend(axes: Axes) -> None:
     axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=10, pad=pad)
 
 
-def figure_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """A legend below all panels."""
+def figure_legend(figure: Figure, handles: Sequence[Any] = ()) -> None:
+    """A legend below all panels; without handles: what is labelled in any of them, each name once."""
+    named = [zip(*axes.get_legend_handles_labels()[::-1], strict=True) for axes in figure.axes]
+    handles = handles or list(dict(itertools.chain(*named)).values())
     figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
 
 

@@ -200,9 +200,12 @@ def test_the_heat_map_shows_the_spike_in_its_column_and_the_loss_of_finiteness_i
     assert lost.sum() == 1 and lost[found.modules.index("contour"), 19]
     assert [line.get_xdata().tolist() for line in above.lines if line.get_gid() == "skips"] == [[20]]
     run = runs("grad:spike@20:boundary.trunk")
-    times = gradient_plots.heat(run, gradients.read(run)).axes[1].collections[0].get_array()
+    found = gradients.read(run)
+    times = gradient_plots.heat(run, found).axes[1].collections[0].get_array()
     row, column = np.unravel_index(times.argmax(), (len(found.modules), len(found.steps)))
     assert (found.modules[row], column) == ("boundary", 19)
+    colors = gradient_plots.heat(run, found).axes[1].collections[0].norm
+    assert colors.vmax == pytest.approx(times.max(), rel=1e-6) and colors.vmin == 1 / colors.vmax
 
 
 def test_a_run_without_gradients_says_so(tmp_path):

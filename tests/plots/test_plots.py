@@ -131,6 +131,29 @@ def test_skipped_steps_and_lost_values_are_marked(tmp_path: Path):
     assert {"skipped", "not finite"} <= {text.get_text() for text in axes.get_legend().get_texts()}
 
 
+@pytest.mark.parametrize("low, high", [(0.6, 1.8), (0.9, 1.1), (3, 14), (0.1, 1e6)])
+def test_a_log_axis_has_two_ticks_at_least(low, high):
+    axes = style.new_figure("", 3.0).subplots()
+    axes.set_yscale("log")
+    style.draw_line(axes, [1, 2], [low, high], style.BLUE)
+    style.style_axes(axes, "a panel")
+    bottom, top = axes.get_ylim()
+    assert sum(bottom <= tick <= top for tick in axes.get_yticks()) >= 2
+
+
+def test_a_panel_without_a_finite_value_says_so(recwarn):
+    """Among others of zeros, which have no place on a logarithmic axis."""
+    for values, text in (([None, None], "no finite value"), ([0.0, 0.0], ""), ([], "nothing recorded yet")):
+        figure = style.new_figure("", 3.0)
+        axes = figure.subplots()
+        axes.set_yscale("log", nonpositive="mask")
+        style.draw_line(axes, range(len(values)), values, style.BLUE)
+        style.style_axes(axes, "a panel")
+        assert [shown.get_text() for shown in axes.texts] == [text] * bool(text)
+        pixels(figure)
+    assert not [str(told.message) for told in recwarn if "log-scaled" in str(told.message)]
+
+
 def test_epochs_count_from_one_and_the_best_is_marked(finished: Run):
     (left,) = plots.curves(finished, "scores").axes
     assert left.lines[0].get_xdata().tolist() == [1, 2, 3]

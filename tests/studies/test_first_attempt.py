@@ -282,3 +282,12 @@ def test_the_closing_table_credits_a_remedy_only_where_its_measure_is_cured():
     lines = draw.closing_table(first, ours, {"cure": finite, "nothing": first}).splitlines()
     helped = {line.split(" | ")[0].strip("| "): line.split(" | ")[5] for line in lines[2:]}
     assert helped == {name: "cure" if name == "2. sqrt at 0" else "none" for name in draw.CAUSES}
+
+
+def test_every_run_has_its_colour_in_the_key_of_the_remedies():
+    """Also one that skipped no step and so has no bar; the title says how long the runs were."""
+    step = {"loss_scale": 1.0, "nan_tensors": 0}
+    runs = {name: [{**step, "skipped": name == "first"}] * 20 for name in ("first", "clamps", "ours")}
+    figure = draw.remedies(runs)
+    squares = [line.get_color() for line in figure.axes[1].lines if line.get_marker() == "s"]
+    assert squares == [*draw.SERIES[:3]] and "20 steps" in figure.get_suptitle()
