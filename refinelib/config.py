@@ -429,9 +429,6 @@ def describe(settings: Settings, *, every: bool = False) -> str:
     told = {n: f for n, f in fields().items() if every or getattr(settings, n) != f.default}
     for name, field in told.items():
         value = getattr(settings, name)
-        if value == field.default and not every:
-            left += 1
-            continue
         text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         text = "x".join(map(str, value)) if isinstance(value, tuple) else text
         line = f"{('  ' if value == field.default else '* ') * every}{name:26} {text:15} {_meaning(field)}"

@@ -5,7 +5,8 @@ Runs that differ in ``seed`` alone are a group, with one colour and one mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ PANELS = {
     "train_loss": ("training loss", "loss"),
     "grad_norm": ("gradient norm before clipping, median of an epoch", "L2 norm"),
     "target_iou": ("target IoU on the validation instances", "IoU, 0 to 1"),
-    "boundary_iou": ("boundary IoU on the validation instances", "IoU, 0 to 1"),
+    "boundary_iou": ("Boundary IoU on the validation instances", "IoU, 0 to 1"),
 }
-ENDS = {"failed": "X", "diverged": "X", "killed": "X", "running": ">"}
+ENDS = dict.fromkeys(("failed", "diverged", "killed"), ("X", "diverged, failed or killed"))
+ENDS |= {"running": (">", "still running")}
 
 
 def find(runs: Sequence[str | Run] | str | None, *, output_dir: str = "outputs", most: int = 12) -> list[Run]:
@@ -70,29 +72,38 @@ def state_of(run: Run) -> str:
 
 # -- tables ----------------------------------------------------------------------------------------
 def states_table(runs: Sequence[Run]) -> str:
-    """The state of each run, as a Markdown table."""
-    rows = []
+    """The state of each run, as a Markdown table; below it the error of each that has one."""
+    rows, errors = [], []
     for name, run in zip(names_of(runs), runs, strict=True):
         status, state = run.status(), state_of(run)
         best = (status.get("best") or {}).get("target_iou")
         shown = state if state in ("ok", "running") else f"**{state}**"
         counts = [f"{status.get('epoch', 0)} of {status.get('epochs', '?')}", status.get("step", 0)]
         counts += [status.get("skipped_steps", 0), None if best is None else f"{best:.3f}"]
-        rows.append([name, shown, *counts, status.get("last_error")])
-    return table(rows, ["run", "state", "epoch", "steps", "skipped", "best target IoU", "last error"])
+        rows.append([name, shown, *counts])
+        errors += [f"- **{name}**: {error}"] if (error := status.get("last_error")) else []
+    heads = ["run", "state", "epoch", "steps", "skipped", "best target IoU"]
+    return "\n".join([table(rows, heads), *[""] * bool(errors), *errors])
 
 
 def settings_table(runs: Sequence[Run]) -> str:
-    """The settings in which the runs differ, one a line, as a Markdown table."""
+    """The settings in which the runs differ, as a Markdown table.
+
+    A row a setting: its value in the first run, then every other value with the runs that have it.
+    """
     found, rows = [recorded_settings(run) for run in runs], []
     apart = names_with_role("run") - {"recipe", "smoke"}
     for name in dict.fromkeys(name for settings in found for name in settings if name not in apart):
-        values = [settings.get(name) for settings in found]
-        cells = [f"{v:g}" if isinstance(v, float) else "none" if v is None else str(v) for v in values]
-        rows += [[name, *cells]] if len(set(cells)) > 1 else []
+        having: dict[str, list[str]] = {}
+        for run, settings in zip(names_of(runs), found, strict=True):
+            v = settings.get(name)
+            cell = f"{v:g}" if isinstance(v, float) else "none" if v is None else str(v)
+            having.setdefault(cell, []).append(run)
+        (first, _), *others = having.items()
+        rows += [[name, first, "; ".join(f"{v}: {', '.join(of)}" for v, of in others)]] if others else []
     if not rows:
         return "They differ in no setting." if len(runs) > 1 else "There is one run only."
-    return table(rows, ["", *names_of(runs)])
+    return table(rows, ["setting", names_of(runs)[0], "others"])
 
 
 def metrics_table(runs: Sequence[Run]) -> str:
@@ -121,14 +132,24 @@ def metrics_table(runs: Sequence[Run]) -> str:
 
 # -- figures ---------------------------------------------------------------------------------------
 def curves(runs: Sequence[Run]) -> Figure:
-    """Loss, gradient norm, target IoU and boundary IoU by epoch, a line a run, in the colour of its group."""
-    figure = style.new_figure(f"{len(runs)} runs; X: diverged, failed or killed, >: still running", 6.6)
+    """Loss, gradient norm, target IoU and boundary IoU by epoch, a line a run, in the colour of its group.
+
+    Runs that differ in their loss terms or in a weight of one have no total to compare: the panel shows the
+    sum of the terms that all of them have, without weights.
+    """
+    figure = style.new_figure(f"{len(runs)} runs", 6.8)
+    shared = _shared_terms(runs)
     for (key, (title, unit)), axes in zip(PANELS.items(), figure.subplots(2, 2).flat, strict=True):
+        if key == "train_loss" and shared is not None:
+            title += ": the terms that all runs have, unweighted"
+            unit = textwrap.fill(" + ".join(map(style.words, shared)) or "no term", 36)
         axes.set_yscale("log" if key == "grad_norm" else "linear")
         for number, (name, members) in enumerate(groups(runs).items()):
             color = PALETTE[number % len(PALETTE)]
             for run in members:
                 lines = [line | (line.get("metrics") or {}) for line in run.epochs()]
+                if shared is not None:
+                    lines = [line | {"train_loss": _sum_of(line, shared)} for line in lines]
                 points = [(line["epoch"], line[key]) for line in lines if key in line]
                 label = name if run is members[0] else "_"
                 style.draw_line(axes, [x for x, _ in points], [y for _, y in points], color, label=label)
@@ -137,10 +158,26 @@ def curves(runs: Sequence[Run]) -> Figure:
                     known = [point for point in points if point[1] is not None]
                     place = {} if known else {"transform": axes.transAxes}
                     at = known[-1] if known else (0.02, 0.5)
-                    axes.plot(*at, ENDS[state], color=color, mec=BLACK, markersize=9, gid=state, **place)
+                    look = {"color": color, "mec": BLACK, "markersize": 9, "gid": state, **place}
+                    marker, label = ENDS[state]
+                    axes.plot(*at, marker, linestyle="", label=label, **look)
         style.style_axes(axes, title, "epoch", unit)
-    style.figure_legend(figure, figure.axes[0].get_legend_handles_labels()[0])
+    style.figure_legend(figure)
     return figure
+
+
+def _shared_terms(runs: Sequence[Run]) -> list[str] | None:
+    """The loss terms that all runs have; none: they have the same ones with the same weights."""
+    found = [(run.epochs()[0]["losses"], recorded_settings(run)) for run in runs if run.epochs()]
+    weights = [{name: own.get(f"{name}_weight") for name in losses} for losses, own in found]
+    if all(one == weights[0] for one in weights):
+        return None
+    return [name for name in weights[0] if all(name in one for one in weights)]
+
+
+def _sum_of(line: Mapping[str, Any], terms: Sequence[str]) -> float | None:
+    parts = [line["losses"].get(name) for name in terms]
+    return None if None in parts or not parts else sum(parts)
 
 
 def pictures(runs: Sequence[Run], count: int = 6) -> Figure:

@@ -72,10 +72,50 @@ def test_the_mean_and_its_spread_over_seeds(runs):
 
 def test_only_settings_that_differ_are_told(runs):
     table = compare.settings_table(runs[:3])
-    assert "| seed | 0 | 1 | 0 |" in table and "| lr | 0.002 | 0.002 | 0.01 |" in table
+    assert "| setting | a | others |" in table
+    assert "| seed | 0 | 1: a-2 |" in table and "| lr | 0.002 | 0.01: fast |" in table
     assert table.count("\n") == 3  # heads, rule, seed, lr: nothing else, neither the folder nor the width
     assert compare.settings_table(runs[:1]) == "There is one run only."
     assert compare.settings_table([runs[0], runs[0]]) == "They differ in no setting."
+
+
+def test_no_table_gets_wider_with_the_number_of_runs(runs):
+    for make in (compare.states_table, compare.settings_table, compare.metrics_table):
+        columns = {make(some).splitlines()[0].count("|") for some in (runs[:3], runs)}
+        assert len(columns) == 1 and columns.pop() <= 8
+
+
+def test_an_error_stands_below_the_states(runs):
+    status = json.loads((runs[2].folder / "status.json").read_text())
+    (runs[2].folder / "status.json").write_text(json.dumps({**status, "last_error": "no memory"}))
+    rows, _, errors = compare.states_table(runs).partition("\n\n")
+    assert "no memory" not in rows and errors == "- **fast**: no memory"
+
+
+def test_totals_of_different_losses_are_not_compared(runs, tmp_path):
+    """With another weight of a term the panel shows the terms that all runs have, without weights."""
+    panel = compare.curves(runs[:2]).axes[0]
+    assert panel.get_title(loc="left") == "training loss"
+    last = runs[0].epochs()[-1]
+    assert panel.lines[0].get_ydata()[-1] == last["train_loss"]
+    other = make_run(tmp_path / "other", contour_weight=0.5)
+    lines = (other.folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        del record["losses"]["distance"]
+    (other.folder / "metrics.jsonl").write_text("".join(dumps(record) + "\n" for record in records))
+    panel = compare.curves([runs[0], other]).axes[0]
+    assert "terms that all runs have, unweighted" in panel.get_title(loc="left")
+    assert "distance" not in panel.get_ylabel() and "contour" in panel.get_ylabel()
+    shared = sum(last["losses"].values()) - last["losses"]["distance"]
+    assert panel.lines[0].get_ydata()[-1] == pytest.approx(shared)
+
+
+def test_the_legend_explains_the_marks(runs):
+    (legend,) = compare.curves(runs).legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert {"a (2 seeds)", "diverged or failed", "still running"} <= set(names)
+    assert len(names) == len(set(names))
 
 
 def test_diverged_and_failed_runs_stay_and_are_marked(runs):
@@ -103,7 +143,7 @@ def test_a_run_that_was_killed_is_marked(runs):
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
     one, two = make_run(tmp_path / "x" / "demo"), make_run(tmp_path / "y" / "demo", lr=1e-3)
     assert names_of([one, two]) == ["x/demo", "y/demo"]
-    assert "|  | x/demo | y/demo |" in compare.settings_table([one, two])
+    assert "| setting | x/demo | others |" in compare.settings_table([one, two])
     assert len(groups([one, two])) == 2
 
 
