@@ -12,6 +12,7 @@ from refinelib import checkpoints, trainer
 from refinelib.config import Settings, absolute, load_recipe, resolve
 from refinelib.files import is_locked
 from refinelib.plots import widgets
+from refinelib.plots.style import recorded_settings
 from refinelib.runs import DEBUG_DIR, Run, RunError, newest, places
 
 #: What a debug run takes from params/debug.yaml: its size, and nothing else.
@@ -143,6 +144,23 @@ def earlier(settings: Settings) -> Run | None:
     again = "" if settings.resume else f": {again}run = 'NAME' trains a new one"
     print(f"{about}. It is shown below, and nothing is trained here{again}.")
     return run
+
+
+def note_size(*made: Any) -> None:
+    """Display a sentence where smoke size or a tiny run forbids conclusions; nothing elsewhere.
+
+    Args:
+        *made: what the notebook shows: runs, settings, or what has ``settings`` of a run.
+    """
+    from IPython.display import Markdown, display
+
+    own = [recorded_settings(one) if isinstance(one, Run) else getattr(one, "settings", one) for one in made]
+    found = [dict(settings) for settings in own]
+    smoke = resolve("debug").smoke or any(settings.get("smoke") for settings in found)
+    if smoke or any(settings.get("recipe") == "debug" for settings in found):
+        text = f"{'Smoke size' if smoke else 'A tiny run'}: trained for seconds, to show how this works."
+        text += " No score, difference or verdict below says anything about the method."
+        display(Markdown(f"> **{text}**"))  # type: ignore[no-untyped-call]  # IPython
 
 
 def has_weights(run: Run) -> bool:
