@@ -84,7 +84,7 @@ def rois(store: Store, count: int = 8, *, overlays: bool = False) -> Figure:
 def boxes_figure(pixels: Pixels, boxes: Sequence[Sequence[float]], labels: Sequence[str]) -> Figure:
     """An image (uint8 ``[H, W, 3]``) with boxes (xyxy in pixels), each with its label."""
     height, width = pixels.shape[:2]
-    figure = Figure(figsize=(style.WIDTH, min(7.5, 0.4 + style.WIDTH * height / width)), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, min(6.0, 0.4 + style.WIDTH * height / width)), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(pixels)
     for number, ((x0, y0, x1, y1), label) in enumerate(zip(boxes, labels, strict=True)):

@@ -6,10 +6,14 @@ nbval) no widget is made, so an executed notebook holds no widget state.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from refinelib.gradients.record import read
 from refinelib.plots.curves import curves
@@ -17,6 +21,13 @@ from refinelib.plots.gradients import module_norms
 from refinelib.plots.masks import Pixels, boxes_figure, sample_epochs, sample_grid
 from refinelib.plots.style import Figure, RunLike, opened
 from refinelib.runs import Run, RunError
+
+_SIDES = ("x", "y", "width", "height")
+#: The picture as wide as its place; no list of classes below it, as there is one only.
+_BOXES_CSS = """
+.refinelib-boxes .image-measure, .refinelib-boxes .image-measure img { width: 100%; }
+.refinelib-boxes .classes { display: none; }
+"""
 
 
 def interactive() -> bool:
@@ -90,65 +101,58 @@ def _above_figure(control: Any, draw: Callable[[Any], Figure]) -> Any:
 
 
 class BoxPicker:
-    """Boxes of an image, to be added and taken away by hand.
+    """Boxes of an image, drawn, moved and removed with the mouse.
 
-    In JupyterLab it shows itself at the end of a cell with two sliders (columns and rows that the next box
-    spans), *add* and *remove last*; where nobody watches it shows the picture with the boxes it has.
+    In JupyterLab it shows itself at the end of a cell, no higher than the window; where nobody watches it
+    shows the picture with the boxes that it was given.
 
     Args:
         pixels: uint8 ``[H, W, 3]``.
         boxes: xyxy in pixels, to begin with.
 
-    Attributes:
-        boxes: list of ``[x0, y0, x1, y1]``; read it in the next cell.
+    Example:
+        >>> BoxPicker(np.zeros((40, 60, 3), np.uint8), [[1, 2, 30, 35]]).boxes
+        [[1.0, 2.0, 30.0, 35.0]]
     """
 
     def __init__(self, pixels: Pixels, boxes: Iterable[Iterable[float]] = ()) -> None:
-        self.pixels, self.boxes = pixels, [[float(side) for side in box] for box in boxes]
+        self.pixels, self._given = pixels, [[float(side) for side in box] for box in boxes]
         self._widget: Any = None
 
-    def add(self, *_: object) -> None:
-        """Keep the box that the sliders span, unless it has no area."""
-        (x0, x1), (y0, y1) = self.columns.value, self.rows.value
-        self.boxes += [[float(x0), float(y0), float(x1), float(y1)]] if x1 > x0 and y1 > y0 else []
-        self._redraw()
-
-    def remove_last(self, *_: object) -> None:
-        """Take the box away that was added last."""
-        self.boxes = self.boxes[:-1]
-        self._redraw()
-
-    def figure(self, *drafts: list[float]) -> Figure:
-        """The image with its boxes, numbered from 0, and drafts."""
-        labels = [*map(str, range(len(self.boxes))), *("next" for _ in drafts)]
-        return boxes_figure(self.pixels, [*self.boxes, *drafts], labels)
+    @property
+    def boxes(self) -> list[list[float]]:
+        """``[x0, y0, x1, y1]`` of each box inside the image; read it in the next cell."""
+        if self._widget is None:
+            return self._given
+        height, width = self.pixels.shape[:2]
+        ends = []
+        for box in self._widget.bboxes:
+            x, y, w, h = (box[key] for key in _SIDES)
+            ends.append(np.clip([x, y, x + w, y + h], 0.0, [width, height] * 2).round(6).tolist())
+        same = {tuple(np.round(box, 6)): box for box in self._given}  # to the last bit what was given
+        return [same.get(tuple(box), box) for box in ends if box[2] > box[0] and box[3] > box[1]]
 
     def widget(self) -> Any:
         """The widget: made on first use, the same one afterwards."""
         if self._widget is None:
-            import ipywidgets as w
-
-            def slider(name: str, size: int) -> Any:
-                made = w.IntRangeSlider(value=(size // 4, 3 * size // 4), max=size, description=name)
-                made.observe(self._redraw, names="value")
-                return made
+            from ipywidgets import Layout
+            from jupyter_bbox_widget import BBoxWidget
 
             height, width = self.pixels.shape[:2]
-            self.columns, self.rows = slider("columns", width), slider("rows", height)
-            self.add_button, self.remove_button = (w.Button(description=x) for x in ("add", "remove last"))
-            self.preview, self.text = w.Image(format="png"), w.HTML()
-            self.add_button.on_click(self.add)
-            self.remove_button.on_click(self.remove_last)
-            buttons = w.HBox([self.add_button, self.remove_button])
-            self._widget = w.VBox([self.columns, self.rows, buttons, self.preview, self.text])
-            self._redraw()
+            fits = Layout(width=f"min(100%, {65 * width / height:.1f}vh)")
+            rows = [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in self._given]
+            drawn = [{**dict(zip(_SIDES, row, strict=True)), "label": ""} for row in rows]
+            made = BBoxWidget(bboxes=drawn, classes=[""], hide_buttons=True, layout=fits)
+            Image.fromarray(self.pixels).save(content := io.BytesIO(), "JPEG", quality=90)
+            made.image_bytes = content.getvalue()
+            made.add_class("refinelib-boxes")
+            made._css += _BOXES_CSS
+            self._widget = made
         return self._widget
 
-    def _redraw(self, *_: object) -> None:
-        (x0, x1), (y0, y1) = self.columns.value, self.rows.value
-        self.preview.value = self.figure([x0, y0, x1, y1])._repr_png_()
-        shown = "; ".join(", ".join(f"{side:g}" for side in box) for box in self.boxes)
-        self.text.value = f"boxes: {shown}" if self.boxes else "no box yet: move the sliders, then add"
+    def figure(self) -> Figure:
+        """The image with its boxes, numbered from 0."""
+        return boxes_figure(self.pixels, self.boxes, [str(number) for number in range(len(self.boxes))])
 
     def _ipython_display_(self) -> None:
         from IPython.display import display

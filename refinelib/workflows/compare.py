@@ -191,7 +191,7 @@ def pictures(runs: Sequence[Run], count: int = 6) -> Figure:
     for name, run in zip(names_of(runs), runs, strict=True):
         state = state_of(run)
         name += "" if state == "ok" else f"\n({state})"
-        alarm += [name] * (ENDS.get(state) == "X")
+        alarm += [name] * (state in ENDS and state != "running")
         if (read := read_samples(run)) is None:
             missing.append(name)
             continue

@@ -241,8 +241,8 @@ class Widgets:
     def __init__(self, notebook: Notebook, name: str, cell: Any) -> None:
         self.page, self.name = notebook.page, name
         cell.scroll_into_view_if_needed()
-        self.output = cell.locator(".widget-vbox").first
-        self.image = self.output.locator("img.widget-image")
+        self.output = cell.locator(".widget-vbox, .refinelib-boxes").first
+        self.image = self.output.locator("img")
         self.image.wait_for(timeout=15000)
 
     def picture(self) -> str:
@@ -260,10 +260,10 @@ class Widgets:
     def control(self, label: str) -> Any:
         return self.output.locator(".widget-inline-hbox", has=self.page.get_by_text(label, exact=True))
 
-    def drag(self, label: str, share: float, handle: int = 0) -> None:
-        """Drag a handle of a slider with the mouse to ``share`` (0 to 1) of the slider's length."""
+    def drag(self, label: str, share: float) -> None:
+        """Drag the handle of a slider with the mouse to ``share`` (0 to 1) of the slider's length."""
         control = self.control(label)
-        knob, track = control.locator(".noUi-touch-area").nth(handle), control.locator(".noUi-base")
+        knob, track = control.locator(".noUi-touch-area"), control.locator(".noUi-base")
         knob.scroll_into_view_if_needed()
         start, whole = (
             self._at_rest(knob),
@@ -293,8 +293,17 @@ class Widgets:
     def pick(self, label: str, option: str) -> None:
         self.control(label).locator("select").select_option(option)
 
-    def press(self, label: str) -> None:
-        self.output.get_by_role("button", name=label).click()
+    def draw_box(self, top: float) -> int:
+        """Drag the mouse over the right, from ``top`` (0 to 1) on; returns how many boxes there are."""
+        self.image.scroll_into_view_if_needed()
+        place = self._at_rest(self.image)
+        x, y, width, height = (place[key] for key in ("x", "y", "width", "height"))
+        assert height < HEIGHT - 150, f"{self.name}: the picture is {height} pixels high"
+        self.page.mouse.move(x + 0.55 * width, y + top * height)
+        self.page.mouse.down()
+        self.page.mouse.move(x + 0.95 * width, y + (top + 0.2) * height, steps=6)
+        self.page.mouse.up()
+        return self.output.locator("svg > g").count()
 
     def answers(self, action: Callable[..., None], *arguments: Any) -> None:
         """The picture changes after the action.
