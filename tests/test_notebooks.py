@@ -81,6 +81,18 @@ def test_papermill_reads_every_parameter(path: Path):
     assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in found.values())
 
 
+@each_notebook
+def test_smoke_size_is_told(path: Path):
+    """Above the first figure or table, by what ``examples.note_size`` says of it."""
+    code = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    assert any("examples.note_size(" in source for source in code[1:4])
+
+
+def test_the_list_of_all_settings_is_folded():
+    """Else four screens of it stand before the first picture."""
+    assert read(TRAIN).cells[2].metadata.jupyter.source_hidden
+
+
 def test_train_offers_every_setting():
     (cell,) = [cell for cell in read(TRAIN).cells if "parameters" in cell.metadata.get("tags", [])]
     assert cell.source == parameters_cell(), "settings changed: put config.parameters_cell() into train.ipynb"
