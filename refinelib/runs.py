@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from refinelib import config, files
 from refinelib.config import Settings, absolute, fields, names_with_role
 from refinelib.files import (
     PathLike,
-    append_whole,
     dumps,
     exclusive,
     read_json,
@@ -32,53 +30,16 @@ from refinelib.files import (
     was_killed,
     write_atomically,
 )
+from refinelib.records import are_numbers, is_record, read_records, skipped_lines
 
 #: Folder of debug runs in the folder of all runs.
 DEBUG_DIR = "debug-runs"
+#: What a start leaves that failed before its first step.
+_FAILED_START = {"config.json", "status.json", "events.jsonl", ".lock", "figures"}
 
 
 class RunError(RuntimeError):
     """A run folder is missing or not what it should be; the message says which and what to do."""
-
-
-# -- records -----------------------------------------------------------------------------------------
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file that may be growing; other lines are skipped, with a warning."""
-    records, damaged = files.read_lines(path, _is_record)
-    if damaged:
-        warnings.warn(_skipped_lines(path, damaged), stacklevel=2)
-    return records
-
-
-def _skipped_lines(path: Path, damaged: list[int]) -> str:
-    return f"{path}: lines without a record were passed over ({len(damaged)}, the first is line {damaged[0]})"
-
-
-#: Names of numbers, of numbers by name, and of those that are tables, in the status and in a line of records.
-_NUMBERS = {"loss", "train_loss", "grad_norm", "grad_norm_max", "lr", "loss_scale", "skipped", "seconds"}
-_NUMBERS |= {"step", "steps", "epoch", "epochs", "skipped_steps", "rewinds"}
-_SCORES = ("losses", "metrics", "best")
-_FAILED_START = {"config.json", "status.json", "events.jsonl", ".lock", "figures"}
-_TABLES = {"by_size", "by_third", "by_tercile", "intervals"}
-
-
-def _is_record(record: dict[str, Any]) -> bool:
-    """Whether a line has the types that its readers rely on."""
-    kind, counts = record.get("kind"), [record.get(name, 0) for name in ("step", "epoch", "count")]
-    if not isinstance(kind, str) or not all(type(count) is int and count >= 0 for count in counts):
-        return False
-    return kind not in ("step", "epoch") or (kind in record and _are_numbers(record))
-
-
-def _are_numbers(found: dict[str, Any]) -> bool:
-    """Whether numbers, and numbers by name, are such as the axis of a plot holds, or none."""
-    numbers = [value for name, value in found.items() if name in _NUMBERS]
-    for scores in (found.get(name) or {} for name in _SCORES):
-        three = scores.get("iou") or [None] * 3 if isinstance(scores, dict) else ()
-        if not isinstance(three, list) or len(three) != 3:
-            return False
-        numbers += three + [value for name, value in scores.items() if name not in {*_TABLES, "iou"}]
-    return all(x is None or (isinstance(x, (int, float)) and abs(x) < 1e100) for x in numbers)
 
 
 # -- a run -------------------------------------------------------------------------------------------
@@ -221,11 +182,11 @@ class Run:
             if number > epoch:
                 file.unlink(missing_ok=True)
         for name in ("metrics.jsonl", "events.jsonl")[: 1 + events]:
-            records, damaged = files.read_lines(self.folder / name, _is_record)
+            records, damaged = files.read_lines(self.folder / name, is_record)
             kept = [line for line in records if line.get("step", 0) <= step]
             write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
             if damaged:
-                self.event("damaged", _skipped_lines(self.folder / name, damaged), step=step)
+                self.event("damaged", skipped_lines(self.folder / name, damaged), step=step)
 
     def close(self) -> None:
         """Write what still waits, and say so where that is not possible."""
@@ -273,7 +234,7 @@ class Run:
                 if name == "status.json" and lines:
                     write_atomically(self.folder / name, lines[0])
                 elif lines:
-                    append_whole(self.folder / name, "".join(lines).encode())
+                    files.append_whole(self.folder / name, "".join(lines).encode())
                 lines.clear()
             except OSError as error:
                 failed = error
@@ -331,7 +292,7 @@ class Run:
         file = self.folder / "status.json"
         with contextlib.suppress(OSError, ValueError):
             found = read_json(file)
-            if isinstance(found, dict) and isinstance(found.get("state", ""), str) and _are_numbers(found):
+            if isinstance(found, dict) and isinstance(found.get("state", ""), str) and are_numbers(found):
                 return found | self._end_of_killed(found) if was_killed(self.folder, found) else found
         fix = "put {} into it, and resume=true continues from the checkpoints beside it"
         raise RunError(f"{file} is damaged or missing: {fix}")
@@ -350,7 +311,7 @@ class Run:
         return self._lines("epoch", step=0, train_loss=None, losses={}, seconds=0.0)
 
     def _lines(self, kind: str, **blank: Any) -> list[dict[str, Any]]:
-        lines = read_lines(self.folder / "metrics.jsonl")
+        lines = read_records(self.folder / "metrics.jsonl")
         return [{**blank, **line} for line in lines if line["kind"] == kind]
 
     @property
@@ -364,7 +325,7 @@ class Run:
 
     def events(self) -> list[dict[str, Any]]:
         """Lines of ``events.jsonl``."""
-        return read_lines(self.folder / "events.jsonl")
+        return read_records(self.folder / "events.jsonl")
 
     def summary(self) -> str:
         """The run's state, its metrics and where its figures lie, a few lines."""

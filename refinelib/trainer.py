@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refinelib import ranks
+from refinelib import launch, ranks
 from refinelib.build import autocast, fresh_model, resolve_auto
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
@@ -32,15 +32,6 @@ from refinelib.guard.diagnose import Finding
 from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError
 from refinelib.incidents import capture
-from refinelib.launch import (
-    FOLDER,
-    Follower,
-    Interruption,
-    launch,
-    refuse_processes,
-    refuse_wrong_values,
-    show_end,
-)
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.runs import Run
@@ -89,11 +80,11 @@ def train(settings: Settings, *, data: Any = None, on_epoch: Callable[[Run], Non
         (1, 40, 40)
     """
     settings, sources = sources_of(data, settings)
-    refuse_wrong_values(settings)  # before a folder is made
+    launch.refuse_wrong_values(settings)  # before a folder is made
     if settings.gpus > 1 and not ranks.launched():
-        return launch(settings, on_epoch)
-    with Interruption() as interruption, ranks.joined(settings.device, settings.rank_timeout) as watch:
-        refuse_processes(settings, ranks.count())
+        return launch.launch(settings, on_epoch)
+    with launch.Interruption() as interruption, ranks.joined(settings.device, settings.rank_timeout) as watch:
+        launch.refuse_processes(settings, ranks.count())
         settings, run = _start(settings, watch)
         with run.exclusive():
             watch.report = lambda sentence: run.update(state="failed", last_error=sentence)
@@ -119,7 +110,7 @@ def train(settings: Settings, *, data: Any = None, on_epoch: Callable[[Run], Non
                     # The ranks cannot part while a graph holds their collectives.
                     trainer.stepper.graph = None
                 run.close()
-                show_end(run, on_epoch)
+                launch.show_end(run, on_epoch)
     return run
 
 
@@ -127,7 +118,7 @@ def _start(settings: Settings, watch: ranks.Watch) -> tuple[Settings, Run]:
     """The run's folder, the same on every rank; a job that its launcher started again resumes by itself."""
     run = None
     if ranks.rank() == 0:
-        begun = os.environ.get(FOLDER) or (watch.job_value("folder") if ranks.restarts() else None)
+        begun = os.environ.get(launch.FOLDER) or (watch.job_value("folder") if ranks.restarts() else None)
         run = Run.start(settings, begun)
         watch.job_value("folder", str(run.folder))
         if ranks.restarts() and run.status()["state"] == "diverged":  # so it would be again
@@ -135,14 +126,14 @@ def _start(settings: Settings, watch: ranks.Watch) -> tuple[Settings, Run]:
         if ranks.restarts() and run.has_checkpoint:
             settings = settings.model_copy(update={"resume": True})
     resume, folder = ranks.tell((settings.resume, run and run.folder))
-    return settings.model_copy(update={"resume": resume}), run or Follower(folder)
+    return settings.model_copy(update={"resume": resume}), run or launch.Follower(folder)
 
 
 class Trainer(TrainingState):
     """The loop over a run's steps and epochs."""
 
     # -- the loop ----------------------------------------------------------------------------------
-    def fit(self, interruption: Interruption, on_epoch: Callable[[Run], None] | None) -> None:
+    def fit(self, interruption: launch.Interruption, on_epoch: Callable[[Run], None] | None) -> None:
         """Train to the end of the last epoch."""
         settings, per_epoch = self.settings, self.loader.steps_per_epoch
         if settings.resume:
@@ -186,7 +177,7 @@ class Trainer(TrainingState):
             shutil.rmtree(self.snapshot_file(0).parent, ignore_errors=True)
         self.run.update(state="ok")
 
-    def stopping(self, interruption: Interruption) -> bool:
+    def stopping(self, interruption: launch.Interruption) -> bool:
         """Whether to stop before the next step: all ranks at the same one, whichever of them was asked."""
         if ranks.count() == 1:
             return bool(interruption.requested)
