@@ -161,6 +161,8 @@ def curves(runs: Sequence[Run]) -> Figure:
                     look = {"color": color, "mec": BLACK, "markersize": 9, "gid": state, **place}
                     marker, label = ENDS[state]
                     axes.plot(*at, marker, linestyle="", label=label, **look)
+        if key in METRICS:
+            axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # no score is below 0
         style.style_axes(axes, title, "epoch", unit)
     style.figure_legend(figure)
     return figure

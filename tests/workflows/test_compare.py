@@ -111,6 +111,15 @@ def test_totals_of_different_losses_are_not_compared(runs, tmp_path):
     assert panel.lines[0].get_ydata()[-1] == pytest.approx(shared)
 
 
+def test_no_axis_of_scores_goes_below_0(runs):
+    for run in runs:  # a run that has learnt nothing yet
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line.get("metrics", {}).update(target_iou=0.0, boundary_iou=0.0)
+        (run.folder / "metrics.jsonl").write_text("".join(dumps(line) + "\n" for line in lines))
+    assert [axes.get_ylim()[0] for axes in compare.curves(runs).axes[2:]] == [0.0, 0.0]
+
+
 def test_the_legend_explains_the_marks(runs):
     (legend,) = compare.curves(runs).legends
     names = [text.get_text() for text in legend.get_texts()]
