@@ -37,9 +37,8 @@ from refinelib.files import PathLike, parse_yaml, read_yaml, reason, shipped, sh
 from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option, limits_in_words
 
 ROLES = ("run", "data", "model", "training", "inference")
-SMOKE_VARIABLE = "REFINELIB_SMOKE"
-#: Folder of all runs, and of those of smoke size, if no other is given.
-RUNS_DIR, SMOKE_DIR = "outputs", "outputs/smoke"
+#: Asks for smoke size; folder of all runs, and of those of smoke size, if no other is given.
+SMOKE_VARIABLE, RUNS_DIR, SMOKE_DIR = "REFINELIB_SMOKE", "outputs", "outputs/smoke"
 #: Longer names under which two recipes are known.
 RECIPE_ALIASES = {
     "rgb_hierarchical_unet_v2_attention_r64m64_refined": "refined",
@@ -320,8 +319,7 @@ def resolve(recipe: str | None = None, /, **overrides: Any) -> Settings:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             lowest = values.get("min_lr", Settings.model_fields["min_lr"].default)
             values["min_lr"] = min(float(lowest), float(values["lr"]))
-    if os.environ.get(SMOKE_VARIABLE):
-        values["smoke"] = os.environ[SMOKE_VARIABLE]
+    values |= {"smoke": smoke} if (smoke := os.environ.get(SMOKE_VARIABLE)) else {}
     settings = read_values(settings_class(), values)
     return settings.model_copy(update=_smoke(settings)) if settings.smoke else settings
 
@@ -380,8 +378,7 @@ def _smoke(settings: Settings) -> dict[str, Any]:
     values: dict[str, Any] = {name: min(getattr(settings, name) or size, size) for name, size in most.items()}
     for name in ("roi_size", "mask_size"):
         values[name] = tuple(min(side, 32) for side in getattr(settings, name))
-    if settings.output_dir == RUNS_DIR:
-        values["output_dir"] = SMOKE_DIR
+    values["output_dir"] = SMOKE_DIR if settings.output_dir == RUNS_DIR else settings.output_dir
     return {**values, "smoke": True, "log_every": 1}
 
 
@@ -425,8 +422,8 @@ def describe(settings: Settings, *, every: bool = False) -> str:
         >>> print(describe(Settings(lr=1e-3)).splitlines()[0])
         lr                         0.001           peak learning rate
     """
-    lines = []
     told = {n: f for n, f in fields().items() if every or getattr(settings, n) != f.default}
+    lines = []
     for name, field in told.items():
         value = getattr(settings, name)
         text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -441,14 +438,14 @@ def parameters_cell() -> str:
     """Source of the tagged parameters cell of ``train.ipynb``: every setting, its type, its meaning."""
     lines = ["# none: as the recipe says. Set any of them here or with papermill -p NAME VALUE."]
     for name, field in fields().items():
-        default = repr(field.default) if name == "recipe" else "None"
-        lines.append(f"{name}: {_type_name(field.annotation)} = {default}  # {_meaning(field)}")
+        default = field.default if name == "recipe" else None
+        lines.append(f"{name}: {_type_name(field.annotation)} = {default!r}  # {_meaning(field)}")
     return "\n".join(lines)
 
 
 def _meaning(field: FieldInfo) -> str:
-    choices = ", ".join(_choices(field.annotation))
-    return "; ".join(filter(None, (choices, field.description, limits_in_words(field.metadata))))
+    parts = ", ".join(_choices(field.annotation)), field.description, limits_in_words(field.metadata)
+    return "; ".join(filter(None, parts))
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
@@ -472,8 +469,7 @@ def read_values(model: type[V], values: Mapping[str, Any]) -> V:
         SettingsError: with all sentences.
     """
     names = model.model_fields
-    unknown = [name for name in values if name not in names]
-    if unknown:
+    if unknown := [name for name in values if name not in names]:
         wrong = [f"there is no setting {shown(name)}{_nearest(name, names)}" for name in unknown[:10]]
         raise SettingsError("; ".join([*wrong, *[f"and {len(unknown) - 10} more"] * (len(unknown) > 10)]))
     try:

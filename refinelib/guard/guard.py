@@ -297,8 +297,7 @@ class Guard:
         """
         state = dict(zip(self.state, self.memory.unbind(), strict=True))
         scale, applied, seen = state["scale"].float(), state["applied"], state["seen"]
-        suspended, damaged = state["updates_suspended"] != 0, state["damaged"] != 0
-        wide = self.memory.dtype
+        wide, suspended, damaged = self.memory.dtype, state["updates_suspended"] != 0, state["damaged"] != 0
         norms, largest = unscaled(norms.to(wide), largest.to(wide), scale, self.root_sizes)
         norm, peak = norms.square().sum().sqrt(), largest.amax()
         norm = torch.where(norm > 0, norm, peak)  # squares of gradients below 1e-23 are 0 in float32
