@@ -180,7 +180,7 @@ def test_the_parameters_cell_has_the_range_or_the_choices_of_every_setting():
         for choice in config._choices(field.annotation):
             assert choice in lines[name], lines[name]
     assert "letters, digits" in lines["run"] and "cuda:1" in lines["device"]
-    assert config.describe(resolve()).count("0.1 to 10") == 2  # the table too
+    assert config.describe(resolve(), every=True).count("0.1 to 10") == 2  # the table too
 
 
 @pytest.mark.parametrize("given", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:12"])
