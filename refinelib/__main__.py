@@ -20,6 +20,20 @@ _SETTINGS = "`papermill --help-notebook notebooks/train.ipynb` lists them with t
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    options = vars(command_line().parse_args(arguments))
+    command, execute = options.pop("command"), options.pop("execute")
+    try:
+        return int(execute(**options))
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="refinelib", description="Boundary-refined person masks.")
     commands = parser.add_subparsers(dest="command", required=True)
     switch = argparse.BooleanOptionalAction  # where it is not given, the run's own setting holds
@@ -88,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     draw.set_defaults(execute=_predict)
     draw.add_argument("run", help="a run's name or folder, or a checkpoint file")
     draw.add_argument("path", help="an image, or a folder of images")
-    draw.add_argument("--boxes", nargs="+", default=[], metavar="X,Y,W,H", help="of the image, in pixels")
+    draw.add_argument("--boxes", nargs="+", default=[], metavar="X0,Y0,X1,Y1", help="in pixels")
     draw.add_argument("--annotations", help="COCO JSON that lists the images; its persons' boxes are taken")
     draw.add_argument(
         "--out", required=True, metavar="DIR", help="a folder for each image, coco_results.json"
@@ -122,17 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     copies.set_defaults(execute=_notebooks)
     copies.add_argument("folder", metavar="DIR", help="folder for them; nothing in it is overwritten")
-
-    options = vars(parser.parse_args(arguments))
-    command, execute = options.pop("command"), options.pop("execute")
-    try:
-        return int(execute(**options))
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return 2
+    return parser
 
 
 def _evaluate(

@@ -30,7 +30,7 @@ BAD_BOXES = "item whose boxes do not fit its masks"
 IMAGE_RULE = "give uint8 in 0 to 255, [H, W, 3] or [H, W], a tensor [3, H, W], or a PIL image"
 IDS_RULE = "give instance ids from 1 to 65535, 0 for background and 255 for ignored"
 STACK_RULE = "give true or false for each person and pixel; instance ids are [H, W]"
-BOXES_RULE = "give a row of x, y, width, height in pixels for each person, or None"
+BOXES_RULE = "give a row of x0, y0, x1, y1 in pixels for each person, or None"
 ITEM_RULE = "give (image, mask) or (image, mask, boxes)"
 DATA_RULE = (
     "give (images, masks), (images, masks, boxes), a list of items or a torch Dataset, or (train, val)"
@@ -87,7 +87,7 @@ class ArrayPeople(IndexedSource):
     - An image is uint8 ``[H, W, 3]`` in RGB or ``[H, W]``, a uint8 tensor ``[3, H, W]``, or a PIL image.
     - A mask has instance ids ``[H, W]``, 0 for background and 255 for ignored; or is ``[N, H, W]``, true or
       false for each person.
-    - Boxes are ``[N, 4]`` in pixels: x, y, width, height, in the order of the masks or of the ids. None, or
+    - Boxes are ``[N, 4]`` in pixels: x0, y0, x1, y1, in the order of the masks or of the ids. None, or
       none given: those of the masks.
 
     A bad item, such as one whose mask has another size than its image, is left out and counted under a
@@ -295,7 +295,6 @@ def _boxes(value: Any, where: str) -> NDArray[np.float64]:
     """Boxes that a user gives, as float64 ``[N, 4]``, xyxy."""
     try:
         boxes = _array(value).astype(np.float64)
-        corner, size = np.hsplit(boxes.reshape(len(boxes), 4), 2)
-        return np.hstack([corner, corner + size])
+        return boxes.reshape(len(boxes), 4)
     except Exception:  # whatever a user's value raises
         raise SceneError(BAD_BOXES, f"{where}: the boxes are {_kind(value)}: {BOXES_RULE}") from None

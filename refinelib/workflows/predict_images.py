@@ -26,7 +26,7 @@ BAD_BOXES = "image whose boxes cannot be used"
 NOT_LISTED = "image that the annotations do not list"
 BOXES_RULE = (
     "the model draws the mask of the person in each box, so boxes are needed: give --boxes "
-    "x,y,width,height in pixels, or --annotations, a COCO JSON that lists the image"
+    "x0,y0,x1,y1 in pixels, or --annotations, a COCO JSON that lists the image"
 )
 
 
@@ -46,23 +46,21 @@ class Predictions(NamedTuple):
 
 
 def corners(text: str) -> list[float]:
-    """A box as COCO writes it, turned into corners.
+    """The corners of a box that was typed.
 
     Raises:
         DataError: it is not four numbers.
 
     Example:
-        >>> corners("10,20,100,50.5")
+        >>> corners("10,20,110,70.5")
         [10.0, 20.0, 110.0, 70.5]
     """
     try:
-        x, y, width, height = map(float, text.split(","))
+        x0, y0, x1, y1 = map(float, text.split(","))
     except ValueError:
-        rule = (
-            "give x,y,width,height in pixels, four numbers with commas and no blanks, such as 10,20,100,200"
-        )
+        rule = "give x0,y0,x1,y1 in pixels, four numbers with commas and no blanks, such as 10,20,110,220"
         raise DataError(f"the box {shown(text)} is not four numbers: {rule}") from None
-    return [x, y, x + width, y + height]
+    return [x0, y0, x1, y1]
 
 
 def check(path: Path, out: Path, boxes: Sequence[str], annotations: PathLike | None, overwrite: bool) -> None:
@@ -98,7 +96,7 @@ def predict_images(
         predictor: a loaded model.
         path: an image, or a folder of images.
         out: folder; each image has a folder in it (:func:`~refinelib.workflows.predict_io.save_masks`).
-        boxes: texts ``x,y,width,height`` in pixels, of one image.
+        boxes: texts ``x0,y0,x1,y1`` in pixels, of one image.
         annotations: COCO JSON whose persons' boxes are taken.
         category: see :func:`~refinelib.data.annotations.read_people`.
         exif: see :func:`~refinelib.workflows.predict_io.read_inputs`.

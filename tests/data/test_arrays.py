@@ -21,7 +21,7 @@ from refinelib.data.formats import split_of
 #: xyxy of the persons of every image.
 ONE, TWO = (10, 5, 30, 45), (40, 10, 60, 50)
 SIZE = (60, 80)
-XYWH = np.array([[10, 5, 20, 40], [40, 10, 20, 40]], np.float32)
+BOXES = np.array([[10, 5, 30, 45], [40, 10, 60, 50]], np.float32)
 STORE = dict(roi_size=(32, 32), mask_size=(32, 32), context=0.0, progress=False)
 
 
@@ -99,11 +99,11 @@ def test_forms_of_one_content_have_one_fingerprint_and_another_content_another()
         data = (changed, MASKS) if at is IMAGES else (IMAGES, changed)
         assert ArrayPeople(data).fingerprint() != first
     assert ArrayPeople((IMAGES[::-1], MASKS)).fingerprint() != first
-    assert ArrayPeople((IMAGES, MASKS, [XYWH] * 12)).fingerprint() != first
+    assert ArrayPeople((IMAGES, MASKS, [BOXES] * 12)).fingerprint() != first
 
 
 def test_boxes_are_taken_in_the_order_of_ids_or_masks():
-    wide = XYWH + [-2, 0, 4, 0]
+    wide = BOXES + [-2, 0, 2, 0]
     for masks in (MASKS, STACKS, np.insert(STACKS, 0, False, axis=1)):
         rows = wide if masks.shape[1:2] != (3,) else np.insert(wide, 0, 20, axis=0)
         for boxes in (np.stack([rows] * 12), [torch.from_numpy(rows)] * 12, [rows.tolist()] * 12):
@@ -180,16 +180,16 @@ def test_a_bad_item_is_left_out_and_counted_with_an_example(name):
 @pytest.mark.parametrize(
     ("box", "reason"),
     [
-        ([np.nan, 5, 20, 40], sources.NO_AREA),
-        ([10, 5, np.inf, 40], sources.NO_AREA),
-        ([10, 5, 0, 40], sources.NO_AREA),
-        ([10, 5, -20, 40], sources.NO_AREA),
-        ([90, 5, 20, 40], sources.OUTSIDE),
-        ([10, 5, 15, 40], sources.SMALL),
+        ([np.nan, 5, 30, 45], sources.NO_AREA),
+        ([10, 5, np.inf, 45], sources.NO_AREA),
+        ([10, 5, 10, 45], sources.NO_AREA),
+        ([10, 5, -10, 45], sources.NO_AREA),
+        ([90, 5, 110, 45], sources.OUTSIDE),
+        ([10, 5, 25, 45], sources.SMALL),
     ],
 )
 def test_a_bad_box_leaves_out_its_person(box, reason):
-    found = ArrayPeople([(IMAGES[0], MASKS[0], [box, XYWH[1].tolist()])]).instances()
+    found = ArrayPeople([(IMAGES[0], MASKS[0], [box, BOXES[1].tolist()])]).instances()
     assert found.boxes.tolist() == [[*TWO]] and found.skipped == {reason: 1} and found.slots.tolist() == [1]
 
 
@@ -219,7 +219,7 @@ WRONG = {
     "a stream": (Stream(), "a Stream, without a length"),
     "an image alone": (IMAGES, "item 0 of the train data is a ndarray .60, 80, 3.: give .image, mask."),
     "lengths": ((IMAGES, MASKS[:-1]), "images, masks and boxes have .12, 11. entries"),
-    "boxes": ((IMAGES, MASKS, [XYWH]), "have .12, 12, 1. entries"),
+    "boxes": ((IMAGES, MASKS, [BOXES]), "have .12, 12, 1. entries"),
     "four parts": ((IMAGES, MASKS, None, None), "give one of each"),
     "one mask": ((IMAGES[0], MASKS[0]), "the masks are one mask"),
     "a dictionary": ({"images": IMAGES, "masks": MASKS}, "the data are a dict, without"),

@@ -78,7 +78,7 @@ def test_a_folder_with_annotations(weights, people, tmp_path, capsys):
 
 def test_an_image_with_boxes(weights, people, tmp_path, capsys):
     out = tmp_path / "out"
-    boxes = ("--boxes", "5,5,20,30", "30,5,20,30.5")
+    boxes = ("--boxes", "5,5,25,35", "30,5,50,35.5")
     assert predict(weights, people.images / "a.png", *boxes, "--out", out) == 0
     assert len(json.loads((out / RESULTS).read_text())) == 2
     assert not (out / "a" / "a_overlay.png").exists() and capsys.readouterr().out.startswith("2 masks in 1")
@@ -91,14 +91,14 @@ def test_an_image_with_boxes(weights, people, tmp_path, capsys):
 @pytest.mark.parametrize(
     "path, more, sentence",
     [
-        ("a.png", (), "boxes are needed: give --boxes x,y,width,height in pixels, or --annotations"),
+        ("a.png", (), "boxes are needed: give --boxes x0,y0,x1,y1 in pixels, or --annotations"),
         (".", (), "boxes are needed"),
-        (".", ("--boxes", "1,2,3,4"), "--boxes are those of one image"),
+        (".", ("--boxes", "1,2,4,6"), "--boxes are those of one image"),
         ("a.png", ("--boxes", "1,2,3"), "the box '1,2,3' is not four numbers"),
-        ("a.png", ("--boxes", "1,2,0,4"), "not finite or without area"),
-        ("a.png", ("--boxes", "100,2,5,5"), "outside the image of 60 x 40 pixels"),
-        ("cut.jpg", ("--boxes", "1,2,5,5"), "cut.jpg"),
-        ("nowhere.png", ("--boxes", "1,2,5,5"), "nowhere.png"),
+        ("a.png", ("--boxes", "1,2,1,6"), "not finite or without area"),
+        ("a.png", ("--boxes", "100,2,105,7"), "outside the image of 60 x 40 pixels"),
+        ("cut.jpg", ("--boxes", "1,2,6,7"), "cut.jpg"),
+        ("nowhere.png", ("--boxes", "1,2,6,7"), "nowhere.png"),
         ("a.png", ("--annotations", "nowhere.json"), "nowhere.json"),
         ("none.png", ("--annotations", "{json}"), "has no person's box that can be used"),
     ],
