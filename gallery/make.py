@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import numpy as np
 from PIL import Image, ImageDraw
 
 from refinelib.config import project_root, resolve
@@ -30,20 +29,9 @@ from studies.results import REFINEMENT_OFF
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = project_root() / "notebooks"
-PICTURE_BYTES = 120_000
-#: Scale and number of colours, tried in this order until a picture is small enough.
-STEPS = [
-    (1, 256),
-    (1, 128),
-    (1, 96),
-    (1, 64),
-    (1, 48),
-    (0.8, 48),
-    (0.65, 64),
-    (0.65, 32),
-    (0.5, 32),
-    (0.4, 16),
-]
+PICTURE_BYTES = 160_000
+#: Scale and quality of a photograph, tried in this order until a picture is small enough.
+STEPS = [(1, 85), (1, 70), (1, 55), (0.8, 55), (0.65, 50), (0.5, 45), (0.35, 30)]
 Covers = Mapping[str, Sequence[Sequence[int]]]  # by cell
 BEGIN, END = "<!-- made by gallery/make.py -->", "<!-- end -->"
 
@@ -77,8 +65,13 @@ FROM_A_GPU = ("gradients", "progressive", "results", "rootcause")
 
 
 # -- cleaning --------------------------------------------------------------------------------------
-def small_png(data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence[int]] = ()) -> bytes:
-    """A palette PNG of at most ``limit`` bytes: fewer colours first, then smaller; ``covers`` are hidden."""
+def small_picture(
+    data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence[int]] = ()
+) -> tuple[str, bytes]:
+    """A picture's kind and content, of at most ``limit`` bytes; ``covers`` are hidden.
+
+    A drawing becomes a PNG with a palette. What does not fit so has photographs in it, and becomes a JPEG.
+    """
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     for x0, y0, x1, y1 in covers:
@@ -86,40 +79,17 @@ def small_png(data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence
         ImageDraw.Draw(picture).text(
             (x0 + 8, y0 + 8), "not shown:\nits licence\nallows no\nderived work", fill="#404040"
         )
-    for scale, colours in STEPS:
+    file = io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    if file.tell() <= limit:
+        return "image/png", file.getvalue()
+    for scale, quality in STEPS:
         size = tuple(round(side * scale) for side in picture.size)
-        shown = picture if scale == 1 else picture.resize(size, Image.Resampling.LANCZOS)
-        file = io.BytesIO()
-        shown.quantize(palette=_palette(shown, colours), dither=Image.Dither.NONE).save(
-            file, "PNG", optimize=True
-        )
+        shown, file = picture.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
+        shown.save(file, "JPEG", quality=quality, optimize=True, subsampling=0)
         if file.tell() <= limit:
             break
-    return file.getvalue()
-
-
-def _palette(picture: Image.Image, colours: int) -> Image.Image:
-    """Up to half of the colours are the picture's own flat ones; median cut finds the others."""
-    pixels = picture.width * picture.height
-    flat: list[tuple[int, int, int]] = []
-    for count, colour in sorted(picture.getcolors(pixels), reverse=True):
-        if count <= pixels / 3000 or len(flat) == colours // 2:
-            break
-        if all(
-            max(abs(a - b) for a, b in zip(colour, other, strict=True)) > 12 for other in flat
-        ):  # a photograph's many greys are not a drawing's colours
-            flat.append(colour)
-    others = np.asarray(picture).reshape(-1, 3)
-    others = others[
-        ~np.isin(others @ (1 << np.array([16, 8, 0])), [(r << 16) + (g << 8) + b for r, g, b in flat])
-    ]
-    table = [value for colour in flat for value in colour]
-    if len(others):
-        found = Image.fromarray(others[None]).quantize(colours - len(flat), dither=Image.Dither.NONE)
-        table += found.getpalette()[: 3 * (colours - len(flat))]
-    holder = Image.new("P", (1, 1))
-    holder.putpalette(table)
-    return holder
+    return "image/jpeg", file.getvalue()
 
 
 def replacements(parameters: dict[str, Any]) -> list[tuple[str, str]]:
@@ -177,13 +147,12 @@ def _output(item, plain, covers):
         for kind in list(item.data):
             if "widget" in kind or kind == "application/javascript":
                 del item.data[kind]
-            elif kind == "image/png":
-                item.data[kind] = base64.b64encode(
-                    small_png(base64.b64decode(item.data[kind]), covers=covers)
-                ).decode()
+            elif kind in ("image/png", "image/jpeg"):
+                kind, small = small_picture(base64.b64decode(item.data.pop(kind)), covers=covers)
+                item.data[kind] = base64.b64encode(small).decode()
             elif isinstance(item.data[kind], str):
                 item.data[kind] = plain(item.data[kind])
-        if "image/png" in item.data or "text/markdown" in item.data:
+        if {"image/png", "image/jpeg", "text/markdown"} & set(item.data):
             item.data.pop("text/plain", None)  # <Figure size ...>
         if set(item.data) <= {"text/plain"} and "VBox(" in item.data.get("text/plain", "VBox("):
             return None
