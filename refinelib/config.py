@@ -345,7 +345,7 @@ def plain_values(namespace: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_recipe(recipe: str) -> dict[str, Any]:
     """The raw mapping in a recipe of ``params/`` by its name, or in the YAML file at that path."""
-    file = _recipes().get(recipe)
+    file = recipe_files().get(recipe)
     if recipe.endswith((".yaml", ".yml")):
         file = Path(recipe) if os.path.exists(recipe) else absolute(recipe)
     if file is None or not os.path.isfile(file):
@@ -363,10 +363,10 @@ def load_recipe(recipe: str) -> dict[str, Any]:
 
 def recipe_names() -> list[str]:
     """Names of all recipes in ``params/``, the package's and those of the working folder."""
-    return sorted(_recipes())
+    return sorted(recipe_files())
 
 
-def _recipes() -> dict[str, Path]:
+def recipe_files() -> dict[str, Path]:
     """Recipes by name; one in ``params/`` of the project's root comes before the package's of that name."""
     folders = (shipped() / "params", project_root() / "params")
     return {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
@@ -420,7 +420,7 @@ def describe(settings: Settings, *, every: bool = False) -> str:
 
     Example:
         >>> print(describe(Settings(lr=1e-3)).splitlines()[0])
-        lr                         0.001           peak learning rate
+        lr                         0.001           peak learning rate; above 0, at most 1
     """
     told = {n: f for n, f in fields().items() if every or getattr(settings, n) != f.default}
     lines = []

@@ -298,7 +298,9 @@ class Run:
         raise RunError(f"{file} is damaged or missing: {fix}")
 
     def _end_of_killed(self, status: dict[str, Any]) -> dict[str, str]:
-        where = (f"{name} {status.get(name)} of {status.get(f'{name}s')}" for name in ("epoch", "step"))
+        where = [
+            f"{name} {status.get(name, 0)} of {status.get(f'{name}s', '?')}" for name in ("epoch", "step")
+        ]
         how = "-p resume true goes on" if self.has_checkpoint else "there is no checkpoint, so start it again"
         return {"state": "killed", "last_error": f"stopped after {', '.join(where)}; {how}"}
 

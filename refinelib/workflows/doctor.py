@@ -158,23 +158,18 @@ def _outputs(given: dict[str, Any]) -> Iterator[Found]:
 
 
 def _recipes() -> Iterator[Found]:
-    from refinelib.config import SettingsError, recipe_names, resolve
+    from refinelib.config import SettingsError, recipe_files, resolve
 
-    names, wrong = recipe_names(), dict[str, str]()
-    for name in names:
+    files, wrong = recipe_files(), dict[str, str]()
+    for name in files:
         try:
             resolve(name)
         except SettingsError as error:
             wrong[name] = reason(error)
-    folder = shipped() / "params"
-    if not names:
-        yield Found(
-            "recipes", f"{folder} holds none", "run from the project's folder, or pip install -e . in it"
-        )
     for name, why in wrong.items():
-        yield Found("recipes", f"{folder / name}.yaml: {why}", "mend that file")
-    if names and not wrong:
-        yield Found("recipes", f"{len(names)} in {folder}, all valid")
+        yield Found("recipes", f"{files[name]}: {why}", "mend that file")
+    if not wrong:
+        yield Found("recipes", f"{len(files)} in {shipped() / 'params'}, all valid")
 
 
 def _data(given: dict[str, Any]) -> Iterator[Found]:

@@ -61,9 +61,11 @@ def test_the_error_names_the_nearest_run_also_of_a_phase_sequence(tmp_path):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "config.json").write_text("{}")
     for wrong, near in [("outputs/phase2", "progressive/phase2"), ("bestt", "best")]:
-        with pytest.raises(RunError, match=f"no run '{wrong}'; did you mean {tmp_path / near}: give"):
+        with pytest.raises(
+            RunError, match=f"no run '{wrong}' in {tmp_path}; did you mean {tmp_path / near}: give"
+        ):
             Run.open(wrong, output_dir=str(tmp_path))
-    with pytest.raises(RunError, match="no run 'x': give"):
+    with pytest.raises(RunError, match="no run 'x' in .*: give"):
         Run.open("x", output_dir=str(tmp_path))
 
 

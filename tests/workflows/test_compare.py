@@ -123,7 +123,7 @@ def test_no_axis_of_scores_goes_below_0(runs):
 def test_the_legend_explains_the_marks(runs):
     (legend,) = compare.curves(runs).legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert {"a (2 seeds)", "diverged or failed", "still running"} <= set(names)
+    assert {"a (2 seeds)", "diverged, failed or killed", "still running"} <= set(names)
     assert len(names) == len(set(names))
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_was_killed_is_marked(runs):
         assert "| young | running | 1 of 1 |" in compare.states_table(runs)
     (run.folder / "checkpoints").mkdir()
     (run.folder / "checkpoints" / "last.pt").touch()
-    goes_on = "stopped after epoch 1 of 1, step 60 of None; -p resume true goes on |"
+    goes_on = "stopped after epoch 1 of 1, step 60 of ?; -p resume true goes on"
     assert "| young | **killed** | 1 of 1 |" in (told := compare.states_table(runs)) and goes_on in told
     crosses = [line for line in compare.curves(runs).axes[0].get_lines() if line.get_gid() == "killed"]
     assert len(crosses) == 1 and crosses[0].get_marker() == "X"

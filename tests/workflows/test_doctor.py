@@ -59,7 +59,6 @@ def test_a_full_disk_and_one_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 def test_a_recipe_that_is_wrong_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "project_root", lambda: tmp_path)
-    assert "holds none" in found()["recipes"].text
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "mine.yaml").write_text("lrr: 1\n")
     (tmp_path / "params" / "good.yaml").write_text("lr: 1e-3\n")
