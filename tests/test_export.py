@@ -81,7 +81,10 @@ def chosen(*on):
 SUBPIXEL = "use_subpixel_conv"  # it excludes progressive upsampling
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+SLOW = [pytest.param(x, marks=pytest.mark.slow) if x in ("pt2", "onnx") else x for x in export.FORMATS]
+
+
+@pytest.mark.parametrize("format", SLOW)
 def test_a_file_of_any_format_gives_the_predictors_probabilities(format, checkpoint):
     needs(*export.FORMATS[format].packages)
     file = checkpoint(**chosen(*SWITCHES.keys() - {SUBPIXEL}), target_decision_weight=1.3)

@@ -80,6 +80,7 @@ def test_a_resume_takes_the_run_of_its_settings(demo):
 CODE = "import json, sys, refinelib; refinelib.train(refinelib.Settings(**json.loads(sys.argv[1])))"
 
 
+@pytest.mark.slow
 def test_run_all_after_a_killed_kernel_shows_the_run_and_resumes_it_when_asked(tiny, tmp_path, monkeypatch):
     """train.ipynb in a kernel that believes to belong to JupyterLab."""
     chosen = tiny(epochs=3, max_images=4)
