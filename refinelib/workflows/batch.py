@@ -245,7 +245,7 @@ def _line(job: Job, command: Sequence[str] | None) -> list[str]:
     """The command line of a run's process."""
     given = {name: value for name, value in job.given.items() if value is not None}
     if job.settings.resume and not newest(job.root, job.name, fits=lambda run: run.has_checkpoint):
-        del given["resume"]  # the batch was interrupted before this run had begun
+        given["resume"] = False  # the batch was interrupted before this run had begun
     if command is None:
         return [sys.executable, "-m", "refinelib.workflows.batch", str(job.notebook), json.dumps(given)]
     words = (word for name, value in given.items() if name != "recipe" for word in ("-p", name, value))
