@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import shlex
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 from refinelib import checkpoints
 from refinelib.config import Settings, SettingsError
-from refinelib.files import dumps, read_json, write_atomically
+from refinelib.files import dumps, file_digest, read_json, write_atomically
 from refinelib.launch import overrides
 from refinelib.runs import Run
 
@@ -80,8 +79,8 @@ def pack(run: Run, *, name: str, licence: str = LICENCE, report: str | None = No
     content = {"model": saved["average"] or saved["model"], "average": None, "card": card}
     content |= {"settings": settings.model_dump(mode="json"), "mean_coverage": saved["mean_coverage"]}
     checkpoints.save(weights, content)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    write_atomically(weights.with_suffix(".json"), dumps({**card, "sha256": digest}, indent=2) + "\n")
+    card |= {"sha256": file_digest(weights)}
+    write_atomically(weights.with_suffix(".json"), dumps(card, indent=2) + "\n")
     return weights
 
 
@@ -89,9 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pack a finished run as a release.")
     parser.add_argument("run", nargs="?", default="best", help="a run's name or folder")
     parser.add_argument("--name", help="of the release; default: the run's")
-    parser.add_argument(
-        "--report", help="report.json of `python -m refinelib evaluate --save`, for the figures"
-    )
+    parser.add_argument("--report", help="report.json of `refinelib evaluate --save`, for the figures")
     parser.add_argument("--licence", default=LICENCE, help="of the weights, in words")
     parser.add_argument("--out", type=Path, default=checkpoints.zoo(), help="folder for both files")
     given = vars(parser.parse_args(arguments))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from refinelib.config import absolute
-from refinelib.files import PathLike, opened_zip, read_json, reason, replacing, shown
+from refinelib.files import PathLike, file_digest, opened_zip, read_json, reason, replacing, shown
 from refinelib.runs import Run, RunError
 
 #: Version of the content; others are refused. 4: attention is made of matrix products.
@@ -381,9 +381,7 @@ def _described(path: Path) -> Path:
             raise CheckpointError(
                 f"the card {card} cannot be read ({reason(error)}): copy it again"
             ) from None
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if said not in (None, found):
+        if said is not None and said != (found := file_digest(path)):
             wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"
             raise CheckpointError(f"{wrong}: copy both files again")
     return path

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import math
@@ -161,6 +162,13 @@ def reason(error: BaseException, length: int = 200) -> str:
         return f"{getattr(error, 'problem', 'wrong')} in line {mark.line + 1}"
     text = " ".join(str(error)[: 10 * length].split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+# -- bytes -------------------------------------------------------------------------------------------
+def file_digest(path: PathLike, kind: str = "sha256") -> str:
+    """A file's checksum in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 # -- text --------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ SIDE_BY_SIDE = [
     ("runs", "steplog"),
     ("checkpoints", "steplog"),
 ]
-#: Lines of one file, files, and lines in all. The aim is 6,500 lines: the last number may only fall.
-MOST_LINES, MOST_FILES, MOST_IN_ALL = 320, 76, 11121
+#: Lines of one file, files, and lines in all: lowered with every line that goes, raised for a feature only.
+MOST_LINES, MOST_FILES, MOST_IN_ALL = 320, 76, 11119
 
 
 def room_of(path: Path) -> str:

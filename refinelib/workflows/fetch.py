@@ -6,7 +6,6 @@ everything is there.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -27,7 +26,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 from tqdm import tqdm
 
-from refinelib.files import reason, write_atomically
+from refinelib.files import file_digest, reason, write_atomically
 
 PENNFUDAN, COCO = "https://www.cis.upenn.edu/~jshi/ped_html", "http://images.cocodataset.org"
 PENNFUDAN_ZIP, COCO_ZIP = "PennFudanPed.zip", "annotations/annotations_trainval2017.zip"
@@ -138,15 +137,9 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def digest(file: Path, kind: str = "sha256") -> str:
-    """A file's checksum in hexadecimal."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, kind).hexdigest()
-
-
 def _wrong_md5(expected: str) -> Callable[[Path], str]:
     def check(part: Path) -> str:
-        found = digest(part, "md5")
+        found = file_digest(part, "md5")
         return "" if found == expected else f"its MD5 is {found} and should be {expected}"
 
     return check
@@ -181,7 +174,9 @@ def pennfudan(folder: Path, *, mirror: str = PENNFUDAN, progress: bool = False) 
     lines = list[str]()
     if _pairs(place) < PENNFUDAN_IMAGES:
         download(f"{mirror}/{PENNFUDAN_ZIP}", archive, check=_wrong_zip, progress=progress)
-        lines += [f"SHA-256 of {PENNFUDAN_ZIP}: {digest(archive)} (none is published; its CRCs are right)"]
+        lines += [
+            f"SHA-256 of {PENNFUDAN_ZIP}: {file_digest(archive)} (none is published; its CRCs are right)"
+        ]
         unpacked = folder / ".PennFudanPed.unpacking"
         shutil.rmtree(unpacked, ignore_errors=True)  # an interrupted call's
         with zipfile.ZipFile(archive) as content:

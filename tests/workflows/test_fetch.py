@@ -125,7 +125,7 @@ def test_a_wrong_checksum_is_told_and_the_file_deleted(server, tmp_path):
     download(
         f"{server.url}/a.bin", tmp_path / "a.bin", check=fetch._wrong_md5(hashlib.md5(NOISE).hexdigest())
     )
-    assert fetch.digest(tmp_path / "a.bin") == hashlib.sha256(NOISE).hexdigest()
+    assert fetch.file_digest(tmp_path / "a.bin") == hashlib.sha256(NOISE).hexdigest()
 
 
 def test_what_the_server_refuses_is_not_asked_again_and_a_busy_server_is(server, tmp_path):
