@@ -24,6 +24,7 @@ Modules for more:
 - ``refinelib.registry``: ``LOSSES``, ``REFINEMENTS``, ``DATASETS``, ``METRICS``, to add one of your own.
 - ``refinelib.metrics``: ``evaluate.measure`` scores a run, person by person;
   ``segmentation.SegmentationMetrics`` scores masks.
+- ``refinelib.export``: ``export`` writes a model as one file for another runtime, ``opened`` reads it.
 - ``refinelib.checkpoints`` reads and writes weights; ``refinelib.runs`` finds runs.
 
 Example:
@@ -50,7 +51,7 @@ _HOME = {
     "metrics.predict": ("load", "Predictor"),
     "metrics.evaluate": ("evaluate",),
 }
-_MODULES = {"build", "checkpoints", "data", "guard", "metrics", "modeling", "registry", "runs"}
+_MODULES = {"build", "checkpoints", "data", "export", "guard", "metrics", "modeling", "registry", "runs"}
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted({*_MODULE_OF, *_MODULES})

@@ -133,14 +133,14 @@ def changed_files(store: Path, source: Source) -> int:
     try:
         found = files.read_npz(store / FILES, {"names": "u n", "stamps": "i k3"})
         names = found["names"].tobytes().decode("utf-8", "surrogatepass").split("\0")
-        return int((_stamps(source, names) != found["stamps"]).any(1).sum())
+        return int((file_stamps(source, names) != found["stamps"]).any(1).sum())
     except FileNotFoundError:
         return 0  # one of a source without files
     except (OSError, ValueError):  # it is damaged
         return 1
 
 
-def _stamps(source: Any, names: Sequence[str]) -> NDArray[np.int64]:
+def file_stamps(source: Any, names: Sequence[str]) -> NDArray[np.int64]:
     """The stamp of each file of a :class:`FileSource`, int64 ``[N, 3]``."""
     stamps = [sources.file_stamp(source.locate(name)) for name in names]
     return np.array(stamps, np.int64).reshape(-1, 3)
@@ -150,7 +150,7 @@ def _stamps(source: Any, names: Sequence[str]) -> NDArray[np.int64]:
 def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, progress: bool) -> None:
     started = time.perf_counter()
     names = [name.replace("\0", "") for name in source.names()] if isinstance(source, FileSource) else []
-    stamps = _stamps(source, names)  # before the files are read: a change from now on is seen
+    stamps = file_stamps(source, names)  # before the files are read: a change from now on is seen
     instances = source.instances(info.max_images)
     needed = len(instances) * int(3 * np.prod(info.canvas) + 2 * np.prod(info.mask_canvas))
     if needed > (free := shutil.disk_usage(folder.parent).free):

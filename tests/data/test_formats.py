@@ -23,7 +23,7 @@ from refinelib.data.formats import (
 from refinelib.data.formats import STRAY_MASK as NO_MASKED
 from refinelib.data.image_folder import ELSEWHERE
 from refinelib.data.sources import MISSING, NO_MASK, NOT_TURNED, OTHER_SIZE, TWICE, UNREADABLE
-from refinelib.data.store_build import _stamps
+from refinelib.data.store_build import file_stamps
 
 SIZE = (80, 100)
 #: Two persons that do not touch, xyxy.
@@ -530,7 +530,7 @@ def test_every_file_is_seen(tmp_path, kind):
     def fingerprint():
         source = make_source(resolve("demo", data=kind, data_dir=str(tmp_path)), "train")
         source.instances()
-        return json.dumps([source.fingerprint(), _stamps(source, source.names()).tolist()])
+        return json.dumps([source.fingerprint(), file_stamps(source, source.names()).tolist()])
 
     seen = [fingerprint()]
     assert fingerprint() == seen[0]

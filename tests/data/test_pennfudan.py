@@ -17,7 +17,7 @@ from refinelib.data import DataError, PennFudanPeople, open_split, open_store
 from refinelib.data import sources as scenes
 from refinelib.data.formats import STRAY_MASK as NO_PICTURE
 from refinelib.data.sources import MISSING, NO_MASK, OTHER_SIZE, SMALL, UNREADABLE
-from refinelib.data.store_build import _stamps
+from refinelib.data.store_build import file_stamps
 from refinelib.modeling.roi import labels_from_coverage
 
 OWN = dict(roi_size=(32, 32), mask_size=(32, 32), context=0.0, progress=False, workers=1)
@@ -108,10 +108,12 @@ def test_the_split_of_an_image_is_its_names(files):
 
 def test_fingerprint_changes_with_the_data(files):
     files.add("a"), files.add("b")
-    first, stamps = files.source().fingerprint(), _stamps(files.source(), files.source().names())
+    first, stamps = files.source().fingerprint(), file_stamps(files.source(), files.source().names())
     assert files.source().fingerprint() == first != files.source("train").fingerprint()
     os.utime(files.mask("b"), (1, 1))
-    assert (_stamps(files.source(), files.source().names()) != stamps).any(1).tolist() == [False] * 3 + [True]
+    assert (file_stamps(files.source(), files.source().names()) != stamps).any(1).tolist() == [False] * 3 + [
+        True
+    ]
     files.add("c")
     assert files.source().fingerprint() != first
 
