@@ -131,8 +131,9 @@ def launched(device: str, amp: str, path: str, folder: str) -> list[dict]:
 def joined_column(job: str, file: str) -> int:
     """:func:`column` as one of several processes; rank 0 writes the cells into a file."""
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(540, exit=True)  # a hang says where
     device, *how = json.loads(job)
+    # A hang says where. On a CPU fp16 takes some ten minutes.
+    faulthandler.dump_traceback_later(3600 if device == "cpu" else 540, exit=True)
     with ranks.joined(device, timeout=60.0):
         cells = column(device, *how)
         if ranks.rank() == 0:
