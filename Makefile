@@ -23,7 +23,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: help env train test slow nightly coverage docs lint browser chromium gallery lab settings nbdime bench release clean
 
 help: ## say what there is
-	@echo "refinelib: boundary-refined person masks, finite by construction"
+	@echo "refinelib: NaN-safe training of boundary-refined person masks"
 	@echo
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 	@echo

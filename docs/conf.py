@@ -28,7 +28,7 @@ apidoc_modules = [
     }
 ]
 autodoc_member_order = "bysource"
-# What a package exports is described where it is defined; matplotlib writes `set` anew for each figure class.
+# What a package exports is described where it is defined; matplotlib gives each figure class a `set`.
 autodoc_default_options = {"ignore-module-all": True, "exclude-members": "set"}
 napoleon_use_ivar = True
 autodoc_typehints = "description"

@@ -1,6 +1,6 @@
 """The mask of one person from a photograph and a box, without refinelib and PyTorch.
 
-    python -m refinelib export demo --format onnx --out person.onnx
+    refinelib export demo --format onnx --out person.onnx
     python examples/export/consume.py person.onnx photo.jpg 10 20 110 220 mask.png
 
 It needs onnxruntime, numpy and pillow; what it knows of the model it reads from the file. The box is x0, y0,
