@@ -127,7 +127,8 @@ def build_device(settings: Settings) -> torch.device:
         ValueError: a device was asked for that is not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = ("cuda" if count else "cpu") if settings.device == "auto" else checked(device=settings.device)
+    name = checked(device=settings.device) or "auto"  # a caller may have given none
+    name = ("cuda" if count else "cpu") if name == "auto" else name
     device, rule = torch.device(name), "set device to auto or cpu"
     if device.type == "cuda" and (device.index or 0) >= count:
         there = f"{count} of them, numbered from 0" if count else "no CUDA device"

@@ -41,6 +41,11 @@ def test_a_device_that_is_not_there_is_told(given, sentence):
         build_device(settings)
 
 
+def test_a_device_left_blank_is_chosen():
+    blank, chosen = (resolve().model_copy(update={"device": given}) for given in ("", None))
+    assert build_device(blank) == build_device(chosen) == build_device(resolve(device="auto"))
+
+
 def test_the_number_of_a_gpu_is_kept(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
