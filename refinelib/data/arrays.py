@@ -269,7 +269,7 @@ def _image(value: Any, where: str) -> NDArray[np.uint8]:
     if isinstance(value, Tensor) and pixels.ndim == 3:
         pixels = pixels.transpose(1, 2, 0)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
         raise SceneError(NO_IMAGE, f"{where}: the image is {found}: {IMAGE_RULE}")
     return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
 

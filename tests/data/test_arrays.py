@@ -135,6 +135,7 @@ def test_255_is_ignored_in_ids(tmp_path):
 
 BAD = {
     "float image": ((IMAGES[0] / 255, MASKS[0]), NO_IMAGE, "float64"),
+    "no pixel": ((np.zeros((0, 0, 3), np.uint8), np.zeros((0, 0), np.uint8)), NO_IMAGE, "[0, 0, 3]"),
     "four channels": ((np.zeros((*SIZE, 4), np.uint8), MASKS[0]), NO_IMAGE, "[60, 80, 4]"),
     "no image": ((None, MASKS[0]), NO_IMAGE, "object"),
     "a float PIL image": ((Image.new("F", SIZE[::-1]), MASKS[0]), NO_IMAGE, "floats"),
