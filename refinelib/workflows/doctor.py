@@ -51,6 +51,7 @@ def examine(overrides: dict[str, Any] | None = None) -> Iterator[Found]:
         "Python": _python,
         "packages": _packages,
         "torch": _torch,
+        "device": lambda: _device(given),
         "kernel": _kernel,
         "outputs": lambda: _outputs(given),
         "recipes": _recipes,
@@ -124,6 +125,18 @@ def _torch() -> Iterator[Found]:
         except Exception as error:
             fix = "it cannot be used with this torch, or others use it up: see nvidia-smi"
             yield Found(f"cuda:{number}", f"{name}: {reason(error)}", fix)
+
+
+def _device(given: dict[str, Any]) -> Iterator[Found]:
+    """The device that is asked for, where one is."""
+    from refinelib.build import build_device
+    from refinelib.config import Settings
+
+    if "device" in given:
+        try:
+            yield Found("device", f"training takes {build_device(Settings(device=given['device']))}")
+        except ValueError as error:
+            yield Found("device", reason(error), "give another device with -p")
 
 
 def _kernel() -> Iterator[Found]:

@@ -50,6 +50,13 @@ def test_a_data_set_that_is_given_is_looked_at(coco_files, tmp_path):
     assert "did you mean 'coco'" in found(data="cocoo")["data"].text
 
 
+def test_a_device_that_is_asked_for_is_looked_at():
+    assert found(device="cpu")["device"].text == "training takes cpu" and "device" not in found()
+    wrong = found(device="cuda:99")["device"]
+    assert wrong.fix and "device = cuda:99" in wrong.text
+    assert "give auto, cpu" in found(device="CUDA:1")["device"].text
+
+
 def test_a_full_disk_and_one_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in found(output_dir=str(tmp_path / "file" / "in"))["outputs"].text
