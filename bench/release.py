@@ -50,6 +50,8 @@ def pack(run: Run, *, name: str, licence: str = LICENCE, report: str | None = No
         ValueError: the run did not end as ok, or the report cannot be read.
         CheckpointError: it has no whole checkpoint.
     """
+    if Path(name).name != name:
+        raise ValueError(f"--name {name} is a path: give a name, and the folder with --out")
     if (state := run.status().get("state")) != "ok":
         raise ValueError(f"{run.folder} is {state}: a release is made of a run that ended as ok")
     parts = ("model", "average", "settings", "mean_coverage", "position")
@@ -58,6 +60,8 @@ def pack(run: Run, *, name: str, licence: str = LICENCE, report: str | None = No
     epoch, settings = saved["position"]["epoch"], Settings(**{key: short(values[key]) for key in values})
     measured = {line["epoch"]: line["metrics"] for line in run.validations()}.get(epoch, {})
     figures = measured if report is None else read_json(report)
+    if not isinstance(figures, dict):
+        raise ValueError(f"{report} is no report: give the report.json that refinelib evaluate --save writes")
     card = {
         "name": name,
         "licence": licence,

@@ -57,6 +57,14 @@ def test_a_release_is_evaluated_and_trained_from(released, tmp_path, tiny):
     assert train(tiny(run="next", init_from="small", epochs=1, max_images=2)).status()["state"] == "ok"
 
 
+def test_a_name_with_folders_and_a_report_that_is_none_are_refused(run, tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    for name, report, said in (("../x", None, "is a path"), ("x", str(tmp_path / "list.json"), "no report")):
+        with pytest.raises(ValueError, match=said):
+            bench("release").pack(run, name=name, report=report, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card_says_what_it_is(run, released, tmp_path):
     card = json.loads(released.with_suffix(".json").read_text())
     assert (
