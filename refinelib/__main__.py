@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,13 +22,21 @@ _SETTINGS = "`papermill --help-notebook notebooks/train.ipynb` lists them with t
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    options = vars(command_line().parse_args(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    # A box that begins left of its image, -5,0,40,60: argparse takes it for an option unless it has a blank.
+    given = [f" {one}" if re.match(r"-[\d.]\S*,", one) else one for one in given]
+    options = vars(command_line().parse_args(given))
     command, execute = options.pop("command"), options.pop("execute")
     try:
-        return int(execute(**options))
+        status = int(execute(**options))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return 141
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
@@ -193,6 +203,8 @@ def _fetch(data: str, folder: str, split: str | None, max_images: int | None, mi
     from refinelib.metrics.evaluate import checked_folder
     from refinelib.workflows import fetch
 
+    if mirror and not re.match(r"(https?|file|ftp)://", mirror):
+        raise ValueError(f"--mirror {mirror} is no address: give one such as https://host/folder")
     place, how = checked_folder(folder), dict[str, Any](progress=sys.stderr.isatty())
     how |= {"mirror": mirror.rstrip("/")} if mirror else {}
     try:
@@ -268,9 +280,9 @@ def _check_data(annotations: str | None, images: str | None, given: list[list[st
 
 
 def _notebooks(folder: str) -> int:
-    target, notebooks = Path(folder), sorted((shipped() / "notebooks").glob("*.ipynb"))
-    if target.is_file():
-        raise ValueError(f"{target} is a file: give a folder")
+    from refinelib.metrics.evaluate import checked_folder
+
+    target, notebooks = checked_folder(folder), sorted((shipped() / "notebooks").glob("*.ipynb"))
     if there := [file.name for file in notebooks if (target / file.name).exists()]:
         raise ValueError(f"{target} already holds {', '.join(there)}: give another folder, or move them away")
     target.mkdir(parents=True, exist_ok=True)

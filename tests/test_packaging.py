@@ -55,6 +55,14 @@ def test_notebooks_are_copied_and_nothing_is_overwritten(tmp_path, capsys):
     assert "already holds compare.ipynb, debug.ipynb" in capsys.readouterr().err
     assert main(["notebooks", str(there)]) == 2
     assert "is a file: give a folder" in capsys.readouterr().err
+    assert main(["notebooks", str(there / "in")]) == 2
+    assert "is a file: give a folder" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["notebooks", "~/copies"]) == 0
+    assert (tmp_path / "copies" / "train.ipynb").is_file()
 
 
 # -- built ---------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def _go_on(url: str, part: Path, progress: bool) -> None:
         begins = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range") or "")
         start = int(begins[1]) if answer.status == 206 and begins else 0
         length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        total = start + int(length) if length and length.isdecimal() else None
         if start not in (0, have):
             raise ConnectionError("the server sends another part than the one asked for")
         with (

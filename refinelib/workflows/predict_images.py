@@ -147,5 +147,6 @@ def _inputs(folder: Path, listed: Annotations, exif: str, tally: Tally, progress
             else:
                 tally.skip(NO_BOXES, f"{file}{inputs.left_out and f', left out: {inputs.left_out}'}")
     for file in files_in(folder):
-        if file not in seen and file.suffix.lower() in IMAGES:
+        own = (file.parent / "image.json").is_file()  # an earlier prediction's mask
+        if file not in seen and not own and file.suffix.lower() in IMAGES:
             tally.skip(NOT_LISTED, str(file))

@@ -307,3 +307,21 @@ def test_an_interruption_keeps_what_is_there(coco, tmp_path, capsys, monkeypatch
     assert "fetch: interrupted; the same command continues" in capsys.readouterr().err
     assert main(command) == 0 and listed(tmp_path) == [2, 4, 5, 7, 8]
     assert "0 of 5" not in capsys.readouterr().out
+
+
+def test_a_mirror_that_is_no_address_is_refused_before_a_request(tmp_path, capsys):
+    for mirror in ("nonsense", "http:/one-slash", "javascript:1"):
+        assert main(["fetch", "pennfudan", str(tmp_path / "to"), "--mirror", mirror]) == 2
+        assert f"--mirror {mirror} is no address" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_length_that_is_no_number_is_passed_over(server, tmp_path, monkeypatch):
+    server.files["/noise"] = NOISE
+    own = Handler.send_header
+    changed = {"Content-Length": "abc"}
+    monkeypatch.setattr(
+        Handler, "send_header", lambda self, name, value: own(self, name, changed.get(name, value))
+    )
+    download(f"{server.url}/noise", tmp_path / "noise")
+    assert (tmp_path / "noise").read_bytes() == NOISE

@@ -1,5 +1,8 @@
 """What the commands' help says is what they do."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -52,3 +55,13 @@ def test_a_device_that_is_none_is_refused_in_a_sentence(tmp_path, capsys, words,
     words += ["--boxes", "1,1,9,9", "--out", str(tmp_path / "out")] if words[0] == "predict" else []
     assert main([*words, "--device", "gpu:1"]) == 2
     assert "device = 'gpu:1': give auto, cpu, mps, cuda, or one GPU by its number" in capsys.readouterr().err
+
+
+def test_a_reader_that_closes_early_is_no_error():
+    program = (
+        "import sys; from refinelib import __main__ as m; m._doctor = lambda given: print('x' * 99999) or 0"
+    )
+    command = [sys.executable, "-c", f"{program}; sys.exit(m.main(['doctor']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141

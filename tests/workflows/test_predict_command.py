@@ -88,6 +88,22 @@ def test_an_image_with_boxes(weights, people, tmp_path, capsys):
     assert entry["image_id"] == 2
 
 
+def test_a_box_may_begin_outside_the_image(weights, people, tmp_path):
+    image, areas = people.images / "a.png", {}
+    for name, box in (("outside", "-5,-.5,25,35"), ("as one word", "--boxes=-5,-.5,25,35")):
+        words = [box] if box.startswith("--") else ["--boxes", box, "5,5,25,35"]
+        assert predict(weights, image, *words, "--out", tmp_path / name) == 0
+        areas[name] = json.loads((tmp_path / name / RESULTS).read_text())[0]["segmentation"]
+    assert areas["outside"] == areas["as one word"]
+
+
+def test_earlier_predictions_among_the_images_are_not_counted(weights, people, tmp_path, capsys):
+    words = people.images, "--annotations", people.annotations, "--out", people.images / "out"
+    for more in ((), ("--overwrite",)):
+        assert predict(weights, *words, *more) == 0
+        assert "left out: 1 x image that the annotations do not list" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "path, more, sentence",
     [
