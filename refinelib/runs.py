@@ -294,15 +294,13 @@ class Run:
             found = read_json(file)
             if isinstance(found, dict) and isinstance(found.get("state", ""), str) and are_numbers(found):
                 return found | self._end_of_killed(found) if was_killed(self.folder, found) else found
-        fix = "put {} into it, and resume=true continues from the checkpoints beside it"
-        raise RunError(f"{file} is damaged or missing: {fix}")
+        raise RunError(f"{file} is damaged or missing: put {{}} into it, and resume=true continues")
 
     def _end_of_killed(self, status: dict[str, Any]) -> dict[str, str]:
-        where = [
-            f"{name} {status.get(name, 0)} of {status.get(f'{name}s', '?')}" for name in ("epoch", "step")
-        ]
+        pairs = ((name, status.get(name, 0), status.get(f"{name}s", "?")) for name in ("epoch", "step"))
+        where = ", ".join(f"{name} {done} of {most}" for name, done, most in pairs)
         how = "-p resume true goes on" if self.has_checkpoint else "there is no checkpoint, so start it again"
-        return {"state": "killed", "last_error": f"stopped after {', '.join(where)}; {how}"}
+        return {"state": "killed", "last_error": f"stopped after {where}; {how}"}
 
     def steps(self) -> list[dict[str, Any]]:
         """Lines of ``metrics.jsonl``, one for every ``log_every`` steps."""
