@@ -376,11 +376,12 @@ def _described(path: Path) -> Path:
     card = path.with_suffix(".json")
     if card.is_file():
         try:
-            said = read_json(card).get("sha256")
-        except (OSError, ValueError, AttributeError) as error:
+            content = read_json(card)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"the card {card} cannot be read ({reason(error)}): copy it again"
             ) from None
+        said = content.get("sha256") if isinstance(content, dict) else None  # another program's, else
         if said is not None and said != (found := file_digest(path)):
             wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"
             raise CheckpointError(f"{wrong}: copy both files again")

@@ -108,14 +108,15 @@ def test_a_changed_release_is_refused(released):
             refinelib.load(source)
     released.write_bytes(content)
     text = card.read_text()
-    for wrong in ("{", "[]", "no card"):
+    for wrong in ("{", "no card"):
         card.write_text(wrong)
         with pytest.raises(checkpoints.CheckpointError, match="the card .*small.json cannot be read"):
             refinelib.load("small")
     card.write_text(text)
     refinelib.load("small", device="cpu")
-    card.write_text('{"of": "something else"}')  # a file of the user's own
-    refinelib.load("small", device="cpu")
+    for own in ('{"of": "something else"}', "[]"):  # files of the user's own
+        card.write_text(own)
+        refinelib.load("small", device="cpu")
     card.unlink()  # the weights have a checksum of their own
     refinelib.load("small", device="cpu")
     released.write_bytes(content[: len(content) // 2])

@@ -85,8 +85,8 @@ def predict_images(
     *,
     boxes: Sequence[str] = (),
     annotations: PathLike | None = None,
-    category: str = "person",
-    exif: str = "ignore",
+    category: str | None = None,
+    exif: str | None = None,
     overlays: bool = False,
     progress: bool = False,
 ) -> Predictions:
@@ -98,8 +98,8 @@ def predict_images(
         out: folder; each image has a folder in it (:func:`~refinelib.workflows.predict_io.save_masks`).
         boxes: texts ``x0,y0,x1,y1`` in pixels, of one image.
         annotations: COCO JSON whose persons' boxes are taken.
-        category: see :func:`~refinelib.data.annotations.read_people`.
-        exif: see :func:`~refinelib.workflows.predict_io.read_inputs`.
+        category: see :func:`~refinelib.data.annotations.read_people`; none: as the run was trained.
+        exif: see :func:`~refinelib.workflows.predict_io.read_inputs`; none: likewise.
         overlays: also write each image with its masks in colour.
         progress: show a bar.
 
@@ -107,6 +107,7 @@ def predict_images(
         DataError: there is no image with a box that can be read.
     """
     tally, entries, images = Tally(), list[str](), 0
+    category, exif = category or predictor.settings.category, exif or predictor.settings.exif
     found: Iterator[Inputs]
     if path.is_dir():
         if annotations is None:

@@ -13,7 +13,8 @@ from refinelib import checkpoints
 from refinelib.__main__ import main
 from refinelib.build import build_model
 from refinelib.config import resolve
-from refinelib.workflows.predict_images import RESULTS
+from refinelib.metrics.predict import load
+from refinelib.workflows.predict_images import RESULTS, predict_images
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,22 @@ def test_earlier_predictions_among_the_images_are_not_counted(weights, people, t
     for more in ((), ("--overwrite",)):
         assert predict(weights, *words, *more) == 0
         assert "left out: 1 x image that the annotations do not list" in capsys.readouterr().out
+
+
+def test_images_are_read_as_the_run_reads_them(weights, people, tmp_path):
+    """A photograph on its side, and a run that was trained with such turned upright."""
+    picture = Image.open(people.images / "a.png").convert("RGB")
+    turned = picture.getexif()
+    turned[0x0112] = 6
+    picture.save(tmp_path / "side.jpg", exif=turned)
+    seen = []
+    predictor = load(weights, device="cpu")
+    for exif in ("ignore", "apply"):
+        predictor.settings = predictor.settings.model_copy(update={"exif": exif})
+        out = tmp_path / exif
+        predict_images(predictor, tmp_path / "side.jpg", out, boxes=["2,2,30,30"])
+        seen.append(Image.open(next(out.rglob("*.png"))).size)
+    assert seen == [picture.size, picture.size[::-1]]
 
 
 @pytest.mark.parametrize(
