@@ -105,7 +105,8 @@ class TrainingState:
         """Record an event, at the present step if no other is given; some kinds are printed too."""
         self.run.event(kind, message, **{"step": self.step, **fields})
         if kind in ("speed", "inject") and self.leads:
-            print(f"{self.run.name}: {message}", flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(f"{self.run.name}: {message}", flush=True)
 
     @contextlib.contextmanager
     def best_effort(self, what: str) -> Iterator[None]:

@@ -168,7 +168,8 @@ class Trainer(TrainingState):
                 if self.step != end or not self.end_epoch(epoch, started):
                     continue  # interrupted; or a rewind: some of the epoch's steps are taken again
                 if self.leads:
-                    bar.write(self.epoch_line(epoch, time.perf_counter() - started))
+                    with contextlib.suppress(BrokenPipeError):  # nobody reads any more: the run goes on
+                        bar.write(self.epoch_line(epoch, time.perf_counter() - started))
                     if on_epoch is not None:
                         on_epoch(self.run)
         self.report_writes(final=True)
@@ -420,11 +421,10 @@ class Trainer(TrainingState):
 
     def epoch_line(self, epoch: int, seconds: float) -> str:
         """One line about the epoch just ended."""
-        metrics, summary = self.last_metrics, self.last_summary
-        loss = f"loss {summary['train_loss']:.4f}  gradient norm {summary['grad_norm']:.3g}"
-        parts = [f"epoch {epoch + 1:>4}/{self.settings.epochs}", loss]
+        metrics, losses = self.last_metrics, "loss {train_loss:.4f}  gradient norm {grad_norm:.3g}"
+        parts = [f"epoch {epoch + 1:>4}/{self.settings.epochs}", losses.format(**self.last_summary)]
         for name, title in SCORES.items() if metrics else ():
-            parts.append(f"{title} {'none' if metrics[name] is None else f'{metrics[name]:.3f}'}")
+            parts += [f"{title} {'none' if metrics[name] is None else f'{metrics[name]:.3f}'}"]
         return "  ".join([*parts, f"skipped {self.log.skipped}", f"{seconds:.1f} s"])
 
 

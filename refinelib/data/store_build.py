@@ -99,7 +99,8 @@ def open_store(
         raise DataError(f"the store {folder} cannot be written: {error}") from error
     built = Store.open(folder)
     if progress:
-        print(built.summary(), flush=True)
+        with suppress(BrokenPipeError):
+            print(built.summary(), flush=True)
     return built
 
 

@@ -1,8 +1,10 @@
 """Runs that end before their time, and what a resume makes of what they left."""
 
+import io
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -120,3 +122,12 @@ def test_resume_takes_the_run_whose_last_record_is_the_latest(small):
             if (file.folder / name).is_file():
                 os.utime(file.folder / name, (1.7e9 - age, 1.7e9 - age))
     assert Run.start(small(resume=True)).name == first.name
+
+
+def test_a_reader_of_the_output_that_closes_stops_no_run(small, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert train(small(epochs=2)).status()["state"] == "ok"
