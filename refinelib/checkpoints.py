@@ -324,7 +324,7 @@ def newest_whole(
             except (KeyError, TypeError, AttributeError, IndexError) as error:
                 problems.append(f"{file} is not a run's checkpoint ({type(error).__name__}: {error})")
     if not usable:
-        wrong = "; ".join(problems) or "none was written yet"
+        wrong = "; ".join(problems) or "none was written yet, so start it without resume"
         raise CheckpointError(f"no usable checkpoint in {folder}: {wrong}")
     return *max(usable, key=lambda item: item[0])[1:], problems
 
