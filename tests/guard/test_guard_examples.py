@@ -10,6 +10,14 @@ from torch.utils._pytree import tree_flatten
 from refinelib.config import project_root
 
 EXAMPLES = project_root() / "examples" / "guard"
+#: Imported by an example of another name, from its own folder.
+PLUGINS = {"lightning_guard": "lightning_run", "transformers_trainer": "transformers_run"}
+
+
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    """An example imports what lies beside it, as a script does."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def _load(name, *packages):
@@ -70,7 +78,7 @@ def test_gan():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lightning(accumulate):
-    ours, theirs, found = _load("lightning_guard", "lightning").main(accumulate, poisoned=5)
+    ours, theirs, found = _load("lightning_run", "lightning").main(accumulate, poisoned=5)
     _assert_same(ours, theirs)
     assert ours["scheduler"]["last_epoch"] == 12 // accumulate - 1
     assert found == {5 // accumulate: ["encoder.weight"]}
@@ -78,7 +86,7 @@ def test_lightning(accumulate):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_trainer_of_transformers(accumulate):
-    example = _load("transformers_trainer", "transformers", "accelerate")
+    example = _load("transformers_run", "transformers", "accelerate")
     ours, theirs, found = example.main(accumulate, poisoned=9)
     _assert_same(ours, theirs)
     assert ours["scheduler"]["last_epoch"] == 12 // accumulate - 1
@@ -89,5 +97,6 @@ def test_trainer_of_transformers(accumulate):
 def test_every_example_is_tested_and_in_the_table():
     table, tests = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
     for path in EXAMPLES.glob("*.py"):
-        assert f'_load("{path.stem}"' in tests, path.name
+        assert f'_load("{PLUGINS.get(path.stem, path.stem)}"' in tests, path.name
+        assert len(path.read_text().splitlines()) <= 60, path.name
         assert f"[{path.name}]({path.name})" in table
