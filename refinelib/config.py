@@ -130,7 +130,7 @@ class Settings(_Values):
 
     # -- the run
     recipe: str = _run("demo", "name of a file in params/ (without .yaml) or a path to one")
-    run: str | None = _run(None, "name of the folder; none: the recipe's", pattern="^(?-u:[\\w-][\\w.-]*)$")
+    run: str | None = _run(None, "name of the run's folder; none: the recipe's", pattern=r"^(?-u)\w[\w.-]*$")
     output_dir: str = _run(RUNS_DIR, "folder of all runs; a relative path starts at the project's root")
     store_dir: str | None = _run(None, "folder of the prepared crops; none: output_dir/stores")
     resume: bool = _run(False, "continue the newest run of this name from its newest whole checkpoint")
@@ -492,7 +492,7 @@ def _sentence(names: Mapping[str, FieldInfo], problem: Mapping[str, Any]) -> str
         choices = _choices(annotation)
         rule = f"give one of {', '.join(choices)}{_nearest(str(value), choices)}"
     elif kind == "string_pattern_mismatch":
-        rule = "use letters, digits, dot, dash and underscore, no dot first"
+        rule = "use letters, digits, dot, dash and underscore, a letter or digit first"
     elif kind.startswith(("bool", "int", "float", "string")):
         rule = f"give {_kind(annotation)}"
     else:
