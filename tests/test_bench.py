@@ -90,6 +90,7 @@ if __name__ == "__main__":
                 work(sys.argv[1])
             else:
                 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+                sys.stdin.read()  # until the test has seen it
 """
 
 
@@ -99,7 +100,8 @@ def test_a_bench_that_is_ended_ends_what_it_started(tmp_path, how):
     file.write_text(PARENT)
     runs.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(project_root() / "bench")}
-    with subprocess.Popen([sys.executable, str(file), str(runs), how], env=environment) as parent:
+    command = [sys.executable, str(file), str(runs), how]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as parent:
         process, deadline, started = psutil.Process(parent.pid), time.time() + 60, []
         deep = {"pool": 4, "run": 2, "exit": 1}[how]  # a pool has a process that watches its semaphores
         while len(started) < deep and time.time() < deadline and parent.poll() is None:
@@ -107,7 +109,9 @@ def test_a_bench_that_is_ended_ends_what_it_started(tmp_path, how):
                 started = process.children(recursive=True)
             time.sleep(0.02)
         assert len(started) >= deep
-        if how != "exit":
+        if how == "exit":
+            parent.stdin.close()
+        else:
             parent.terminate()
         assert parent.wait(30) == (0 if how == "exit" else 128 + signal.SIGTERM)
     _, alive = psutil.wait_procs(started, timeout=5)
