@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -13,11 +13,11 @@ from refinelib.data import DataError
 from refinelib.data.formats import IMAGES
 from refinelib.data.image_folder import ImageFolder, files_in
 from refinelib.data.sources import SceneError, Tally, counted
-from refinelib.files import PathLike, dumps, shown, write_atomically
+from refinelib.files import PathLike, shown
 from refinelib.metrics.evaluate import checked_folder
 from refinelib.metrics.predict import Predictor, as_boxes
 from refinelib.plots.masks import overlay
-from refinelib.workflows.predict_io import Annotations, Inputs, read_inputs, save_masks
+from refinelib.workflows.predict_io import Annotations, Inputs, read_inputs, save_masks, write_results
 
 #: All masks of one call, in COCO's results format.
 RESULTS = "coco_results.json"
@@ -106,7 +106,7 @@ def predict_images(
     Raises:
         DataError: there is no image with a box that can be read.
     """
-    tally, entries, images = Tally(), list[str](), 0
+    tally, entries, images = Tally(), list[dict[str, Any]](), 0
     category, exif = category or predictor.settings.category, exif or predictor.settings.exif
     found: Iterator[Inputs]
     if path.is_dir():
@@ -120,13 +120,12 @@ def predict_images(
         masks, scores = predictor.predict_scored(inputs.pixels, inputs.boxes)
         drawn = overlay(inputs.pixels, masks) if overlays else None
         files = save_masks(out, inputs, masks, scores, drawn)
-        entries += map(dumps, json.loads(files[-1].read_text("utf-8")))
+        entries += json.loads(files[-1].read_text("utf-8"))
         images += 1
     if not images:
         reasons = counted(tally.skipped, tally.examples) or "the annotations list none"
         raise DataError(f"no image of {path} could be predicted: {reasons}")
-    write_atomically(out / RESULTS, "[\n" + ",\n".join(entries) + "\n]\n")
-    return Predictions(images, len(entries), out / RESULTS, tally)
+    return Predictions(images, len(entries), write_results(out / RESULTS, entries), tally)
 
 
 def _inputs(folder: Path, listed: Annotations, exif: str, tally: Tally, progress: bool) -> Iterator[Inputs]:

@@ -266,12 +266,14 @@ def save_masks(
         files.append(folder / f"{inputs.name}_{name}.png")
         Image.fromarray(picture).save(files[-1])
     found = zip(inputs.category_ids, masks, scores, strict=True)
-    entries = [
-        dumps(coco_entry(inputs.image_id, of, encode(mask), float(score))) for of, mask, score in found
-    ]
-    results = folder / f"{inputs.name}_coco.json"
-    write_atomically(results, "[\n" + ",\n".join(entries) + "\n]\n")
-    return [*files, results]
+    entries = (coco_entry(inputs.image_id, of, encode(mask), float(score)) for of, mask, score in found)
+    return [*files, write_results(folder / f"{inputs.name}_coco.json", entries)]
+
+
+def write_results(file: Path, entries: Iterable[dict[str, Any]]) -> Path:
+    """Write masks in COCO's results format, a line each; returns the file."""
+    write_atomically(file, "[\n" + ",\n".join(map(dumps, entries)) + "\n]\n")
+    return file
 
 
 def _own_folder(root: Path, inputs: Inputs) -> Path:
