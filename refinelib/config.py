@@ -183,6 +183,9 @@ class Settings(_Values):
     loss_scale_init: float = _train(65536.0, "fp16 loss scale at the start", ge=1.0, le=2.0**24)
     loss_scale_floor: float = _train(1.0, "lowest fp16 loss scale", gt=0.0, le=2.0**24)
     fused_optimizer: bool = _train(True, "skip a step on the device; false: one host read a step")
+    loss_context: float | None = _train(
+        None, "margin up to which losses count, in box sizes; none: all of the crop", ge=0.0, le=2.0
+    )
     refinement_loss_cap: float | None = _train(None, "cap on a refinement loss; none: no cap", gt=0, le=1e6)
     on_spike: Literal["skip", "clip", "note"] = _train("clip", "what to do with a spike of loss or gradient")
     spike_sigma: float = _train(6.0, "deviations above the running mean log that are a spike", ge=2, le=100)
@@ -234,6 +237,7 @@ class Settings(_Values):
             f"data = {self.data} needs {' or '.join(places[:2])}, or store_dir, a built store": nowhere,
             f"data = {self.data} does not use {', '.join(others)}: leave it out or give another data": others,
             "data = pennfudan: leave add_pennfudan out": self.data == "pennfudan" and self.add_pennfudan,
+            "loss_context is above context, where the crop ends": (self.loss_context or 0) > self.context,
             "ce_weight and dice_weight are 0: nothing would teach the mask": untaught,
             "resume and init_from exclude each other: give one of them": self.resume and self.init_from,
         }
@@ -309,7 +313,8 @@ def resolve(recipe: str | None = None, /, **overrides: Any) -> Settings:
     Raises:
         SettingsError: a sentence for every wrong name, type or range, with the nearest right name.
     """
-    recipe = recipe or overrides.get("recipe") or Settings.model_fields["recipe"].default
+    base = overrides.pop("base", None)  # papermill -f gives all of a recipe's lines, this one too
+    recipe = recipe or overrides.get("recipe") or base or Settings.model_fields["recipe"].default
     _say_if_number("recipe", recipe)
     recipe = RECIPE_ALIASES.get(str(recipe), str(recipe))
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -343,8 +348,18 @@ def plain_values(namespace: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in public.items() if isinstance(v, plain) and n not in history}
 
 
-def load_recipe(recipe: str) -> dict[str, Any]:
-    """The raw mapping in a recipe of ``params/`` by its name, or in the YAML file at that path."""
+def load_recipe(recipe: str, *, derived: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The raw mapping in a recipe of ``params/`` by its name, or in the YAML file at that path.
+
+    A recipe with ``base: NAME`` has that recipe's values under its own.
+
+    Args:
+        recipe: name or path.
+        derived: recipes whose base is looked for, for a circle among them to be refused.
+
+    Raises:
+        SettingsError: there is no such recipe, it is no mapping, or it is its own base.
+    """
     file = recipe_files().get(recipe)
     if recipe.endswith((".yaml", ".yml")):
         file = Path(recipe) if os.path.exists(recipe) else absolute(recipe)
@@ -358,7 +373,12 @@ def load_recipe(recipe: str) -> dict[str, Any]:
         raise SettingsError(str(error)) from None
     if not isinstance(content, dict):
         raise SettingsError(f"{file} must hold one `name: value` a line, and holds {type(content).__name__}")
-    return {str(name): value for name, value in content.items()}
+    values = {str(name): value for name, value in content.items()}
+    if (base := values.pop("base", None)) is None:
+        return values
+    if base in (*derived, recipe):
+        raise SettingsError(f"base: {base} in {file} leads back to itself: name another recipe")
+    return {**load_recipe(str(base), derived=(*derived, recipe)), **values}
 
 
 def recipe_names() -> list[str]:
@@ -440,6 +460,7 @@ def parameters_cell() -> str:
     for name, field in fields().items():
         default = field.default if name == "recipe" else None
         lines.append(f"{name}: {_type_name(field.annotation)} = {default!r}  # {_meaning(field)}")
+    lines.append("base: str = None  # recipe whose values lie under these, as papermill -f brings it")
     return "\n".join(lines)
 
 

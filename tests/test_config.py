@@ -117,6 +117,25 @@ def test_recipe_from_a_path(tmp_path):
         resolve(str(file))
 
 
+def test_a_recipe_has_the_values_of_its_base_under_its_own(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("base: laptop\nlr: 3e-4\nwidth: 0.25\n")
+    second.write_text(f"base: {first}\nwidth: 0.5\n")
+    changed = {"recipe": str(second), "lr": 3e-4, "width": 0.5}
+    assert resolve(str(second), data="synthetic") == resolve("laptop", data="synthetic").model_copy(
+        update=changed
+    )
+    # papermill -f gives all lines of a recipe, and nothing of its base
+    assert resolve(base="fast", lr=3e-4) == resolve("fast", lr=3e-4)
+    assert resolve(base="best", **config.load_recipe("fast")) == resolve("fast")
+    first.write_text(f"base: {second}\n")
+    with pytest.raises(SettingsError, match="second.yaml in .*first.yaml leads back to itself"):
+        resolve(str(second))
+    first.write_text("base: lapptop\n")
+    with pytest.raises(SettingsError, match="there is no recipe 'lapptop'; did you mean 'laptop'"):
+        resolve(str(second))
+
+
 def test_a_small_lr_brings_the_recipes_min_lr_down_but_not_an_explicit_one():
     assert resolve("demo", lr="5e-6").min_lr == 5e-6
     with pytest.raises(SettingsError, match="min_lr"):
@@ -161,7 +180,7 @@ def test_parameters_cell_sets_nothing_by_itself():
     space = {}
     exec(config.parameters_cell(), {}, space)
     assert from_notebook(space) == resolve("demo")
-    assert set(space) - {"__annotations__"} == set(config.fields())
+    assert set(space) - {"__annotations__"} == {*config.fields(), "base"}
 
 
 def test_the_parameters_cell_has_the_range_or_the_choices_of_every_setting():

@@ -96,7 +96,7 @@ def test_the_list_of_all_settings_is_folded():
 def test_train_offers_every_setting():
     (cell,) = [cell for cell in read(TRAIN).cells if "parameters" in cell.metadata.get("tags", [])]
     assert cell.source == parameters_cell(), "settings changed: put config.parameters_cell() into train.ipynb"
-    assert {line.split(":")[0] for line in parameters(TRAIN)} == set(settings_class().model_fields)
+    assert {line.split(":")[0] for line in parameters(TRAIN)} == {*settings_class().model_fields, "base"}
 
 
 @pytest.mark.parametrize("name, own", [("debug", {"recipe"}), ("progressive", {"init_from"})])

@@ -11,12 +11,11 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-import yaml
 from conftest import CocoFiles
 from PIL import Image
 
 from refinelib.__main__ import command_line
-from refinelib.config import fields, project_root
+from refinelib.config import fields, load_recipe, project_root
 
 ROOT = project_root()
 README = (ROOT / "README.md").read_text()
@@ -44,7 +43,7 @@ def test_a_command_is_understood(words):
     elif words[0] == "papermill":
         names = {words[place + 1] for place, word in enumerate(words) if word == "-p"}
         for place, word in enumerate(words):
-            names |= set(yaml.safe_load((ROOT / words[place + 1]).read_text())) if word == "-f" else set()
+            names |= set(load_recipe(words[place + 1])) if word == "-f" else set()
         notebook = nbformat.read(ROOT / words[1], 4)
         tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         assert names <= set(re.findall(r"^(\w+):", tagged[0], re.MULTILINE)) | set(fields())

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import yaml
 
 from refinelib import build
-from refinelib.config import project_root, recipe_names, resolve
+from refinelib.config import load_recipe, project_root, recipe_names, resolve
 from refinelib.data.loader import BatchLoader
 from refinelib.guard.guard import Guard
 from refinelib.modeling.roi import canvas_size
@@ -128,6 +127,7 @@ def observed(settings, tmp_path) -> dict:
         ),
         "context": model.canvas[0] / settings.roi_size[0] - 1,
         "refinement_loss_cap": loss.cap,
+        "loss_context": loss.window and loss.window[0] / settings.mask_size[0] - 1,
     }
     if schedule.warmup_steps * 2 < schedule.total_steps:
         seen["warmup_epochs"] = schedule.warmup_steps / 10
@@ -166,8 +166,7 @@ class _Blank:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_value_reaches_the_object_that_uses_it(recipe, tmp_path):
-    raw = yaml.safe_load((project_root() / "params" / f"{recipe}.yaml").read_text())
-    settings = resolve(recipe)
+    raw, settings = load_recipe(recipe), resolve(recipe)
     seen = observed(settings, tmp_path)
     for name in raw.keys() & seen.keys():
         wanted = getattr(settings, name)
@@ -192,7 +191,7 @@ def test_changing_any_modelled_value_changes_what_is_seen(tmp_path):
         "lr": 1e-3, "min_lr": 1e-9, "warmup_epochs": 2, "epochs": 50, "weight_decay": 0.5, "grad_clip": 9.0,
         "optimizer": "adam", "amp": "bf16", "ema_decay": 0.5, "batch_size": 3, "accumulate": 2,
         "augment": "full", "width": 0.125, "coarse_width": 2.0, "coarse_depth": 2, "roi_size": 32,
-        "mask_size": 32, "blend_init": 0.2, "edge_gain_init": 0.3, "distance_threshold_init": 0.4,
+        "mask_size": 32, "loss_context": 0.0, "blend_init": 0.2, "edge_gain_init": 0.3, "distance_threshold_init": 0.4,
         "active_contour_weight": 0.7, "boundary_aware_weight": 0.7, "contour_weight": 0.7,
         "distance_weight": 0.7, "active_contour_smoothness": 0.7, "boundary_weight": 7.0,
         "refinement_loss_cap": 7.0, **{name: False for name in SWITCHES if name != "use_subpixel_conv"},

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from refinelib.modeling import BACKGROUND, IGNORED, TARGET, geometry
 from refinelib.modeling.geometry import edge_strength, scaled_sdf, to_float32
 from refinelib.modeling.output import MaskOutput, hierarchical_log_probs, mask_probs
+from refinelib.modeling.roi import centre_window
 from refinelib.registry import LOSSES, Option
 
 
@@ -361,6 +362,8 @@ class MaskLoss(nn.Module):
         cap: on the cost of one sample of each loss that is ``capped``, before its weight; None: no cap.
         ignores: whether labels may be ``IGNORED``. Such a pixel counts as predicted rightly; a contour or
             distance that one may hide is not learnt.
+        window: ``(h, w)`` in the middle of the crop, in mask pixels: what lies outside counts in no loss, and
+            the image there is context alone; None: all of the crop counts.
 
     Raises:
         KeyError: a weight of a loss, or an option, that nobody registered; the message has the known names.
@@ -379,8 +382,10 @@ class MaskLoss(nn.Module):
         *,
         cap: float | None = None,
         ignores: bool = False,
+        window: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.window = window
         self.terms: dict[str, LossTerm] = {name: LOSSES[name] for name, weight in weights.items() if weight}
         self.names, self.cap, self.ignores = tuple(self.terms), cap, ignores
         self.weights = {name: weights[name] for name in self.names}
@@ -403,6 +408,9 @@ class MaskLoss(nn.Module):
         Raises:
             ValueError: a loss needs a head that the model does not have.
         """
+        if self.window is not None:
+            labels = centre_window(labels, self.window)
+            output = type(output)(*(x if x is None else centre_window(x, self.window) for x in output))
         targets, logits = targets_of(labels, ignores=self.ignores), output.logits
         if self.ignores:  # as if predicted rightly, and without gradient
             logits = logits.masked_fill((labels == IGNORED)[:, None], -30.0)

@@ -207,6 +207,27 @@ def test_options_and_weights_reach_the_losses():
     torch.testing.assert_close(total, 3 * contour + boundary)
 
 
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_what_lies_outside_the_window_counts_in_no_loss(data):
+    height, width = data.draw(st.integers(2, 12)), data.draw(st.integers(2, 12))
+    across, down = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 3))
+    seed = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    size = (height + 2 * down, width + 2 * across)
+    labels = torch.randint(0, 3, (2, *size), generator=seed)
+    heads = [torch.randn(2, 2, *size, generator=seed).requires_grad_() for _ in range(3)]
+    windowed = MaskLoss(WEIGHTS, cap=10.0, window=(height, width))
+
+    def inside(x: Tensor) -> Tensor:
+        return x[..., down : down + height, across : across + width]
+
+    total, parts = windowed(MaskOutput(*heads), labels)
+    expected, expected_parts = SUM(MaskOutput(*map(inside, heads)), inside(labels))
+    assert torch.equal(total, expected) and torch.equal(parts, expected_parts)
+    for gradient in torch.autograd.grad(total, heads):
+        assert inside(gradient).any() and gradient.count_nonzero() == inside(gradient).count_nonzero()
+
+
 def test_log_probs_are_exact_products_of_the_branches():
     logits = torch.randn(2, 2, 5, 5, dtype=torch.float64)
     person, target = torch.sigmoid(logits).unbind(1)
