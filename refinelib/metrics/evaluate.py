@@ -227,7 +227,7 @@ def _columns(on_roi: SegmentationMetrics, in_image: image_space.ImageMetrics, st
     # Both go image by image; an image that could be read for the store and not now leaves nan.
     place = {key: row for row, key in enumerate(in_image.annotation_ids)}
     rows = np.array([place.get(int(one), -1) for one in store.annotation_ids])
-    for name, value in in_image.table().items():
+    for name, value in in_image.per_roi().items():
         if name not in KEYS:
-            people[f"image_{name}"] = np.where(rows < 0, np.nan, value.cpu().numpy()[rows])
+            people[f"image_{name}"] = np.append(value.cpu().numpy(), np.nan)[rows]
     return people

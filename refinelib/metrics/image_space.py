@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,7 @@ from refinelib.data import CocoPeople, SceneError, Source
 from refinelib.data.sources import Masks, box_of
 from refinelib.metrics.boundary import band_width
 from refinelib.metrics.predict import Pasted, paste_labels, threads
-from refinelib.metrics.segmentation import Comparison, confusion_per_roi, summarise
+from refinelib.metrics.segmentation import Comparison, SegmentationMetrics, confusion_per_roi
 from refinelib.modeling import IGNORED, NON_TARGET, TARGET
 from refinelib.modeling.roi import crop_rois, labels_from_coverage
 
@@ -98,11 +96,10 @@ def annotated_images(
         except (SceneError, OSError):  # counted when the store was built
             continue
         height, width = scene.image.shape[:2]
-        known: dict[int, tuple[Any, ...]] = {}
-        for row in np.flatnonzero(wanted & (instances.image_index == index)):
-            annotation, slot = int(instances.annotation_ids[row]), int(instances.slots[row])
-            known[slot] = annotation, 1, instances.boxes[row], instances.areas[row]
-        rois = set(known)
+        rows = np.flatnonzero(wanted & (instances.image_index == index))
+        rois = instances.slots[rows].tolist()
+        columns: Any = instances.annotation_ids, np.ones(len(wanted), int), instances.boxes, instances.areas
+        known = dict(zip(rois, zip(*(column[rows] for column in columns), strict=True), strict=True))
         if isinstance(source, CocoPeople):
             known = {i: (*row.values(),) for i, row in enumerate(source.annotated_instances(int(index)))}
         slots = [i for i in sorted(known) if _in_image(known[i][2], height, width) and scene.masks[i].any()]
@@ -112,8 +109,7 @@ def annotated_images(
         of_image |= {"pixels": scene.image, "masks": scene.masks, "anyone": anyone, "ignored": ignored}
         for first in range(0, len(slots), MOST_TOGETHER):
             some = slots[first : first + MOST_TOGETHER]
-            columns = zip(*(known[slot] for slot in some), strict=True)
-            ids, categories, boxes, areas = map(np.array, columns)
+            ids, categories, boxes, areas = map(np.array, zip(*(known[slot] for slot in some), strict=True))
             yield AnnotatedImage(
                 **of_image,
                 slots=np.array(some),
@@ -121,7 +117,7 @@ def annotated_images(
                 areas=areas.astype(np.float64),
                 annotation_ids=ids.tolist(),
                 category_ids=categories.tolist(),
-                scored=np.array([slot in rois for slot in some]),
+                scored=np.isin(some, rois),
             )
 
 
@@ -131,23 +127,24 @@ def _in_image(box: Any, height: int, width: int) -> bool:
     return all(map(math.isfinite, box)) and min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
 
 
-class ImageMetrics:
+class ImageMetrics(SegmentationMetrics):
     """Figures of one predictor over the persons of many images, and its masks as COCO results.
 
-    Attributes:
+    Args:
         full: the costly metrics too.
+
+    Attributes:
         coco: everybody's mask.
         counted: the same without ignored pixels, for :func:`average_precision`.
-        annotation_ids: of the persons scored, in the order of :meth:`table`.
+        annotation_ids: of the persons scored, in the order of :meth:`per_roi`.
         masks: run lengths of their masks, by annotation id.
     """
 
-    def __init__(self, *, full: bool = True) -> None:
-        self.full = full
+    def __init__(self, full: bool = True) -> None:
+        super().__init__(full)
         self.coco, self.counted = list[CocoEntry](), list[CocoEntry]()
         self.annotation_ids: list[int] = []
         self.masks: dict[int, dict[str, Any]] = {}
-        self._rows: list[dict[str, Tensor]] = []
 
     def add(self, image: AnnotatedImage, person: int, found: Pasted, truth: Tensor, extent: Extent) -> None:
         """Compare one mask with the truth.
@@ -173,19 +170,9 @@ class ImageMetrics:
         row = compare(found, truth, extent, band_width((y1 - y0, x1 - x0)), full=self.full)
         row["area"] = torch.tensor([image.areas[person]], dtype=torch.float64, device=truth.device)
         row["image_id"] = torch.tensor([image.index], device=truth.device)
-        self._rows.append(row)
+        self._batches.append(row)
         self.annotation_ids.append(image.annotation_ids[person])
         self.masks[image.annotation_ids[person]] = segmentation
-
-    def table(self) -> dict[str, Tensor]:
-        """One row a scored person, as :func:`refinelib.metrics.segmentation.summarise` takes them."""
-        if not self._rows:
-            raise ValueError("none of the images could be scored")
-        return {name: torch.cat([row[name] for row in self._rows]) for name in self._rows[0]}
-
-    def compute(self, *, intervals: bool = False) -> dict[str, Any]:
-        """Means over persons as plain numbers; see :func:`refinelib.metrics.segmentation.summarise`."""
-        return summarise(self.table(), intervals=intervals)
 
 
 @torch.no_grad()
@@ -367,7 +354,7 @@ def average_precision(truth: Sequence[CocoEntry], results: Sequence[CocoEntry]) 
     from pycocotools.cocoeval import COCOeval
 
     annotations = []
-    for number, entry in enumerate(_apart(truth, results), start=1):  # an id of 0 would count as no match
+    for number, entry in enumerate(truth, start=1):  # an id of 0 would count as no match
         box = coco_mask.toBbox(entry["segmentation"]).tolist()
         annotations.append({**entry, "id": number, "bbox": box, "iscrowd": 0})
     sizes = {entry["image_id"]: entry["segmentation"]["size"] for entry in annotations}
@@ -386,24 +373,3 @@ def average_precision(truth: Sequence[CocoEntry], results: Sequence[CocoEntry]) 
         evaluation.summarize()
     found = zip(COCO_FIGURES, evaluation.stats[:6].tolist(), strict=True)
     return {name: None if value < 0 else value for name, value in found}
-
-
-def _apart(truth: Sequence[CocoEntry], results: Sequence[CocoEntry]) -> Iterator[CocoEntry]:
-    """The truth, where those of a crowd that no result can match are in another image.
-
-    COCO counts the 100 surest results of an image, and compares each with everybody in it. A person whose IoU
-    with all of them is under 0.5 is missed in any case, in whatever image.
-    """
-    people, found = defaultdict[Any, list[CocoEntry]](list), defaultdict[Any, list[CocoEntry]](list)
-    for groups, entries in ((people, truth), (found, results)):
-        for entry in entries:
-            groups[entry["image_id"], entry["category_id"]].append(entry)
-    ids = {entry["image_id"] for entry in truth}
-    elsewhere = next(number for number in itertools.count(1) if number not in ids)
-    for place, own in people.items():
-        surest = sorted(found[place], key=lambda entry: -entry["score"])[:100]
-        masks = [[entry["segmentation"] for entry in some] for some in (surest, own)]
-        overlaps: Any = coco_mask.iou(*masks, [False] * len(own))
-        near: Any = np.asarray(overlaps).reshape(-1, len(own)) >= 0.5
-        for entry, matched in zip(own, near.any(0), strict=True):
-            yield entry if matched or len(own) <= 100 else {**entry, "image_id": elsewhere}

@@ -31,9 +31,6 @@ from refinelib.modeling import TARGET
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, labels_from_coverage, paste_patches
 from refinelib.runs import Run, RunError
 
-#: Boxes whose probabilities are in memory at a time while masks are pasted.
-BOXES_AT_ONCE = 256
-
 #: Crops that a model gets at a time.
 CROPS_AT_ONCE = 32
 
@@ -236,8 +233,7 @@ class Predictor:
         size = pixels.shape[:2]
         boxes = as_boxes(boxes, size)
         masks, scores = np.zeros((len(boxes), *size), dtype=bool), np.zeros(len(boxes))
-        rows = torch.arange(len(boxes)).split(BOXES_AT_ONCE)  # for probabilities to stay in bounded memory
-        for some in rows:
+        for some in torch.arange(len(boxes)).split(CROPS_AT_ONCE):
             probs = self.probs(pixels, boxes[some])
             with threads(1):
                 pasted = zip(some.tolist(), paste_labels(probs, boxes[some], size), strict=True)
@@ -494,17 +490,13 @@ def as_boxes(boxes: Any, size: Size | None = None) -> Tensor:
 the image's width, 60, and y by its height, 40
     """
     try:
-        rows = _plain(ast.literal_eval(boxes) if isinstance(boxes, str) else boxes)
-        if not isinstance(rows, list):
-            raise TypeError
-        rows = [rows] if len(rows) == 4 and not isinstance(rows[0], list) else rows
-        rows = [[float(side) for side in row] for row in rows]
+        plain = _plain(ast.literal_eval(boxes) if isinstance(boxes, str) else boxes)
+        rows = np.atleast_2d(np.array(plain, np.float64))
+        if rows.shape[1:] != (4,) and rows.shape != (1, 0):
+            raise ValueError
     except Exception:  # whatever a user's value raises
         raise DataError(f"boxes = {' '.join(shown(boxes).split())}: {BOX_RULE}") from None
-    for number, row in enumerate(rows):
-        if len(row) != 4:
-            raise DataError(f"box {number} is {shown(row)}, {len(row)} numbers: {BOX_RULE}")
-    found = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+    found = torch.from_numpy(rows.reshape(-1, 4))
     lowest, highest = found.split(2, dim=1)
     _refuse(found, ~(found.isfinite().all(1) & (highest > lowest).all(1)), "not finite or without area")
     if size is not None:

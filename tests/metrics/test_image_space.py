@@ -179,7 +179,7 @@ def test_small_people_count_for_average_precision_only(people):
     assert images[0].annotation_ids == [100, 101, 102] and images[1].image_id == 2
     truth = []
     found = score_in_images({"shifted": seeing(3)}, source, device=CPU, truth=truth)["shifted"]
-    assert len(found.table()["target_iou"]) == 6 and len(found.coco) == len(truth) == 9
+    assert len(found.per_roi()["target_iou"]) == 6 and len(found.coco) == len(truth) == 9
     only = score_in_images({"shifted": seeing(3)}, source, device=CPU, only=np.array([100, 103]))["shifted"]
     assert only.annotation_ids == [100, 103]
 
@@ -210,7 +210,7 @@ def test_the_truth_itself_is_perfect(people):
         assert report["target_iou"] > 0.95 and report["miou"] > 0.95
         low, high = report["intervals"]["target_iou"]
         assert low <= report["target_iou"] <= high
-    small = sum(area < 1024 for area in found["grid"].table()["area"].tolist())
+    small = sum(area < 1024 for area in found["grid"].per_roi()["area"].tolist())
     assert [group["rois"] for group in report["by_size"].values()] == [small, 6 - small, 0] and 0 < small < 6
     assert [group["rois"] for group in report["by_tercile"].values()] == [2, 2, 2]
 
@@ -227,7 +227,7 @@ def figures_of(source, **how):
         **how,
     )
     tables = {
-        name: {key: value.tolist() for key, value in one.table().items()} for name, one in found.items()
+        name: {key: value.tolist() for key, value in one.per_roi().items()} for name, one in found.items()
     }
     curve = jitter_curve(
         lambda pixels, boxes: torch.ones(len(boxes), 3, 8, 8) / 3, source, device=CPU, sigmas=(0, 0.1)

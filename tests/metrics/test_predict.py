@@ -108,7 +108,7 @@ def test_bad_input_gets_a_sentence(run):
         predictor.predict(image, [[0.1, 0.1, 0.5, 0.9]])
     with pytest.raises(DataError, match="box 1 is .*, outside the image of 60 x 50 pixels"):
         predictor.predict(image, [[0, 0, 9, 9], [60, 0, 90, 9]])
-    with pytest.raises(DataError, match="box 1 is .*, 3 numbers: give rows"):
+    with pytest.raises(DataError, match=r"boxes = \[\[0, 0, 9, 9\], \[0, 0, 9\]\]: give rows"):
         predictor.predict(image, [[0, 0, 9, 9], [0, 0, 9]])
     with pytest.raises(ValueError, match=r"and is torch.bfloat16 \[50, 60, 3\]"):
         predictor.predict(torch.zeros(50, 60, 3, dtype=torch.bfloat16), [[0, 0, 9, 9]])
