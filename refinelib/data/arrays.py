@@ -118,8 +118,7 @@ class ArrayPeople(IndexedSource):
     def __init__(self, data: Any, split: str = "train", numbers: Sequence[int] | None = None) -> None:
         super().__init__(split)
         self._items = _items(data)
-        self._count = len(self._items)
-        self._numbers = range(self._count) if numbers is None else numbers
+        self._numbers = range(len(self._items)) if numbers is None else numbers
 
     def _listed(self, builder: InstancesBuilder) -> tuple[Iterable[int], str, str]:
         return self._numbers, f"the split {self.split} of the data in memory", "it is empty"
@@ -168,12 +167,9 @@ class ArrayPeople(IndexedSource):
 
         Raises:
             SceneError: it cannot be used.
-            DataError: it is no item at all, or the data set has changed.
+            DataError: it is no item at all.
         """
         where = f"item {number} of the {self.split} data"
-        if len(self._items) != self._count:
-            changed = f"the {self.split} data had {self._count} items and have {len(self._items)} now"
-            raise DataError(f"{changed}: leave them as they are while a run reads them")
         try:
             found = self._items[number]
         except OSError as error:

@@ -21,10 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refinelib.data import sources
-from refinelib.data.annotations import Content
-from refinelib.data.coco import CocoPeople
-from refinelib.data.image_folder import files_in
-from refinelib.data.segmentation import whole
+from refinelib.data.annotations import Content, whole
+from refinelib.data.coco import CocoPeople, files_in
 from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError, persons_in
 from refinelib.files import JSON, PathLike, read_json, read_yaml, shown
 

@@ -19,10 +19,8 @@ from PIL import Image
 
 from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
-from refinelib.data.annotations import read_annotations, read_people
-from refinelib.data.coco import xyxy
-from refinelib.data.image_folder import Parts, common_end, name_parts, plain_parts
-from refinelib.data.segmentation import decode_segmentation
+from refinelib.data.annotations import decode_segmentation, read_annotations, read_people
+from refinelib.data.coco import Parts, common_end, name_parts, plain_parts, xyxy
 from refinelib.data.sources import NO_AREA, OUTSIDE, box_of, counted
 from refinelib.files import PathLike, dumps, shown, write_atomically
 from refinelib.metrics.evaluate import checked_folder

@@ -10,7 +10,7 @@ from PIL import Image
 
 from refinelib.config import resolve
 from refinelib.data import DataError, make_source, open_split, open_store
-from refinelib.data.coco import NOWHERE
+from refinelib.data.coco import ELSEWHERE, NOWHERE
 from refinelib.data.formats import (
     DAMAGED,
     NO_CLASS,
@@ -21,7 +21,6 @@ from refinelib.data.formats import (
     split_of,
 )
 from refinelib.data.formats import STRAY_MASK as NO_MASKED
-from refinelib.data.image_folder import ELSEWHERE
 from refinelib.data.sources import MISSING, NO_MASK, NOT_TURNED, OTHER_SIZE, TWICE, UNREADABLE
 from refinelib.data.store_build import file_stamps
 

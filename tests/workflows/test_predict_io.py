@@ -326,7 +326,8 @@ def test_annotations_that_training_counts_and_leaves_out_are_left_out_here_too(p
     file.write_text(json.dumps(content))
     found = read_inputs(photo, None, file)
     assert found.boxes == [[1.0, 2.0, 21.0, 32.0]] and found.image_id == 3
-    counts = "annotation that lacks a field (1), annotation without box or mask (1), box of no area (1)"
+    counts = "annotation of a category that is not listed (1), annotation without box or mask (1)"
+    counts += ", box of no area (1)"
     assert found.left_out == counts
     content["images"][0]["id"] = None
     file.write_text(json.dumps(content))
