@@ -72,8 +72,7 @@ class CocoPeople(sources.IndexedSource):
         """Both places, ``~`` expanded, once it is sure that they are there."""
         file = Path(os.path.expanduser(annotations))
         if not os.path.isfile(file):
-            what = "is no regular file" if os.path.exists(file) else "does not exist"
-            raise DataError(f"there is no annotation file {file}: it {what}")
+            raise DataError(f"there is no annotation file {file}, or it is no regular file")
         return file, sources.existing_folder(images, "image folder")
 
     def read(self) -> dict[str, list[Any]]:

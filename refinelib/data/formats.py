@@ -29,7 +29,6 @@ from refinelib.files import JSON, PathLike, read_json, read_yaml, shown
 DAMAGED = "annotation file that cannot be read"
 NO_PICTURE = "labels without image"
 STRAY_MASK = "mask without image"
-NO_CLASS = "label of no class"
 #: Endings of the files that are taken for images.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 #: Of a pixel of a mask with a palette: nobody knows who is there.
@@ -37,8 +36,8 @@ VOID = 255
 #: Bytes of the largest LabelMe file that is read: it may hold its image, too.
 MOST_BYTES = 32 << 20
 Points = NDArray[np.float64]
-#: Name of an image in the image folder, its (h, w), and its persons as COCO's annotations but for the ids.
-Found = tuple[str, tuple[int, int], list[dict[str, Any]]]
+#: Name of an image in the image folder, (h, w) if known, and its persons: COCO's annotations but for the ids.
+Found = tuple[str, tuple[Any, Any], list[dict[str, Any]]]
 
 
 class _Files(CocoPeople, ABC):
@@ -53,13 +52,13 @@ class _Files(CocoPeople, ABC):
         Raises:
             DataError: no image has annotations.
         """
-        self._lost, content = InstancesBuilder(), Content(images=[], annotations=[])  # filled image by image
+        lost, content = InstancesBuilder(), Content(images=[], annotations=[])
         self._unread: list[str] = []
         for paths in self._labelled():
             try:
                 name, (height, width), persons = self._read(*paths)
             except (OSError, ValueError) as error:
-                self._lost.skip(getattr(error, "reason", DAMAGED), str(error))
+                lost.skip(getattr(error, "reason", DAMAGED), str(error))
                 if (file := getattr(error, "file", None)) is not None:
                     self._unread.append(os.path.relpath(file, self.images))
                 continue
@@ -68,9 +67,8 @@ class _Files(CocoPeople, ABC):
             numbered = enumerate(persons, first)
             content["annotations"] += [{"id": n, "image_id": image, **one} for n, one in numbered]
         if not content["images"]:
-            self._lost.instances(f"the split {self.split} of {self.annotations}", "no image has annotations")
-        examples, reasons = self._lost.examples, self._lost.skipped.elements()
-        content["left_out"] = [(reason, examples[reason], None) for reason in reasons]
+            lost.instances(f"the split {self.split} of {self.annotations}", "no image has annotations")
+        content["left_out"] = [(one, lost.examples[one], None) for one in lost.skipped.elements()]
         return {**content, "categories": [{"id": kind, "name": name} for kind, name in self.kinds.items()]}
 
     def names(self) -> list[str]:
@@ -157,18 +155,16 @@ class YoloPeople(_Files):
         text = file.read_bytes().decode("utf-8-sig", "replace")
         lines = [(f"line {n} of {file.name}", line.split()) for n, line in enumerate(text.splitlines(), 1)]
         persons = [self._person(words, size, where) for where, words in lines if words]
-        return os.path.relpath(images[0], self.images), size, list(filter(None, persons))
+        return os.path.relpath(images[0], self.images), size, persons
 
-    def _person(self, words: list[str], size: tuple[int, int], where: str) -> dict[str, Any] | None:
-        """A line's annotation; without a mask, words stand in its place. None: of no class, and counted."""
+    def _person(self, words: list[str], size: tuple[int, int], where: str) -> dict[str, Any]:
+        """A line's annotation; words stand in the place of a class or a mask that it lacks."""
         try:
             kind, *values = map(float, words)
         except ValueError:
             kind, values = np.nan, []
         if kind not in self.kinds:
-            rule = f"must be numbers, the first that of one of the {len(self.kinds)} names"
-            self._lost.skip(NO_CLASS, f"{where} {rule}, and is {shown(' '.join(words))}")
-            return None
+            return {"category_id": f"{where}, {' '.join(words)}"}
         one = {"category_id": int(kind), "segmentation": f"{where}, not x y x y x y ... in 0 to 1,"}
         if all(-0.01 <= value <= 1.01 for value in values) and len(values) > 3 and len(values) % 2 == 0:
             points = np.reshape(values, (-1, 2)) * size[::-1]
@@ -226,18 +222,15 @@ class LabelmePeople(_Files):
                 own = file.parent.relative_to(self.annotations).joinpath(*written.parts)
                 own = Path(*written.parts[1:]) if written.anchor else own
                 name = "/".join(part for part in Path(os.path.normpath(own)).parts if part != "..")
-            image = self.folder.find(name)
+            self.folder.find(name)
         except SceneError as error:
             inside = f": save the one inside {file} (imageData) there" if content.get("imageData") else ""
             raise SceneError(error.reason, f"{error}{inside}", error.file) from None
-        size: Any = content.get("imageHeight"), content.get("imageWidth")
-        if not all(type(side) is int and 0 < side < 2**31 for side in size):
-            size = sources.image_size(image, upright=True)
         persons, groups = list[dict[str, Any]](), dict[tuple[int, Any], list[Points]]()
         for place, shape in enumerate(shapes, 1):
             label = shape.get("label") if isinstance(shape, dict) else None
             if not isinstance(label, str):
-                self._lost.skip(NO_CLASS, f"shape {place} of {file} has no label")
+                persons.append({"category_id": f"shape {place} of {file.name}, without label"})
                 continue
             kind = self._numbers.setdefault(label, len(self._numbers) + 1)
             self.kinds[kind], group, form = label, shape.get("group_id"), shape.get("shape_type") or "polygon"
@@ -249,7 +242,7 @@ class LabelmePeople(_Files):
                 box = {} if points is None else {"bbox": _mask([points])["bbox"]}
                 persons.append({"category_id": kind, "segmentation": what, **box})
         persons += [{"category_id": kind, **_mask(outlines)} for (kind, _), outlines in groups.items()]
-        return name, size, persons
+        return name, (content.get("imageHeight"), content.get("imageWidth")), persons
 
 
 class MaskPeople(sources.IndexedSource):

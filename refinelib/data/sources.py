@@ -47,7 +47,6 @@ UNREADABLE = "unreadable image"
 OTHER_SIZE = "image of another size than its annotation"
 TURNED = "image turned upright by its EXIF orientation, since only so it has the size of its annotation"
 TWICE = "image file that two entries name"
-TURNED_TIFF = "TIFF image turned upright by its orientation, as all of them are"
 NOT_TURNED = "image whose EXIF orientation was not applied"
 
 
@@ -493,7 +492,8 @@ def decode_image(
 
     COCO annotates the pixels as stored, so an EXIF orientation is not applied. Where the stored size differs
     from ``size`` and the upright one agrees, the annotations were made on the upright image, and the
-    orientation is applied. Greyscale, palette, CMYK, 16-bit and transparent images become RGB.
+    orientation is applied; that of a TIFF always is. Greyscale, palette, CMYK, 16-bit and transparent images
+    become RGB.
 
     Args:
         file: to read.
@@ -506,7 +506,6 @@ def decode_image(
     """
     with opened(file) as image:
         picture, stored = image, (image.height, image.width)
-        tiff = image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1  # PIL applies it itself
         wanted = stored if size is None else size
         if (upright or wanted != stored) and wanted in (stored, stored[::-1]):  # else turning cannot help
             picture = ImageOps.exif_transpose(image)
@@ -515,12 +514,10 @@ def decode_image(
             raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {said}", file)
         pixels = as_rgb(picture)
         orientation = image.getexif().get(_ORIENTATION, 1)  # now: a PNG may have it behind the pixels
-    turned = tiff in range(2, 9) or (orientation in range(2, 9) and not upright)
-    if notes is not None and turned:
-        kind = TURNED_TIFF if tiff > 1 else NOT_TURNED if picture is image else TURNED
-        rule = ": set exif to apply if people were annotated on the upright image"
-        example = f"{file}, orientation {max(tiff, orientation)}"
-        notes.append((kind, example + rule if kind == NOT_TURNED else example))
+    if notes is not None and orientation in range(2, 9) and not upright:
+        kind = NOT_TURNED if picture is image else TURNED
+        rule = "set exif to apply if all people were annotated on the upright image"
+        notes.append((kind, f"{file}, orientation {orientation}: {rule}"))
     return pixels
 
 

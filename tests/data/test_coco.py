@@ -577,7 +577,7 @@ def test_what_is_no_regular_file_is_a_bad_image(coco_files, tmp_path, kind):
 def test_annotations_must_be_a_regular_file(coco_files, kind):
     source = coco_files.source()
     something_else(coco_files.annotations, kind)
-    with in_time(), pytest.raises(DataError, match="instances.json: it is no regular file"):
+    with in_time(), pytest.raises(DataError, match="instances.json, or it is no regular file"):
         CocoPeople(coco_files.annotations, coco_files.images)
     with in_time(), pytest.raises(DataError, match="instances.json is no regular file"):
         source.instances()  # it was one when the source was made
