@@ -73,9 +73,7 @@ def read_annotations(file: Path) -> Content:
     if os.path.exists(file) and not os.path.isfile(file):  # reading a FIFO would wait for its writer
         raise DataError(f"{file} is no regular file: give an annotation file in JSON")
     if size > MOST_BYTES:
-        raise DataError(
-            f"{file} has {size >> 30} GB, more than {MOST_BYTES >> 30} GB: leave only persons in it"
-        )
+        raise DataError(f"{file} has {size >> 30} GB, more than {MOST_BYTES >> 30} GB: leave only persons")
     try:
         content = _parsed(file.read_bytes())
     except (OSError, MemoryError) as error:
@@ -134,17 +132,14 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
     called = [(_key(one.get("id")), str(one.get("name")).strip().casefold()) for one in listed]
     titles = dict(called)
     for key, title in called:
-        if key is not None and titles[key] != title:
-            both = f"{title!r} and {titles[key]!r}: give each an id of its own"
-            raise DataError(f"{name} has two categories of id {key}, {both}")
+        if key is not None and (other := titles[key]) != title:
+            raise DataError(f"{name}: two categories of id {key}, {title!r} and {other!r}: give each an id")
     categories = _numbers((one.get("id") for one in listed), people, "category_id")
     names = {part.strip().casefold() for part in category.split(",")}
     chosen = {key for key, title in called if title in names and key is not None}
     if not chosen:
         known = ", ".join(sorted(shown(one.get("name")) for one in listed)[:10]).replace("'", "") or "none"
-        raise DataError(
-            f"{name} has no category {category!r}; its categories are {known}: set category to one"
-        )
+        raise DataError(f"{name}: no category {category!r}; its categories are {known}: set category to one")
     images = _entries(content["images"], name, people)
     found: list[tuple[dict[str, Any], int]] = []
     for number, one in enumerate(content["annotations"]):

@@ -62,8 +62,7 @@ def sources_of(data: Any, settings: Settings) -> tuple[Settings, dict[str, Array
     if data is None:
         return settings, {}
     if settings.data not in ("synthetic", "arrays"):
-        both = f"data = {settings.data} in the settings, and data in memory were given"
-        raise SettingsError(f"{both}: leave one of them out")
+        raise SettingsError(f"data = {settings.data} in the settings, and data in memory: leave one out")
     if settings.gpus > 1 and not ranks.launched():
         alone = f"gpus = {settings.gpus}: data in memory cannot be given to the processes that this starts"
         raise SettingsError(f"{alone}: leave gpus at 1, or start your own script with torchrun")
@@ -154,8 +153,7 @@ class ArrayPeople(IndexedSource):
             if now == digest:
                 return scene
         other = f"item {number} of the {self.split} data is another than when it was first read"
-        rule = "without shuffling or random transforms, which training does itself"
-        raise DataError(f"{other}: give data whose items stay the same, {rule}")
+        raise DataError(f"{other}: give data whose items stay the same, without random transforms")
 
     def fingerprint(self) -> str:
         """SHA-256 of what the items hold, in their order."""

@@ -339,9 +339,7 @@ class ImageFolder:
         anchored = "://" not in name and bool(PureWindowsPath(name).anchor)
         outside = anchored or min(depths, default=0) < 0
         if outside and not self.allow_outside:
-            rule = "name the file in that folder, or set allow_images_outside to true"
-            leads = f"the file_name {name!r} leads out of the image folder {self.folder}"
-            raise SceneError(ELSEWHERE, f"{leads}: {rule}")
+            raise SceneError(ELSEWHERE, f"{name!r} leaves {self.folder}: set allow_images_outside to true")
         file = self.folder / name if anchored else self.folder.joinpath(*parts)
         if outside or os.path.exists(file):
             return file

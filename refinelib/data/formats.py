@@ -298,8 +298,7 @@ class MaskPeople(sources.IndexedSource):
         """Reads the mask, not the image; returns both files."""
         number, file, mask, owners = image
         if len(owners) > 1:
-            twice = f"{mask} is the mask of {' and '.join(owners)}: give each image its own"
-            raise SceneError(sources.TWICE, twice)
+            raise SceneError(sources.TWICE, f"{mask} is of {' and '.join(owners)}: give each its own")
         owner, _, ids, areas, boxes = _read_mask(mask)
         # An annotation id names the image and the person in it.
         numbers = [number * self.ids + int(i) for i in ids]
@@ -402,11 +401,9 @@ def _read_mask(file: Path) -> tuple[NDArray[np.uint16], Mask | None, Any, Any, A
     with sources.opened(file, "mask") as image:
         image.load()
         owner, palette = np.array(image), image.mode == "P"
-    if owner.ndim != 2:
-        rule = "must have one value a pixel, the person's number"
-        raise SceneError(sources.UNREADABLE, f"{file} {rule}, and has {owner.shape[2]}")
-    if owner.dtype.kind not in "bu" and not ((owner % 1 == 0) & (owner >= 0) & (owner < 2**16)).all():
-        rule = "must have the person's number in each pixel, from 1 to 65535 and 0 elsewhere"
+    numbers = owner.dtype.kind in "bu" or ((owner % 1 == 0) & (owner >= 0) & (owner < 2**16)).all()
+    if owner.ndim != 2 or not numbers:
+        rule = "must have one value a pixel, the person's number, from 1 to 65535 and 0 elsewhere"
         raise SceneError(sources.UNREADABLE, f"{file} {rule}")
     void = (owner == VOID) & palette
     owner = np.where(void, 0, owner).astype(np.uint16)

@@ -236,23 +236,22 @@ class Tally:
         (Counter({'missing image': 1}), {'missing image': 'there is no 1.png'})
     """
 
-    def __init__(self, *parts: Instances) -> None:
-        self.skipped = sum((Counter(part.skipped) for part in parts), Counter[str]())
-        self.notes = sum((Counter(part.notes) for part in parts), Counter[str]())
-        self.examples = {kind: text for part in reversed(parts) for kind, text in part.examples.items()}
+    def __init__(self, *parts: Instances | Tally) -> None:
+        self.skipped, self.notes, self.examples = Counter[str](), Counter[str](), dict[str, str]()
+        for part in parts:
+            self.skipped.update(part.skipped)
+            self.notes.update(part.notes)
+            self.examples = {**part.examples, **self.examples}
 
     def skip(self, reason: str, example: str) -> None:
         """Count a person or an image that is left out."""
-        self._count(self.skipped, reason, example)
+        self.skipped[reason] += 1
+        self.examples[reason] = self.examples.get(reason) or printable(example)
 
     def note(self, kind: str, example: str) -> None:
         """Count something unusual about what is used."""
-        self._count(self.notes, kind, example)
-
-    def _count(self, counts: Counter[str], kind: str, example: str) -> None:
-        counts[kind] += 1
-        if kind not in self.examples:
-            self.examples[kind] = printable(example)
+        self.notes[kind] += 1
+        self.examples[kind] = self.examples.get(kind) or printable(example)
 
 
 class InstancesBuilder(Tally):

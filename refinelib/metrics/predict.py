@@ -461,8 +461,7 @@ def _rgb(image: Any) -> Any:
         image = as_rgb(image)
     array = image.detach().cpu() if isinstance(image, Tensor) else np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or str(array.dtype).removeprefix("torch.") != "uint8":
-        found = f"{array.dtype} {list(array.shape)}"
-        raise ValueError(f"the image must be uint8 [H, W, 3] in RGB, and is {found}")
+        raise ValueError(f"the image must be uint8 [H, W, 3], and is {array.dtype} {list(array.shape)}")
     return np.array(array.numpy() if isinstance(array, Tensor) else array)
 
 

@@ -11,7 +11,7 @@ tables of people have it from then on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,7 +51,7 @@ class Comparison:
     true: Tensor
     confusion: Tensor
     width: int
-    size: tuple[int, int] | None = None
+    size: Sequence[int] | None = None
 
     @cached_property
     def iou(self) -> Tensor:
@@ -143,10 +143,10 @@ def confusion_per_roi(pred_labels: Tensor, labels: Tensor) -> Tensor:
                  [0, 0, 0]]])
     """
     if pred_labels.shape != labels.shape or labels.ndim != 3:
-        shapes = f"predicted labels {list(pred_labels.shape)} and labels {list(labels.shape)}"
-        raise ValueError(f"{shapes} must have the same shape [B, H, W]; cut both to the box window first")
+        shapes = f"{list(pred_labels.shape)} and {list(labels.shape)}"
+        raise ValueError(f"labels of {shapes} must have the same shape [B, H, W]: cut both to the box window")
     if pred_labels.is_floating_point() or labels.is_floating_point():
-        kinds = f"{pred_labels.dtype} (predicted) and {labels.dtype} (true)"
+        kinds = f"{pred_labels.dtype} and {labels.dtype}"
         raise ValueError(f"labels must be integers, not {kinds}; take probs.argmax(1) first")
     # Comparing and summing: bincount reads its maximum back, a matrix product rounds under autocast.
     predicted, true = ([x == value for value in range(3)] for x in (pred_labels, labels))
@@ -388,8 +388,7 @@ class ImageBootstrap:
         """
         values = torch.as_tensor(values).double()
         if values.shape != self._place.shape:
-            each = f"one number for each of {len(self._place)} ROIs"
-            raise ValueError(f"values {list(values.shape)} must be {each}")
+            raise ValueError(f"give one number for each of {len(self._place)} ROIs, not {list(values.shape)}")
         kept = ~values.isnan()
         sums = self._drawn(torch.where(kept, values, 0.0))
         return self._bounds(sums / self._drawn(kept.double()))

@@ -23,8 +23,7 @@ from refinelib.data.annotations import decode_segmentation, read_annotations, re
 from refinelib.data.coco import Parts, common_end, name_parts, plain_parts, xyxy
 from refinelib.data.sources import NO_AREA, OUTSIDE, box_of, counted
 from refinelib.files import PathLike, dumps, shown, write_atomically
-from refinelib.metrics.evaluate import checked_folder
-from refinelib.metrics.image_space import coco_entry, encode
+from refinelib.metrics.evaluate import checked_folder, coco_entry, encode
 from refinelib.metrics.predict import as_boxes
 
 Pixels = NDArray[Any]

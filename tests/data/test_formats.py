@@ -224,7 +224,7 @@ WRONG_YAML = {
     "there is no image folder .*: correct nowhere or path in .*data.yaml": "train: nowhere\nnames: [a]\n",
     "there is no label folder .*labels.other": "train: images/other\nnames: [person]\n",
     "no image folder .*list.txt": "train: list.txt\nnames: [person]\n",
-    "has no category 'person'; its categories are cat, dog": "train: images/train\nnames: [cat, dog]\n",
+    "no category .person.; its categories are cat, dog": "train: images/train\nnames: [cat, dog]\n",
     "not valid YAML.*": f"nc: {'9' * 5000}\nnames: [person]\n",
 }
 

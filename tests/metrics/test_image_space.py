@@ -18,14 +18,15 @@ from scipy import ndimage
 from refinelib.config import resolve
 from refinelib.data import SyntheticPeople
 from refinelib.data import sources as scenes
-from refinelib.metrics import boundary, image_space
+from refinelib.metrics import boundary
 from refinelib.metrics import evaluate as evaluation
-from refinelib.metrics.evaluate import Evaluation, measure
-from refinelib.metrics.image_space import (
+from refinelib.metrics.evaluate import (
+    Evaluation,
     annotated_images,
     average_precision,
     compare,
     encode,
+    measure,
     resolution_bound,
     score_in_images,
 )
@@ -241,7 +242,7 @@ def figures_of(source, **how):
 def test_figures_are_the_same_whatever_fits_into_memory(people, monkeypatch, budget, together):
     want = figures_of(people.source())
     monkeypatch.setattr(scenes, "MASK_BYTES", budget)
-    monkeypatch.setattr(image_space, "MOST_TOGETHER", together)
+    monkeypatch.setattr(evaluation, "MOST_TOGETHER", together)
     assert figures_of(people.source()) == want
     parts = list(annotated_images(people.source()))
     assert [len(part.slots) for part in parts][: 3 // together + 1] == (
@@ -258,7 +259,7 @@ def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
         coco_files.person(image, (10 + 15 * number, 20, 40 + 15 * number, 90))
     source = coco_files.source()
     source.instances()
-    made, real = [], image_space._labels
+    made, real = [], evaluation._labels
 
     def labels(*of):  # what PyTorch allocates is not traced
         assert sum(one() is not None for one in made) <= 1
@@ -267,7 +268,7 @@ def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
         assert found.dtype == torch.uint8
         return found
 
-    monkeypatch.setattr(image_space, "_labels", labels)
+    monkeypatch.setattr(evaluation, "_labels", labels)
     with in_memory(30):  # all masks: 86 MB
         found = score_in_images({"grid": resolution_bound((24, 24))}, source, device=CPU)["grid"]
     assert len(found.coco) == 60 and len(made) == 10 and found.compute()["target_iou"] > 0.9

@@ -15,8 +15,7 @@ from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
 from refinelib.data import DataError, SyntheticPeople
 from refinelib.data.augment import normalise
-from refinelib.metrics.evaluate import evaluate
-from refinelib.metrics.image_space import resolution_bound, score_in_images
+from refinelib.metrics.evaluate import evaluate, resolution_bound, score_in_images
 from refinelib.modeling.roi import centre_window, labels_from_coverage
 from refinelib.trainer import train
 
