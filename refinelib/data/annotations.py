@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -266,7 +265,7 @@ def usable(segmentation: Any, height: int, width: int) -> tuple[Any, list[Any]]:
 
     Example:
         >>> usable([0, 0, 9, 0, 9, 9], 10, 10)
-        ([[0, 0, 9, 0, 9, 9]], [])
+        ([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]], [])
         >>> usable([[[0, 0], [9, 0], [9, 9]], [5, 5, 6]], 10, 10)
         ([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]], [[5, 5, 6]])
     """
@@ -289,16 +288,14 @@ def usable(segmentation: Any, height: int, width: int) -> tuple[Any, list[Any]]:
 
 def _polygon(part: Any, reach: float) -> list[float] | None:
     """A polygon as a plain list of numbers; None: it is none, or one that pycocotools cannot draw."""
-    if isinstance(part, list) and not {*map(type, part)} <= {int, float}:
-        try:
-            corners = np.array(part, np.float64)
-        except (TypeError, ValueError, OverflowError):  # uneven rows, words, numbers beyond any
-            return None
-        part = corners.ravel().tolist() if corners.ndim == 1 or corners.shape[1:] == (2,) else None
-    if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
+    try:
+        corners = np.array(part, np.float64)
+    except (TypeError, ValueError, OverflowError):  # uneven rows, words, numbers beyond any
         return None
-    near = -reach <= min(part) and max(part) <= 2 * reach
-    return part if near and math.isfinite(sum(part)) else None
+    if not (corners.ndim == 1 or corners.shape[1:] == (2,)) or corners.size < 6 or corners.size % 2:
+        return None
+    near = -reach <= corners.min() and corners.max() <= 2 * reach  # neither with nan
+    return corners.ravel().tolist() if near else None
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> Mask | None:

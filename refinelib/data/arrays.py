@@ -182,11 +182,9 @@ class ArrayPeople(IndexedSource):
         if mask.shape[-2:] != image.shape[:2]:
             sizes = "{1}x{0} pixels, its mask {3}x{2}".format(*image.shape[:2], *mask.shape[-2:])
             raise SceneError(sources.OTHER_SIZE, f"{where}: the image has {sizes}")
-        given = None
-        if len(found) == 3 and found[2] is not None:
-            given = _converted(found[2], _boxes, BAD_BOXES, where)
+        given = [_converted(boxes, _boxes, BAD_BOXES, where) for boxes in found[2:] if boxes is not None]
         content = hashlib.sha256()
-        for part in (image, mask, *([] if given is None else [given])):
+        for part in (image, mask, *given):
             content.update(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
         void = np.asarray(mask == VOID) if mask.ndim == 2 else np.zeros(0, bool)
         if mask.ndim == 2:
@@ -200,12 +198,12 @@ class ArrayPeople(IndexedSource):
             areas, boxes = masks.sum((1, 2)), [sources.box_of(one) for one in masks]
         if not len(ids):
             raise SceneError(sources.NO_MASK, f"{where} has no person in its mask")
-        if given is not None and len(given) != len(persons):
-            counts = f"{len(given)} boxes, {len(persons)} persons"
+        if given and len(given[0]) != len(persons):
+            counts = f"{len(given[0])} boxes, {len(persons)} persons"
             raise SceneError(BAD_BOXES, f"{where}: {counts}: {RULES[BAD_BOXES]}")
         scene = Scene(image, masks, void if void.any() else None)
         own = (number * IDS + ids.astype(np.int64)).tolist()
-        return content.hexdigest(), scene, own, boxes if given is None else given[persons], areas
+        return content.hexdigest(), scene, own, given[0][persons] if given else boxes, areas
 
 
 def _is_column(value: Any) -> bool:

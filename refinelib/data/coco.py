@@ -89,8 +89,7 @@ class CocoPeople(sources.IndexedSource):
             kind = compared(masks[slot], person["box"])
             if kind in (NOT_ITS_BOX, PART_OF_BOX):
                 box = ", ".join(f"{side:g}" for side in person["box"])
-                example = f"annotation {person['annotation_id']} in {file}, box {box} (xyxy)"
-                notes.append((kind, example))
+                notes.append((kind, f"annotation {person['annotation_id']} in {file}, box {box} (xyxy)"))
             if kind in (NOT_ITS_BOX, sources.NO_MASK):
                 regions.append((segmentations[slot], person["box"], True))
                 segmentations[slot] = None
@@ -149,8 +148,8 @@ class CocoPeople(sources.IndexedSource):
     def _add(self, image: int, builder: InstancesBuilder) -> bytes | None:
         """Returns JSON, for builder processes share it: file, size, segmentations, persons, regions."""
         where, entry = f"image {image}", self._people.images[image]
-        if image in self._named_twice:
-            raise SceneError(sources.TWICE, self._named_twice[image])
+        if len(both := self._named_alike.get(image, [])) > 1:
+            raise SceneError(sources.TWICE, f"one file for {' and '.join(both[:2])}: give each its own")
         file, size = entry["file_name"], (entry["height"], entry["width"])
         if size[0] is None:
             size = sources.image_size(self.folder.find(file), self.exif == "apply")
@@ -166,9 +165,8 @@ class CocoPeople(sources.IndexedSource):
                     regions.append(_region({**annotation, "segmentation": None}, size))
             person = None if segmentation is None else _person(annotation, segmentation, size)
             if person is None:
-                form = sources.printable(written, 80)
-                rule = "polygons of three points or more, or run lengths of the image's size"
-                builder.skip(sources.NO_MASK, f"{what}: {form} is no mask; give {rule}")
+                rule = "is no mask; give polygons of three points or more, or run lengths of the image's size"
+                builder.skip(sources.NO_MASK, f"{what}: {sources.printable(written, 80)} {rule}")
                 regions.append(_region(annotation, size))
             else:
                 segmentations.append(segmentation)
@@ -178,19 +176,14 @@ class CocoPeople(sources.IndexedSource):
         return json.dumps([file, size, segmentations, found, regions]).encode() if has_roi else None
 
     @cached_property
-    def _named_twice(self) -> dict[int, str]:
-        """Images whose file another entry names too, and what to do about it: it is one of the two."""
-        by_file = defaultdict[Path, list[int]](list)
+    def _named_alike(self) -> dict[int, list[str]]:
+        """Of each image the entries that name its file: its own, if all is well."""
+        found, by_file = dict[int, list[str]](), defaultdict[Path, list[str]](list)
         for number, entry in self._people.images.items():
             if file := self.locate(entry["file_name"]):  # else it is said where the image is read
-                by_file[file].append(number)
-        told = dict[int, str]()
-        for file, numbers in by_file.items():
-            if len(numbers) > 1:
-                names = [f"image {one}, {self._people.images[one]['file_name']!r}" for one in numbers[:2]]
-                both = " and of ".join(names)
-                told |= dict.fromkeys(numbers, f"{file} is the file of {both}: give each image its own")
-        return told
+                found[number] = by_file[file]
+                by_file[file].append(f"image {number}, {entry['file_name']!r}")
+        return found
 
 
 def _person(annotation: dict[str, Any], segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
@@ -290,8 +283,7 @@ def coco_paths(
     if data_dir is None:
         what = "annotations" if annotations is None else "images"
         raise DataError(f"no {split} {what} of COCO are given: give data_dir or {split}_{what}")
-    rule = "data_dir must hold annotations/ and images/ in COCO's layout"
-    sources.existing_folder(data_dir, "data folder", rule)
+    sources.existing_folder(data_dir, "data folder", "it must hold annotations/ and images/ as COCO's does")
     if annotations is None:
         tried = [f"annotations/instances_{name}{end}.json" for name in names for end in ("", "*")]
         tried += [f"{name}/{file}" for name in names for file in ("labels.json", "_annotations.coco.json")]

@@ -110,18 +110,17 @@ class Masks:
     def __getitem__(self, slot: int) -> Mask:
         if not 0 <= slot < self._count:
             raise IndexError(f"there is no mask {slot}: they are 0 to {self._count - 1}")
-        mask = self._kept.get(slot)
-        if mask is None:
-            decoded = self._decode(slot)
-            mask = np.zeros(self._size, bool) if decoded is None else np.ascontiguousarray(decoded)
-            if (len(self._kept) + 1) * mask.nbytes <= MASK_BYTES:
-                self._kept[slot] = mask
+        if slot in self._kept:
+            return self._kept[slot]
+        decoded = self._decode(slot)
+        mask = np.zeros(self._size, bool) if decoded is None else np.ascontiguousarray(decoded)
+        if (len(self._kept) + 1) * mask.nbytes <= MASK_BYTES:
+            self._kept[slot] = mask
         return mask
 
     def any(self, axis: int) -> Mask:
         """Pixels of any person; ``axis`` is 0, as for an array ``[P, H, W]``."""
-        if axis != 0:
-            raise ValueError(f"masks are united over persons, axis 0, not {axis}")
+        assert axis == 0
         union = np.zeros(self._size, bool)
         for slot in range(self._count):
             union |= self[slot]

@@ -720,7 +720,7 @@ def test_masks_are_decoded_under_a_budget(coco_files, monkeypatch, people, side)
     for wrong in (-1, people):
         with pytest.raises(IndexError):
             masks[wrong]
-    with pytest.raises(ValueError, match="axis 0"):
+    with pytest.raises(AssertionError):
         masks.any(1)
     assert sum(mask.nbytes for mask in masks._kept.values()) <= 4 << 20
 
