@@ -2,7 +2,7 @@
 
 ``nan`` stands for "does not apply here" (the IoU of a class that neither side has, the target IoU of a
 ROI without target) and is left out of every mean. Everything stays on the labels' device;
-:func:`summarise` (and so :meth:`SegmentationMetrics.compute`) is the one place that waits for it.
+:meth:`SegmentationMetrics.compute` is the one place that waits for it.
 
 A metric is added by one line: ``METRICS.add(name, Metric(function, "title"))``. Epoch records, reports and
 tables of people have it from then on.
@@ -247,38 +247,33 @@ class SegmentationMetrics:
         return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
 
     def compute(self, *, intervals: bool = False) -> dict[str, Any]:
-        """All metrics as plain numbers, safe for strict JSON; see :func:`summarise`."""
-        return summarise(self.per_roi(), intervals=intervals)
+        """Means over all ROIs as plain numbers, safe for strict JSON; this reads the device.
 
+        Args:
+            intervals: add ``intervals``, a 95 % bootstrap interval ``[low, high]`` over images, to the result
+                and to each group.
 
-def summarise(table: dict[str, Tensor], *, intervals: bool = False) -> dict[str, Any]:
-    """Means over a table of ROIs as plain numbers, safe for strict JSON.
+        Returns:
+            ``miou`` and ``iou`` ([background, target, non-target]) of pixel counts pooled over all ROIs, a
+            class that neither side has left out; every other metric's mean, nan left out, None where nothing
+            is left; ``rois``, their number. Where areas were given, ``by_size`` has the same and ``area``
+            (from, to; pixels) for COCO's ``small``, ``medium`` and ``large``, ``by_tercile`` for the terciles
+            of the data.
 
-    Args:
-        table: columns as of :meth:`SegmentationMetrics.per_roi`; all but ``confusion``, ``area`` and
-            ``image_id`` are averaged.
-        intervals: add ``intervals``, a 95 % bootstrap interval ``[low, high]`` over images, to the result
-            and to each group.
-
-    Returns:
-        ``miou`` and ``iou`` ([background, target, non-target]) of pixel counts pooled over all ROIs, a class
-        that neither side has left out; every other metric's mean, nan left out, None where nothing is left;
-        ``rois``, their number. Where areas were given, ``by_size`` has the same and ``area`` (from, to;
-        pixels) for COCO's ``small``, ``medium`` and ``large``, ``by_tercile`` for the terciles of the data.
-
-    Raises:
-        ValueError: intervals without the image of each ROI.
-    """
-    result = _means(table, intervals)
-    areas = table["area"].cpu()
-    if not areas.isnan().all():
-        for title, groups in (("by_size", coco_groups(areas)), ("by_tercile", tercile_groups(areas))):
-            result[title] = {}
-            for name, (inside, bounds) in groups.items():
-                part = {column: values[inside.to(values.device)] for column, values in table.items()}
-                ends = [None if math.isinf(bound) else bound for bound in bounds]
-                result[title][name] = {**_means(part, intervals), "area": ends}
-    return result
+        Raises:
+            ValueError: intervals without the image of each ROI.
+        """
+        table = self.per_roi()
+        result = _means(table, intervals)
+        areas = table["area"].cpu()
+        if not areas.isnan().all():
+            for title, groups in (("by_size", coco_groups(areas)), ("by_tercile", tercile_groups(areas))):
+                result[title] = {}
+                for name, (inside, bounds) in groups.items():
+                    part = {column: values[inside.to(values.device)] for column, values in table.items()}
+                    ends = [None if math.isinf(bound) else bound for bound in bounds]
+                    result[title][name] = {**_means(part, intervals), "area": ends}
+        return result
 
 
 def coco_groups(areas: Tensor) -> dict[str, tuple[Tensor, tuple[float, float]]]:
