@@ -34,9 +34,7 @@ RULES = {
     BAD_BOXES: "give a row of x0, y0, x1, y1 in pixels for each person, or None",
 }
 ITEM_RULE = "give (image, mask) or (image, mask, boxes)"
-DATA_RULE = (
-    "give (images, masks), (images, masks, boxes), a list of items or a torch Dataset, or (train, val)"
-)
+DATA_RULE = "give (images, masks), (images, masks, boxes), items, a torch Dataset, or (train, val)"
 #: Step from one item's annotation ids to the next's.
 IDS = 1 << 16
 

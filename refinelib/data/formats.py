@@ -270,13 +270,7 @@ class MaskPeople(sources.IndexedSource):
     ending, ids = ".png", 1 << 16
 
     def __init__(
-        self,
-        images: PathLike,
-        masks: PathLike,
-        split: str = "train",
-        part: str = "all",
-        *,
-        exif: str = "ignore",
+        self, images: PathLike, masks: PathLike, split: str = "train", part: str = "all", exif: str = "ignore"
     ) -> None:
         super().__init__(split)
         self.part, self.exif = part, exif

@@ -373,7 +373,7 @@ class IndexedSource(ABC):
         return self._entries[index]
 
 
-def counted(skipped: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
+def counted(skipped: Mapping[str, int], examples: Mapping[str, str] = {}) -> str:
     """What was left out, in one line, with an example of up to three reasons.
 
     Example:
@@ -381,7 +381,6 @@ def counted(skipped: Mapping[str, int], examples: Mapping[str, str] | None = Non
         'crowd annotation (1), missing image (2); such as missing image: there is no 1.png'
     """
     line = ", ".join(f"{reason} ({count})" for reason, count in sorted(skipped.items()))
-    examples = examples or {}
     some = [f"{reason}: {examples[reason]}" for reason in skipped if reason in examples][:3]
     return "; such as ".join([line, "; ".join(some)]) if some else line
 

@@ -84,9 +84,8 @@ def open_store(
     for store in (folder, whole):
         if store.exists() and not changed_files(store, source):
             return Store.open(store, max_images)
-    info = StoreInfo(
-        source=source.name, split=source.split, **sizes, max_images=max_images, fingerprint=fingerprint
-    )
+    made = {"source": source.name, "split": source.split, "max_images": max_images, **sizes}
+    info = StoreInfo(**made, fingerprint=fingerprint)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder, progress):

@@ -391,9 +391,7 @@ class ImageMetrics(segmentation.SegmentationMetrics):
 
 
 @torch.no_grad()
-def compare(
-    found: Pasted, truth: Tensor, extent: Extent, width: int, *, full: bool = True
-) -> dict[str, Tensor]:
+def compare(found: Pasted, truth: Tensor, extent: Extent, width: int, full: bool = True) -> dict[str, Tensor]:
     """Every registered metric of one pasted mask, ``[1]`` each, and ``confusion``, int64 ``[1, 3, 3]``.
 
     Metrics of the target are of the whole image: what the box cut off counts as missed. ``confusion``,

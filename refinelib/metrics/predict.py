@@ -424,9 +424,7 @@ class Pasted(NamedTuple):
         return slice(self.top, self.top + rows), slice(self.left, self.left + columns)
 
 
-def paste_labels(
-    probs: Tensor, boxes: Tensor, image_size: Size, ignored: Tensor | None = None
-) -> Iterator[Pasted]:
+def paste_labels(probs: Tensor, boxes: Tensor, size: Size, ignored: Tensor | None = None) -> Iterator[Pasted]:
     """Labels of each box at the image's own pixels, one box at a time.
 
     The probabilities are interpolated and then compared: the outline runs between grid cells where
@@ -435,7 +433,7 @@ def paste_labels(
     Args:
         probs: float ``[N, 3, h, w]`` in the grids of the boxes.
         boxes: ``[N, 4]`` xyxy in pixels.
-        image_size: ``(H, W)``.
+        size: ``(H, W)``.
         ignored: bool ``[H, W]``, pixels that do not count in the score; none: all do.
 
     Raises:
@@ -446,7 +444,7 @@ def paste_labels(
         >>> next(paste_labels(probs, torch.tensor([[0, 0, 2, 1]]), (4, 4)))
         Pasted(top=0, left=0, labels=tensor([[1, 1]]), score=tensor(0.7000))
     """
-    for top, left, patch in paste_patches(probs, boxes, image_size):
+    for top, left, patch in paste_patches(probs, boxes, size):
         labels = patch.max(dim=0).indices  # ten times as fast as argmax on a CPU, of ties the first too
         mask = labels == TARGET
         if ignored is not None:

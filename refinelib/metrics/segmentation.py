@@ -200,16 +200,12 @@ class SegmentationMetrics:
 
     @torch.no_grad()
     def update(
-        self,
-        pred_labels: Tensor,
-        labels: Tensor,
-        areas: Tensor | None = None,
-        image_ids: Tensor | None = None,
+        self, predicted: Tensor, labels: Tensor, areas: Tensor | None = None, image_ids: Tensor | None = None
     ) -> None:
         """Add a batch.
 
         Args:
-            pred_labels: integers ``[B, H, W]``, cut to the box window.
+            predicted: integers ``[B, H, W]``, cut to the box window.
             labels: the same of the truth; where it is ``IGNORED``, the prediction does not count.
             areas: ``[B]``, the persons' areas in image pixels, which sort the ROIs into size groups; a ROI
                 without one (nan) is in none of them.
@@ -218,8 +214,8 @@ class SegmentationMetrics:
         Raises:
             ValueError: shapes that do not fit; labels that are not integers.
         """
-        confusion = confusion_per_roi(pred_labels, labels)
-        found = (pred_labels == TARGET) & (labels != IGNORED)
+        confusion = confusion_per_roi(predicted, labels)
+        found = (predicted == TARGET) & (labels != IGNORED)
         masks = Comparison(found, labels == TARGET, confusion, boundary.band_width(labels.shape[-2:]))
         row = {"confusion": confusion, **masks.figures(full=self.full)}
         row["area"] = _column(areas, labels, math.nan, torch.float64)
