@@ -319,21 +319,18 @@ def annotated_images(
         slots = [i for i in sorted(known) if _in_image(known[i][2], height, width) and scene.masks[i].any()]
         anyone = scene.masks.any(0)
         ignored = None if scene.ignored is None else scene.ignored & ~anyone
-        of_image: Any = {"index": int(index), "image_id": int(instances.image_ids[start])}
+        of_image: Any = {"index": int(index), "image_id": int(instances.image_ids[start]), "size": size}
         of_image |= {"pixels": scene.image, "masks": scene.masks, "anyone": anyone, "ignored": ignored}
         for first in range(0, len(slots), MOST_TOGETHER):
             some = slots[first : first + MOST_TOGETHER]
             ids, categories, boxes, areas = map(np.array, zip(*(known[slot] for slot in some), strict=True))
-            yield AnnotatedImage(
-                **of_image,
-                slots=np.array(some),
-                boxes=torch.as_tensor(boxes, dtype=torch.float64),
-                areas=areas.astype(np.float64),
-                annotation_ids=ids.tolist(),
-                category_ids=categories.tolist(),
-                scored=np.isin(some, rois),
-                size=size,
-            )
+            of_each: Any = {
+                "slots": np.array(some),
+                "scored": np.isin(some, rois),
+                "areas": areas.astype(float),
+            }
+            of_each |= {"annotation_ids": ids.tolist(), "category_ids": categories.tolist()}
+            yield AnnotatedImage(**of_image, **of_each, boxes=torch.as_tensor(boxes, dtype=torch.float64))
 
 
 def _in_image(box: Any, height: int, width: int) -> bool:
