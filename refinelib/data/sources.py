@@ -288,14 +288,12 @@ class InstancesBuilder(Tally):
         """
         corners = np.asarray(boxes, np.float64).reshape(-1, 4)
         kept = []
-        for i, (x0, y0, x1, y1) in enumerate(corners.tolist()):
-            person = f"{where}, annotation {ids[i]}, box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy)"
-            if not (-1e38 < x0 < x1 < 1e38 and -1e38 < y0 < y1 < 1e38):  # stored as float32
-                self.skip(NO_AREA, person)
-            elif min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0):
-                self.skip(OUTSIDE, f"{person}, image {size[1]}x{size[0]}")
-            elif min(x1 - x0, y1 - y0) < MIN_SIDE:
-                self.skip(SMALL, person)
+        for i, box in enumerate(corners.tolist()):
+            x0, y0, x1, y1 = box
+            reason = wrong_box(box, size) or (SMALL if min(x1 - x0, y1 - y0) < MIN_SIDE else None)
+            if reason:
+                at = f"box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy), image {size[1]}x{size[0]}"
+                self.skip(reason, f"{where}, annotation {ids[i]}, {at}")
             else:
                 kept.append(i)
         largest = set(sorted(kept, key=lambda i: -areas[i])[:MAX_INSTANCES])
@@ -420,6 +418,19 @@ def box_of(mask: Mask) -> tuple[int, int, int, int]:
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def wrong_box(box: Sequence[float], size: Sequence[int]) -> str | None:
+    """Why a box (xyxy) in an image of ``size`` (h, w) cannot be used; None: it can.
+
+    Example:
+        >>> wrong_box((0, 0, 9, 9), (20, 10)), wrong_box((10, 0, 19, 9), (20, 10))
+        (None, 'box outside the image')
+    """
+    x0, y0, x1, y1 = box
+    if not (-1e38 < x0 < x1 < 1e38 and -1e38 < y0 < y1 < 1e38):  # stored as float32
+        return NO_AREA
+    return OUTSIDE if min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0) else None
 
 
 def persons_in(owner: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], list[tuple[int, ...]]]:

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import csv
 import io
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from refinelib.config import Settings
 from refinelib.data import CocoPeople, PennFudanPeople, SceneError, Source, Store, open_store
-from refinelib.data.sources import Masks, box_of
+from refinelib.data.sources import Masks, box_of, wrong_box
 from refinelib.data.splits import coco_options
 from refinelib.files import PathLike, dumps, replacing, write_atomically
 from refinelib.metrics import segmentation
@@ -309,14 +308,14 @@ def annotated_images(
             scene = source.scene(int(index))
         except (SceneError, OSError):  # counted when the store was built
             continue
-        size = height, width = scene.image.shape[:2]
+        size = scene.image.shape[:2]
         rows = np.flatnonzero(wanted & (instances.image_index == index))
         rois = instances.slots[rows].tolist()
         columns: Any = instances.annotation_ids, np.ones(len(wanted), int), instances.boxes, instances.areas
         known = dict(zip(rois, zip(*(column[rows] for column in columns), strict=True), strict=True))
         if isinstance(source, CocoPeople):
             known = {i: (*row.values(),) for i, row in enumerate(source.annotated_instances(int(index)))}
-        slots = [i for i in sorted(known) if _in_image(known[i][2], height, width) and scene.masks[i].any()]
+        slots = [i for i in sorted(known) if not wrong_box(known[i][2], size) and scene.masks[i].any()]
         anyone = scene.masks.any(0)
         ignored = None if scene.ignored is None else scene.ignored & ~anyone
         of_image: Any = {"index": int(index), "image_id": int(instances.image_ids[start]), "size": size}
@@ -331,12 +330,6 @@ def annotated_images(
             }
             of_each |= {"annotation_ids": ids.tolist(), "category_ids": categories.tolist()}
             yield AnnotatedImage(**of_image, **of_each, boxes=torch.as_tensor(boxes, dtype=torch.float64))
-
-
-def _in_image(box: Any, height: int, width: int) -> bool:
-    """Whether a box is finite and has an area in the image."""
-    x0, y0, x1, y1 = box
-    return all(map(math.isfinite, box)) and min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
 
 
 class ImageMetrics(segmentation.SegmentationMetrics):
