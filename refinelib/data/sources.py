@@ -420,8 +420,8 @@ def box_of(mask: Mask) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def wrong_box(box: Sequence[float], size: Sequence[int]) -> str | None:
-    """Why a box (xyxy) in an image of ``size`` (h, w) cannot be used; None: it can.
+def wrong_box(box: Sequence[float], size: Sequence[int] | None) -> str | None:
+    """Why a box (xyxy) in an image of ``size`` (h, w; None: any) cannot be used; None: it can.
 
     Example:
         >>> wrong_box((0, 0, 9, 9), (20, 10)), wrong_box((10, 0, 19, 9), (20, 10))
@@ -430,7 +430,8 @@ def wrong_box(box: Sequence[float], size: Sequence[int]) -> str | None:
     x0, y0, x1, y1 = box
     if not (-1e38 < x0 < x1 < 1e38 and -1e38 < y0 < y1 < 1e38):  # stored as float32
         return NO_AREA
-    return OUTSIDE if min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0) else None
+    outside = size is not None and (min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0))
+    return OUTSIDE if outside else None
 
 
 def persons_in(owner: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], list[tuple[int, ...]]]:

@@ -22,7 +22,7 @@ from refinelib.build import autocast, build_device, build_model
 from refinelib.config import Settings
 from refinelib.data import DataError, Store, decode_image
 from refinelib.data.augment import MEAN, normalise
-from refinelib.data.sources import as_rgb
+from refinelib.data.sources import as_rgb, wrong_box
 from refinelib.data.store_build import usable_cores
 from refinelib.files import PathLike, replacing, shown
 from refinelib.guard.measure import ran_out
@@ -493,17 +493,14 @@ the image's width, 60, and y by its height, 40
             raise ValueError
     except Exception:  # whatever a user's value raises
         raise DataError(f"boxes = {' '.join(shown(boxes).split())}: {BOX_RULE}") from None
-    found = torch.from_numpy(rows.reshape(-1, 4))
-    lowest, highest = found.split(2, dim=1)
-    _refuse(found, ~(found.isfinite().all(1) & (highest > lowest).all(1)), "not finite or without area")
-    if size is not None:
-        height, width = size
-        if len(found) and found.abs().max() <= 1 and max(size) > 2:
-            rule = f"multiply x by the image's width, {width}, and y by its height, {height}"
-            raise DataError(f"the boxes look normalised, no coordinate is above 1: {rule}")
-        outside = (highest <= 0) | (lowest >= torch.tensor([width, height]))
-        _refuse(found, outside.any(1), f"outside the image of {width} x {height} pixels")
-    return found
+    rows = rows.reshape(-1, 4)
+    if size is not None and len(rows) and np.abs(rows).max() <= 1 and max(size) > 2:
+        rule = f"multiply x by the image's width, {size[1]}, and y by its height, {size[0]}"
+        raise DataError(f"the boxes look normalised, no coordinate is above 1: {rule}")
+    for number, row in enumerate(rows.tolist()):
+        if wrong := wrong_box(row, size):
+            raise DataError(f"box {number} is {row}, a {wrong}: {BOX_RULE}")
+    return torch.from_numpy(rows)
 
 
 def _plain(value: Any) -> Any:
@@ -513,9 +510,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
     return np.asarray(value).tolist() if hasattr(value, "__array__") else value
-
-
-def _refuse(boxes: Tensor, wrong: Tensor, what: str) -> None:
-    if wrong.any():
-        number = int(wrong.nonzero()[0])
-        raise DataError(f"box {number} is {boxes[number].tolist()}, {what}: {BOX_RULE}")

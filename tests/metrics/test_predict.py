@@ -105,7 +105,7 @@ def test_bad_input_gets_a_sentence(run):
             predictor.predict(image, boxes)
     with pytest.raises(DataError, match="look normalised"):
         predictor.predict(image, [[0.1, 0.1, 0.5, 0.9]])
-    with pytest.raises(DataError, match="box 1 is .*, outside the image of 60 x 50 pixels"):
+    with pytest.raises(DataError, match="box 1 is .*, a box outside the image: give rows"):
         predictor.predict(image, [[0, 0, 9, 9], [60, 0, 90, 9]])
     with pytest.raises(DataError, match=r"boxes = \[\[0, 0, 9, 9\], \[0, 0, 9\]\]: give rows"):
         predictor.predict(image, [[0, 0, 9, 9], [0, 0, 9]])
