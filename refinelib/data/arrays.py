@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -233,11 +234,19 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}" + (f" {list(value.shape)}" if hasattr(value, "shape") else "")
 
 
-def _array(value: Any) -> NDArray[Any]:
-    """What a user gives as an array; of lists, in whatever depth, one array of all."""
+def as_array(value: Any) -> NDArray[Any]:
+    """What a user gives as an array; of lists, in whatever depth, one array of all.
+
+    Example:
+        >>> as_array([torch.tensor([1, 2]), (3, 4)]).tolist()
+        [[1, 2], [3, 4]]
+    """
     if isinstance(value, (list, tuple)):
-        return np.array([_array(one) for one in value])
-    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        return np.array([as_array(one) for one in value])
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy lacks
+    return np.asarray(value)
 
 
 def _converted(value: Any, convert: Callable[[Any], NDArray[Any]], kind: str, where: str) -> NDArray[Any]:
@@ -250,7 +259,7 @@ def _converted(value: Any, convert: Callable[[Any], NDArray[Any]], kind: str, wh
 
 def _image(value: Any) -> NDArray[np.uint8]:
     """An image that a user gives as uint8 ``[H, W, 3]``."""
-    pixels = _array(sources.as_rgb(value) if isinstance(value, Image.Image) else value)
+    pixels = as_array(sources.as_rgb(value) if isinstance(value, Image.Image) else value)
     found = f"{pixels.dtype} {list(pixels.shape)}"
     if isinstance(value, Tensor) and pixels.ndim == 3:
         pixels = pixels.transpose(1, 2, 0)
@@ -262,7 +271,7 @@ def _image(value: Any) -> NDArray[np.uint8]:
 
 def _mask(value: Any) -> NDArray[Any]:
     """A mask that a user gives as ids, uint16 ``[H, W]``, or as bool ``[N, H, W]``."""
-    mask = _array(value)
+    mask = as_array(value)
     if mask.dtype.kind not in "biuf" or mask.ndim not in (2, 3):
         raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}")
     stack = mask.ndim == 3
@@ -274,7 +283,7 @@ def _mask(value: Any) -> NDArray[Any]:
 
 def _boxes(value: Any) -> NDArray[np.float64]:
     """Boxes that a user gives, as float64 ``[N, 4]``, xyxy."""
-    boxes = _array(value)
+    boxes = as_array(value)
     if boxes.shape[1:] != (4,) and boxes.size:
         raise ValueError(f"the boxes are {_kind(value)}")
     return boxes.astype(np.float64).reshape(-1, 4)

@@ -21,6 +21,7 @@ from refinelib import checkpoints, ranks
 from refinelib.build import autocast, build_device, build_model
 from refinelib.config import Settings
 from refinelib.data import DataError, Store, decode_image
+from refinelib.data.arrays import as_array
 from refinelib.data.augment import MEAN, normalise
 from refinelib.data.sources import as_rgb, wrong_box
 from refinelib.data.store_build import usable_cores
@@ -487,8 +488,8 @@ def as_boxes(boxes: Any, size: Size | None = None) -> Tensor:
 the image's width, 60, and y by its height, 40
     """
     try:
-        plain = _plain(ast.literal_eval(boxes) if isinstance(boxes, str) else boxes)
-        rows = np.atleast_2d(np.array(plain, np.float64))
+        value = ast.literal_eval(boxes) if isinstance(boxes, str) else boxes
+        rows = np.atleast_2d(as_array(value).astype(np.float64))
         if rows.shape[1:] != (4,) and rows.shape != (1, 0):
             raise ValueError
     except Exception:  # whatever a user's value raises
@@ -501,12 +502,3 @@ the image's width, 60, and y by its height, 40
         if wrong := wrong_box(row, size):
             raise DataError(f"box {number} is {row}, a {wrong}: {BOX_RULE}")
     return torch.from_numpy(rows)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and arrays, whole or in lists, as lists of numbers."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return np.asarray(value).tolist() if hasattr(value, "__array__") else value
