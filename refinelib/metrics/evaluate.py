@@ -216,6 +216,8 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     truth: list[CocoEntry] = []
     where = {"device": place, "max_images": max_images, "only": store.annotation_ids}
     pasted = score_in_images(predictors, source, full=True, truth=truth, **where)
+    if not truth:
+        raise ValueError("none of the images could be scored")
     with threads(1):
         report = on_roi.compute(intervals=True)
         report["mean_mask"] = of_baseline.compute(intervals=True)

@@ -456,12 +456,10 @@ def paste_labels(probs: Tensor, boxes: Tensor, size: Size, ignored: Tensor | Non
 def _rgb(image: Any) -> Any:
     if isinstance(image, (str, os.PathLike)):
         return decode_image(Path(image))
-    if isinstance(image, Image.Image):
-        image = as_rgb(image)
-    array = image.detach().cpu() if isinstance(image, Tensor) else np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or str(array.dtype).removeprefix("torch.") != "uint8":
+    array = as_array(as_rgb(image) if isinstance(image, Image.Image) else image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(f"the image must be uint8 [H, W, 3], and is {array.dtype} {list(array.shape)}")
-    return np.array(array.numpy() if isinstance(array, Tensor) else array)
+    return np.array(array)
 
 
 def as_boxes(boxes: Any, size: Size | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
+from refinelib.build import build_model
 from refinelib.config import resolve
 from refinelib.data import SyntheticPeople
 from refinelib.data import sources as scenes
@@ -294,6 +296,14 @@ def test_evaluation_takes_images_outside_their_folder_as_training_does(
     with pytest.raises(KeyError, match="far enough"):
         measure(predictor, images=people.images, annotations=people.annotations, allow_images_outside=given)
     assert seen[0].folder.allow_outside is allowed
+
+
+def test_images_that_are_gone_once_the_store_is_built_are_told(monkeypatch):
+    own = resolve("demo", roi_size=16, mask_size=16, context=0.0, width=0.0625, device="cpu")
+    predictor = Predictor(build_model(own), own, path=Path("none.pt"), mean_coverage=torch.zeros(16, 16, 2))
+    monkeypatch.setattr(evaluation, "annotated_images", lambda *_, **__: iter(()))
+    with pytest.raises(ValueError, match="none of the images could be scored"):
+        measure(predictor, source=SyntheticPeople(2, "val"))
 
 
 @pytest.fixture

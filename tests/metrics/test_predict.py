@@ -109,7 +109,7 @@ def test_bad_input_gets_a_sentence(run):
         predictor.predict(image, [[0, 0, 9, 9], [60, 0, 90, 9]])
     with pytest.raises(DataError, match=r"boxes = \[\[0, 0, 9, 9\], \[0, 0, 9\]\]: give rows"):
         predictor.predict(image, [[0, 0, 9, 9], [0, 0, 9]])
-    with pytest.raises(ValueError, match=r"and is torch.bfloat16 \[50, 60, 3\]"):
+    with pytest.raises(ValueError, match=r"and is float32 \[50, 60, 3\]"):
         predictor.predict(torch.zeros(50, 60, 3, dtype=torch.bfloat16), [[0, 0, 9, 9]])
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
         predictor.predict(image[..., 0], [[0, 0, 10, 10]])
