@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from refinelib.data import Source
-from refinelib.metrics.image_space import AnnotatedImage, Predict, score_in_images
+from refinelib.metrics.evaluate import AnnotatedImage, Predict, score_in_images
 from refinelib.metrics.predict import Pasted, paste_labels
 
 #: Noise of a box's centre and of the logarithm of its sides, as shares of its sides.
@@ -68,7 +68,7 @@ def jitter_curve(
         device: where masks are compared.
         sigmas: see :func:`jitter_boxes`.
         seed: of the noise.
-        max_images: see :func:`refinelib.metrics.image_space.annotated_images`.
+        max_images: see :func:`refinelib.metrics.evaluate.annotated_images`.
         only: likewise.
 
     Returns:

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
 from refinelib.data import Source, decode_segmentation
-from refinelib.metrics.image_space import AnnotatedImage, annotated_images
+from refinelib.metrics.evaluate import AnnotatedImage, annotated_images
 from refinelib.plots import style
 from refinelib.plots.masks import rgb
 from refinelib.plots.style import BLACK, BLUE, ERRORS, GREEN, PURPLE, Figure

@@ -1,10 +1,10 @@
 """Persons as ROIs: sources of images with masks, and the store they are decoded into once."""
 
+from refinelib.data.annotations import decode_segmentation as decode_segmentation
 from refinelib.data.arrays import ArrayPeople as ArrayPeople
 from refinelib.data.coco import CocoPeople as CocoPeople
 from refinelib.data.coco import coco_paths as coco_paths
 from refinelib.data.formats import PennFudanPeople as PennFudanPeople
-from refinelib.data.segmentation import decode_segmentation as decode_segmentation
 from refinelib.data.sources import DataError as DataError
 from refinelib.data.sources import SceneError as SceneError
 from refinelib.data.sources import Source as Source

@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refinelib.data import sources
-from refinelib.data.segmentation import whole
-from refinelib.data.sources import DataError
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refinelib.data.sources import DataError, Mask
 from refinelib.files import shown
 
 CROWD = "crowd annotation"
 MARKED = "annotation marked to be ignored"
 NEW_ID = "annotation whose id is missing, no number, or another's: numbered from -1 downwards"
-NO_FIELD = "annotation that lacks a field"
+NO_ANNOTATION = "entry of the annotations that is no object"
 NO_IMAGE = "annotation of an image that is not listed"
 NO_CATEGORY = "annotation of a category that is not listed"
 NO_ENTRY = "image entry that lacks a field"
@@ -26,6 +28,11 @@ CROWD_KEPT = "annotation marked crowd, read as one person"
 CROWD_SHARE = 0.9
 #: Bytes of the largest annotation file that is read; COCO's own largest has half a GB.
 MOST_BYTES = 2 << 30
+#: Pixels along the outlines of one person's polygons, at most: pycocotools takes up to 200 bytes for each.
+MOST_OUTLINE = 1 << 20
+#: Pixels of the largest image of which a mask is decoded.
+MOST_PIXELS = 1 << 28
+_WHOLE = re.compile(r"(0|-?[1-9][0-9]{0,18})(\.0{1,9})?")
 
 Content = dict[str, list[Any]]
 
@@ -65,20 +72,17 @@ def read_annotations(file: Path) -> Content:
     if os.path.exists(file) and not os.path.isfile(file):  # reading a FIFO would wait for its writer
         raise DataError(f"{file} is no regular file: give an annotation file in JSON")
     if size > MOST_BYTES:
-        sizes = f"{size / 1e9:.0f} GB, more than {MOST_BYTES / 1e9:.0f} GB"
-        raise DataError(f"{file} has {sizes}: leave only persons in it")
+        raise DataError(f"{file} has {size >> 30} GB, more than {MOST_BYTES >> 30} GB: leave only persons")
     try:
         content = _parsed(file.read_bytes())
     except (OSError, MemoryError) as error:
         raise DataError(f"{file} cannot be read: {str(error) or 'it does not fit into the memory'}") from None
     except (ValueError, RecursionError) as error:
-        rule = "it must be one JSON object, not packed; it may be cut short"
-        raise DataError(f"{file} is not valid JSON ({error}): {rule}") from None
+        raise DataError(f"{file} is not valid JSON ({error}): it may be packed or cut short") from None
     parts = ("images", "annotations", "categories")
     content = content if isinstance(content, dict) else {}
     if missing := [part for part in parts if not isinstance(content.get(part), list)]:
-        lists = ", ".join(missing)
-        raise DataError(f"{file} lacks the list {lists}: a COCO instances file has {', '.join(parts)}")
+        raise DataError(f"{file} lacks the list {', '.join(missing)}: COCO's have {', '.join(parts)}")
     return {part: content[part] for part in parts}
 
 
@@ -91,8 +95,8 @@ def _parsed(text: bytes) -> Any:
             raise ValueError("a list stands in it twice, of which JSON keeps the last")
         return found
 
-    twice = text.count(b'"annotations"') > 1 or text.count(b'"images"') > 1  # else the hook takes its time
-    hook = distinct if twice else None
+    # The hook takes its time.
+    hook = distinct if text.count(b'"annotations"') > 1 or text.count(b'"images"') > 1 else None
     try:
         return json.loads(text, object_pairs_hook=hook)
     except UnicodeDecodeError:
@@ -127,92 +131,80 @@ def read_people(content: Content, name: str, *, category: str = "person", crowd:
     called = [(_key(one.get("id")), str(one.get("name")).strip().casefold()) for one in listed]
     titles = dict(called)
     for key, title in called:
-        if key is not None and titles[key] != title:
-            both = f"{title!r} and {titles[key]!r}"
-            raise DataError(f"{name} has two categories of id {key}, {both}: give each an id of its own")
+        if key is not None and (other := titles[key]) != title:
+            raise DataError(f"{name}: two categories of id {key}, {title!r} and {other!r}: give each an id")
     categories = _numbers((one.get("id") for one in listed), people, "category_id")
     names = {part.strip().casefold() for part in category.split(",")}
     chosen = {key for key, title in called if title in names and key is not None}
     if not chosen:
         known = ", ".join(sorted(shown(one.get("name")) for one in listed)[:10]).replace("'", "") or "none"
-        rule = "set category to the one of the persons"
-        raise DataError(f"{name} has no category {category!r}; its categories are {known}: {rule}")
+        raise DataError(f"{name}: no category {category!r}; its categories are {known}: set category to one")
     images = _entries(content["images"], name, people)
-    found: list[tuple[dict[str, Any], int, bool]] = []
+    found: list[tuple[dict[str, Any], int]] = []
     for number, one in enumerate(content["annotations"]):
         if not isinstance(one, dict):
-            people.left_out.append((NO_FIELD, f"entry {number} of the annotations is {shown(one)}", None))
+            what = f"entry {number} of the annotations is {shown(one)}"
+            people.left_out.append((NO_ANNOTATION, what, None))
             continue
         image, what = images.get(_key(one.get("image_id"))), f"annotation {shown(one.get('id', number))}"
-        kinds = one.get("category_id")
-        kinds = [_key(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])]
+        category_id = one.get("category_id")
+        kinds = [_key(kind) for kind in (category_id if isinstance(category_id, list) else [category_id])]
         kind = next((key for key in kinds if key in chosen), None)
         if kind is None and any(key in categories for key in kinds):
             continue  # somebody or something else
-        if missing := {"category_id", "image_id"} - set(one):
-            people.left_out.append((NO_FIELD, f"{what} lacks {', '.join(sorted(missing))}", image))
-        elif kind is None:
-            people.left_out.append((NO_CATEGORY, f"{what}, category {shown(one['category_id'])}", image))
+        if kind is None:
+            people.left_out.append((NO_CATEGORY, f"{what}, category {shown(category_id)}", image))
         elif image is None:
-            people.left_out.append((NO_IMAGE, f"{what}, image {shown(one['image_id'])}", None))
+            people.left_out.append((NO_IMAGE, f"{what}, image {shown(one.get('image_id'))}", None))
         else:
             is_crowd = _is_set(one.get("iscrowd")) or _is_set(one.get("is_crowd"))
-            found.append(({**one, "category_id": categories[kind]}, image, is_crowd))
+            found.append(({**one, "category_id": categories[kind], "iscrowd": is_crowd}, image))
     _sort(found, people, crowd)
     return people
 
 
-def _sort(found: list[tuple[dict[str, Any], int, bool]], people: People, crowd: str) -> None:
+def _sort(found: list[tuple[dict[str, Any], int]], people: People, crowd: str) -> None:
     """Persons, and regions of which nobody knows who is where."""
-    crowds = sum(is_crowd for *_, is_crowd in found)
+    crowds = sum(one["iscrowd"] for one, _ in found)
     keep = crowd == "keep" or (crowd == "auto" and crowds >= CROWD_SHARE * len(found))
     taken, free = set[int](), itertools.count(-1, -1)
-    for one, image, is_crowd in found:
+    for one, image in found:
         what = f"annotation {shown(one.get('id'))}"
-        if _is_set(one.get("ignore")):
-            people.left_out.append((MARKED, what, image))
-        elif is_crowd and not keep:
-            rule = f"one of {crowds} of {len(found)}; set crowd to keep if each is a single person"
-            people.left_out.append((CROWD, f"{what}, {rule}", image))
-        elif "segmentation" not in one:
-            people.left_out.append((NO_FIELD, f"{what} lacks segmentation", image))
-        else:
-            if is_crowd:
-                rule = f"{crowds} of {len(found)} are marked; set crowd to skip if they are regions"
-                people.notes.append((CROWD_KEPT, f"{what}: {rule}"))
-            one["id"] = whole(one.get("id"))
-            if one["id"] is None or one["id"] in taken:
-                people.notes.append((NEW_ID, what))
-                one["id"] = next(number for number in free if number not in taken)  # results are kept by it
-            taken.add(one["id"])
-            people.persons.setdefault(image, []).append(one)
+        marked = f"{what}, one of {crowds} of {len(found)}; set crowd to"
+        ignored = _is_set(one.get("ignore"))
+        if ignored or (one["iscrowd"] and not keep):
+            crowded = (CROWD, f"{marked} keep if each is a single person", image)
+            people.left_out.append((MARKED, what, image) if ignored else crowded)
+            people.regions.setdefault(image, []).append(one)
             continue
-        people.regions.setdefault(image, []).append(one)
+        if one["iscrowd"]:
+            people.notes.append((CROWD_KEPT, f"{marked} skip if they are regions"))
+        one["id"] = whole(one.get("id"))
+        if one["id"] is None or one["id"] in taken:
+            people.notes.append((NEW_ID, what))
+            one["id"] = next(number for number in free if number not in taken)  # results are kept by it
+        taken.add(one["id"])
+        people.persons.setdefault(image, []).append(one)
 
 
 def _entries(listed: list[Any], name: str, people: People) -> dict[Any, int]:
     """Numbers of the images by their ids; the entries go to ``people``."""
-    usable = []
+    numbers = _numbers((one.get("id") for one in listed if isinstance(one, dict)), people, "image_id")
     for position, entry in enumerate(listed):
         file = _name(entry)
-        if file is None or _key(entry.get("id")) is None:
-            needs = "an id and a file_name are needed"
-            example = f"entry {position} of the images: {needs}, and it is {shown(entry)}"
+        number = None if file is None else numbers.get(_key(entry.get("id")))
+        if number is None:
+            example = f"entry {position} of the images, {shown(entry)}: an id and a file_name are needed"
             people.left_out.append((NO_ENTRY, example, None))
             continue
         sides = (whole(entry.get(side)) or 0 for side in ("height", "width"))
         height, width = (side if 0 < side < 2**31 else None for side in sides)
         size = {"height": height, "width": width} if height and width else {"height": None, "width": None}
-        usable.append((entry["id"], {"file_name": file, **size}))
-    numbers = _numbers((raw for raw, _ in usable), people, "image_id")
-    for raw, entry in usable:
-        other = people.images.setdefault(numbers[_key(raw)], entry)
-        other |= {side: other[side] or entry[side] for side in ("height", "width")}
-        if other != entry | {side: entry[side] or other[side] for side in ("height", "width")}:
-            both = " and ".join(sources.printable(one["file_name"]) for one in (other, entry))
-            rule = "give each image an id of its own (files put together need new ones)"
-            raise DataError(f"{name} has two images of id {shown(raw)}, {both}: {rule}")
-    return numbers
+        found = {"file_name": file, **size}
+        if (other := people.images.setdefault(number, found)) != found:
+            both = f"{other['file_name']} and {file}: give each image an id of its own"
+            raise DataError(f"{name} has two images of id {shown(entry['id'])}, {both}")
+    return {key: number for key, number in numbers.items() if number in people.images}
 
 
 def _name(entry: Any) -> str | None:
@@ -228,8 +220,7 @@ def _is_set(mark: Any) -> bool:
 def _key(raw: Any) -> int | str | None:
     """An id in the form in which ids are compared; None: it is none."""
     number = whole(raw)
-    large = type(raw) is int and number is None
-    return str(raw) if large or (number is None and isinstance(raw, str)) else number
+    return raw if number is None and isinstance(raw, str) else number
 
 
 def _numbers(ids: Any, people: People, kind: str) -> dict[Any, int]:
@@ -238,6 +229,129 @@ def _numbers(ids: Any, people: People, kind: str) -> dict[Any, int]:
     taken = {key for key in written if isinstance(key, int)}
     free = (number for number in itertools.count(1) if number not in taken)
     numbers = {key: key if isinstance(key, int) else next(free) for key in written}
-    texts = [(numbers[key], raw) for key, raw in written.items() if type(raw) is not float]
-    people.as_written[kind] = {number: raw for number, raw in texts if raw != number}
+    people.as_written[kind] = {numbers[key]: raw for key, raw in written.items() if raw != numbers[key]}
     return numbers
+
+
+# -- masks ----------------------------------------------------------------------------------------------
+def whole(value: Any) -> int | None:
+    """A whole number of under 64 bits in any dress (``1``, ``1.0``, ``"1"``); None: it is none.
+
+    Texts that number things in another way (``"007"``, ``"1_2"``, ``"1e2"``) are none.
+
+    Example:
+        >>> whole("7"), whole(7.0), whole("7.5"), whole(True), whole("007")
+        (7, 7, None, None, None)
+    """
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        value = int(value.partition(".")[0])
+    number = type(value) is int or (isinstance(value, float) and value.is_integer())
+    return int(value) if number and abs(value) < 2**63 else None
+
+
+def usable(segmentation: Any, height: int, width: int) -> tuple[Any, list[Any]]:
+    """What of a segmentation may hold a mask, at a glance, and its polygons that may not.
+
+    Whether they cover anything shows when they are decoded. A polygon is left out that has an odd length or
+    under three points, or a corner that is not finite or far outside the image.
+
+    Args:
+        segmentation: a polygon ``[x, y, x, y, ...]`` or ``[[x, y], ...]``, a list of such, or run lengths.
+        height: of the image, pixels.
+        width: likewise.
+
+    Returns:
+        a list of polygons of six numbers or more, or run lengths of this image's size, or None.
+
+    Example:
+        >>> usable([0, 0, 9, 0, 9, 9], 10, 10)
+        ([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]], [])
+        >>> usable([[[0, 0], [9, 0], [9, 9]], [5, 5, 6]], 10, 10)
+        ([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]], [[5, 5, 6]])
+    """
+    if isinstance(segmentation, list):
+        lengths = {len(part) if isinstance(part, list) else None for part in segmentation}
+        points = len(segmentation) > 2 and lengths == {2}
+        one = points or not any(isinstance(part, (list, dict)) for part in segmentation)
+        parts, reach = [segmentation] if one and segmentation else segmentation, 2 * max(height, width)
+        found = [_polygon(part, reach) for part in parts]
+        bad = [part for part, polygon in zip(parts, found, strict=True) if polygon is None]
+        return [polygon for polygon in found if polygon] or None, bad
+    run_lengths = segmentation if isinstance(segmentation, dict) else {}
+    sides, counts = run_lengths.get("size"), run_lengths.get("counts")
+    if isinstance(counts, list) and {*map(type, counts)} != {int}:
+        counts = [whole(count) for count in counts]
+    same_size = isinstance(sides, list) and [*map(whole, sides)] == [height, width]
+    given = isinstance(counts, str) or (isinstance(counts, list) and None not in counts)
+    return {"size": [height, width], "counts": counts} if same_size and counts and given else None, []
+
+
+def _polygon(part: Any, reach: float) -> list[float] | None:
+    """A polygon as a plain list of numbers; None: it is none, or one that pycocotools cannot draw."""
+    try:
+        corners = np.array(part, np.float64)
+    except (TypeError, ValueError, OverflowError):  # uneven rows, words, numbers beyond any
+        return None
+    if not (corners.ndim == 1 or corners.shape[1:] == (2,)) or corners.size < 6 or corners.size % 2:
+        return None
+    near = -reach <= corners.min() and corners.max() <= 2 * reach  # neither with nan
+    return corners.ravel().tolist() if near else None
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> Mask | None:
+    """A COCO segmentation (polygons, RLE, compressed RLE) as bool ``[height, width]``; None: no mask in it.
+
+    pycocotools draws the polygons, unless they have millions of pixels of outline. Run lengths are checked
+    and decoded here: pycocotools does not check them, and damaged ones make it read uninitialised memory or
+    end the process.
+
+    Example:
+        >>> decode_segmentation({"size": [2, 2], "counts": [1, 2, 1]}, 2, 2).tolist()
+        [[False, True], [True, False]]
+    """
+    segmentation, _ = usable(segmentation, height, width)
+    if height * width > MOST_PIXELS:
+        return None
+    if isinstance(segmentation, list):
+        if _outline(segmentation) > MOST_OUTLINE:
+            return None
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        segmentation["counts"] = segmentation["counts"].decode()
+    counts = segmentation and segmentation["counts"]
+    if isinstance(counts, str):
+        counts = _decompressed(counts)
+    if counts is None or min(counts) < 0 or sum(counts) != height * width:
+        return None
+    # Column by column, beginning with background.
+    mask = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    return mask if mask.any() else None
+
+
+def _outline(polygons: list[list[float]]) -> float:
+    """Pixels along all edges, at least one an edge; the number of edges, where that is too many already."""
+    points = sum(map(len, polygons)) / 2
+    if points > MOST_OUTLINE:
+        return points
+    closed = (np.reshape([*one, *one[:2]], (-1, 2)) for one in polygons)
+    return float(sum(np.abs(np.diff(corners, axis=0)).max(1).clip(1).sum() for corners in closed))
+
+
+def _decompressed(text: str) -> list[int] | None:
+    """Run lengths of COCO's compressed form: 5 bits a character, the lowest first, and a flag for more.
+
+    From the fourth on, a number is the difference from the one two places before it (cocoapi,
+    ``common/maskApi.c``, ``rleFrString``).
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the last of this number; its highest bit is the sign
+            value -= (bits & 16) << (shift - 4)
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    return None if shift else counts

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
+from torch.utils.data import StackDataset
 from tqdm import tqdm
 
 from refinelib import ranks
@@ -26,15 +27,15 @@ from refinelib.files import reason
 NO_IMAGE = "item without a usable image"
 BAD_MASK = "item without a usable mask"
 BAD_BOXES = "item whose boxes do not fit its masks"
-#: What an image, a mask, boxes and a data set have to be, for messages.
-IMAGE_RULE = "give uint8 in 0 to 255, [H, W, 3] or [H, W], a tensor [3, H, W], or a PIL image"
-IDS_RULE = "give instance ids from 1 to 65535, 0 for background and 255 for ignored"
-STACK_RULE = "give true or false for each person and pixel; instance ids are [H, W]"
-BOXES_RULE = "give a row of x0, y0, x1, y1 in pixels for each person, or None"
+#: What images, masks, boxes, an item and a data set have to be, for messages.
+RULES = {
+    NO_IMAGE: "give uint8 in 0 to 255, [H, W, 3] or [H, W], a tensor [3, H, W], or a PIL image",
+    BAD_MASK: "give instance ids [H, W] from 1 to 65535, 0 for background and 255 for ignored; "
+    "or true and false for each person, [N, H, W]",
+    BAD_BOXES: "give a row of x0, y0, x1, y1 in pixels for each person, or None",
+}
 ITEM_RULE = "give (image, mask) or (image, mask, boxes)"
-DATA_RULE = (
-    "give (images, masks), (images, masks, boxes), a list of items or a torch Dataset, or (train, val)"
-)
+DATA_RULE = "give (images, masks), (images, masks, boxes), items, a torch Dataset, or (train, val)"
 #: Step from one item's annotation ids to the next's.
 IDS = 1 << 16
 
@@ -60,8 +61,7 @@ def sources_of(data: Any, settings: Settings) -> tuple[Settings, dict[str, Array
     if data is None:
         return settings, {}
     if settings.data not in ("synthetic", "arrays"):
-        both = f"data = {settings.data} in the settings, and data in memory were given"
-        raise SettingsError(f"{both}: leave one of them out")
+        raise SettingsError(f"data = {settings.data} in the settings, and data in memory: leave one out")
     if settings.gpus > 1 and not ranks.launched():
         alone = f"gpus = {settings.gpus}: data in memory cannot be given to the processes that this starts"
         raise SettingsError(f"{alone}: leave gpus at 1, or start your own script with torchrun")
@@ -116,8 +116,7 @@ class ArrayPeople(IndexedSource):
     def __init__(self, data: Any, split: str = "train", numbers: Sequence[int] | None = None) -> None:
         super().__init__(split)
         self._items = _items(data)
-        self._count = len(self._items)
-        self._numbers = range(self._count) if numbers is None else numbers
+        self._numbers = range(len(self._items)) if numbers is None else numbers
 
     def _listed(self, builder: InstancesBuilder) -> tuple[Iterable[int], str, str]:
         return self._numbers, f"the split {self.split} of the data in memory", "it is empty"
@@ -153,8 +152,7 @@ class ArrayPeople(IndexedSource):
             if now == digest:
                 return scene
         other = f"item {number} of the {self.split} data is another than when it was first read"
-        rule = "without shuffling or random transforms, which training does itself"
-        raise DataError(f"{other}: give data whose items stay the same, {rule}")
+        raise DataError(f"{other}: give data whose items stay the same, without random transforms")
 
     def fingerprint(self) -> str:
         """SHA-256 of what the items hold, in their order."""
@@ -166,12 +164,9 @@ class ArrayPeople(IndexedSource):
 
         Raises:
             SceneError: it cannot be used.
-            DataError: it is no item at all, or the data set has changed.
+            DataError: it is no item at all.
         """
         where = f"item {number} of the {self.split} data"
-        if len(self._items) != self._count:
-            changed = f"the {self.split} data had {self._count} items and have {len(self._items)} now"
-            raise DataError(f"{changed}: leave them as they are while a run reads them")
         try:
             found = self._items[number]
         except OSError as error:
@@ -181,46 +176,33 @@ class ArrayPeople(IndexedSource):
             raise DataError(f"{what}: {DATA_RULE}") from error
         if not isinstance(found, (tuple, list)) or len(found) not in (2, 3):
             raise DataError(f"{where} is {_kind(found)}: {ITEM_RULE}")
-        image, mask = _image(found[0], where), _mask(found[1], where)
+        image = _converted(found[0], _image, NO_IMAGE, where)
+        mask = _converted(found[1], _mask, BAD_MASK, where)
         if mask.shape[-2:] != image.shape[:2]:
             sizes = "{1}x{0} pixels, its mask {3}x{2}".format(*image.shape[:2], *mask.shape[-2:])
             raise SceneError(sources.OTHER_SIZE, f"{where}: the image has {sizes}")
-        given = None if len(found) == 2 or found[2] is None else _boxes(found[2], where)
+        given = [_converted(boxes, _boxes, BAD_BOXES, where) for boxes in found[2:] if boxes is not None]
         content = hashlib.sha256()
-        for part in (image, mask, *([] if given is None else [given])):
+        for part in (image, mask, *given):
             content.update(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
         void = np.asarray(mask == VOID) if mask.ndim == 2 else np.zeros(0, bool)
         if mask.ndim == 2:
             owner = np.where(void, 0, mask)
-            ids, areas = np.unique(owner[owner > 0], return_counts=True)
+            ids, areas, boxes = sources.persons_in(owner)
             persons = ids > 0
             masks: Any = Masks(len(ids), mask.shape, lambda slot: owner == ids[slot])
-            places = ndimage.find_objects(owner)  # one pass, however many ids
-            boxes = [(x.start, y.start, x.stop, y.stop) for y, x in (places[i - 1] for i in ids)]
         else:
             persons = np.asarray(mask.any((1, 2)))
             ids, masks = np.flatnonzero(persons) + 1, mask[persons]
             areas, boxes = masks.sum((1, 2)), [sources.box_of(one) for one in masks]
         if not len(ids):
             raise SceneError(sources.NO_MASK, f"{where} has no person in its mask")
-        if given is not None and len(given) != len(persons):
-            raise SceneError(BAD_BOXES, f"{where}: {len(given)} boxes, {len(persons)} persons: {BOXES_RULE}")
+        if given and len(given[0]) != len(persons):
+            counts = f"{len(given[0])} boxes, {len(persons)} persons"
+            raise SceneError(BAD_BOXES, f"{where}: {counts}: {RULES[BAD_BOXES]}")
         scene = Scene(image, masks, void if void.any() else None)
         own = (number * IDS + ids.astype(np.int64)).tolist()
-        return content.hexdigest(), scene, own, boxes if given is None else given[persons], areas
-
-
-class _Columns(Sequence[Any]):
-    """Items of which images, masks and boxes are given apart."""
-
-    def __init__(self, columns: Sequence[Any]) -> None:
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(self.columns[0])
-
-    def __getitem__(self, number: Any) -> Any:
-        return tuple(None if column is None else column[number] for column in self.columns)
+        return content.hexdigest(), scene, own, given[0][persons] if given else boxes, areas
 
 
 def _is_column(value: Any) -> bool:
@@ -242,7 +224,7 @@ def _items(data: Any) -> Any:
             raise DataError(f"images, masks and boxes have {sizes} entries: give one of each for each image")
         if getattr(data[1], "ndim", 3) < 3:
             raise DataError("the masks are one mask: give [N, H, W], or a list of (image, mask)")
-        return _Columns(columns)
+        return StackDataset(*columns)
     if isinstance(data, Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(f"the data are {_kind(data)}, without a length or items by number: {DATA_RULE}")
     return data
@@ -252,49 +234,56 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}" + (f" {list(value.shape)}" if hasattr(value, "shape") else "")
 
 
-def _array(value: Any) -> NDArray[Any]:
-    """What a user gives as an array; of lists, in whatever depth, one array of all."""
+def as_array(value: Any) -> NDArray[Any]:
+    """What a user gives as an array; of lists, in whatever depth, one array of all.
+
+    Example:
+        >>> as_array([torch.tensor([1, 2]), (3, 4)]).tolist()
+        [[1, 2], [3, 4]]
+    """
     if isinstance(value, (list, tuple)):
-        return np.array([_array(one) for one in value])
-    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        return np.array([as_array(one) for one in value])
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy lacks
+    return np.asarray(value)
 
 
-def _image(value: Any, where: str) -> NDArray[np.uint8]:
-    """An image that a user gives as uint8 ``[H, W, 3]``."""
+def _converted(value: Any, convert: Callable[[Any], NDArray[Any]], kind: str, where: str) -> NDArray[Any]:
+    """What a user gives, in the form in which it is used; ``kind`` says why the item is left out if not."""
     try:
-        pixels = _array(sources.as_rgb(value) if isinstance(value, Image.Image) else value)
+        return convert(value)
     except Exception as error:  # whatever a user's value raises
-        raise SceneError(NO_IMAGE, f"{where}: {reason(error)}: {IMAGE_RULE}") from None
+        raise SceneError(kind, f"{where}: {reason(error)}: {RULES[kind]}") from None
+
+
+def _image(value: Any) -> NDArray[np.uint8]:
+    """An image that a user gives as uint8 ``[H, W, 3]``."""
+    pixels = as_array(sources.as_rgb(value) if isinstance(value, Image.Image) else value)
     found = f"{pixels.dtype} {list(pixels.shape)}"
     if isinstance(value, Tensor) and pixels.ndim == 3:
         pixels = pixels.transpose(1, 2, 0)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
-        raise SceneError(NO_IMAGE, f"{where}: the image is {found}: {IMAGE_RULE}")
+        raise ValueError(f"the image is {found}")
     return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
 
 
-def _mask(value: Any, where: str) -> NDArray[Any]:
+def _mask(value: Any) -> NDArray[Any]:
     """A mask that a user gives as ids, uint16 ``[H, W]``, or as bool ``[N, H, W]``."""
-    try:
-        mask = _array(value)
-    except Exception as error:  # whatever a user's value raises
-        raise SceneError(BAD_MASK, f"{where}: {reason(error)}: {IDS_RULE}") from None
+    mask = as_array(value)
     if mask.dtype.kind not in "biuf" or mask.ndim not in (2, 3):
-        rule = f"{IDS_RULE}, [H, W]; or true and false for each person, [N, H, W]"
-        raise SceneError(BAD_MASK, f"{where}: the mask is {mask.dtype} {list(mask.shape)}: {rule}")
+        raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}")
     stack = mask.ndim == 3
     wrong = (mask != 0) & (mask != 1) if stack else ~((mask >= 0) & (mask < IDS) & (mask == np.floor(mask)))
     if wrong.any():
-        rule = STACK_RULE if stack else IDS_RULE
-        raise SceneError(BAD_MASK, f"{where}: the mask has the value {mask[wrong][0]:g}: {rule}")
+        raise ValueError(f"the mask has the value {mask[wrong][0]:g}")
     return mask.astype(bool if stack else np.uint16)
 
 
-def _boxes(value: Any, where: str) -> NDArray[np.float64]:
+def _boxes(value: Any) -> NDArray[np.float64]:
     """Boxes that a user gives, as float64 ``[N, 4]``, xyxy."""
-    try:
-        boxes = _array(value).astype(np.float64)
-        return boxes.reshape(len(boxes), 4)
-    except Exception:  # whatever a user's value raises
-        raise SceneError(BAD_BOXES, f"{where}: the boxes are {_kind(value)}: {BOXES_RULE}") from None
+    boxes = as_array(value)
+    if boxes.shape[1:] != (4,) and boxes.size:
+        raise ValueError(f"the boxes are {_kind(value)}")
+    return boxes.astype(np.float64).reshape(-1, 4)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
 from refinelib.data import sources
-from refinelib.data.annotations import Content, People, read_annotations, read_people
-from refinelib.data.image_folder import ImageFolder
-from refinelib.data.segmentation import decode_segmentation, usable
+from refinelib.data.annotations import People, decode_segmentation, read_annotations, read_people, usable
 from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError, box_of
 from refinelib.files import PathLike
 
@@ -24,6 +25,10 @@ BAD_POLYGON = "polygon of an odd length, under three points or far outside, left
 NOT_ITS_BOX = "mask that lies outside its box, ignored"
 PART_OF_BOX = "mask that fills less than half of its box"
 NOWHERE = "person or crowd of unknown place: the whole image is ignored"
+
+ELSEWHERE = "image outside the image folder, refused without allow_images_outside"
+SEVERAL = "image name that fits several files"
+Parts = tuple[str, ...]
 
 
 class CocoPeople(sources.IndexedSource):
@@ -34,9 +39,9 @@ class CocoPeople(sources.IndexedSource):
 
     Args:
         annotations: COCO instances JSON.
-        images: folder that holds its images; see :class:`~refinelib.data.image_folder.ImageFolder`.
+        images: folder that holds its images; see :class:`ImageFolder`.
         split: name for reports and for the store's folder.
-        allow_outside: see :class:`~refinelib.data.image_folder.ImageFolder`.
+        allow_outside: see :class:`ImageFolder`.
         category: see :func:`~refinelib.data.annotations.read_people`; ``crowd`` likewise.
         exif: ``ignore``: people were annotated on the pixels as stored, which is COCO's rule; ``apply``: on
             the image turned upright.
@@ -67,11 +72,10 @@ class CocoPeople(sources.IndexedSource):
         """Both places, ``~`` expanded, once it is sure that they are there."""
         file = Path(os.path.expanduser(annotations))
         if not os.path.isfile(file):
-            what = "is no regular file" if os.path.exists(file) else "does not exist"
-            raise DataError(f"there is no annotation file {file}: it {what}")
+            raise DataError(f"there is no annotation file {file}, or it is no regular file")
         return file, sources.existing_folder(images, "image folder")
 
-    def read(self) -> Content:
+    def read(self) -> dict[str, list[Any]]:
         """The raw content: lists of images, annotations and categories."""
         return read_annotations(self.annotations)
 
@@ -85,8 +89,7 @@ class CocoPeople(sources.IndexedSource):
             kind = compared(masks[slot], person["box"])
             if kind in (NOT_ITS_BOX, PART_OF_BOX):
                 box = ", ".join(f"{side:g}" for side in person["box"])
-                example = f"annotation {person['annotation_id']} in {file}, box {box} (xyxy)"
-                notes.append((kind, example))
+                notes.append((kind, f"annotation {person['annotation_id']} in {file}, box {box} (xyxy)"))
             if kind in (NOT_ITS_BOX, sources.NO_MASK):
                 regions.append((segmentations[slot], person["box"], True))
                 segmentations[slot] = None
@@ -145,8 +148,8 @@ class CocoPeople(sources.IndexedSource):
     def _add(self, image: int, builder: InstancesBuilder) -> bytes | None:
         """Returns JSON, for builder processes share it: file, size, segmentations, persons, regions."""
         where, entry = f"image {image}", self._people.images[image]
-        if image in self._named_twice:
-            raise SceneError(sources.TWICE, self._named_twice[image])
+        if len(both := self._named_alike.get(image, [])) > 1:
+            raise SceneError(sources.TWICE, f"one file for {' and '.join(both[:2])}: give each its own")
         file, size = entry["file_name"], (entry["height"], entry["width"])
         if size[0] is None:
             size = sources.image_size(self.folder.find(file), self.exif == "apply")
@@ -154,16 +157,16 @@ class CocoPeople(sources.IndexedSource):
         segmentations, found = [], []
         for annotation in self._people.persons[image]:
             what = f"annotation {annotation['id']} of {where} in {self.annotations.name}"
-            segmentation, bad = usable(annotation["segmentation"], *size)
+            written = annotation.get("segmentation")
+            segmentation, bad = usable(written, *size)
             for part in bad if segmentation else []:
                 builder.note(BAD_POLYGON, f"{what}: {sources.printable(part, 80)}")
                 if isinstance(part, dict) or (isinstance(part, list) and len(part) > 4):  # of the person?
                     regions.append(_region({**annotation, "segmentation": None}, size))
             person = None if segmentation is None else _person(annotation, segmentation, size)
             if person is None:
-                form = sources.printable(annotation["segmentation"], 80)
-                rule = "polygons of three points or more, or run lengths of the image's size"
-                builder.skip(sources.NO_MASK, f"{what}: {form} is no mask; give {rule}")
+                rule = "is no mask; give polygons of three points or more, or run lengths of the image's size"
+                builder.skip(sources.NO_MASK, f"{what}: {sources.printable(written, 80)} {rule}")
                 regions.append(_region(annotation, size))
             else:
                 segmentations.append(segmentation)
@@ -173,18 +176,14 @@ class CocoPeople(sources.IndexedSource):
         return json.dumps([file, size, segmentations, found, regions]).encode() if has_roi else None
 
     @cached_property
-    def _named_twice(self) -> dict[int, str]:
-        """Images whose file another entry names too, and what to do about it: it is one of the two."""
-        by_file = defaultdict[Path, list[int]](list)
+    def _named_alike(self) -> dict[int, list[str]]:
+        """Of each image the entries that name its file: its own, if all is well."""
+        found, by_file = dict[int, list[str]](), defaultdict[Path, list[str]](list)
         for number, entry in self._people.images.items():
             if file := self.locate(entry["file_name"]):  # else it is said where the image is read
-                by_file[file].append(number)
-        shared, images = dict[int, str](), self._people.images
-        for file, numbers in by_file.items():
-            both = " and of ".join(f"image {one}, {images[one]['file_name']!r}" for one in numbers[:2])
-            if len(numbers) > 1:
-                shared |= dict.fromkeys(numbers, f"{file} is the file of {both}: give each image its own")
-        return shared
+                found[number] = by_file[file]
+                by_file[file].append(f"image {number}, {entry['file_name']!r}")
+        return found
 
 
 def _person(annotation: dict[str, Any], segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
@@ -284,8 +283,7 @@ def coco_paths(
     if data_dir is None:
         what = "annotations" if annotations is None else "images"
         raise DataError(f"no {split} {what} of COCO are given: give data_dir or {split}_{what}")
-    rule = "data_dir must hold annotations/ and images/ in COCO's layout"
-    sources.existing_folder(data_dir, "data folder", rule)
+    sources.existing_folder(data_dir, "data folder", "it must hold annotations/ and images/ as COCO's does")
     if annotations is None:
         tried = [f"annotations/instances_{name}{end}.json" for name in names for end in ("", "*")]
         tried += [f"{name}/{file}" for name in names for file in ("labels.json", "_annotations.coco.json")]
@@ -302,3 +300,145 @@ def coco_paths(
         if images is None:
             raise DataError(f"there is neither {places[1]} nor {places[3]}: give {split}_images")
     return annotations, images
+
+
+# -- which file a name means --------------------------------------------------------------------------------
+class ImageFolder:
+    """Finds images by the names in an annotation file.
+
+    A name fits a file where one of the two paths, from the last part on, is the end of the other: the name
+    ``train2017/1.jpg`` fits ``train2017/1.jpg`` and ``1.jpg`` in the folder, and ``1.jpg`` fits
+    ``camera/1.jpg``. The longest common end wins. Backslashes separate parts; of a URL the path counts. Where
+    no file fits as written, ``%20``, upper and lower case, and the normal form of Unicode may differ.
+
+    Args:
+        folder: of the images.
+        allow_outside: take names that are absolute or climb out of the folder with ``..``, too. The author
+            of the annotations can then have any picture of this machine read.
+    """
+
+    def __init__(self, folder: Path, allow_outside: bool = False) -> None:
+        self.folder, self.allow_outside, self._above = folder, allow_outside, folder.absolute().parts
+
+    def find(self, name: str) -> Path:
+        """The file that is meant. Only names are looked at: links may lead anywhere.
+
+        Raises:
+            SceneError: there is none, there are several, or the name leads out of the folder.
+        """
+        parts = name_parts(name)
+        depths = itertools.accumulate(-1 if part == ".." else 1 for part in parts)
+        anchored = "://" not in name and bool(PureWindowsPath(name).anchor)
+        outside = anchored or min(depths, default=0) < 0
+        if outside and not self.allow_outside:
+            raise SceneError(ELSEWHERE, f"{name!r} leaves {self.folder}: set allow_images_outside to true")
+        file = self.folder / name if anchored else self.folder.joinpath(*parts)
+        if outside or os.path.exists(file):
+            return file
+        fitting = self._fitting(parts)
+        if len(fitting) > 1:
+            both = " and ".join(str(self.folder.joinpath(*one)) for one in fitting[:2])
+            raise SceneError(SEVERAL, f"{name!r} may be {both}: write more of the path into file_name")
+        if not fitting:
+            raise SceneError(sources.MISSING, f"there is no image file {file}", file)
+        return self.folder.joinpath(*fitting[0])
+
+    def _fitting(self, parts: Parts) -> list[Parts]:
+        """The files that share the longest end with a name; of these, the whole name, or as written."""
+        wanted, ends = tuple(map(plain, parts)), dict[Parts, tuple[int, bool, int]]()
+        alike = self._files.get(wanted[-1:], [])
+        if len(wanted) > 1:  # then two parts must agree, unless the file lies in the folder itself
+            alike = self._files.get(("", *wanted[-1:]), []) + self._files.get(wanted[-2:], [])
+        for file in alike:
+            path = (*self._above, *file)
+            end = common_end(tuple(map(plain, path)), wanted)
+            if end >= min(len(file), len(wanted)):
+                ends[file] = end, len(file) == len(wanted), common_end(path, parts)
+        return [file for file, end in ends.items() if end == max(ends.values())]
+
+    @cached_property
+    def _files(self) -> dict[Parts, list[Parts]]:
+        """Files in the folder, as parts of their paths in it, by the plain form of the last one and two."""
+        found: dict[Parts, list[Parts]] = {}
+        for file in files_in(self.folder):
+            parts = file.relative_to(self.folder).parts
+            for end in (parts[-1:], parts[-2:] if len(parts) > 1 else ("", *parts)):
+                found.setdefault(tuple(map(plain, end)), []).append(parts)
+        return found
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Files and folders in a folder and the folders in it, links followed; not what tools leave there.
+
+    Left out are hidden files and folders, leftovers (:func:`is_leftover`), and runs and stores of this
+    package, which may lie among the data.
+
+    Example:
+        >>> [*files_in(Path("nowhere"))]
+        []
+    """
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if {"store.json", "images.u8"} <= {*names} or {"status.json", "config.json"} <= {*names}:
+            folders.clear()
+            continue
+        new: dict[str, str] = {}
+        for name in sorted(folders, key=lambda name: (os.path.islink(os.path.join(place, name)), name)):
+            if not name.startswith(".") and (real := os.path.realpath(os.path.join(place, name))) not in seen:
+                new.setdefault(real, name)
+        folders[:] = new.values()
+        seen.update(new)
+        yield from (Path(place, name) for name in sorted(names + folders) if not is_leftover(name))
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file's name is one that macOS or Windows leaves beside people's files.
+
+    Example:
+        >>> is_leftover("._1.png"), is_leftover("Thumbs.db"), is_leftover("1.png")
+        (True, True, False)
+    """
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def name_parts(name: str) -> Parts:
+    r"""The parts of a path or URL, separated by ``/`` or a backslash.
+
+    Example:
+        >>> name_parts("http://host/val/1.jpg?x=2"), name_parts("val\\\\1.jpg")
+        (('val', '1.jpg'), ('val', '1.jpg'))
+    """
+    if "://" in name:
+        path = name.partition("://")[2].partition("/")[2]
+        name = unquote(path.partition("?")[0].partition("#")[0]).lstrip("/")
+    return tuple(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def plain(part: str) -> str:
+    """A part of a path in the form in which it is compared where nothing fits as written.
+
+    Example:
+        >>> plain("My%20Image.JPG")
+        'my image.jpg'
+    """
+    return unicodedata.normalize("NFC", unquote(part)).casefold()
+
+
+def plain_parts(name: str) -> Parts:
+    """The parts of a path or URL in the form in which they are compared.
+
+    Example:
+        >>> plain_parts("Val/My%20Image.JPG")
+        ('val', 'my image.jpg')
+    """
+    return tuple(map(plain, name_parts(name)))
+
+
+def common_end(a: Parts, b: Parts) -> int:
+    """How many parts two paths share, from the last one on.
+
+    Example:
+        >>> common_end(("cam1", "x.png"), ("cam2", "x.png"))
+        1
+    """
+    return len(os.path.commonprefix([a[::-1], b[::-1]]))

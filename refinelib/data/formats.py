@@ -7,31 +7,28 @@ them, are read as they are.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from refinelib.data import sources
-from refinelib.data.annotations import Content
-from refinelib.data.coco import CocoPeople
-from refinelib.data.image_folder import files_in
-from refinelib.data.segmentation import whole
-from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError
+from refinelib.data.annotations import Content, whole
+from refinelib.data.coco import CocoPeople, files_in
+from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError, persons_in
 from refinelib.files import JSON, PathLike, read_json, read_yaml, shown
 
 DAMAGED = "annotation file that cannot be read"
 NO_PICTURE = "labels without image"
 STRAY_MASK = "mask without image"
-NO_CLASS = "label of no class"
 #: Endings of the files that are taken for images.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 #: Of a pixel of a mask with a palette: nobody knows who is there.
@@ -39,8 +36,8 @@ VOID = 255
 #: Bytes of the largest LabelMe file that is read: it may hold its image, too.
 MOST_BYTES = 32 << 20
 Points = NDArray[np.float64]
-#: Name of an image in the image folder, its (h, w), and its persons as COCO's annotations but for the ids.
-Found = tuple[str, tuple[int, int], list[dict[str, Any]]]
+#: Name of an image in the image folder, (h, w) if known, and its persons: COCO's annotations but for the ids.
+Found = tuple[str, tuple[Any, Any], list[dict[str, Any]]]
 
 
 class _Files(CocoPeople, ABC):
@@ -55,13 +52,13 @@ class _Files(CocoPeople, ABC):
         Raises:
             DataError: no image has annotations.
         """
-        self._lost, content = InstancesBuilder(), Content(images=[], annotations=[])  # filled image by image
+        lost, content = InstancesBuilder(), Content(images=[], annotations=[])
         self._unread: list[str] = []
-        for read in self._readers():
+        for paths in self._labelled():
             try:
-                name, (height, width), persons = read()
+                name, (height, width), persons = self._read(*paths)
             except (OSError, ValueError) as error:
-                self._lost.skip(getattr(error, "reason", DAMAGED), str(error))
+                lost.skip(getattr(error, "reason", DAMAGED), str(error))
                 if (file := getattr(error, "file", None)) is not None:
                     self._unread.append(os.path.relpath(file, self.images))
                 continue
@@ -70,9 +67,8 @@ class _Files(CocoPeople, ABC):
             numbered = enumerate(persons, first)
             content["annotations"] += [{"id": n, "image_id": image, **one} for n, one in numbered]
         if not content["images"]:
-            self._lost.instances(f"the split {self.split} of {self.annotations}", "no image has annotations")
-        examples, reasons = self._lost.examples, self._lost.skipped.elements()
-        content["left_out"] = [(reason, examples[reason], None) for reason in reasons]
+            lost.instances(f"the split {self.split} of {self.annotations}", "no image has annotations")
+        content["left_out"] = [(one, lost.examples[one], None) for one in lost.skipped.elements()]
         return {**content, "categories": [{"id": kind, "name": name} for kind, name in self.kinds.items()]}
 
     def names(self) -> list[str]:
@@ -81,7 +77,8 @@ class _Files(CocoPeople, ABC):
 
     def fingerprint(self) -> str:
         """Of the places, of the names, sizes and times of the label files, and of the options."""
-        stamps = [(file.name, sources.file_stamp(file)[:2]) for file in self._labels()]
+        paths = [self.annotations] * self.annotations.is_file() + [*itertools.chain(*self._labelled())]
+        stamps = [(file.name, sources.file_stamp(file)[:2]) for file in paths]
         parts = [super().fingerprint(), self.split, stamps]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -90,12 +87,12 @@ class _Files(CocoPeople, ABC):
         return [str(self.annotations.resolve())]
 
     @abstractmethod
-    def _labels(self) -> Iterable[Path]:
-        """The files that persons are read from."""
+    def _labelled(self) -> Iterator[tuple[Path, ...]]:
+        """Each file that persons are read from, and the images that it is known to belong to."""
 
     @abstractmethod
-    def _readers(self) -> Iterator[Callable[[], Found]]:
-        """One an image; it raises ``OSError`` or ``ValueError`` where the image or its labels are damaged."""
+    def _read(self, file: Path, *images: Path) -> Found:
+        """One image; ``OSError`` or ``ValueError`` where it or its labels are damaged."""
 
 
 class YoloPeople(_Files):
@@ -134,53 +131,40 @@ class YoloPeople(_Files):
             rule = f"a list or a mapping from numbers; {split}, its folder of images in the folder path"
             raise DataError(f"{file} must have names, {rule}")
         self._pairs = [_folders(file, root, place) for place in places]
-        self.kinds, self._file = {whole(number): name for number, name in names.items()}, file
+        self.kinds = {whole(number): name for number, name in names.items()}
         images = os.path.commonpath([images for images, _ in self._pairs])
         super().__init__(file, images, split, **{"exif": "apply", **options})  # YOLO turns images upright
 
-    def _labels(self) -> Iterable[Path]:
-        found = [*self._labelled()]
-        images = [image for *_, images in found for image in images]
-        return [self._file, *(text for _, text, _ in found), *images]
-
-    def _labelled(self) -> Iterator[tuple[Path, Path, list[Path]]]:
-        """The folder of images, each label file for it, and the images of that name: one, if all is well."""
+    def _labelled(self) -> Iterator[tuple[Path, ...]]:
         for folder, labels in self._pairs:
             owners = defaultdict[Path, list[Path]](list)
             for image in listed(folder, IMAGES):
                 owners[image.relative_to(folder).with_suffix("")].append(image)
             for text in listed(labels, (".txt",)):
-                yield folder, text, owners[text.relative_to(labels).with_suffix("")]
+                yield text, *owners[text.relative_to(labels).with_suffix("")]
 
-    def _readers(self) -> Iterator[Callable[[], Found]]:
-        for folder, text, images in self._labelled():
-            if len(images) == 1:
-                yield partial(self._read, images[0], text)
-            elif images:
-                both = " and ".join(image.name for image in images)
-                self._lost.skip(sources.TWICE, f"{text} has the labels of {both}: give each image its own")
-            else:
-                self._lost.skip(NO_PICTURE, f"there is no image of {text} in {folder}")
-
-    def _read(self, image: Path, file: Path) -> Found:
-        size = sources.image_size(image, upright=True)
+    def _read(self, file: Path, *images: Path) -> Found:
+        if not images:
+            raise SceneError(NO_PICTURE, f"there is no image of {file}")
+        if len(images) > 1:
+            both = " and ".join(image.name for image in images)
+            raise SceneError(sources.TWICE, f"{file} has the labels of {both}: give each image its own")
+        size = sources.image_size(images[0], upright=True)
         if not os.path.isfile(file) or os.path.getsize(file) > JSON:  # reading a FIFO would wait
             raise SceneError(DAMAGED, f"{file} must be a text file of at most {JSON} bytes")
         text = file.read_bytes().decode("utf-8-sig", "replace")
         lines = [(f"line {n} of {file.name}", line.split()) for n, line in enumerate(text.splitlines(), 1)]
         persons = [self._person(words, size, where) for where, words in lines if words]
-        return os.path.relpath(image, self.images), size, list(filter(None, persons))
+        return os.path.relpath(images[0], self.images), size, persons
 
-    def _person(self, words: list[str], size: tuple[int, int], where: str) -> dict[str, Any] | None:
-        """A line's annotation; without a mask, words stand in its place. None: of no class, and counted."""
+    def _person(self, words: list[str], size: tuple[int, int], where: str) -> dict[str, Any]:
+        """A line's annotation; words stand in the place of a class or a mask that it lacks."""
         try:
             kind, *values = map(float, words)
         except ValueError:
             kind, values = np.nan, []
         if kind not in self.kinds:
-            rule = f"must be numbers, the first that of one of the {len(self.kinds)} names"
-            self._lost.skip(NO_CLASS, f"{where} {rule}, and is {shown(' '.join(words))}")
-            return None
+            return {"category_id": f"{where}, {' '.join(words)}"}
         one = {"category_id": int(kind), "segmentation": f"{where}, not x y x y x y ... in 0 to 1,"}
         if all(-0.01 <= value <= 1.01 for value in values) and len(values) > 3 and len(values) % 2 == 0:
             points = np.reshape(values, (-1, 2)) * size[::-1]
@@ -221,14 +205,11 @@ class LabelmePeople(_Files):
         rule = f"give data_dir, or {self.split}_annotations and {self.split}_images"
         return sources.existing_folder(annotations, rule=rule), sources.existing_folder(images, rule=rule)
 
-    def _labels(self) -> Iterable[Path]:
+    def _labelled(self) -> Iterator[tuple[Path, ...]]:
         files = listed(self.annotations, (".json",))
-        return [file for file in files if self.part in ("all", split_of(file))]
+        return ((file,) for file in files if self.part in ("all", split_of(file)))
 
-    def _readers(self) -> Iterator[Callable[[], Found]]:
-        return (partial(self._read, file) for file in self._labels())
-
-    def _read(self, file: Path) -> Found:
+    def _read(self, file: Path, *images: Path) -> Found:
         content = read_json(file, limit=MOST_BYTES)
         content = content if isinstance(content, dict) else {}
         shapes, path = content.get("shapes"), content.get("imagePath")
@@ -241,18 +222,15 @@ class LabelmePeople(_Files):
                 own = file.parent.relative_to(self.annotations).joinpath(*written.parts)
                 own = Path(*written.parts[1:]) if written.anchor else own
                 name = "/".join(part for part in Path(os.path.normpath(own)).parts if part != "..")
-            image = self.folder.find(name)
+            self.folder.find(name)
         except SceneError as error:
             inside = f": save the one inside {file} (imageData) there" if content.get("imageData") else ""
             raise SceneError(error.reason, f"{error}{inside}", error.file) from None
-        size: Any = content.get("imageHeight"), content.get("imageWidth")
-        if not all(type(side) is int and 0 < side < 2**31 for side in size):
-            size = sources.image_size(image, upright=True)
         persons, groups = list[dict[str, Any]](), dict[tuple[int, Any], list[Points]]()
         for place, shape in enumerate(shapes, 1):
             label = shape.get("label") if isinstance(shape, dict) else None
             if not isinstance(label, str):
-                self._lost.skip(NO_CLASS, f"shape {place} of {file} has no label")
+                persons.append({"category_id": f"shape {place} of {file.name}, without label"})
                 continue
             kind = self._numbers.setdefault(label, len(self._numbers) + 1)
             self.kinds[kind], group, form = label, shape.get("group_id"), shape.get("shape_type") or "polygon"
@@ -264,7 +242,7 @@ class LabelmePeople(_Files):
                 box = {} if points is None else {"bbox": _mask([points])["bbox"]}
                 persons.append({"category_id": kind, "segmentation": what, **box})
         persons += [{"category_id": kind, **_mask(outlines)} for (kind, _), outlines in groups.items()]
-        return name, size, persons
+        return name, (content.get("imageHeight"), content.get("imageWidth")), persons
 
 
 class MaskPeople(sources.IndexedSource):
@@ -292,59 +270,46 @@ class MaskPeople(sources.IndexedSource):
     ending, ids = ".png", 1 << 16
 
     def __init__(
-        self,
-        images: PathLike,
-        masks: PathLike,
-        split: str = "train",
-        part: str = "all",
-        *,
-        exif: str = "ignore",
+        self, images: PathLike, masks: PathLike, split: str = "train", part: str = "all", exif: str = "ignore"
     ) -> None:
         super().__init__(split)
         self.part, self.exif = part, exif
         self.images = sources.existing_folder(images, rule=self.rule)
         self.masks = sources.existing_folder(masks, rule=self.rule)
 
-    def _listed(self, builder: InstancesBuilder) -> tuple[Iterable[tuple[int, Path]], str, str]:
+    def _listed(self, builder: InstancesBuilder) -> tuple[Iterable[Any], str, str]:
         """By name."""
         for mask in self._strays:
             builder.skip(STRAY_MASK, f"there is no image of the mask {mask} in {self.images}")
+        owners = defaultdict[Path, list[str]](list)
+        for _, image, mask in self._files:
+            owners[mask].append(image.name)
         empty = f"no {' or '.join(self.suffixes)} file in {self.images}"
-        return self._files, f"the split {self.split} of {self.images.parent}", empty
+        images = [(*one, owners[one[-1]]) for one in self._files]
+        return images, f"the split {self.split} of {self.images.parent}", empty
 
-    def _add(self, image: tuple[int, Path], builder: InstancesBuilder) -> Path | None:
-        """Reads the mask, not the image."""
-        number, file = image
-        mask = self._mask_file(file)
-        if len(both := self._owners[mask]) > 1:
-            twice = f"{mask} is the mask of {' and '.join(both)}: give each image its own"
-            raise SceneError(sources.TWICE, twice)
-        ids, areas, owner, _ = _read_mask(mask)
-        found = ndimage.find_objects(owner)  # one pass: a damaged mask may hold thousands of numbers
-        boxes = [(x.start, y.start, x.stop, y.stop) for y, x in (found[i - 1] for i in ids)]
+    def _add(self, image: tuple[int, Path, Path, list[str]], builder: InstancesBuilder) -> Any:
+        """Reads the mask, not the image; returns both files."""
+        number, file, mask, owners = image
+        if len(owners) > 1:
+            raise SceneError(sources.TWICE, f"{mask} is of {' and '.join(owners)}: give each its own")
+        owner, _, ids, areas, boxes = _read_mask(mask)
         # An annotation id names the image and the person in it.
         numbers = [number * self.ids + int(i) for i in ids]
-        return file if builder.add(file.name, number, owner.shape, numbers, boxes, areas) else None
-
-    @cached_property
-    def _owners(self) -> dict[Path, list[str]]:
-        """The images of each mask: one, if all is well."""
-        owners = defaultdict[Path, list[str]](list)
-        for _, file in self._files:
-            owners[self._mask_file(file)].append(file.name)
-        return owners
+        has_roi = builder.add(file.name, number, owner.shape, numbers, boxes, areas)
+        return (file, mask) if has_roi else None
 
     def scene(self, index: int) -> Scene:
         """Image ``index`` of ``instances()`` and the masks of all its persons."""
-        file = self._entry(index)
-        ids, _, owner, void = _read_mask(self._mask_file(file))
-        size, upright, notes = owner.shape, self.exif == "apply", list[tuple[str, str]]()
-        image = sources.decode_image(file, (size[0], size[1]), upright=upright, notes=notes)
+        file, mask = self._entry(index)
+        owner, void, ids, *_ = _read_mask(mask)
+        size, upright, notes = owner.shape, self.exif == "apply", list[sources.Note]()
+        image = sources.decode_image(file, size, upright=upright, notes=notes)
         return Scene(image, Masks(len(ids), size, lambda slot: owner == ids[slot]), void, notes)
 
     def names(self) -> list[str]:
         """All images and masks of the split."""
-        return [str(file) for _, image in self._files for file in (image, self._mask_file(image))]
+        return [str(file) for _, *both in self._files for file in both]
 
     def locate(self, name: str) -> Path | None:
         """The file of that name."""
@@ -356,27 +321,27 @@ class MaskPeople(sources.IndexedSource):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
-    def _images(self) -> list[Path]:
-        found = listed(self.images, self.suffixes)
-        masks = {self._mask_file(file) for file in found}  # those that lie among the images are none
-        return [file for file in found if file not in masks]
+    def _mask_of(self) -> dict[Path, Path]:
+        """The mask of each image, of all splits."""
+        images = listed(self.images, self.suffixes)
+        names = [image.relative_to(self.images).with_name(image.stem + self.ending) for image in images]
+        masks = [self.masks / name for name in names]
+        among = {*masks}  # those that lie among the images are none
+        return {image: mask for image, mask in zip(images, masks, strict=True) if image not in among}
 
     @cached_property
-    def _files(self) -> list[tuple[int, Path]]:
-        """Images of the split, each with its number among all images."""
-        return [(number, file) for number, file in enumerate(self._images, 1) if self._takes(file)]
+    def _files(self) -> list[tuple[int, Path, Path]]:
+        """Images of the split, each with its number among all images, and their masks."""
+        pairs = enumerate(self._mask_of.items(), 1)
+        return [(number, *pair) for number, pair in pairs if self._takes(pair[0])]
 
     @cached_property
     def _strays(self) -> list[Path]:
         """Masks of the split that no image has."""
-        masks = {*listed(self.masks, (".png",))} - {self._mask_file(file) for file in self._images}
-        return sorted(filter(self._takes, masks))
+        return sorted(filter(self._takes, {*listed(self.masks, (".png",))} - {*self._mask_of.values()}))
 
     def _takes(self, file: Path) -> bool:
         return self.part in ("all", split_of(file))
-
-    def _mask_file(self, file: Path) -> Path:
-        return self.masks / file.relative_to(self.images).with_name(file.stem + self.ending)
 
 
 class PennFudanPeople(MaskPeople):
@@ -425,23 +390,20 @@ def split_of(file: Path) -> str:
     return "train" if int(hashlib.sha1(os.fsencode(file.stem)).hexdigest(), 16) % 5 else "val"
 
 
-def _read_mask(file: Path) -> tuple[NDArray[np.uint16], NDArray[Any], NDArray[np.uint16], Mask | None]:
-    """Instance ids ``[P]``, pixels of each ``[P]``, id of each pixel ``[H, W]``, and where it is void."""
+def _read_mask(file: Path) -> tuple[NDArray[np.uint16], Mask | None, Any, Any, Any]:
+    """Id of each pixel ``[H, W]``, where it is void, and what :func:`persons_in` says of it."""
     with sources.opened(file, "mask") as image:
         image.load()
         owner, palette = np.array(image), image.mode == "P"
-    if owner.ndim != 2:
-        rule = "must have one value a pixel, the person's number"
-        raise SceneError(sources.UNREADABLE, f"{file} {rule}, and has {owner.shape[2]}")
-    if owner.dtype.kind not in "bu" and not ((owner % 1 == 0) & (owner >= 0) & (owner < 2**16)).all():
-        rule = "must have the person's number in each pixel, from 1 to 65535 and 0 elsewhere"
+    numbers = owner.dtype.kind in "bu" or ((owner % 1 == 0) & (owner >= 0) & (owner < 2**16)).all()
+    if owner.ndim != 2 or not numbers:
+        rule = "must have one value a pixel, the person's number, from 1 to 65535 and 0 elsewhere"
         raise SceneError(sources.UNREADABLE, f"{file} {rule}")
-    void = owner == VOID if palette and (owner == VOID).any() else None
-    owner = np.where(False if void is None else void, 0, owner).astype(np.uint16)
-    ids, areas = np.unique(owner, return_counts=True)
-    if not ids.any():
+    void = (owner == VOID) & palette
+    owner = np.where(void, 0, owner).astype(np.uint16)
+    if not owner.any():
         raise SceneError(sources.NO_MASK, f"{file} has no person in it")
-    return ids[ids > 0], areas[ids > 0], owner, void
+    return owner, void if void.any() else None, *persons_in(owner)
 
 
 def _mask(polygons: list[Points]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,11 +87,10 @@ class BatchLoader:
         """Order and augmentation of one epoch (from 0); ROIs beyond its last whole step are left out."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         shape = (self.steps_per_epoch, self.accumulate, self.batch_size)
-        count = self.steps_per_epoch * self.accumulate * self.batch_size
+        count = math.prod(shape)
         order = torch.randperm(len(self.store), generator=generator)
-        order = order.repeat(-(-count // len(order)))[:count]  # a store smaller than one step is repeated
+        rois = order.repeat(-(-count // len(order)))[:count].view(shape)  # a small store is repeated
         params = augment.draw(count, mode=self.mode, generator=generator)
-        rois = order.view(shape)
         return Plan(rois, params.view(*shape, -1).to(self.device), rois.to(self.device))
 
     def inputs(self, plan: Plan, step: int, micro: int = 0, rank: int | None = None) -> tuple[Tensor, ...]:

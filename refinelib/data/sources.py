@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 from refinelib.files import PathLike
 
@@ -46,7 +47,6 @@ UNREADABLE = "unreadable image"
 OTHER_SIZE = "image of another size than its annotation"
 TURNED = "image turned upright by its EXIF orientation, since only so it has the size of its annotation"
 TWICE = "image file that two entries name"
-TURNED_TIFF = "TIFF image turned upright by its orientation, as all of them are"
 NOT_TURNED = "image whose EXIF orientation was not applied"
 
 
@@ -110,18 +110,17 @@ class Masks:
     def __getitem__(self, slot: int) -> Mask:
         if not 0 <= slot < self._count:
             raise IndexError(f"there is no mask {slot}: they are 0 to {self._count - 1}")
-        mask = self._kept.get(slot)
-        if mask is None:
-            decoded = self._decode(slot)
-            mask = np.zeros(self._size, bool) if decoded is None else np.ascontiguousarray(decoded)
-            if (len(self._kept) + 1) * mask.nbytes <= MASK_BYTES:
-                self._kept[slot] = mask
+        if slot in self._kept:
+            return self._kept[slot]
+        decoded = self._decode(slot)
+        mask = np.zeros(self._size, bool) if decoded is None else np.ascontiguousarray(decoded)
+        if (len(self._kept) + 1) * mask.nbytes <= MASK_BYTES:
+            self._kept[slot] = mask
         return mask
 
     def any(self, axis: int) -> Mask:
         """Pixels of any person; ``axis`` is 0, as for an array ``[P, H, W]``."""
-        if axis != 0:
-            raise ValueError(f"masks are united over persons, axis 0, not {axis}")
+        assert axis == 0
         union = np.zeros(self._size, bool)
         for slot in range(self._count):
             union |= self[slot]
@@ -236,23 +235,22 @@ class Tally:
         (Counter({'missing image': 1}), {'missing image': 'there is no 1.png'})
     """
 
-    def __init__(self, *parts: Instances) -> None:
-        self.skipped = sum((Counter(part.skipped) for part in parts), Counter[str]())
-        self.notes = sum((Counter(part.notes) for part in parts), Counter[str]())
-        self.examples = {kind: text for part in reversed(parts) for kind, text in part.examples.items()}
+    def __init__(self, *parts: Instances | Tally) -> None:
+        self.skipped, self.notes, self.examples = Counter[str](), Counter[str](), dict[str, str]()
+        for part in parts:
+            self.skipped.update(part.skipped)
+            self.notes.update(part.notes)
+            self.examples = {**part.examples, **self.examples}
 
     def skip(self, reason: str, example: str) -> None:
         """Count a person or an image that is left out."""
-        self._count(self.skipped, reason, example)
+        self.skipped[reason] += 1
+        self.examples[reason] = self.examples.get(reason) or printable(example)
 
     def note(self, kind: str, example: str) -> None:
         """Count something unusual about what is used."""
-        self._count(self.notes, kind, example)
-
-    def _count(self, counts: Counter[str], kind: str, example: str) -> None:
-        counts[kind] += 1
-        if kind not in self.examples:
-            self.examples[kind] = printable(example)
+        self.notes[kind] += 1
+        self.examples[kind] = self.examples.get(kind) or printable(example)
 
 
 class InstancesBuilder(Tally):
@@ -290,14 +288,12 @@ class InstancesBuilder(Tally):
         """
         corners = np.asarray(boxes, np.float64).reshape(-1, 4)
         kept = []
-        for i, (x0, y0, x1, y1) in enumerate(corners.tolist()):
-            person = f"{where}, annotation {ids[i]}, box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy)"
-            if not (-1e38 < x0 < x1 < 1e38 and -1e38 < y0 < y1 < 1e38):  # stored as float32
-                self.skip(NO_AREA, person)
-            elif min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0):
-                self.skip(OUTSIDE, f"{person}, image {size[1]}x{size[0]}")
-            elif min(x1 - x0, y1 - y0) < MIN_SIDE:
-                self.skip(SMALL, person)
+        for i, box in enumerate(corners.tolist()):
+            x0, y0, x1, y1 = box
+            reason = wrong_box(box, size) or (SMALL if min(x1 - x0, y1 - y0) < MIN_SIDE else None)
+            if reason:
+                at = f"box {x0:g}, {y0:g}, {x1:g}, {y1:g} (xyxy), image {size[1]}x{size[0]}"
+                self.skip(reason, f"{where}, annotation {ids[i]}, {at}")
             else:
                 kept.append(i)
         largest = set(sorted(kept, key=lambda i: -areas[i])[:MAX_INSTANCES])
@@ -375,7 +371,7 @@ class IndexedSource(ABC):
         return self._entries[index]
 
 
-def counted(skipped: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
+def counted(skipped: Mapping[str, int], examples: Mapping[str, str] = {}) -> str:
     """What was left out, in one line, with an example of up to three reasons.
 
     Example:
@@ -383,7 +379,6 @@ def counted(skipped: Mapping[str, int], examples: Mapping[str, str] | None = Non
         'crowd annotation (1), missing image (2); such as missing image: there is no 1.png'
     """
     line = ", ".join(f"{reason} ({count})" for reason, count in sorted(skipped.items()))
-    examples = examples or {}
     some = [f"{reason}: {examples[reason]}" for reason in skipped if reason in examples][:3]
     return "; such as ".join([line, "; ".join(some)]) if some else line
 
@@ -423,6 +418,33 @@ def box_of(mask: Mask) -> tuple[int, int, int, int]:
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def wrong_box(box: Sequence[float], size: Sequence[int] | None) -> str | None:
+    """Why a box (xyxy) in an image of ``size`` (h, w; None: any) cannot be used; None: it can.
+
+    Example:
+        >>> wrong_box((0, 0, 9, 9), (20, 10)), wrong_box((10, 0, 19, 9), (20, 10))
+        (None, 'box outside the image')
+    """
+    x0, y0, x1, y1 = box
+    if not (-1e38 < x0 < x1 < 1e38 and -1e38 < y0 < y1 < 1e38):  # stored as float32
+        return NO_AREA
+    outside = size is not None and (min(x1, size[1]) <= max(x0, 0) or min(y1, size[0]) <= max(y0, 0))
+    return OUTSIDE if outside else None
+
+
+def persons_in(owner: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], list[tuple[int, ...]]]:
+    """Ids of the persons in a mask of ids ``[H, W]``, 0 for nobody; their pixels; their boxes (xyxy).
+
+    Example:
+        >>> persons_in(np.array([[0, 0, 0], [0, 7, 7]]))
+        (array([7]), array([2]), [(1, 1, 3, 2)])
+    """
+    ids, areas = np.unique(owner[owner > 0], return_counts=True)
+    places = ndimage.find_objects(owner)  # one pass: a damaged mask may hold thousands of ids
+    found = (places[number - 1] for number in ids)
+    return ids, areas, [(x.start, y.start, x.stop, y.stop) for y, x in found]
 
 
 def as_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -479,7 +501,8 @@ def decode_image(
 
     COCO annotates the pixels as stored, so an EXIF orientation is not applied. Where the stored size differs
     from ``size`` and the upright one agrees, the annotations were made on the upright image, and the
-    orientation is applied. Greyscale, palette, CMYK, 16-bit and transparent images become RGB.
+    orientation is applied; that of a TIFF always is. Greyscale, palette, CMYK, 16-bit and transparent images
+    become RGB.
 
     Args:
         file: to read.
@@ -492,7 +515,6 @@ def decode_image(
     """
     with opened(file) as image:
         picture, stored = image, (image.height, image.width)
-        tiff = image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1  # PIL applies it itself
         wanted = stored if size is None else size
         if (upright or wanted != stored) and wanted in (stored, stored[::-1]):  # else turning cannot help
             picture = ImageOps.exif_transpose(image)
@@ -501,12 +523,10 @@ def decode_image(
             raise SceneError(OTHER_SIZE, f"{file} has {found} pixels, its annotation says {said}", file)
         pixels = as_rgb(picture)
         orientation = image.getexif().get(_ORIENTATION, 1)  # now: a PNG may have it behind the pixels
-    turned = tiff in range(2, 9) or (orientation in range(2, 9) and not upright)
-    if notes is not None and turned:
-        kind = TURNED_TIFF if tiff > 1 else NOT_TURNED if picture is image else TURNED
-        rule = ": set exif to apply if people were annotated on the upright image"
-        example = f"{file}, orientation {max(tiff, orientation)}"
-        notes.append((kind, example + rule if kind == NOT_TURNED else example))
+    if notes is not None and orientation in range(2, 9) and not upright:
+        kind = NOT_TURNED if picture is image else TURNED
+        rule = "set exif to apply if all people were annotated on the upright image"
+        notes.append((kind, f"{file}, orientation {orientation}: {rule}"))
     return pixels
 
 

@@ -202,10 +202,14 @@ class JoinedSources:
 
 
 # -- the data sets by name -----------------------------------------------------------------------------
-def _pennfudan(settings: Settings, split: str) -> Source:
+def _data_dir(settings: Settings, holds: str) -> Path:
     if not settings.data_dir:
-        raise DataError("data = pennfudan needs data_dir, the folder that holds PNGImages and PedMasks")
-    return PennFudanPeople(settings.path(settings.data_dir), split)
+        raise DataError(f"data = {settings.data} needs data_dir, {holds}")
+    return settings.path(settings.data_dir)
+
+
+def _pennfudan(settings: Settings, split: str) -> Source:
+    return PennFudanPeople(_data_dir(settings, "the folder that holds PNGImages and PedMasks"), split)
 
 
 def _coco(settings: Settings, split: str) -> Source:
@@ -221,9 +225,8 @@ def coco_options(settings: Settings, *names: str) -> dict[str, Any]:
 
 
 def _yolo(settings: Settings, split: str) -> Source:
-    if not settings.data_dir:
-        raise DataError("data = yolo needs data_dir, the folder of data.yaml, or that file")
-    return YoloPeople(settings.path(settings.data_dir), split, **coco_options(settings, "category"))
+    folder = _data_dir(settings, "the folder of data.yaml, or that file")
+    return YoloPeople(folder, split, **coco_options(settings, "category"))
 
 
 def _labelme(settings: Settings, split: str) -> Source:
@@ -231,21 +234,21 @@ def _labelme(settings: Settings, split: str) -> Source:
     return LabelmePeople(files, images, split, part, **coco_options(settings, "category"))
 
 
-def _arrays(settings: Settings, split: str) -> Source:
-    raise DataError("data = arrays are in a program's memory: call refinelib.train(settings, data=...)")
-
-
 def _masks(settings: Settings, split: str) -> Source:
     masks, images, part = _places(settings, split, "masks", "images")
     return MaskPeople(images, masks, split, part, exif=settings.exif)
+
+
+def _arrays(settings: Settings, split: str) -> Source:
+    raise DataError("data = arrays are in a program's memory: call refinelib.train(settings, data=...)")
 
 
 def _places(settings: Settings, split: str, files: str = "", images: str = "") -> tuple[Path, Path, str]:
     """Folders of a split's annotations and images, and the part to take; see :func:`formats.split_of`."""
     own = [getattr(settings, f"{split}_{what}") for what in ("annotations", "images")]
     if not settings.data_dir and not all(own):
-        rule = f"give data_dir, or {split}_annotations and {split}_images"
-        raise DataError(f"data = {settings.data} needs folders of annotations and images: {rule}")
+        places = f"{split}_annotations and {split}_images"
+        raise DataError(f"data = {settings.data} needs two folders: give data_dir, or {places}")
     root = settings.path(settings.data_dir or "")
     place, part = (settings.path(own[0]), "all") if own[0] else _split_folder(root, files, split)
     pictures = _split_folder(root, images, split)[0] if images else root  # LabelMe's may lie above the JSON

@@ -229,8 +229,7 @@ def read_info(folder: Path) -> StoreInfo:
     """
     file = folder / "store.json"
     if not file.is_file():
-        parts = "store.json, index.npz, images.u8 and coverage.u8"
-        raise DataError(f"there is no store in {folder}: a store is a folder with {parts}")
+        raise DataError(f"there is no store in {folder}: a store is a folder with store.json and its arrays")
     try:
         content = files.read_json(file, limit=MOST_INFO)
         version = content["format"]

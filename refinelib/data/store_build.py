@@ -27,7 +27,7 @@ from tqdm import tqdm
 from refinelib import files
 from refinelib.data import sources
 from refinelib.data.augment import MEAN
-from refinelib.data.sources import COLUMNS, DataError, FileSource, Instances, SceneError, Source, counted
+from refinelib.data.sources import COLUMNS, DataError, FileSource, Instances, SceneError, Source, Tally
 from refinelib.data.store import FORMAT, Store, StoreInfo
 from refinelib.modeling.roi import canvas_size, centre_window, crop_rois, expand_boxes, mask_canvas_size
 
@@ -84,9 +84,8 @@ def open_store(
     for store in (folder, whole):
         if store.exists() and not changed_files(store, source):
             return Store.open(store, max_images)
-    info = StoreInfo(
-        source=source.name, split=source.split, **sizes, max_images=max_images, fingerprint=fingerprint
-    )
+    made = {"source": source.name, "split": source.split, "max_images": max_images, **sizes}
+    info = StoreInfo(**made, fingerprint=fingerprint)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder, progress):
@@ -106,7 +105,7 @@ def open_store(
 
 # -- one builder at a time -----------------------------------------------------------------------------
 @contextmanager
-def _only_builder(folder: Path, progress: bool = False) -> Iterator[None]:
+def _only_builder(folder: Path, progress: bool) -> Iterator[None]:
     """Wait until no other process builds this store, then remove what killed builders left.
 
     On a file system without locks builders race, and the first to finish wins.
@@ -154,8 +153,8 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
     stamps = file_stamps(source, names)  # before the files are read: a change from now on is seen
     instances = source.instances(info.max_images)
     needed = len(instances) * int(3 * np.prod(info.canvas) + 2 * np.prod(info.mask_canvas))
-    if needed > (free := shutil.disk_usage(folder.parent).free):
-        room = f"{needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free"
+    if needed > shutil.disk_usage(folder.parent).free:
+        room = f"{needed / 1e9:.1f} GB in {folder.parent}, more than are free"
         raise DataError(f"the store needs {room}: set store_dir to a larger disk")
     temporary = folder.parent / f".{folder.name}.building-{os.getpid()}-{time.time_ns():x}"
     temporary.mkdir()
@@ -164,7 +163,7 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
             text = np.frombuffer("\0".join(names).encode("utf-8", "surrogatepass"), np.uint8)
             np.savez(temporary / FILES, names=text, stamps=stamps)
         kept, total = np.zeros(len(instances), bool), np.zeros((*info.mask_canvas, 3), np.int64)
-        tally = sources.Tally(instances)
+        tally = Tally(instances)
         decoded = _decoded(_Rows(source, instances, info), workers)
         how = {"unit": " images", "file": sys.stdout, "delay": 2, "mininterval": 5, "disable": not progress}
         bar = tqdm(decoded, f"{info.source} {info.split}: decoding", instances.images, **how)
@@ -174,14 +173,11 @@ def _build(source: Source, folder: Path, info: StoreInfo, workers: int | None, p
                 crops.write(found.crops)
                 coverage.write(found.coverage)
                 total += found.total
-                for reason, example in found.left_out:
-                    tally.skip(reason, example)
-                for kind, example in found.notes:
-                    tally.note(kind, example)
+                tally = Tally(tally, found.tally)
         info.rois, info.starts = int(kept.sum()), instances.starts
         if not info.rois:
             none = f"none of the {instances.images} images of {info.source} {info.split} could be used"
-            raise DataError(f"{none}: {counted(tally.skipped, tally.examples)}")
+            raise DataError(f"{none}: {sources.counted(tally.skipped, tally.examples)}")
         columns = {name: getattr(instances, name)[kept] for name in COLUMNS}
         mean = (total / (255 * info.rois)).astype(np.float32)
         info.channels, info.ignored = 3 if total[..., 2].any() else 2, float(mean[..., 2].mean())
@@ -261,12 +257,11 @@ def _start_worker(_: int) -> None:
 class _Decoded(NamedTuple):
     """What became of an image."""
 
+    tally: Tally  # what was left out, and what was found unusual
     rows: list[int] = []  # of the index, one a ROI that has a mask
     crops: bytes = b""  # uint8 [n, Hc, Wc, 3]
     coverage: bytes = b""  # uint8 [n, Hm, Wm, 3]
     total: NDArray[np.int64] | int = 0  # [Hm, Wm, 3], the sum of the coverage
-    left_out: Sequence[tuple[str, str]] = ()  # reason and example
-    notes: Sequence[tuple[str, str]] = ()  # kind and example
 
 
 class _Rows(Dataset[_Decoded]):
@@ -280,18 +275,18 @@ class _Rows(Dataset[_Decoded]):
         return self.instances.images
 
     def __getitem__(self, index: int) -> _Decoded:
-        rows = slice(self.starts[index], self.starts[index + 1])
+        rows, tally = slice(self.starts[index], self.starts[index + 1]), Tally()
+        slots = self.instances.slots[rows]
         try:
             scene = self.source.scene(index)
-        except SceneError as error:
-            return _Decoded(left_out=[(error.reason, str(error))])
-        except OSError as error:  # a name too long, a folder that may not be read, a disk that fails
-            message = f"image {index} of {self.source.name} cannot be read: {error}"
-            return _Decoded(left_out=[(sources.UNREADABLE, message)])
-        slots = self.instances.slots[rows]
-        if len(slots) and slots.max() >= len(scene.masks):
-            message = f"image {index} of {self.source.name} has fewer persons than when it was listed"
-            return _Decoded(left_out=[(sources.UNREADABLE, f"{message}: its files were changed in between")])
+            if len(slots) and slots.max() >= len(scene.masks):
+                less = f"image {index} of {self.source.name} has fewer persons than when it was listed"
+                raise SceneError(sources.UNREADABLE, f"{less}: its files were changed in between")
+        except (SceneError, OSError) as error:  # OSError: a folder that may not be read, a disk that fails
+            tally.skip(getattr(error, "reason", sources.UNREADABLE), str(error))
+            return _Decoded(tally)
+        for kind, example in scene.notes:
+            tally.note(kind, example)
         boxes, info = torch.from_numpy(self.instances.boxes[rows]).double(), self.info
 
         def regions(canvas: tuple[int, int], box: tuple[int, int]) -> torch.Tensor:
@@ -300,22 +295,21 @@ class _Rows(Dataset[_Decoded]):
         pixels = torch.from_numpy(scene.image).permute(2, 0, 1)
         crops = _bytes(crop_rois(pixels, regions(info.canvas, info.roi_size), info.canvas, fill=MEAN))
         anyone, fractions = scene.masks.any(0), []
-        ignored = np.zeros_like(anyone) if scene.ignored is None else scene.ignored & ~anyone
+        ignored = [] if scene.ignored is None else [scene.ignored & ~anyone]
         places = zip(slots, regions(info.mask_canvas, info.mask_size), strict=True)
         for slot, region in places:
             mine = scene.masks[slot]
-            layers = [mine, anyone & ~mine, ignored][: 2 if scene.ignored is None else 3]
-            cells = crop_rois(torch.from_numpy(np.stack(layers)), region[None], info.mask_canvas)[0]
-            fractions.append(functional.pad(cells, (0, 0, 0, 0, 0, 3 - len(layers))))
+            layers = torch.from_numpy(np.stack([mine, anyone & ~mine, *ignored]))
+            cells = crop_rois(layers, region[None], info.mask_canvas)[0]
+            fractions.append(functional.pad(cells, (0, 0, 0, 0, 0, 1 - len(ignored))))
         coverage = _bytes(255 * torch.stack(fractions))
         window = centre_window(torch.from_numpy(coverage[..., 0]), info.mask_size)
         covered = (window > 0).flatten(1).any(1).numpy()
-        ids = self.instances.annotation_ids[rows][~covered]
-        left_out = [(sources.NO_MASK, f"annotation {number} has no mask inside its box") for number in ids]
+        for number in self.instances.annotation_ids[rows][~covered]:
+            tally.skip(sources.NO_MASK, f"annotation {number} has no mask inside its box")
         kept, coverage = (np.flatnonzero(covered) + rows.start).tolist(), coverage[covered]
         total = coverage.sum(0, dtype=np.int64)
-        crops = crops[covered]
-        return _Decoded(kept, crops.tobytes(), coverage.tobytes(), total, left_out, scene.notes)
+        return _Decoded(tally, kept, crops[covered].tobytes(), coverage.tobytes(), total)
 
 
 def _bytes(planes: torch.Tensor) -> NDArray[np.uint8]:

@@ -356,8 +356,7 @@ class SyntheticPeople(IndexedSource):
 
     def __init__(self, n_images: int, split: str = "train", seed: int = 1729) -> None:
         if n_images < 1 or seed < 0:
-            made = f"synthetic people of {n_images} images with seed {seed}"
-            raise DataError(f"{made}: give at least 1 image and a seed of 0 or more")
+            raise DataError(f"give at least 1 image and a seed of 0 or more, not {n_images} and {seed}")
         super().__init__(split)
         self.n_images, self.seed = n_images, seed
 

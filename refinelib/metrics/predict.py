@@ -21,8 +21,9 @@ from refinelib import checkpoints, ranks
 from refinelib.build import autocast, build_device, build_model
 from refinelib.config import Settings
 from refinelib.data import DataError, Store, decode_image
+from refinelib.data.arrays import as_array
 from refinelib.data.augment import MEAN, normalise
-from refinelib.data.sources import as_rgb
+from refinelib.data.sources import as_rgb, wrong_box
 from refinelib.data.store_build import usable_cores
 from refinelib.files import PathLike, replacing, shown
 from refinelib.guard.measure import ran_out
@@ -30,9 +31,6 @@ from refinelib.metrics.segmentation import SegmentationMetrics, metrics_device
 from refinelib.modeling import TARGET
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, labels_from_coverage, paste_patches
 from refinelib.runs import Run, RunError
-
-#: Boxes whose probabilities are in memory at a time while masks are pasted.
-BOXES_AT_ONCE = 256
 
 #: Crops that a model gets at a time.
 CROPS_AT_ONCE = 32
@@ -236,8 +234,7 @@ class Predictor:
         size = pixels.shape[:2]
         boxes = as_boxes(boxes, size)
         masks, scores = np.zeros((len(boxes), *size), dtype=bool), np.zeros(len(boxes))
-        rows = torch.arange(len(boxes)).split(BOXES_AT_ONCE)  # for probabilities to stay in bounded memory
-        for some in rows:
+        for some in torch.arange(len(boxes)).split(CROPS_AT_ONCE):
             probs = self.probs(pixels, boxes[some])
             with threads(1):
                 pasted = zip(some.tolist(), paste_labels(probs, boxes[some], size), strict=True)
@@ -428,9 +425,7 @@ class Pasted(NamedTuple):
         return slice(self.top, self.top + rows), slice(self.left, self.left + columns)
 
 
-def paste_labels(
-    probs: Tensor, boxes: Tensor, image_size: Size, ignored: Tensor | None = None
-) -> Iterator[Pasted]:
+def paste_labels(probs: Tensor, boxes: Tensor, size: Size, ignored: Tensor | None = None) -> Iterator[Pasted]:
     """Labels of each box at the image's own pixels, one box at a time.
 
     The probabilities are interpolated and then compared: the outline runs between grid cells where
@@ -439,7 +434,7 @@ def paste_labels(
     Args:
         probs: float ``[N, 3, h, w]`` in the grids of the boxes.
         boxes: ``[N, 4]`` xyxy in pixels.
-        image_size: ``(H, W)``.
+        size: ``(H, W)``.
         ignored: bool ``[H, W]``, pixels that do not count in the score; none: all do.
 
     Raises:
@@ -450,7 +445,7 @@ def paste_labels(
         >>> next(paste_labels(probs, torch.tensor([[0, 0, 2, 1]]), (4, 4)))
         Pasted(top=0, left=0, labels=tensor([[1, 1]]), score=tensor(0.7000))
     """
-    for top, left, patch in paste_patches(probs, boxes, image_size):
+    for top, left, patch in paste_patches(probs, boxes, size):
         labels = patch.max(dim=0).indices  # ten times as fast as argmax on a CPU, of ties the first too
         mask = labels == TARGET
         if ignored is not None:
@@ -461,13 +456,10 @@ def paste_labels(
 def _rgb(image: Any) -> Any:
     if isinstance(image, (str, os.PathLike)):
         return decode_image(Path(image))
-    if isinstance(image, Image.Image):
-        image = as_rgb(image)
-    array = image.detach().cpu() if isinstance(image, Tensor) else np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or str(array.dtype).removeprefix("torch.") != "uint8":
-        found = f"{array.dtype} {list(array.shape)}"
-        raise ValueError(f"the image must be uint8 [H, W, 3] in RGB, and is {found}")
-    return np.array(array.numpy() if isinstance(array, Tensor) else array)
+    array = as_array(as_rgb(image) if isinstance(image, Image.Image) else image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"the image must be uint8 [H, W, 3], and is {array.dtype} {list(array.shape)}")
+    return np.array(array)
 
 
 def as_boxes(boxes: Any, size: Size | None = None) -> Tensor:
@@ -494,39 +486,17 @@ def as_boxes(boxes: Any, size: Size | None = None) -> Tensor:
 the image's width, 60, and y by its height, 40
     """
     try:
-        rows = _plain(ast.literal_eval(boxes) if isinstance(boxes, str) else boxes)
-        if not isinstance(rows, list):
-            raise TypeError
-        rows = [rows] if len(rows) == 4 and not isinstance(rows[0], list) else rows
-        rows = [[float(side) for side in row] for row in rows]
+        value = ast.literal_eval(boxes) if isinstance(boxes, str) else boxes
+        rows = np.atleast_2d(as_array(value).astype(np.float64))
+        if rows.shape[1:] != (4,) and rows.shape != (1, 0):
+            raise ValueError
     except Exception:  # whatever a user's value raises
         raise DataError(f"boxes = {' '.join(shown(boxes).split())}: {BOX_RULE}") from None
-    for number, row in enumerate(rows):
-        if len(row) != 4:
-            raise DataError(f"box {number} is {shown(row)}, {len(row)} numbers: {BOX_RULE}")
-    found = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
-    lowest, highest = found.split(2, dim=1)
-    _refuse(found, ~(found.isfinite().all(1) & (highest > lowest).all(1)), "not finite or without area")
-    if size is not None:
-        height, width = size
-        if len(found) and found.abs().max() <= 1 and max(size) > 2:
-            rule = f"multiply x by the image's width, {width}, and y by its height, {height}"
-            raise DataError(f"the boxes look normalised, no coordinate is above 1: {rule}")
-        outside = (highest <= 0) | (lowest >= torch.tensor([width, height]))
-        _refuse(found, outside.any(1), f"outside the image of {width} x {height} pixels")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and arrays, whole or in lists, as lists of numbers."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return np.asarray(value).tolist() if hasattr(value, "__array__") else value
-
-
-def _refuse(boxes: Tensor, wrong: Tensor, what: str) -> None:
-    if wrong.any():
-        number = int(wrong.nonzero()[0])
-        raise DataError(f"box {number} is {boxes[number].tolist()}, {what}: {BOX_RULE}")
+    rows = rows.reshape(-1, 4)
+    if size is not None and len(rows) and np.abs(rows).max() <= 1 and max(size) > 2:
+        rule = f"multiply x by the image's width, {size[1]}, and y by its height, {size[0]}"
+        raise DataError(f"the boxes look normalised, no coordinate is above 1: {rule}")
+    for number, row in enumerate(rows.tolist()):
+        if wrong := wrong_box(row, size):
+            raise DataError(f"box {number} is {row}, a {wrong}: {BOX_RULE}")
+    return torch.from_numpy(rows)

@@ -2,7 +2,7 @@
 
 ``nan`` stands for "does not apply here" (the IoU of a class that neither side has, the target IoU of a
 ROI without target) and is left out of every mean. Everything stays on the labels' device;
-:func:`summarise` (and so :meth:`SegmentationMetrics.compute`) is the one place that waits for it.
+:meth:`SegmentationMetrics.compute` is the one place that waits for it.
 
 A metric is added by one line: ``METRICS.add(name, Metric(function, "title"))``. Epoch records, reports and
 tables of people have it from then on.
@@ -11,7 +11,7 @@ tables of people have it from then on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,12 +25,12 @@ from refinelib.metrics import boundary
 from refinelib.modeling import IGNORED, NON_TARGET, TARGET
 from refinelib.registry import METRICS
 
-CLASSES = 3
-
 #: COCO's size groups: a person's area in image pixels, from (included) and to (not included).
 SIZE_GROUPS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
 #: Terciles of the data by area, which hold as many people each whatever the data set.
 TERCILES = ("smaller", "middle", "larger")
+#: Sets of images that a bootstrap interval is taken from.
+DRAWS = 2000
 #: Columns of a table of ROIs that are no metric.
 KEYS = ("confusion", "area", "image_id")
 
@@ -51,7 +51,7 @@ class Comparison:
     true: Tensor
     confusion: Tensor
     width: int
-    size: tuple[int, int] | None = None
+    size: Sequence[int] | None = None
 
     @cached_property
     def iou(self) -> Tensor:
@@ -123,33 +123,33 @@ _add("hd95", "HD95", lambda x: boundary.hd95(x.surfaces), **_LENGTH)
 _add("surface_distance", "surface distance", lambda x: boundary.surface_distance(x.surfaces), **_LENGTH)
 
 
-def confusion_per_roi(pred_labels: Tensor, labels: Tensor, classes: int = CLASSES) -> Tensor:
+def confusion_per_roi(pred_labels: Tensor, labels: Tensor) -> Tensor:
     """Pixel counts of each ROI.
 
     Args:
         pred_labels: integers ``[B, H, W]``.
-        labels: the same of the truth. A pixel where either is outside ``0 .. classes - 1`` counts nowhere.
-        classes: number of classes C.
+        labels: the same of the truth. A pixel where either is none of the three classes counts nowhere.
 
     Returns:
-        int64 ``[B, C, C]``: row = truth, column = prediction.
+        int64 ``[B, 3, 3]``: row = truth, column = prediction.
 
     Raises:
         ValueError: probabilities or logits in place of labels; shapes that differ.
 
     Example:
-        >>> confusion_per_roi(torch.tensor([[[0, 1]]]), torch.tensor([[[1, 1]]]), classes=2)
-        tensor([[[0, 0],
-                 [1, 1]]])
+        >>> confusion_per_roi(torch.tensor([[[0, 1]]]), torch.tensor([[[1, 1]]]))
+        tensor([[[0, 0, 0],
+                 [1, 1, 0],
+                 [0, 0, 0]]])
     """
     if pred_labels.shape != labels.shape or labels.ndim != 3:
-        shapes = f"predicted labels {list(pred_labels.shape)} and labels {list(labels.shape)}"
-        raise ValueError(f"{shapes} must have the same shape [B, H, W]; cut both to the box window first")
+        shapes = f"{list(pred_labels.shape)} and {list(labels.shape)}"
+        raise ValueError(f"labels of {shapes} must have the same shape [B, H, W]: cut both to the box window")
     if pred_labels.is_floating_point() or labels.is_floating_point():
-        kinds = f"{pred_labels.dtype} (predicted) and {labels.dtype} (true)"
+        kinds = f"{pred_labels.dtype} and {labels.dtype}"
         raise ValueError(f"labels must be integers, not {kinds}; take probs.argmax(1) first")
     # Comparing and summing: bincount reads its maximum back, a matrix product rounds under autocast.
-    predicted, true = ([x == value for value in range(classes)] for x in (pred_labels, labels))
+    predicted, true = ([x == value for value in range(3)] for x in (pred_labels, labels))
     return torch.stack([torch.stack([(t & p).sum((1, 2)) for p in predicted], -1) for t in true], -2)
 
 
@@ -186,8 +186,6 @@ class SegmentationMetrics:
 
     Args:
         full: also the costly metrics: boundary F, HD95 and surface distance need a distance transform.
-        width: the Boundary IoU band in pixels; none: :func:`~refinelib.metrics.boundary.band_width` of the
-            labels' own size.
 
     Example:
         >>> metrics, labels = SegmentationMetrics(), torch.ones(2, 8, 8, dtype=torch.int64)
@@ -196,23 +194,18 @@ class SegmentationMetrics:
         1.0
     """
 
-    def __init__(self, full: bool = True, width: int | None = None) -> None:
+    def __init__(self, full: bool = True) -> None:
         self.full = full
-        self.width = width
         self._batches: list[dict[str, Tensor]] = []
 
     @torch.no_grad()
     def update(
-        self,
-        pred_labels: Tensor,
-        labels: Tensor,
-        areas: Tensor | None = None,
-        image_ids: Tensor | None = None,
+        self, predicted: Tensor, labels: Tensor, areas: Tensor | None = None, image_ids: Tensor | None = None
     ) -> None:
         """Add a batch.
 
         Args:
-            pred_labels: integers ``[B, H, W]``, cut to the box window.
+            predicted: integers ``[B, H, W]``, cut to the box window.
             labels: the same of the truth; where it is ``IGNORED``, the prediction does not count.
             areas: ``[B]``, the persons' areas in image pixels, which sort the ROIs into size groups; a ROI
                 without one (nan) is in none of them.
@@ -221,10 +214,9 @@ class SegmentationMetrics:
         Raises:
             ValueError: shapes that do not fit; labels that are not integers.
         """
-        confusion = confusion_per_roi(pred_labels, labels)
-        width = boundary.band_width(labels.shape[-2:]) if self.width is None else self.width
-        found = (pred_labels == TARGET) & (labels != IGNORED)
-        masks = Comparison(found, labels == TARGET, confusion, width)
+        confusion = confusion_per_roi(predicted, labels)
+        found = (predicted == TARGET) & (labels != IGNORED)
+        masks = Comparison(found, labels == TARGET, confusion, boundary.band_width(labels.shape[-2:]))
         row = {"confusion": confusion, **masks.figures(full=self.full)}
         row["area"] = _column(areas, labels, math.nan, torch.float64)
         row["image_id"] = _column(image_ids, labels, -1, torch.int64)
@@ -245,45 +237,39 @@ class SegmentationMetrics:
         was given: leave those out before sorting. Empty before the first update.
         """
         if not self._batches:
-            nothing = SegmentationMetrics(self.full, self.width)
-            blank = torch.zeros((1, 8, 8), dtype=torch.int64)
+            nothing, blank = SegmentationMetrics(self.full), torch.zeros((1, 8, 8), dtype=torch.int64)
             nothing.update(blank, blank)
             return {name: column[:0] for name, column in nothing.per_roi().items()}
         return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
 
     def compute(self, *, intervals: bool = False) -> dict[str, Any]:
-        """All metrics as plain numbers, safe for strict JSON; see :func:`summarise`."""
-        return summarise(self.per_roi(), intervals=intervals)
+        """Means over all ROIs as plain numbers, safe for strict JSON; this reads the device.
 
+        Args:
+            intervals: add ``intervals``, a 95 % bootstrap interval ``[low, high]`` over images, to the result
+                and to each group.
 
-def summarise(table: dict[str, Tensor], *, intervals: bool = False) -> dict[str, Any]:
-    """Means over a table of ROIs as plain numbers, safe for strict JSON.
+        Returns:
+            ``miou`` and ``iou`` ([background, target, non-target]) of pixel counts pooled over all ROIs, a
+            class that neither side has left out; every other metric's mean, nan left out, None where nothing
+            is left; ``rois``, their number. Where areas were given, ``by_size`` has the same and ``area``
+            (from, to; pixels) for COCO's ``small``, ``medium`` and ``large``, ``by_tercile`` for the terciles
+            of the data.
 
-    Args:
-        table: columns as of :meth:`SegmentationMetrics.per_roi`; all but ``confusion``, ``area`` and
-            ``image_id`` are averaged.
-        intervals: add ``intervals``, a 95 % bootstrap interval ``[low, high]`` over images, to the result
-            and to each group.
-
-    Returns:
-        ``miou`` and ``iou`` ([background, target, non-target]) of pixel counts pooled over all ROIs, a class
-        that neither side has left out; every other metric's mean, nan left out, None where nothing is left;
-        ``rois``, their number. Where areas were given, ``by_size`` has the same and ``area`` (from, to;
-        pixels) for COCO's ``small``, ``medium`` and ``large``, ``by_tercile`` for the terciles of the data.
-
-    Raises:
-        ValueError: intervals without the image of each ROI.
-    """
-    result = _means(table, intervals)
-    areas = table["area"].cpu()
-    if not areas.isnan().all():
-        for title, groups in (("by_size", coco_groups(areas)), ("by_tercile", tercile_groups(areas))):
-            result[title] = {}
-            for name, (inside, bounds) in groups.items():
-                part = {column: values[inside.to(values.device)] for column, values in table.items()}
-                ends = [None if math.isinf(bound) else bound for bound in bounds]
-                result[title][name] = {**_means(part, intervals), "area": ends}
-    return result
+        Raises:
+            ValueError: intervals without the image of each ROI.
+        """
+        table = self.per_roi()
+        result = _means(table, intervals)
+        areas = table["area"].cpu()
+        if not areas.isnan().all():
+            for title, groups in (("by_size", coco_groups(areas)), ("by_tercile", tercile_groups(areas))):
+                result[title] = {}
+                for name, (inside, bounds) in groups.items():
+                    part = {column: values[inside.to(values.device)] for column, values in table.items()}
+                    ends = [None if math.isinf(bound) else bound for bound in bounds]
+                    result[title][name] = {**_means(part, intervals), "area": ends}
+        return result
 
 
 def coco_groups(areas: Tensor) -> dict[str, tuple[Tensor, tuple[float, float]]]:
@@ -350,14 +336,12 @@ def _mean(values: Tensor) -> float | None:
 class ImageBootstrap:
     """Whole images drawn with replacement, the same draws for every figure they bound.
 
-    People of one image are not independent, so images are drawn and not ROIs. Percentile intervals:
+    People of one image are not independent, so images are drawn and not ROIs. 95 % percentile intervals:
     Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. All draws are taken at once,
     as one matrix product on the device of the values.
 
     Args:
         images: ``[N]``, tensor, array or list: the image of each ROI.
-        draws: how many times a set of images is drawn.
-        level: share of the draws inside the interval.
         seed: of the draws.
 
     Raises:
@@ -368,16 +352,16 @@ class ImageBootstrap:
         (0.5, 0.5)
     """
 
-    def __init__(self, images: Any, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> None:
+    def __init__(self, images: Any, *, seed: int = 0) -> None:
         names = np.asarray(images.cpu() if isinstance(images, Tensor) else images)
         if not names.size:
             raise ValueError("images must have the image of at least one ROI, and is empty")
         known, place = np.unique(names, return_inverse=True)
         random, even = np.random.default_rng(seed), np.full(len(known), 1 / len(known))
-        self.level, self.images = level, len(known)
+        self.images = len(known)
         self._place = torch.from_numpy(place.reshape(-1))
         # [draws, images]: how often each was drawn
-        self._counts = torch.from_numpy(random.multinomial(len(known), even, size=draws)).double()
+        self._counts = torch.from_numpy(random.multinomial(len(known), even, size=DRAWS)).double()
 
     def mean(self, values: Any) -> tuple[float, float] | None:
         """Interval of the mean over ROIs.
@@ -395,8 +379,7 @@ class ImageBootstrap:
         """
         values = torch.as_tensor(values).double()
         if values.shape != self._place.shape:
-            each = f"one number for each of {len(self._place)} ROIs"
-            raise ValueError(f"values {list(values.shape)} must be {each}")
+            raise ValueError(f"give one number for each of {len(self._place)} ROIs, not {list(values.shape)}")
         kept = ~values.isnan()
         sums = self._drawn(torch.where(kept, values, 0.0))
         return self._bounds(sums / self._drawn(kept.double()))
@@ -419,6 +402,5 @@ class ImageBootstrap:
         return self._counts.to(sums.device) @ sums.index_add(0, self._place.to(values.device), values)
 
     def _bounds(self, found: Tensor) -> tuple[float, float] | None:
-        ends = found.new_tensor([(1 - self.level) / 2, (1 + self.level) / 2])
-        low, high = found.nanquantile(ends).tolist()
+        low, high = found.nanquantile(found.new_tensor([0.025, 0.975])).tolist()
         return None if math.isnan(low) else (low, high)

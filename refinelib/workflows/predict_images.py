@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from refinelib.data import DataError
+from refinelib.data.coco import ImageFolder, files_in
 from refinelib.data.formats import IMAGES
-from refinelib.data.image_folder import ImageFolder, files_in
 from refinelib.data.sources import SceneError, Tally, counted
 from refinelib.files import PathLike, shown
 from refinelib.metrics.evaluate import checked_folder

@@ -19,14 +19,11 @@ from PIL import Image
 
 from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
-from refinelib.data.annotations import read_annotations, read_people
-from refinelib.data.coco import xyxy
-from refinelib.data.image_folder import Parts, common_end, name_parts, plain_parts
-from refinelib.data.segmentation import decode_segmentation
-from refinelib.data.sources import NO_AREA, OUTSIDE, box_of, counted
+from refinelib.data.annotations import decode_segmentation, read_annotations, read_people
+from refinelib.data.coco import Parts, common_end, name_parts, plain_parts, xyxy
+from refinelib.data.sources import box_of, counted, wrong_box
 from refinelib.files import PathLike, dumps, shown, write_atomically
-from refinelib.metrics.evaluate import checked_folder
-from refinelib.metrics.image_space import coco_entry, encode
+from refinelib.metrics.evaluate import checked_folder, coco_entry, encode
 from refinelib.metrics.predict import as_boxes
 
 Pixels = NDArray[Any]
@@ -189,13 +186,11 @@ def _noted(notes: Iterable[tuple[str, str]]) -> str:
 
 def _box(annotation: dict[str, Any], height: int, width: int) -> list[float] | str:
     """An annotation's box, of its mask where it has none else, or why it cannot be used."""
-    x0, y0, x1, y1 = box = xyxy(annotation.get("bbox"))
+    box = xyxy(annotation.get("bbox"))
     if not annotation.get("bbox"):
         mask = decode_segmentation(annotation["segmentation"], height, width)
         return NO_BOX if mask is None or not mask.any() else [float(side) for side in box_of(mask)]
-    if not (np.isfinite(box).all() and x1 > x0 and y1 > y0):
-        return NO_AREA
-    return OUTSIDE if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height else [*box]
+    return wrong_box(box, (height, width)) or [*box]
 
 
 # -- which entry of an annotation file -----------------------------------------------------------------

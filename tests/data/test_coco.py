@@ -33,8 +33,8 @@ from refinelib.data import (
     open_store,
 )
 from refinelib.data import sources as scenes
-from refinelib.data.annotations import CROWD, NO_CATEGORY, NO_ENTRY, NO_FIELD, NO_IMAGE
-from refinelib.data.image_folder import ELSEWHERE, ImageFolder
+from refinelib.data.annotations import CROWD, NO_CATEGORY, NO_ENTRY, NO_IMAGE
+from refinelib.data.coco import ELSEWHERE, ImageFolder
 from refinelib.data.sources import (
     CROWDED,
     MISSING,
@@ -302,12 +302,12 @@ def test_missing_files_are_told(tmp_path, coco_files):
 @pytest.mark.parametrize(
     "text, told",
     [
-        ('{"images": [', "is not valid JSON .*: it must be one JSON object, not packed; it may be cut short"),
+        ('{"images": [', "is not valid JSON .*: it may be packed or cut short"),
         ("", "is not valid JSON"),
         ("\x00\xff", "is not valid JSON"),
         ('{"images": [' + "9" * 5000 + "]}", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
-        ("[]", "lacks the list images, annotations, categories: a COCO instances file has"),
+        ("[]", "lacks the list images, annotations, categories: COCO's have"),
         ('{"images": [], "categories": []}', "lacks the list annotations"),
         ('{"images": {}, "categories": [], "annotations": []}', "lacks the list images"),
     ],
@@ -323,7 +323,9 @@ def test_a_file_that_is_no_coco_json(coco_files, text, told):
 def test_no_person_category(coco_files):
     coco_files.person(coco_files.image(), BOX)
     coco_files.content["categories"] = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}, "person"]
-    with pytest.raises(DataError, match="has no category 'person'; its categories are cat, dog"):
+    with pytest.raises(
+        DataError, match="no category .person.; its categories are cat, dog: set category to one"
+    ):
         coco_files.source().instances()
     coco_files.content["categories"] = [{"id": 1, "name": "Person"}]
     assert len(coco_files.source().instances()) == 1
@@ -360,10 +362,10 @@ BAD_PEOPLE = {
     "damaged mask": (NO_MASK, {"segmentation": {"size": [80, 100], "counts": "zzzz"}}),
     "image not listed": (NO_IMAGE, {"image_id": 99}),
     "image is no number": (NO_IMAGE, {"image_id": [1]}),
-    "nowhere": (NO_FIELD, {"bbox": "gone", "segmentation": "gone"}),
+    "nowhere": (NO_MASK, {"bbox": "gone", "segmentation": "gone"}),
     "of no category": (NO_CATEGORY, {"category_id": 99}),
-    "no category": (NO_FIELD, {"category_id": "gone"}),
-    "no image": (NO_FIELD, {"image_id": "gone"}),
+    "no category": (NO_CATEGORY, {"category_id": "gone"}),
+    "no image": (NO_IMAGE, {"image_id": "gone"}),
 }
 
 
@@ -575,7 +577,7 @@ def test_what_is_no_regular_file_is_a_bad_image(coco_files, tmp_path, kind):
 def test_annotations_must_be_a_regular_file(coco_files, kind):
     source = coco_files.source()
     something_else(coco_files.annotations, kind)
-    with in_time(), pytest.raises(DataError, match="instances.json: it is no regular file"):
+    with in_time(), pytest.raises(DataError, match="instances.json, or it is no regular file"):
         CocoPeople(coco_files.annotations, coco_files.images)
     with in_time(), pytest.raises(DataError, match="instances.json is no regular file"):
         source.instances()  # it was one when the source was made
@@ -718,7 +720,7 @@ def test_masks_are_decoded_under_a_budget(coco_files, monkeypatch, people, side)
     for wrong in (-1, people):
         with pytest.raises(IndexError):
             masks[wrong]
-    with pytest.raises(ValueError, match="axis 0"):
+    with pytest.raises(AssertionError):
         masks.any(1)
     assert sum(mask.nbytes for mask in masks._kept.values()) <= 4 << 20
 
@@ -821,7 +823,7 @@ assert decode_segmentation([zigzag], 480, 640).any()
 def test_an_annotation_file_without_end(coco_files):
     source = coco_files.source()
     os.truncate(coco_files.annotations, 160 << 30)
-    with in_time(), in_memory(10), pytest.raises(DataError, match="has 172 GB, more than 2 GB"):
+    with in_time(), in_memory(10), pytest.raises(DataError, match="has 160 GB, more than 2 GB"):
         source.instances()
 
 

@@ -10,18 +10,10 @@ from PIL import Image
 
 from refinelib.config import resolve
 from refinelib.data import DataError, make_source, open_split, open_store
-from refinelib.data.coco import NOWHERE
-from refinelib.data.formats import (
-    DAMAGED,
-    NO_CLASS,
-    NO_PICTURE,
-    LabelmePeople,
-    MaskPeople,
-    YoloPeople,
-    split_of,
-)
+from refinelib.data.annotations import NO_CATEGORY
+from refinelib.data.coco import ELSEWHERE, NOWHERE
+from refinelib.data.formats import DAMAGED, NO_PICTURE, LabelmePeople, MaskPeople, YoloPeople, split_of
 from refinelib.data.formats import STRAY_MASK as NO_MASKED
-from refinelib.data.image_folder import ELSEWHERE
 from refinelib.data.sources import MISSING, NO_MASK, NOT_TURNED, OTHER_SIZE, TWICE, UNREADABLE
 from refinelib.data.store_build import file_stamps
 
@@ -173,9 +165,9 @@ def test_yolo_boxes_and_bad_lines_are_counted(yolo):
     yolo.add("a", ONE, text="\r\n".join(lines))
     source = YoloPeople(yolo.folder, "train")
     found = source.instances()
-    assert found.skipped == {NO_MASK: 7, NO_CLASS: 4} and found.boxes.tolist() == [[*ONE]]
+    assert found.skipped == {NO_MASK: 7, NO_CATEGORY: 4} and found.boxes.tolist() == [[*ONE]]
     assert "line 2 of a.txt, a box, is no mask; give polygons" in found.examples[NO_MASK]
-    assert "line 9 of a.txt must be numbers" in found.examples[NO_CLASS]
+    assert "'line 9 of a.txt, person 0.1 0.1" in found.examples[NO_CATEGORY]
     scene = source.scene(0)  # nobody knows where line 3's is
     assert scene.ignored.all() and {kind for kind, _ in scene.notes} == {NOWHERE}
     yolo.add("a", ONE, text="\n".join(lines[:2]))
@@ -193,7 +185,7 @@ def test_yolo_files_that_cannot_be_used_are_counted(yolo):
     yolo.label("e").write_bytes(b"0 " * (5 << 20))
     yolo.label("._f").write_bytes(b"\0\5\x16\7Mac OS X"), yolo.image("._f").write_bytes(b"\0\5\x16\7")
     found = check(YoloPeople(yolo.folder, "train"), [ONE], [ONE])
-    assert found.skipped == {UNREADABLE: 1, DAMAGED: 2, NO_PICTURE: 1, NO_CLASS: 1}
+    assert found.skipped == {UNREADABLE: 1, DAMAGED: 2, NO_PICTURE: 1, NO_CATEGORY: 1}
     assert "c.txt" in found.examples[NO_PICTURE] and "b.txt must be a text file" in found.examples[DAMAGED]
 
 
@@ -232,7 +224,7 @@ WRONG_YAML = {
     "there is no image folder .*: correct nowhere or path in .*data.yaml": "train: nowhere\nnames: [a]\n",
     "there is no label folder .*labels.other": "train: images/other\nnames: [person]\n",
     "no image folder .*list.txt": "train: list.txt\nnames: [person]\n",
-    "has no category 'person'; its categories are cat, dog": "train: images/train\nnames: [cat, dog]\n",
+    "no category .person.; its categories are cat, dog": "train: images/train\nnames: [cat, dog]\n",
     "not valid YAML.*": f"nc: {'9' * 5000}\nnames: [person]\n",
 }
 
@@ -325,9 +317,9 @@ def test_labelme_shapes_that_are_no_polygons(tmp_path):
     note(tmp_path / "a.json", shape(corners(TWO)), *others)
     source = labelme(tmp_path)
     found = source.instances()
-    assert found.skipped == {NO_MASK: 8, NO_CLASS: 2} and len(found) == 1
+    assert found.skipped == {NO_MASK: 8, NO_CATEGORY: 2} and len(found) == 1
     assert "shape 2 of a.json, a rectangle, is no mask" in found.examples[NO_MASK]
-    assert "shape 11 of" in found.examples[NO_CLASS]
+    assert "shape 11 of a.json, without label" in found.examples[NO_CATEGORY]
     scene = source.scene(0)
     assert np.array_equal(scene.masks[0], filled(TWO)) and scene.ignored[filled(ONE)].all()
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from refinelib.config import SettingsError, resolve
 from refinelib.data import PennFudanPeople, Store, SyntheticPeople, open_split, open_store
-from refinelib.data.image_folder import ELSEWHERE
+from refinelib.data.coco import ELSEWHERE
 from refinelib.data.sources import MISSING, UNREADABLE
 from refinelib.data.splits import SYNTHETIC, JoinedSources
 

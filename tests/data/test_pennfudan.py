@@ -262,8 +262,7 @@ def test_numbers_that_no_person_has(files, kind):
     Image.fromarray(owner).save(files.mask("a"), "TIFF")
     found = files.source().instances()
     assert found.skipped == {UNREADABLE: 1}
-    rule = "one value a pixel, the person's number, and has 3" if kind == "colours" else "from 1 to 65535"
-    assert rule in found.examples[UNREADABLE]
+    assert "one value a pixel, the person's number, from 1 to 65535" in found.examples[UNREADABLE]
 
 
 @settings(max_examples=30, deadline=None)

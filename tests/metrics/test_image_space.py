@@ -6,6 +6,7 @@ import json
 import math
 import os
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +16,19 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
+from refinelib.build import build_model
 from refinelib.config import resolve
 from refinelib.data import SyntheticPeople
 from refinelib.data import sources as scenes
-from refinelib.metrics import boundary, image_space
+from refinelib.metrics import boundary
 from refinelib.metrics import evaluate as evaluation
-from refinelib.metrics.evaluate import Evaluation, measure
-from refinelib.metrics.image_space import (
+from refinelib.metrics.evaluate import (
+    Evaluation,
     annotated_images,
     average_precision,
     compare,
     encode,
+    measure,
     resolution_bound,
     score_in_images,
 )
@@ -109,9 +112,7 @@ def test_no_mask_and_a_box_outside_the_image():
     assert got["confusion"].sum() == 0 and got["nontarget_iou"].isnan()
 
 
-@pytest.mark.parametrize("pairs", [2**23, 50])
-def test_distances_of_points_are_those_of_the_transform(monkeypatch, pairs: int):
-    monkeypatch.setattr(boundary, "_PAIRS", pairs)  # in one piece and in many
+def test_distances_of_points_are_those_of_the_transform():
     for seed in range(4):
         pred, true = blobs(seed) == 1, blobs(seed + 50) == 1
         masks = torch.from_numpy(np.stack([pred, true]))
@@ -179,7 +180,7 @@ def test_small_people_count_for_average_precision_only(people):
     assert images[0].annotation_ids == [100, 101, 102] and images[1].image_id == 2
     truth = []
     found = score_in_images({"shifted": seeing(3)}, source, device=CPU, truth=truth)["shifted"]
-    assert len(found.table()["target_iou"]) == 6 and len(found.coco) == len(truth) == 9
+    assert len(found.per_roi()["target_iou"]) == 6 and len(found.coco) == len(truth) == 9
     only = score_in_images({"shifted": seeing(3)}, source, device=CPU, only=np.array([100, 103]))["shifted"]
     assert only.annotation_ids == [100, 103]
 
@@ -210,7 +211,7 @@ def test_the_truth_itself_is_perfect(people):
         assert report["target_iou"] > 0.95 and report["miou"] > 0.95
         low, high = report["intervals"]["target_iou"]
         assert low <= report["target_iou"] <= high
-    small = sum(area < 1024 for area in found["grid"].table()["area"].tolist())
+    small = sum(area < 1024 for area in found["grid"].per_roi()["area"].tolist())
     assert [group["rois"] for group in report["by_size"].values()] == [small, 6 - small, 0] and 0 < small < 6
     assert [group["rois"] for group in report["by_tercile"].values()] == [2, 2, 2]
 
@@ -227,7 +228,7 @@ def figures_of(source, **how):
         **how,
     )
     tables = {
-        name: {key: value.tolist() for key, value in one.table().items()} for name, one in found.items()
+        name: {key: value.tolist() for key, value in one.per_roi().items()} for name, one in found.items()
     }
     curve = jitter_curve(
         lambda pixels, boxes: torch.ones(len(boxes), 3, 8, 8) / 3, source, device=CPU, sigmas=(0, 0.1)
@@ -241,7 +242,7 @@ def figures_of(source, **how):
 def test_figures_are_the_same_whatever_fits_into_memory(people, monkeypatch, budget, together):
     want = figures_of(people.source())
     monkeypatch.setattr(scenes, "MASK_BYTES", budget)
-    monkeypatch.setattr(image_space, "MOST_TOGETHER", together)
+    monkeypatch.setattr(evaluation, "MOST_TOGETHER", together)
     assert figures_of(people.source()) == want
     parts = list(annotated_images(people.source()))
     assert [len(part.slots) for part in parts][: 3 // together + 1] == (
@@ -258,7 +259,7 @@ def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
         coco_files.person(image, (10 + 15 * number, 20, 40 + 15 * number, 90))
     source = coco_files.source()
     source.instances()
-    made, real = [], image_space._labels
+    made, real = [], evaluation._labels
 
     def labels(*of):  # what PyTorch allocates is not traced
         assert sum(one() is not None for one in made) <= 1
@@ -267,7 +268,7 @@ def test_the_masks_of_a_crowd_are_never_all_in_memory(coco_files, monkeypatch):
         assert found.dtype == torch.uint8
         return found
 
-    monkeypatch.setattr(image_space, "_labels", labels)
+    monkeypatch.setattr(evaluation, "_labels", labels)
     with in_memory(30):  # all masks: 86 MB
         found = score_in_images({"grid": resolution_bound((24, 24))}, source, device=CPU)["grid"]
     assert len(found.coco) == 60 and len(made) == 10 and found.compute()["target_iou"] > 0.9
@@ -295,6 +296,14 @@ def test_evaluation_takes_images_outside_their_folder_as_training_does(
     with pytest.raises(KeyError, match="far enough"):
         measure(predictor, images=people.images, annotations=people.annotations, allow_images_outside=given)
     assert seen[0].folder.allow_outside is allowed
+
+
+def test_images_that_are_gone_once_the_store_is_built_are_told(monkeypatch):
+    own = resolve("demo", roi_size=16, mask_size=16, context=0.0, width=0.0625, device="cpu")
+    predictor = Predictor(build_model(own), own, path=Path("none.pt"), mean_coverage=torch.zeros(16, 16, 2))
+    monkeypatch.setattr(evaluation, "annotated_images", lambda *_, **__: iter(()))
+    with pytest.raises(ValueError, match="none of the images could be scored"):
+        measure(predictor, source=SyntheticPeople(2, "val"))
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from refinelib.config import SettingsError, resolve
 from refinelib.data import SyntheticPeople
 from refinelib.data.augment import normalise
 from refinelib.data.sources import box_of
-from refinelib.metrics.evaluate import Evaluation, evaluate, measure
-from refinelib.metrics.image_space import encode
+from refinelib.metrics.evaluate import Evaluation, encode, evaluate, measure
 from refinelib.metrics.predict import predict_probs
 from refinelib.metrics.segmentation import iou_from_confusion
 from refinelib.runs import Run

@@ -64,8 +64,8 @@ def test_boxes_from_a_coco_file(coco_files):
         (5, "give rows of x0, y0, x1, y1"),
         ([[10, 5, 2, 9]], "box 0 is"),
         ([[1, 2, 3, float("nan")]], "box 0 is"),
-        ([[0, 0, 5, 5], [70, 0, 90, 9]], "box 1 is .*, outside the image of 60 x 40 pixels"),
-        ([[0, 0, 5, 5], [1, 2, 3]], r"box 1 is \[1.0, 2.0, 3.0\], 3 numbers"),
+        ([[0, 0, 5, 5], [70, 0, 90, 9]], "box 1 is .*, a box outside the image: give rows"),
+        ([[0, 0, 5, 5], [1, 2, 3]], r"boxes = .*, \[1, 2, 3\]\]: give rows"),
         ([[0.1, 0.2, 0.5, 1.0], [0, 0, 0.3, 0.3]], "look normalised.*width, 60, and y by its height, 40"),
     ],
 )
@@ -326,7 +326,8 @@ def test_annotations_that_training_counts_and_leaves_out_are_left_out_here_too(p
     file.write_text(json.dumps(content))
     found = read_inputs(photo, None, file)
     assert found.boxes == [[1.0, 2.0, 21.0, 32.0]] and found.image_id == 3
-    counts = "annotation that lacks a field (1), annotation without box or mask (1), box of no area (1)"
+    counts = "annotation of a category that is not listed (1), annotation without box or mask (1)"
+    counts += ", box of no area (1)"
     assert found.left_out == counts
     content["images"][0]["id"] = None
     file.write_text(json.dumps(content))
