@@ -17,7 +17,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,7 @@ class FileError(FetchError):
 
 
 # -- one file ------------------------------------------------------------------------------------------
-def download(
-    url: str, file: Path, *, check: Callable[[Path], str] = lambda part: "", progress: bool = False
-) -> None:
+def download(url: str, file: Path, *, check: Callable[[Path], str], progress: bool = False) -> None:
     """Fetch a file, unless it is there; go on from what an interrupted call left.
 
     Args:
@@ -75,8 +73,10 @@ def download(
             _go_on(url, part, progress)
             break
         except (OSError, http.client.HTTPException) as error:
-            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
-            if refused:
+            code = getattr(error, "code", 500)  # of the server's answer
+            if code == 416:  # nothing comes after what is there: the check says whether it is whole
+                break
+            if code < 500 and code != 429:
                 raise FileError(f"{url}: the server refuses it ({reason(error)})") from None
             attempts = 0 if _size(part) > before else attempts + 1
             if attempts >= ATTEMPTS:
@@ -99,50 +99,30 @@ def _go_on(url: str, part: Path, progress: bool) -> None:
     """
     have = _size(part)
     headers = {"User-Agent": "refinelib"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing comes after what is there
-            raise
-        if error.headers.get("Content-Range", "").rpartition("/")[2] != str(have):
-            part.unlink(missing_ok=True)  # it is longer than the file, of another one
-            raise ConnectionError("another file was there before") from None
-        return
-    with answer:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
         begins = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range") or "")
         start = int(begins[1]) if answer.status == 206 and begins else 0
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdecimal() else None
         if start not in (0, have):
             raise ConnectionError("the server sends another part than the one asked for")
+        length = getattr(answer, "length", None)  # what is left to read, where the server says it
+        how = {"total": length and start + length, "initial": start, "desc": part.name[1:-5]}
         with (
             open(part, "ab" if start else "wb") as out,
-            tqdm(
-                total=total,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                desc=part.name[1:-5],
-                disable=not progress,
-            ) as bar,
+            tqdm.wrapattr(out, "write", **how, disable=not progress) as counted,
         ):
-            while piece := answer.read(PIECE):
-                out.write(piece)
-                bar.update(len(piece))
-    if total is not None and _size(part) < total:
-        raise ConnectionError(f"the connection broke off at {_size(part)} of {total} bytes")
+            shutil.copyfileobj(answer, counted, PIECE)
+        if missing := getattr(answer, "length", None):
+            total = _size(part) + missing
+            raise ConnectionError(f"the connection broke off at {_size(part)} of {total} bytes")
 
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _wrong_md5(expected: str) -> Callable[[Path], str]:
-    def check(part: Path) -> str:
-        found = file_digest(part, "md5")
-        return "" if found == expected else f"its MD5 is {found} and should be {expected}"
-
-    return check
+def _wrong_md5(part: Path) -> str:
+    found = file_digest(part, "md5")
+    return "" if found == COCO_MD5 else f"its MD5 is {found} and should be {COCO_MD5}"
 
 
 def _wrong_zip(part: Path) -> str:
@@ -172,30 +152,26 @@ def pennfudan(folder: Path, *, mirror: str = PENNFUDAN, progress: bool = False) 
     """
     place, archive = folder / "PennFudanPed", folder / PENNFUDAN_ZIP
     lines = list[str]()
-    if _pairs(place) < PENNFUDAN_IMAGES:
+    if archive.is_file() or _pairs(place.glob("*/*")) < PENNFUDAN_IMAGES:  # the zip goes once it is unpacked
         download(f"{mirror}/{PENNFUDAN_ZIP}", archive, check=_wrong_zip, progress=progress)
-        lines += [
-            f"SHA-256 of {PENNFUDAN_ZIP}: {file_digest(archive)} (none is published; its CRCs are right)"
-        ]
-        unpacked = folder / ".PennFudanPed.unpacking"
-        shutil.rmtree(unpacked, ignore_errors=True)  # an interrupted call's
+        digest = file_digest(archive)
+        lines += [f"SHA-256 of {PENNFUDAN_ZIP}: {digest} (none is published; its CRCs are right)"]
         with zipfile.ZipFile(archive) as content:
-            content.extractall(unpacked)
-        if (found := _pairs(unpacked / place.name)) != PENNFUDAN_IMAGES:
-            shutil.rmtree(unpacked)
-            what = f"{archive} holds {found} images with masks, not {PENNFUDAN_IMAGES}"
-            raise FetchError(f"{what}: it is not Penn-Fudan's: delete it, and give another mirror")
-        shutil.copytree(unpacked / place.name, place, dirs_exist_ok=True)
-        shutil.rmtree(unpacked)
+            names = [name for name in content.namelist() if name.startswith(f"{place.name}/")]
+            if (found := _pairs(map(Path, names))) != PENNFUDAN_IMAGES:
+                what = f"{archive} holds {found} images with masks, not {PENNFUDAN_IMAGES}"
+                raise FetchError(f"{what}: it is not Penn-Fudan's: delete it, and give another mirror")
+            content.extractall(folder, names)
         archive.unlink()
-    lines += [f"{_pairs(place)} images with masks are in {place}"]
+    lines += [f"{PENNFUDAN_IMAGES} images with masks are in {place}"]
     return "\n".join([*lines, f"train on them with -p data pennfudan -p data_dir {place}"])
 
 
-def _pairs(place: Path) -> int:
+def _pairs(files: Iterable[Path]) -> int:
     """Images of Penn-Fudan's layout that have a mask."""
-    masks = {file.name.removesuffix("_mask.png") for file in place.glob("PedMasks/*_mask.png")}
-    return len(masks & {file.stem for file in place.glob("PNGImages/*.png")})
+    known = {(file.parent.name, file.name) for file in files}
+    images = [name.removesuffix(".png") for folder, name in known if folder == "PNGImages"]
+    return sum(("PedMasks", f"{name}_mask.png") in known for name in images)
 
 
 def coco_person(
@@ -225,8 +201,7 @@ def coco_person(
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images = {max_images}: give at least 1, or leave it out for all")
     archive, places = folder / Path(COCO_ZIP).name, folder / "images" / f"{split}2017"
-    check = _wrong_md5(COCO_MD5)
-    download(f"{mirror}/{COCO_ZIP}", archive, check=check, progress=progress)
+    download(f"{mirror}/{COCO_ZIP}", archive, check=_wrong_md5, progress=progress)
     content = _annotations(archive, f"annotations/instances_{split}2017.json")
     if len(content["images"]) != COCO_IMAGES[split]:
         what = f"{archive} lists {len(content['images'])} images of {split}2017, not {COCO_IMAGES[split]}"
@@ -293,24 +268,18 @@ def _fetch_images(
 
     def fetch(file: Path) -> None:
         entry = images[file]
-        size = entry["width"], entry["height"]
-        download(mirror + urlsplit(entry["coco_url"]).path, file, check=lambda part: _wrong_image(part, size))
+        size, url = (entry["width"], entry["height"]), mirror + urlsplit(entry["coco_url"]).path
+        try:
+            download(url, file, check=lambda part: _wrong_image(part, size))
+        except FileError as error:
+            lost.append(error)
 
-    pool = ThreadPoolExecutor(AT_ONCE)
+    pool, there = ThreadPoolExecutor(AT_ONCE), len(images) - len(files)
     try:
         futures = [pool.submit(fetch, file) for file in files]
-        bar = tqdm(
-            as_completed(futures),
-            "images",
-            len(images),
-            initial=len(images) - len(files),
-            disable=not progress,
-        )
-        for future in bar:
-            try:
-                future.result()
-            except FileError as error:
-                lost.append(error)
+        ended = as_completed(futures)
+        for future in tqdm(ended, "images", len(images), initial=there, disable=not progress):
+            future.result()
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, or where the server is gone
     return lost
