@@ -126,17 +126,14 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(
-    run: str, device: str, output_dir: str, flip: bool | None, save: str | None, **data: Any
-) -> int:
+def _evaluate(save: str | None, **options: Any) -> int:
     from refinelib.metrics.evaluate import checked_folder, measure
-    from refinelib.metrics.predict import load
 
     if save:
         checked_folder(save)  # before the work, not after it
-    predictor = load(run, device=device, output_dir=output_dir, flip=flip)
+    predictor = _loaded(options)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
-        found = measure(predictor, **data, progress=sys.stderr.isatty())
+        found = measure(predictor, **options, progress=sys.stderr.isatty())
     print(dumps(found.report, indent=2), flush=True)  # first: it is worth more than the files
     for file in found.save(save) if save else ():
         print(f"wrote {file}", file=sys.stderr)
@@ -144,15 +141,20 @@ def _evaluate(
 
 
 def _predict(path: str, out: str, overwrite: bool, **options: Any) -> int:
-    from refinelib.metrics.predict import load
-    from refinelib.workflows import predict_io
+    from refinelib.workflows.predict_io import check, predict_images
 
-    model = {name: options.pop(name) for name in ("run", "device", "flip", "output_dir")}
     image, folder = Path(path).expanduser(), Path(out).expanduser()
-    predict_io.check(image, folder, options["boxes"], options["annotations"], overwrite)
-    predictor = load(model.pop("run"), **model)
-    print(predict_io.predict_images(predictor, image, folder, **options, progress=sys.stderr.isatty()))
+    check(image, folder, options["boxes"], options["annotations"], overwrite)
+    predictor = _loaded(options)
+    print(predict_images(predictor, image, folder, **options, progress=sys.stderr.isatty()))
     return 0
+
+
+def _loaded(options: dict[str, Any]) -> Any:
+    """The predictor that a command's options name; what is left of them is for the command."""
+    from refinelib.metrics.predict import load
+
+    return load(options.pop("run"), **{name: options.pop(name) for name in ("device", "flip", "output_dir")})
 
 
 def _doctor(given: list[list[str]]) -> int:
@@ -219,7 +221,7 @@ def _check_data(annotations: str | None, images: str | None, given: list[list[st
     from refinelib.config import resolve
     from refinelib.data import make_source
     from refinelib.metrics.evaluate import checked_folder
-    from refinelib.workflows.check_data import check_data
+    from refinelib.workflows.checks import check_data
 
     overrides, splits = dict(given), ["train", "val"]
     if annotations or images:

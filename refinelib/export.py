@@ -30,7 +30,7 @@ Every file has the same metadata, a JSON text under the name :data:`METADATA`: s
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import logging
 import warnings
@@ -178,10 +178,10 @@ def opened(file: PathLike) -> tuple[CropModel, dict[str, Any]]:
     Raises:
         ExportError: there is no such file, it is something else, or a package is missing that it needs.
     """
-    names = [name for name, kind in FORMATS.items() if kind.suffix == Path(file).suffix]
-    if not names:
-        raise ExportError(f"{file} has none of the endings {', '.join(k.suffix for k in FORMATS.values())}")
-    kind = _kind(names[0])
+    suffixes = {kind.suffix: name for name, kind in FORMATS.items()}
+    if Path(file).suffix not in suffixes:
+        raise ExportError(f"{file} has none of the endings {', '.join(suffixes)}")
+    kind = _kind(suffixes[Path(file).suffix])
     try:
         with _quiet():
             found, text = kind.read(str(file))
@@ -229,12 +229,7 @@ def _kind(name: str) -> _Format:
     """A format by name, of which all packages can be imported."""
     if name not in FORMATS:
         raise ExportError(f"there is no format {shown(name)}; there are {', '.join(FORMATS)}")
-    missing = []
-    for package in FORMATS[name].packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            missing.append(package)
+    missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ExportError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     return FORMATS[name]

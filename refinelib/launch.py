@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 import torch
@@ -32,21 +32,14 @@ LOOK = 0.5
 class Follower(Run):
     """A run as the ranks see it that do not write it (:mod:`refinelib.ranks`): records go nowhere."""
 
-    def record_settings(self, settings: Settings, device: str, **further: Any) -> None:
-        """Write nothing."""
-
-    def update(self, **changes: Any) -> None:
-        """Write nothing."""
-
-    def metrics(self, record: dict[str, Any]) -> None:
-        """Write nothing."""
-
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Keep what only this process knows, for rank 0 to write."""
         self.slowed += [message] * (kind == "speed")
 
-    def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
-        """Write nothing."""
+    def _write_nothing(self, *_: Any, **fields: Any) -> None:
+        """Rank 0 writes it."""
+
+    record_settings = update = metrics = rewind_records = _write_nothing
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -202,14 +195,18 @@ def refuse_processes(settings: Settings, processes: int) -> None:
         raise SettingsError(f"batch_size = {settings.batch_size}: {rule}")
 
 
-def overrides(settings: Settings) -> Iterator[str]:
-    """The options ``-p NAME VALUE`` that turn the recipe into these settings.
+def overrides(settings: Settings) -> list[str]:
+    """The options that turn the recipe into these settings.
 
     Example:
-        >>> [*overrides(resolve("demo", lr=1e-4, roi_size=32))]
+        >>> overrides(resolve("demo", lr=1e-4, roi_size=32))
         ['-p', 'roi_size', '[32, 32]', '-p', 'lr', '0.0001']
     """
     usual = resolve(settings.recipe)
-    for name, value in settings:
-        if value != getattr(usual, name):
-            yield from ("-p", name, value if isinstance(value, str) else json.dumps(value))
+    return options({name: value for name, value in settings if value != getattr(usual, name)})
+
+
+def options(given: Mapping[str, Any]) -> list[str]:
+    """Settings by name as options ``-p NAME VALUE`` of a command line."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    return [word for name, text in texts.items() for word in ("-p", name, text)]

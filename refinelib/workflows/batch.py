@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, get_args
 
 from refinelib.config import Settings, SettingsError, fields, resolve
 from refinelib.files import shipped
-from refinelib.launch import Interruption, echo, say
+from refinelib.launch import Interruption, echo, options, say
 from refinelib.runs import Run, newest
 
 #: The last columns of the table.
@@ -99,8 +99,7 @@ def plan(
             if label in labels:
                 raise SettingsError(f"two runs would have {label[1:]}: give each value once")
             labels.add(label)
-            names = (settings.run_name + label + suffix for suffix in _suffixes())
-            name = next(name for name in names if name not in jobs)
+            name = next(name for name in _numbered(settings.run_name + label) if name not in jobs)
             if name != settings.run_name:
                 given["run"] = name
                 settings = resolve(recipe, **given)
@@ -129,8 +128,8 @@ def _text(value: Any) -> str:
     return "-" + ("x".join(map(str, words)) if isinstance(words, tuple) else str(words).lower())
 
 
-def _suffixes() -> Iterator[str]:
-    return itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+def _numbered(name: str) -> Iterator[str]:
+    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
 # -- training ----------------------------------------------------------------------------------------
@@ -248,8 +247,7 @@ def _line(job: Job, command: Sequence[str] | None) -> list[str]:
         given["resume"] = False  # the batch was interrupted before this run had begun
     if command is None:
         return [sys.executable, "-m", "refinelib.workflows.batch", str(job.notebook), json.dumps(given)]
-    words = (word for name, value in given.items() if name != "recipe" for word in ("-p", name, value))
-    return [*command, "train", "-f", *map(str, (given["recipe"], *words))]
+    return [*command, "train", "-f", given.pop("recipe"), *options(given)]
 
 
 def execute(target: str, parameters: str) -> str | None:
@@ -268,17 +266,14 @@ def execute(target: str, parameters: str) -> str | None:
             from traitlets.config import Config
 
             source = str(shipped() / "notebooks" / "train.ipynb")
-            options = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
-            options["config"] = Config(
-                KernelManager={"shutdown_wait_time": 2 * PATIENCE}
-            )  # half, then a signal
-            papermill.execute_notebook(source, target, parameters=json.loads(parameters), **options)
+            waits = Config(KernelManager={"shutdown_wait_time": 2 * PATIENCE})  # half, then a signal
+            how: dict[str, Any] = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
+            papermill.execute_notebook(source, target, json.loads(parameters), config=waits, **how)
     except KeyboardInterrupt:
         return "interrupted"
     except Exception as raised:  # whatever stopped it is told in one line
-        if "DeadKernel" in type(raised).__name__:
+        if (name := getattr(raised, "ename", type(raised).__name__)) == "DeadKernelError":
             return "the kernel died, killed or out of memory"
-        name = getattr(raised, "ename", type(raised).__name__)
         return f"{name}: {getattr(raised, 'evalue', raised)}".split("\n")[0]
     return None
 
@@ -337,7 +332,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def save(outcomes: Sequence[Outcome]) -> Path:
     """Write the rows as a new file ``batch.csv``, ``batch-2.csv``, ... beside the run folders."""
     root = outcomes[0].job.root
-    rows, files = records(outcomes, root), (root / f"batch{suffix}.csv" for suffix in _suffixes())
+    rows, files = records(outcomes, root), (root / f"{name}.csv" for name in _numbered("batch"))
     file = next(file for file in files if not file.exists())
     with open(file, "x", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, rows[0])

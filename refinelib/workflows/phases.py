@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refinelib import checkpoints
-from refinelib.config import Settings, SettingsError, absolute, names_with_role, resolve
+from refinelib.config import Settings, SettingsError, absolute, names_with_role, plain_values, resolve
 from refinelib.data import open_splits
 from refinelib.files import dumps, exclusive, owner, read_json, was_killed, write_atomically
 from refinelib.metrics import predict
@@ -107,9 +107,7 @@ def plan(
     if not 0 <= float(margin) <= 1:
         raise SettingsError(f"margin = {margin!r}: give an IoU from 0 to 1, such as 0.02")
     name = str(name or (f"{names[0]}-alone" if phase is not None else "progressive"))
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise SettingsError(f"name = {name!r}: use letters, digits, dot, dash and underscore only")
-    root = resolve(names[0], **given, init_from="none").output_dir
+    root = resolve(names[0], **given, init_from="none", run=name).output_dir  # refuses what is no name
     given["store_dir"] = given.get("store_dir") or f"{root}/stores"  # shared by all sequences
     given |= {"init_from": "none", "output_dir": f"{root}/{name}"}
     settings = {one: resolve(one, **given, run=one) for one in names}
@@ -122,9 +120,7 @@ def plan(
 
 def from_notebook(namespace: Mapping[str, Any]) -> Plan:
     """The plan that a notebook's parameter cells give; see :func:`refinelib.config.from_notebook`."""
-    plain = (bool, int, float, str, list, tuple, dict)
-    names = [key for key in namespace if not key.startswith("_") and key not in ("In", "Out")]
-    return plan(**{key: namespace[key] for key in names if type(namespace[key]) in plain})
+    return plan(**plain_values(namespace))
 
 
 def _difference(made: Plan) -> str:
@@ -186,10 +182,8 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
                     checks = accept(trained, before, margin=made.margin)
                     entry.update(acceptance=[check._asdict() for check in checks], margin=made.margin)
                     entry["after"] = trained.status().get("best")
-                    found = {f"{check.name}: {check.sentence}": check.passed for check in checks}
-                    for sentence, passed in found.items():
-                        print(f"{name}: {'passed' if passed else 'FAILED'} {sentence}")
-                    if failed := [sentence for sentence, passed in found.items() if not passed]:
+                    print(*(f"{name}: {check}" for check in checks), sep="\n")
+                    if failed := [f"{check.name}: {check.sentence}" for check in checks if not check.passed]:
                         hint = "raise margin to accept it, or train the phase alone with other settings"
                         raise PhaseError(f"{'; '.join(failed)}. Its run is {trained.folder.name}; {hint}")
                     entry["state"] = "passed"
@@ -265,8 +259,9 @@ def finite(trained: Run) -> Check:
     for file in sorted((trained.folder / "checkpoints").glob("*.pt")):
         saved = checkpoints.load(file)
         weights = [*saved["model"].items(), *(saved["average"] or {}).items()]
-        damaged = [name for name, value in weights if not bool(value.isfinite().all())]
-        wrong += [f"{name} in {file.name} is not finite" for name in damaged]
+        wrong += [
+            f"{name} in {file.name} is not finite" for name, x in weights if not bool(x.isfinite().all())
+        ]
     return Check("finite", not wrong, [*wrong, f"every loss and weight is; {skipped}"][0])
 
 
@@ -329,10 +324,8 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
             if not {"phase", *NOT_BEGUN} <= entry.keys():
                 raise ValueError("an entry lacks a field")
         if was_killed(place, state):
-            state |= {
-                "state": "killed",
-                "last_error": f"{state['phase']} was killed: run it again to continue",
-            }
+            error = f"{state['phase']} was killed: run it again to continue"
+            state |= {"state": "killed", "last_error": error}
             for entry in state["phases"]:
                 entry["state"] = "killed" if entry["state"] == "running" else entry["state"]
         return {**state, "state": str(state["state"]), "init_from": state["init_from"], "folder": str(place)}
