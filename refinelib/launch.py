@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import torch
@@ -101,14 +101,9 @@ def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) ->
     command += ["-m", "refinelib", "train", "-f", settings.recipe, *overrides(settings)]
     threads = str(max(1, (os.cpu_count() or 1) // settings.gpus))
     environment = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **os.environ, FOLDER: str(run.folder)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     told = len(run.epochs())
-    with (
-        Interruption(),
-        subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process,
-    ):
-        reader = threading.Thread(target=echo, args=(process.stdout, "", [""]))
-        reader.start()
+    with Interruption():
+        process, reader, _ = start(command, environment)
         try:
             while process.poll() is None or reader.is_alive():
                 reader.join(LOOK)
@@ -135,17 +130,35 @@ def show_end(run: Run, on_epoch: Callable[[Run], None] | None) -> None:
             on_epoch(run)
 
 
+def start(
+    command: Sequence[str], environment: Mapping[str, str], prefix: str = ""
+) -> tuple[subprocess.Popen[str], threading.Thread, list[str]]:
+    """Start a process that a terminal's Ctrl-C does not reach, and print what it prints.
+
+    Returns:
+        The process; the thread that prints; a list that holds the last line so far.
+    """
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    last = [""]
+    printer = threading.Thread(target=_echo, args=(process.stdout, prefix, last), daemon=True)
+    printer.start()
+    return process, printer, last
+
+
+def _echo(pipe: IO[str], prefix: str, last: list[str]) -> None:
+    with pipe:
+        for line in pipe:
+            say(prefix + line.rstrip("\n"))
+            last[0] = line.strip() or last[0]
+
+
 def say(line: str) -> None:
     """Print a line in one piece: others print as well."""
     with contextlib.suppress(OSError):  # nobody reads any more: the runs go on
         print(f"{line}\n", end="", flush=True)
-
-
-def echo(pipe: IO[str], prefix: str, last: list[str]) -> None:
-    """Print what a process prints; ``last`` has its last line afterwards."""
-    for line in pipe:
-        say(prefix + line.rstrip("\n"))
-        last[0] = line.strip() or last[0]
 
 
 def _ended(run: Run, status: int) -> Run:

@@ -108,11 +108,6 @@ def overlay(pixels: Pixels, masks: Pixels) -> Pixels:
 
 
 # -- samples on disk -------------------------------------------------------------------------------
-def sample_epochs(run: RunLike) -> list[int]:
-    """Epochs whose masks are on disk, counted from 1."""
-    return list(by_epoch(style.opened(run).folder / "samples"))
-
-
 def read_samples(run: Run, epoch: int | None = None) -> tuple[int, Samples] | None:
     """The masks of an epoch, and which it is; by default the last that can be read (none: there is none).
 

@@ -18,10 +18,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import torch
+
 from refinelib.config import Settings, SettingsError, fields, resolve
 from refinelib.files import shipped
-from refinelib.launch import Interruption, echo, options, say
+from refinelib.launch import Interruption, options, say, start
+from refinelib.plots import style
 from refinelib.runs import Run, newest
+from refinelib.trainer import SCORES
+from refinelib.workflows.examples import debug_run
 
 #: The last columns of the table.
 ENDS = ("skipped", "seconds", "error")
@@ -88,8 +93,6 @@ def plan(
         for values in itertools.product(*grid.values()):
             given = {**dict(zip(grid, values, strict=True)), "recipe": recipe}
             if debug:
-                from refinelib.workflows.examples import debug_run  # slow to import
-
                 given = debug_run(given)
             settings = resolve(recipe, **given)
             if ":" in settings.device:
@@ -176,20 +179,15 @@ def train(
         with lock:  # none is started after a signal was sent to all
             if stopped.is_set():
                 return Outcome(job, "not started", "the batch was interrupted before")
-            place, started = free.pop(0), time.time()
+            place, began = free.pop(0), time.time()
             say(f"-- {job.name}, {number} of {len(jobs)}{'' if command else f': {job.notebook}'}")
-            process = subprocess.Popen(
-                _line(job, command), env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, errors="replace", start_new_session=True,  # a terminal's Ctrl-C comes once
-            )  # fmt: skip
+            prefix = f"{job.name}: " if several else ""
+            process, printer, last = start(_line(job, command), os.environ | place, prefix)
             running.add(process)
-        last, prefix = [""], f"{job.name}: " if several else ""
-        printer = threading.Thread(target=echo, args=(process.stdout, prefix, last), daemon=True)
-        printer.start()
         try:
             code = process.wait()
             printer.join(LAST_WORDS)
-            outcome = _outcome(job, code, last[0], started, stopped.is_set())
+            outcome = _outcome(job, code, last[0], began, stopped.is_set())
             say(f"-- {job.name}: {outcome.state} {outcome.error}".rstrip())
             ended(outcome, os.environ | place)
             return outcome
@@ -226,8 +224,6 @@ def places(at_once: int | None, most: int, each: int = 1) -> list[dict[str, str]
     Raises:
         ValueError: ``at_once`` is below 1.
     """
-    import torch
-
     if at_once is not None and at_once < 1:
         raise ValueError(f"jobs = {at_once}: give at least 1")
     count = torch.cuda.device_count()  # of those in CUDA_VISIBLE_DEVICES
@@ -301,8 +297,6 @@ def _outcome(job: Job, code: int, last: str, started: float, stopped: bool) -> O
 # -- tables ------------------------------------------------------------------------------------------
 def records(outcomes: Sequence[Outcome], folder: Path) -> list[dict[str, Any]]:
     """Outcomes as rows of a table, with run folders relative to ``folder`` and scores of the best epochs."""
-    from refinelib.trainer import SCORES  # slow to import
-
     rows = []
     for job, state, error, seconds, run in outcomes:
         status: dict[str, Any] = run.status() if run else {}
@@ -318,15 +312,12 @@ def records(outcomes: Sequence[Outcome], folder: Path) -> list[dict[str, Any]]:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table, a line a run, with the settings that vary."""
-    from refinelib.plots.style import table as markdown  # slow to import
-    from refinelib.trainer import SCORES
-
     varied, rows = outcomes[0].job.varied, []
     for row in records(outcomes, Path()):
         row["epochs"] = f"{row['epoch']} of {row['epochs']}" if row["epochs"] else None
         row |= {name: f"{row[name]:.3f}" for name in SCORES if row[name] is not None}
         rows.append([row[name] for name in ("run", *varied, "state", "epochs", *SCORES, *ENDS)])
-    return markdown(rows, ["run", *varied, "state", "epochs", *SCORES.values(), *ENDS])
+    return style.table(rows, ["run", *varied, "state", "epochs", *SCORES.values(), *ENDS])
 
 
 def save(outcomes: Sequence[Outcome]) -> Path:

@@ -40,10 +40,6 @@ BAD_BOXES = "image whose boxes cannot be used"
 NOT_LISTED = "image that the annotations do not list"
 #: All masks of one call, in COCO's results format.
 RESULTS = "coco_results.json"
-BOXES_RULE = (
-    "the model draws the mask of the person in each box, so boxes are needed: give --boxes "
-    "x0,y0,x1,y1 in pixels, or --annotations, a COCO JSON that lists the image"
-)
 
 
 class Inputs(NamedTuple):
@@ -67,9 +63,8 @@ class Inputs(NamedTuple):
             [7, 1]
         """
         rows = [[*box] for box in boxes]
-        ids = [self.category_id] * len(rows)
-        for number, (box, before) in enumerate(zip(rows, self.boxes, strict=False)):
-            ids[number] = self.category_ids[number] if box == before else self.category_id
+        known = itertools.zip_longest(rows, self.boxes, self.category_ids)
+        ids = [of if box == before else self.category_id for box, before, of in known][: len(rows)]
         return self._replace(boxes=rows, category_ids=ids)
 
 
@@ -316,7 +311,8 @@ def check(path: Path, out: Path, boxes: Sequence[str], annotations: PathLike | N
         ValueError: no boxes are given; a box for a whole folder; the folder to write into holds files.
     """
     if not boxes and annotations is None:
-        raise DataError(BOXES_RULE)
+        rule = "give --boxes x0,y0,x1,y1 in pixels, or --annotations, a COCO JSON that lists the image"
+        raise DataError(f"boxes are needed: {rule}")
     if boxes and path.is_dir():
         raise DataError(f"--boxes are those of one image, and {path} is a folder: give --annotations for it")
     if checked_folder(out).is_dir() and any(out.iterdir()) and not overwrite:

@@ -127,7 +127,7 @@ def test_images_are_read_as_the_run_reads_them(weights, people, tmp_path):
         ("a.png", (), "boxes are needed: give --boxes x0,y0,x1,y1 in pixels, or --annotations"),
         (".", (), "boxes are needed"),
         (".", ("--boxes", "1,2,4,6"), "--boxes are those of one image"),
-        ("a.png", ("--boxes", "1,2,3"), "box 0 is [1.0, 2.0, 3.0], 3 numbers: give rows of x0, y0, x1, y1"),
+        ("a.png", ("--boxes", "1,2,3"), "give rows of x0, y0, x1, y1 in pixels"),
         ("a.png", ("--boxes", "1,2,1,6"), "not finite or without area"),
         ("a.png", ("--boxes", "100,2,105,7"), "outside the image of 60 x 40 pixels"),
         ("cut.jpg", ("--boxes", "1,2,6,7"), "cut.jpg"),
