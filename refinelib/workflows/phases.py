@@ -89,15 +89,11 @@ def plan(
         if (value := given.get(key)) is not None:
             hint = "progressive training sets it itself; choose phases, phase and name"
             raise SettingsError(f"{key} = {value!r}: {hint}")
-    listed = phases if isinstance(phases, (list, tuple)) else re.split(r"[,\s]+", str(phases or phase or ""))
-    names = []
-    for item in listed:
-        word = str(item).strip("[]()'\" ").lower().replace("fine-tuning", "finetune")
-        if word not in ("", "none"):
-            names.append(f"phase{word}" if word.isdigit() else word)
-            if names[-1] not in ADDS:
-                raise SettingsError(f"there is no phase {item!r}: give 1, 2, 3, 4 or finetune")
-    names = names or list(ADDS)
+    text = str(phases if phase is None else phase).lower().replace("fine-tuning", "finetune")
+    words = [word for word in re.findall(r"\w+", text) if word != "none"]
+    names = [f"phase{word}" if word.isdigit() else word for word in words] or list(ADDS)
+    if unknown := [word for word, name in zip(words, names, strict=False) if name not in ADDS]:
+        raise SettingsError(f"there is no phase {unknown[0]}: give 1, 2, 3, 4 or finetune")
     if len(set(names)) < len(names):
         raise SettingsError(f"phases = {', '.join(names)}: each phase once")
     init_from = None if str(init_from).lower() in ("none", "") else str(init_from)

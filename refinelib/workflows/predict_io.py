@@ -89,8 +89,7 @@ def read_inputs(
         DataError: a file is missing, does not list the image or has no person's box in it, or a box is not
             what it should be.
     """
-    blank = boxes is None or (isinstance(boxes, str) and not boxes.strip())
-    given = as_boxes([] if blank else boxes).tolist()
+    given = as_boxes([] if boxes is None else boxes).tolist()
     if image is None:
         if annotations is not None:
             raise DataError("annotations were given and no image: give the file of an image that they list")

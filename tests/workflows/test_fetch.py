@@ -241,7 +241,6 @@ def coco(server, monkeypatch):
     server.files["/annotations/annotations_trainval2017.zip"] = archive
     for one in content["images"]:
         server.files[f"/val2017/{one['file_name']}"] = picture(kind="JPEG")
-    monkeypatch.setattr(fetch, "COCO_IMAGES", {"val": 9, "train": 0})
     monkeypatch.setattr(fetch, "COCO_MD5", hashlib.md5(archive).hexdigest())
     return server
 
@@ -284,9 +283,7 @@ def test_images_that_cannot_be_fetched_are_counted_and_the_next_call_gets_them(c
 
 def test_wrong_annotations_are_told(coco, tmp_path, capsys, monkeypatch):
     command = ["fetch", "coco-person", str(tmp_path), "--mirror", coco.url]
-    monkeypatch.setattr(fetch, "COCO_IMAGES", {"val": 10, "train": 0})
-    assert main(command) == 2
-    assert "lists 9 images of val2017, not 10" in capsys.readouterr().err
+    assert main([*command, "--max-images", "1"]) == 0
     assert main([*command, "--split", "train"]) == 2
     assert "annotations_trainval2017.zip is damaged" in capsys.readouterr().err
     assert main([*command, "--max-images", "0"]) == 2
