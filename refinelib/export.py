@@ -48,7 +48,7 @@ from refinelib.data import SyntheticPeople
 from refinelib.data.augment import MEAN, STD
 from refinelib.files import PathLike, reason, replacing, shown
 from refinelib.metrics.evaluate import checked_folder
-from refinelib.metrics.predict import CropModel, Predictor, load, predict_probs
+from refinelib.metrics.predict import CropModel, Predictor, Size, load, predict_probs
 from refinelib.modeling.roi import centre_window
 
 #: Largest difference to PyTorch's probabilities with which a file is written.
@@ -79,11 +79,9 @@ class Exported(NamedTuple):
     @property
     def sentence(self) -> str:
         """What was written, and how exact it is."""
-        batches = " and ".join(map(str, CHECKED))
-        return (
-            f"wrote {self.path} ({self.path.stat().st_size / 2**20:.1f} MiB): its probabilities differ from "
-            f"PyTorch's by {self.difference:.1e} at most, in batches of {batches} (allowed: {TOLERANCE:.0e})"
-        )
+        size, batches = self.path.stat().st_size / 2**20, " and ".join(map(str, CHECKED))
+        most = f"{self.difference:.1e} at most, in batches of {batches} (allowed: {TOLERANCE:.0e})"
+        return f"wrote {self.path} ({size:.1f} MiB): its probabilities differ from PyTorch's by {most}"
 
 
 class CropProbs(nn.Module):
@@ -102,9 +100,7 @@ class CropProbs(nn.Module):
         torch.Size([2, 3, 16, 16])
     """
 
-    def __init__(
-        self, model: nn.Module, mask_size: tuple[int, int], flip: bool, weights: Sequence[float]
-    ) -> None:
+    def __init__(self, model: nn.Module, mask_size: Size, flip: bool, weights: Sequence[float]) -> None:
         super().__init__()
         self.model, self.mask_size, self.flip, self.weights = model, mask_size, flip, weights
 

@@ -62,7 +62,7 @@ def sample_grid(run: RunLike, epoch: int | None = None, kinds: Names = KINDS, pe
 def rois(store: Store, count: int = 8, *, overlays: bool = False) -> Figure:
     """Crops of a store and their labels, spread evenly over it.
 
-    With ``overlays`` each mask is also drawn on its crop, which must have its size, and the ids stand above.
+    With ``overlays`` each mask is also drawn on its crop, which must have its size.
     """
     chosen = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
     images, coverage = store.gather(chosen)
@@ -70,12 +70,11 @@ def rois(store: Store, count: int = 8, *, overlays: bool = False) -> Figure:
     rows: Rows = [("image", []), ("mask", []), ("labels", [])]
     for roi, image, labels in zip(chosen, *samples.values(), strict=True):
         ids = store.instance(roi)
-        rows[0][1].append((image, f"image {ids['image_id']}" if overlays else ""))
+        rows[0][1].append((image, f"image {ids['image_id']}"))
         if overlays:
             rows[1][1].append((overlay(image, labels[None] == TARGET), f"annotation {ids['annotation_id']}"))
         rows[2][1].append((class_picture(labels), ""))
-    persons, crops = f"persons of {store.source} {store.split}", f"{store.split} ROIs and their labels"
-    figure = style.new_figure(f"{len(chosen)} of {len(store)} {persons if overlays else crops}")
+    figure = style.new_figure(f"{len(chosen)} of {len(store)} persons of {store.source} {store.split}")
     key = CLASSES | ({"ignored": style.BLACK} if store.ignores else {})
     shape = shape_of(samples | {"mask_size": np.array(store.mask_size)})
     return picture_grid(figure, [row for row in rows if row[1]], shape, key=key)

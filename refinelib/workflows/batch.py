@@ -73,13 +73,15 @@ def plan(
 ) -> list[Job]:
     """Every combination of recipes and values, validated; the last setting changes fastest.
 
+    A recipe or a value that comes twice is trained twice.
+
     Args:
-        recipes: names of files in ``params/``, or paths to some; one that comes twice is trained twice.
+        recipes: names of files in ``params/``, or paths to some.
         overrides: settings by name; a text with commas is several values, unless the setting is a text.
         debug: a debug run of each (:func:`refinelib.workflows.examples.debug_run`); ``overrides`` come first.
 
     Raises:
-        SettingsError: a recipe or setting is wrong, or a value comes twice.
+        SettingsError: a recipe or setting is wrong.
 
     Example:
         >>> [job.name for job in plan(["best"], {"data": "synthetic", "lr": "1e-3,5e-4", "seed": "0,1"})]
@@ -89,7 +91,6 @@ def plan(
     varied = tuple(name for name, values in grid.items() if len(values) > 1)
     jobs: dict[str, Job] = {}
     for recipe in recipes:
-        labels: set[str] = set()
         for values in itertools.product(*grid.values()):
             given = {**dict(zip(grid, values, strict=True)), "recipe": recipe}
             if debug:
@@ -99,9 +100,6 @@ def plan(
                 rule = "the batch shares out the GPUs: give cuda, and choose some by CUDA_VISIBLE_DEVICES"
                 raise SettingsError(f"device = {settings.device}: {rule}")
             label = "".join(f"-{name}{_text(getattr(settings, name))}" for name in varied)
-            if label in labels:
-                raise SettingsError(f"two runs would have {label[1:]}: give each value once")
-            labels.add(label)
             name = next(name for name in _numbered(settings.run_name + label) if name not in jobs)
             if name != settings.run_name:
                 given["run"] = name

@@ -39,6 +39,7 @@ ATTEMPTS, PAUSE, TIMEOUT = 4, 2.0, 30.0
 #: Bytes read at a time, and images fetched at a time.
 PIECE, AT_ONCE = 1 << 18, 8
 AGAIN = "the same command continues"
+Entry = dict[str, Any]
 
 
 class FetchError(RuntimeError):
@@ -206,7 +207,7 @@ def coco_person(
     images = {places / Path(one["file_name"]).name: one for one in content["images"]}
     missing = [file for file in images if not file.is_file()]
     print(f"{len(images) - len(missing)} of {len(images)} images with people are there", flush=True)
-    lost = _fetch_images(missing, images, mirror, progress)
+    lost = _fetch_all(missing, images, mirror, progress)
     kept = [one for file, one in images.items() if file.is_file()]
     ids = {one["id"] for one in kept}
     annotations = [one for one in content["annotations"] if one["image_id"] in ids]
@@ -220,7 +221,7 @@ def coco_person(
     return "\n".join([*lines, f"use them with -p data coco -p data_dir {folder}"])
 
 
-def people_of(content: dict[str, Any], max_images: int | None = None) -> dict[str, Any]:
+def people_of(content: Entry, max_images: int | None = None) -> Entry:
     """The part of a COCO instances file that is about people.
 
     Args:
@@ -247,18 +248,15 @@ def people_of(content: dict[str, Any], max_images: int | None = None) -> dict[st
     return {**content, "images": images[:max_images], "annotations": people, "categories": categories}
 
 
-def _annotations(archive: Path, member: str) -> dict[str, Any]:
+def _annotations(archive: Path, member: str) -> Entry:
     try:
         with zipfile.ZipFile(archive) as content:
-            found: dict[str, Any] = json.loads(content.read(member))
-            return found
+            return dict(json.loads(content.read(member)))
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
         raise FetchError(f"{archive} is damaged ({reason(error)}): delete it, and {AGAIN}") from None
 
 
-def _fetch_images(
-    files: list[Path], images: dict[Path, dict[str, Any]], mirror: str, progress: bool
-) -> list[FileError]:
+def _fetch_all(files: list[Path], images: dict[Path, Entry], mirror: str, progress: bool) -> list[FileError]:
     """Fetch images side by side; gives what is wrong with those that could not be fetched."""
     lost = list[FileError]()
 

@@ -8,7 +8,6 @@ phases are kept, and the phase that was interrupted resumes from its checkpoint.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import re
@@ -126,7 +125,7 @@ def _difference(made: Plan) -> str:
     if any(a != b for a, b in zip(then, now, strict=False)):
         return f"phases were {', '.join(then)} and are {', '.join(now)}"
     free = names_with_role("run") | {"init_from"}
-    for entry in filter(functools.partial(_has_begun, made), state["phases"][: len(now)]):
+    for entry in (entry for entry in state["phases"][: len(now)] if _has_begun(made, entry)):
         if state["init_from"] != made.init_from:
             return f"init_from was {state['init_from']} and is {made.init_from}"
         new = made.settings[entry["phase"]].model_dump(mode="json")
@@ -185,14 +184,12 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
                     entry["state"] = "passed"
                 print(f"{name}: accepted", flush=True)
             except (KeyboardInterrupt, Exception) as error:  # the run's own status has it too
-                interrupted, rejected = isinstance(error, KeyboardInterrupt), isinstance(error, PhaseError)
-                entry["state"] = "interrupted" if interrupted else "rejected" if rejected else "failed"
-                kind = "" if rejected else f"{type(error).__name__}: "
-                reason = f"{name} {entry['state']}, {kind}{error}".splitlines()[0]
-                stopped = "interrupted" if interrupted else "failed"
-                _write(made.folder, state, state=stopped, last_error=reason)
+                word = {KeyboardInterrupt: "interrupted", PhaseError: "rejected"}.get(type(error), "failed")
+                kind = "" if word == "rejected" else f"{type(error).__name__}: "
+                reason, entry["state"] = f"{name} {word}, {kind}{error}".splitlines()[0], word
+                _write(made.folder, state, state="failed" if word == "rejected" else word, last_error=reason)
                 print(reason, flush=True)
-                if interrupted:
+                if word == "interrupted":
                     raise
                 return made.folder
             source = str(made.folder / entry["run"])
@@ -221,8 +218,8 @@ def _train(made: Plan, state: State, entry: State, source: str | None, on_epoch:
             predictor = predict.load(source, device=settings.device)
             size = {key: getattr(predictor.settings, key) for key in ("roi_size", "mask_size", "context")}
             _, store = open_splits(settings.model_copy(update=size))
-            options = {"device": predictor.device, "mask_size": size["mask_size"]}
-            found = predict.score(predictor.roi_probs, store, **options).compute()
+            where = {"device": predictor.device, "mask_size": size["mask_size"]}
+            found = predict.score(predictor.roi_probs, store, **where).compute()
             state["before"] = {key: found[key] for key in SCORES}
     changes = {"run": entry["run"], "resume": resume, "init_from": None if resume else source}
     return train(settings.model_copy(update=changes), on_epoch=on_epoch)
