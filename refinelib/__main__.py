@@ -53,20 +53,19 @@ def command_line() -> argparse.ArgumentParser:
     device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, or one GPU as cuda:1")
     reading.add_argument("--annotations", help="COCO JSON of the people in the images")
     reading.add_argument("--category", help="names of the persons' categories in it; default: the run's")
-    reading.add_argument("--exif", choices=["ignore", "apply"], help="orientation of images; likewise")
+    reading.add_argument("--exif", choices=["ignore", "apply"], help="how to turn images; default: the run's")
     listed = "`papermill --help-notebook notebooks/train.ipynb` lists them with their ranges"
     given: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     settings.add_argument(
         "-p", dest="given", **given, help=f"a setting; {listed}; `run` takes values by commas"
     )
 
-    def command(name: str, execute: Callable[..., int], text: str, *parents: Any) -> Callable[..., Any]:
-        made = commands.add_parser(name, help=text, parents=parents)
+    def command(name: str, execute: Callable[..., int], *parents: Any) -> Callable[..., Any]:
+        made = commands.add_parser(name, help=execute.__doc__, description=execute.__doc__, parents=parents)
         made.set_defaults(execute=execute)
         return made.add_argument
 
-    text = "score a run on annotated images; prints one JSON object"
-    add = command("evaluate", _evaluate, text, model, device, reading)
+    add = command("evaluate", _evaluate, model, device, reading)
     add("--images", help="folder of the images")
     add("--pennfudan", help="in place of both, Penn-Fudan's folder (its validation images)")
     add("--max-images", type=int, help="score only the first so many images")
@@ -75,21 +74,20 @@ def command_line() -> argparse.ArgumentParser:
     files = "report.json, people.csv, coco_results.json, for programs evaluation.npz, evaluation.json"
     add("--save", metavar="DIR", help=f"write there {files}")
 
-    add = command("export", _export, "write a run's model as one file for another runtime", model)
+    add = command("export", _export, model)
     add("--format", required=True, help="onnx, pt2, torchscript or safetensors")
     add("--out", metavar="FILE", help="file to write; default: beside the checkpoint")
 
-    add = command("summary", _summary, "print a run's metrics and where its figures lie")
+    add = command("summary", _summary)
     add("run", help="a run's name or folder, or `latest`")
 
-    add = command("replay", _replay, "replay an incident; prints one JSON object", device)
+    add = command("replay", _replay, device)
     add("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
 
-    text = "train a recipe in this process; returns 0 if the run ends as ok"
-    add = command("train", _train, text, settings)
+    add = command("train", _train, settings)
     add("-f", dest="recipe", metavar="RECIPE", help="name of a file in params/, or a path")
 
-    add = command("run", _run, "train recipes x values x seeds, through notebooks/train.ipynb", settings)
+    add = command("run", _run, settings)
     add("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths")
     add("--epochs", type=int, help="passes over the training set, for all of them")
     add("--batch-size", type=int, help="ROIs in a micro-batch, for all of them")
@@ -98,35 +96,36 @@ def command_line() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="runs at a time; default: one a GPU, one where there is none")
     add("--notebook", action=switch, default=True, help="through the notebook, or without it")
 
-    add = command("check-data", _check_data, "read a data set; say what training would use", settings)
+    add = command("check-data", _check_data, settings)
     add("--annotations", help="COCO JSON of the people in the images")
     add("--images", help="folder of the images")
     add("--out", default="outputs/check-data", help="folder for a picture of each split")
 
-    text = "write the masks of an image or a folder of images"
-    add = command("predict", _predict, text, model, device, reading)
+    add = command("predict", _predict, model, device, reading)
     add("path", help="an image, or a folder of images")
-    add("--boxes", nargs="+", default=[], metavar="X0,Y0,X1,Y1", help="in pixels; or --annotations")
+    add(
+        "--boxes", nargs="+", default=[], metavar="X0,Y0,X1,Y1", help="in pixels; else those of --annotations"
+    )
     add("--out", required=True, metavar="DIR", help="a folder for each image, coco_results.json")
     add("--overlays", action="store_true", help="also the image with its masks in colour")
     add("--overwrite", action="store_true", help="replace earlier predictions in DIR")
 
-    command("doctor", _doctor, "say what this machine has for training, and what to fix", settings)
+    command("doctor", _doctor, settings)
 
-    text = "fetch a data set; the same command goes on after an interruption"
-    add = command("fetch", _fetch, text)
+    add = command("fetch", _fetch)
     add("data", choices=["pennfudan", "coco-person"], help="coco-person: COCO's images of people")
     add("folder", metavar="DIR", help="folder to write into")
     add("--split", choices=["val", "train"], help="of COCO; default: val")
     add("--max-images", type=int, help="only the first so many images of COCO")
     add("--mirror", metavar="URL", help="address of a copy, in place of the authors' server")
 
-    add = command("notebooks", _notebooks, "copy the notebooks into a folder, to change and run there")
+    add = command("notebooks", _notebooks)
     add("folder", metavar="DIR", help="folder for them; nothing in it is overwritten")
     return parser
 
 
 def _evaluate(save: str | None, **options: Any) -> int:
+    """Score a run on annotated images; prints one JSON object."""
     from refinelib.metrics.evaluate import checked_folder, measure
 
     if save:
@@ -141,6 +140,7 @@ def _evaluate(save: str | None, **options: Any) -> int:
 
 
 def _predict(path: str, out: str, overwrite: bool, **options: Any) -> int:
+    """Write the masks of an image or a folder of images."""
     from refinelib.workflows.predict_io import check, predict_images
 
     image, folder = Path(path).expanduser(), Path(out).expanduser()
@@ -158,6 +158,7 @@ def _loaded(options: dict[str, Any]) -> Any:
 
 
 def _doctor(given: list[list[str]]) -> int:
+    """Say what this machine has for training, and what to fix."""
     from refinelib.workflows.doctor import examine
 
     fixes = 0
@@ -168,6 +169,7 @@ def _doctor(given: list[list[str]]) -> int:
 
 
 def _fetch(data: str, folder: str, split: str | None, max_images: int | None, mirror: str | None) -> int:
+    """Fetch a data set; the same command goes on after an interruption."""
     from refinelib.metrics.evaluate import checked_folder
     from refinelib.workflows import fetch
 
@@ -185,6 +187,7 @@ def _fetch(data: str, folder: str, split: str | None, max_images: int | None, mi
 
 
 def _export(**options: Any) -> int:
+    """Write a run's model as one file for another runtime."""
     from refinelib.export import export
 
     print(export(**options).sentence)
@@ -192,6 +195,7 @@ def _export(**options: Any) -> int:
 
 
 def _replay(incident: str, device: str) -> int:
+    """Replay an incident; prints one JSON object."""
     from refinelib.incidents import replay
 
     finding = replay(incident, device=device)
@@ -201,12 +205,14 @@ def _replay(incident: str, device: str) -> int:
 
 
 def _summary(run: str) -> int:
+    """Print a run's metrics and where its figures lie."""
     found = latest() if run == "latest" else Run.open(run)
     print(found.summary())
     return 0 if found.status()["state"] in ("ok", "running") else 1
 
 
 def _train(recipe: str | None, given: list[list[str]]) -> int:
+    """Train a recipe in this process; returns 0 if the run ends as ok."""
     from refinelib.config import resolve
     from refinelib.launch import Follower
     from refinelib.trainer import train
@@ -218,6 +224,7 @@ def _train(recipe: str | None, given: list[list[str]]) -> int:
 
 
 def _check_data(annotations: str | None, images: str | None, given: list[list[str]], out: str) -> int:
+    """Read a data set once and say what training would use."""
     from refinelib.config import resolve
     from refinelib.data import make_source
     from refinelib.metrics.evaluate import checked_folder
@@ -240,6 +247,7 @@ def _check_data(annotations: str | None, images: str | None, given: list[list[st
 
 
 def _notebooks(folder: str) -> int:
+    """Copy the notebooks into a folder, to change and run there."""
     from refinelib.metrics.evaluate import checked_folder
 
     target, notebooks = checked_folder(folder), sorted((shipped() / "notebooks").glob("*.ipynb"))
@@ -255,6 +263,7 @@ def _notebooks(folder: str) -> int:
 def _run(
     recipes: list[str], given: list[list[str]], debug: bool, jobs: int | None, notebook: bool, **others: Any
 ) -> int:
+    """Train recipes x values x seeds, through notebooks/train.ipynb."""
     from refinelib.workflows import batch
 
     overrides = dict(given) | {name: value for name, value in others.items() if value is not None}

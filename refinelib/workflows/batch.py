@@ -26,7 +26,6 @@ from refinelib.launch import Interruption, options, say, start
 from refinelib.plots import style
 from refinelib.runs import Run, newest
 from refinelib.trainer import SCORES
-from refinelib.workflows.examples import debug_run
 
 #: The last columns of the table.
 ENDS = ("skipped", "seconds", "error")
@@ -94,6 +93,8 @@ def plan(
         for values in itertools.product(*grid.values()):
             given = {**dict(zip(grid, values, strict=True)), "recipe": recipe}
             if debug:
+                from refinelib.workflows.examples import debug_run  # with Jupyter's packages, as papermill
+
                 given = debug_run(given)
             settings = resolve(recipe, **given)
             if ":" in settings.device:
@@ -256,7 +257,7 @@ def execute(target: str, parameters: str) -> str | None:
     """
     try:
         with Interruption():
-            import papermill  # slow to import, and not on machines that only train
+            import papermill  # not on machines that only train
             from traitlets.config import Config
 
             source = str(shipped() / "notebooks" / "train.ipynb")
