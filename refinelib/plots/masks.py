@@ -59,12 +59,12 @@ def sample_grid(run: RunLike, epoch: int | None = None, kinds: Names = KINDS, pe
 
 
 # -- other figures ---------------------------------------------------------------------------------
-def rois(store: Store, count: int = 8, *, overlays: bool = False) -> Figure:
-    """Crops of a store and their labels, spread evenly over it.
+def rois(store: Store, *, overlays: bool = False) -> Figure:
+    """Eight crops of a store and their labels, spread evenly over it.
 
     With ``overlays`` each mask is also drawn on its crop, which must have its size.
     """
-    chosen = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
+    chosen = np.linspace(0, len(store) - 1, min(8, len(store))).astype(int)
     images, coverage = store.gather(chosen)
     samples = {"image": images.numpy(), "labels": labels_from_coverage(coverage).numpy()}
     rows: Rows = [("image", []), ("mask", []), ("labels", [])]

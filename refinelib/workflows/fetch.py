@@ -152,11 +152,12 @@ def pennfudan(folder: Path, *, mirror: str = PENNFUDAN, progress: bool = False) 
         FetchError: see :func:`download`; or the zip holds another set.
     """
     place, archive = folder / "PennFudanPed", folder / PENNFUDAN_ZIP
-    lines = list[str]()
-    if archive.is_file() or _pairs(place.glob("*/*")) < PENNFUDAN_IMAGES:  # the zip goes once it is unpacked
+    lines = [f"{PENNFUDAN_IMAGES} images with masks are in {place}"]
+    lines += [f"train on them with -p data pennfudan -p data_dir {place}"]
+    if _pairs(place.glob("*/*")) < PENNFUDAN_IMAGES:
         download(f"{mirror}/{PENNFUDAN_ZIP}", archive, check=_wrong_zip, progress=progress)
         digest = file_digest(archive)
-        lines += [f"SHA-256 of {PENNFUDAN_ZIP}: {digest} (none is published; its CRCs are right)"]
+        lines.insert(0, f"SHA-256 of {PENNFUDAN_ZIP}: {digest} (none is published; its CRCs are right)")
         with zipfile.ZipFile(archive) as content:
             names = [name for name in content.namelist() if name.startswith(f"{place.name}/")]
             if (found := _pairs(map(Path, names))) != PENNFUDAN_IMAGES:
@@ -164,8 +165,7 @@ def pennfudan(folder: Path, *, mirror: str = PENNFUDAN, progress: bool = False) 
                 raise FetchError(f"{what}: it is not Penn-Fudan's: delete it, and give another mirror")
             content.extractall(folder, names)
         archive.unlink()
-    lines += [f"{PENNFUDAN_IMAGES} images with masks are in {place}"]
-    return "\n".join([*lines, f"train on them with -p data pennfudan -p data_dir {place}"])
+    return "\n".join(lines)
 
 
 def _pairs(files: Iterable[Path]) -> int:
@@ -214,11 +214,11 @@ def coco_person(
     target = folder / "annotations" / f"instances_{split}2017_person.json"
     target.parent.mkdir(exist_ok=True)
     write_atomically(target, json.dumps({**content, "images": kept, "annotations": annotations}))
-    lines = [f"{len(kept)} images, {len(annotations)} annotations of people: {target}"]
+    told = f"{len(kept)} images, {len(annotations)} annotations of people: {target}"
     if lost:
         first = f"{len(lost)} of {len(images)} images could not be fetched, the first: {lost[0]}"
-        raise FetchError(f"{first}. {lines[0]}; {AGAIN}")
-    return "\n".join([*lines, f"use them with -p data coco -p data_dir {folder}"])
+        raise FetchError(f"{first}. {told}; {AGAIN}")
+    return f"{told}\nuse them with -p data coco -p data_dir {folder}"
 
 
 def people_of(content: Entry, max_images: int | None = None) -> Entry:
