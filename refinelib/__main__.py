@@ -8,16 +8,15 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from refinelib.files import dumps, shipped
 from refinelib.runs import Run, latest
 
-_SAVED = (
-    "write report.json, people.csv, coco_results.json there, for programs evaluation.npz, evaluation.json"
-)
-_SETTINGS = "`papermill --help-notebook notebooks/train.ipynb` lists them with their ranges"
+#: What a command that was interrupted says besides.
+_AGAIN = {"train": "; the same command with -p resume true goes on", "fetch": "; the same command continues"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
+        print(f"{command}: interrupted{_AGAIN.get(command, '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
@@ -47,149 +46,119 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="refinelib", description="Boundary-refined person masks.")
     commands = parser.add_subparsers(dest="command", required=True)
     switch = argparse.BooleanOptionalAction  # where it is not given, the run's own setting holds
-    device: dict[str, Any] = {"default": "auto", "help": "auto, cpu, mps, cuda, or one GPU as cuda:1"}
-    setting: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-
-    score = commands.add_parser("evaluate", help="score a run on annotated images; prints one JSON object")
-    score.set_defaults(execute=_evaluate)
-    score.add_argument("run", help="a run's name or folder, or a checkpoint file")
-    score.add_argument("--images", help="folder of the images")
-    score.add_argument("--annotations", help="COCO JSON of the people in them")
-    score.add_argument("--pennfudan", help="in place of both, Penn-Fudan's folder (its validation images)")
-    score.add_argument("--device", **device)
-    score.add_argument("--max-images", type=int, help="score only the first so many images")
-    score.add_argument("--flip", action=switch, help="average with the mirror image, or not")
-    score.add_argument("--allow-images-outside", action=switch, help="images outside the folder, too, or not")
-    score.add_argument("--category", help="names of the persons' categories in the JSON, by commas")
-    score.add_argument("--crowd", choices=["auto", "skip", "keep"], help="what iscrowd means")
-    score.add_argument("--exif", choices=["ignore", "apply"], help="orientation of image files")
-    score.add_argument("--save", metavar="DIR", help=_SAVED)
-    score.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
-
-    exported = commands.add_parser("export", help="write a run's model as one file for another runtime")
-    exported.set_defaults(execute=_export)
-    exported.add_argument("run", help="a run's name or folder, or a checkpoint file")
-    exported.add_argument("--format", required=True, help="onnx, pt2, torchscript or safetensors")
-    exported.add_argument("--out", metavar="FILE", help="file to write; default: beside the checkpoint")
-    exported.add_argument("--flip", action=switch, help="average with the mirror image, or not")
-    exported.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
-
-    summary = commands.add_parser("summary", help="print a run's metrics and where its figures lie")
-    summary.set_defaults(execute=_summary)
-    summary.add_argument("run", help="a run's name or folder, or `latest`")
-
-    again = commands.add_parser("replay", help="replay an incident; prints one JSON object")
-    again.set_defaults(execute=_replay)
-    again.add_argument("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
-    again.add_argument("--device", **device)
-
-    one = commands.add_parser("train", help="train a recipe in this process; returns 0 if the run ends as ok")
-    one.set_defaults(execute=_train)
-    one.add_argument("-f", dest="recipe", metavar="RECIPE", help="name of a file in params/, or a path")
-    one.add_argument("-p", dest="given", **setting, help=f"a setting; {_SETTINGS}")
-
-    batch = commands.add_parser("run", help="train recipes x values x seeds, through notebooks/train.ipynb")
-    batch.set_defaults(execute=_run)
-    batch.add_argument("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths")
-    batch.add_argument("--epochs", type=int, help="passes over the training set, for all of them")
-    batch.add_argument("--batch-size", type=int, help="ROIs in a micro-batch, for all of them")
-    batch.add_argument("--debug", action="store_true", help="a few images, two epochs, a small model")
-    batch.add_argument("--seeds", dest="seed", metavar="SEEDS", help="by commas: a run for each")
-    batch.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, one where there is none")
-    batch.add_argument("--notebook", action=switch, default=True, help="through the notebook, or without it")
-    batch.add_argument(
-        "-p", dest="given", **setting, help=f"a setting, or values by commas, a run for each; {_SETTINGS}"
+    model, device, reading, settings = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    model.add_argument("run", help="a run's name or folder, or a checkpoint file")
+    model.add_argument("--flip", action=switch, help="average with the mirror image, or not")
+    model.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
+    device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, or one GPU as cuda:1")
+    reading.add_argument("--annotations", help="COCO JSON of the people in the images")
+    reading.add_argument("--category", help="names of the persons' categories in it; default: the run's")
+    reading.add_argument("--exif", choices=["ignore", "apply"], help="how to turn images; default: the run's")
+    listed = "`papermill --help-notebook notebooks/train.ipynb` lists them with their ranges"
+    given: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    settings.add_argument(
+        "-p", dest="given", **given, help=f"a setting; {listed}; `run` takes values by commas"
     )
 
-    look = commands.add_parser("check-data", help="read a data set once and say what training would use")
-    look.set_defaults(execute=_check_data)
-    look.add_argument("--annotations", help="COCO JSON of the people in the images")
-    look.add_argument("--images", help="folder of the images")
-    look.add_argument("-p", dest="given", **setting, help="a setting, as for train")
-    look.add_argument("--out", default="outputs/check-data", help="folder for a picture of each split")
+    def command(name: str, execute: Callable[..., int], *parents: Any) -> Callable[..., Any]:
+        made = commands.add_parser(name, help=execute.__doc__, description=execute.__doc__, parents=parents)
+        made.set_defaults(execute=execute)
+        return made.add_argument
 
-    draw = commands.add_parser("predict", help="write the masks of an image or a folder of images")
-    draw.set_defaults(execute=_predict)
-    draw.add_argument("run", help="a run's name or folder, or a checkpoint file")
-    draw.add_argument("path", help="an image, or a folder of images")
-    draw.add_argument("--boxes", nargs="+", default=[], metavar="X0,Y0,X1,Y1", help="in pixels")
-    draw.add_argument("--annotations", help="COCO JSON that lists the images; its persons' boxes are taken")
-    draw.add_argument(
-        "--out", required=True, metavar="DIR", help="a folder for each image, coco_results.json"
-    )
-    draw.add_argument("--overlays", action="store_true", help="also the image with its masks in colour")
-    draw.add_argument("--overwrite", action="store_true", help="replace earlier predictions in DIR")
-    draw.add_argument("--category", help="names of the persons' categories, by commas; default: the run's")
-    draw.add_argument("--exif", choices=["ignore", "apply"], help="orientation of images; default: the run's")
-    draw.add_argument("--device", **device)
-    draw.add_argument("--flip", action=switch, help="average with the mirror image, or not")
-    draw.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
+    add = command("evaluate", _evaluate, model, device, reading)
+    add("--images", help="folder of the images")
+    add("--pennfudan", help="in place of both, Penn-Fudan's folder (its validation images)")
+    add("--max-images", type=int, help="score only the first so many images")
+    add("--allow-images-outside", action=switch, help="images outside the folder, too, or not")
+    add("--crowd", choices=["auto", "skip", "keep"], help="what iscrowd means")
+    files = "report.json, people.csv, coco_results.json, for programs evaluation.npz, evaluation.json"
+    add("--save", metavar="DIR", help=f"write there {files}")
 
-    doctor = commands.add_parser("doctor", help="say what this machine has for training, and what to fix")
-    doctor.set_defaults(execute=_doctor)
-    doctor.add_argument("-p", dest="given", **setting, help="a setting, such as data and data_dir")
+    add = command("export", _export, model)
+    add("--format", required=True, help="onnx, pt2, torchscript or safetensors")
+    add("--out", metavar="FILE", help="file to write; default: beside the checkpoint")
 
-    fetch = commands.add_parser(
-        "fetch", help="fetch a data set; the same command goes on after an interruption"
-    )
-    fetch.set_defaults(execute=_fetch)
-    fetch.add_argument(
-        "data", choices=["pennfudan", "coco-person"], help="coco-person: COCO's images of people"
-    )
-    fetch.add_argument("folder", metavar="DIR", help="folder to write into")
-    fetch.add_argument("--split", choices=["val", "train"], help="of COCO; default: val")
-    fetch.add_argument("--max-images", type=int, help="only the first so many images of COCO")
-    fetch.add_argument("--mirror", metavar="URL", help="address of a copy, in place of the authors' server")
+    add = command("summary", _summary)
+    add("run", help="a run's name or folder, or `latest`")
 
-    copies = commands.add_parser(
-        "notebooks", help="copy the notebooks into a folder, to change and run there"
+    add = command("replay", _replay, device)
+    add("incident", help="an incident's folder, outputs/<run>/incidents/<step>")
+
+    add = command("train", _train, settings)
+    add("-f", dest="recipe", metavar="RECIPE", help="name of a file in params/, or a path")
+
+    add = command("run", _run, settings)
+    add("recipes", nargs="+", metavar="RECIPE", help="names of files in params/, or paths")
+    add("--epochs", type=int, help="passes over the training set, for all of them")
+    add("--batch-size", type=int, help="ROIs in a micro-batch, for all of them")
+    add("--debug", action="store_true", help="a few images, two epochs, a small model")
+    add("--seeds", dest="seed", metavar="SEEDS", help="by commas: a run for each")
+    add("--jobs", type=int, help="runs at a time; default: one a GPU, one where there is none")
+    add("--notebook", action=switch, default=True, help="through the notebook, or without it")
+
+    add = command("check-data", _check_data, settings)
+    add("--annotations", help="COCO JSON of the people in the images")
+    add("--images", help="folder of the images")
+    add("--out", default="outputs/check-data", help="folder for a picture of each split")
+
+    add = command("predict", _predict, model, device, reading)
+    add("path", help="an image, or a folder of images")
+    add(
+        "--boxes", nargs="+", default=[], metavar="X0,Y0,X1,Y1", help="in pixels; else those of --annotations"
     )
-    copies.set_defaults(execute=_notebooks)
-    copies.add_argument("folder", metavar="DIR", help="folder for them; nothing in it is overwritten")
+    add("--out", required=True, metavar="DIR", help="a folder for each image, coco_results.json")
+    add("--overlays", action="store_true", help="also the image with its masks in colour")
+    add("--overwrite", action="store_true", help="replace earlier predictions in DIR")
+
+    command("doctor", _doctor, settings)
+
+    add = command("fetch", _fetch)
+    add("data", choices=["pennfudan", "coco-person"], help="coco-person: COCO's images of people")
+    add("folder", metavar="DIR", help="folder to write into")
+    add("--split", choices=["val", "train"], help="of COCO; default: val")
+    add("--max-images", type=int, help="only the first so many images of COCO")
+    add("--mirror", metavar="URL", help="address of a copy, in place of the authors' server")
+
+    add = command("notebooks", _notebooks)
+    add("folder", metavar="DIR", help="folder for them; nothing in it is overwritten")
     return parser
 
 
-def _evaluate(
-    run: str, device: str, output_dir: str, flip: bool | None, save: str | None, **data: Any
-) -> int:
+def _evaluate(save: str | None, **options: Any) -> int:
+    """Score a run on annotated images; prints one JSON object."""
     from refinelib.metrics.evaluate import checked_folder, measure
-    from refinelib.metrics.predict import load
 
     if save:
         checked_folder(save)  # before the work, not after it
-    predictor = load(run, device=device, output_dir=output_dir, flip=flip)
+    predictor = _loaded(options)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
-        found = measure(predictor, **data, progress=sys.stderr.isatty())
+        found = measure(predictor, **options, progress=sys.stderr.isatty())
     print(dumps(found.report, indent=2), flush=True)  # first: it is worth more than the files
-    if save:
-        for file in found.save(save):
-            print(f"wrote {file}", file=sys.stderr)
+    for file in found.save(save) if save else ():
+        print(f"wrote {file}", file=sys.stderr)
     return 0
 
 
-def _predict(
-    run: str,
-    path: str,
-    out: str,
-    device: str,
-    flip: bool | None,
-    output_dir: str,
-    overwrite: bool,
-    **how: Any,
-) -> int:
-    from refinelib.metrics.predict import load
-    from refinelib.workflows import predict_images
+def _predict(path: str, out: str, overwrite: bool, **options: Any) -> int:
+    """Write the masks of an image or a folder of images."""
+    from refinelib.workflows.predict_io import check, predict_images
 
     image, folder = Path(path).expanduser(), Path(out).expanduser()
-    predict_images.check(
-        image, folder, how["boxes"], how["annotations"], overwrite
-    )  # before a model is loaded
-    predictor = load(run, device=device, output_dir=output_dir, flip=flip)
-    print(predict_images.predict_images(predictor, image, folder, **how, progress=sys.stderr.isatty()))
+    check(image, folder, options["boxes"], options["annotations"], overwrite)
+    predictor = _loaded(options)
+    print(predict_images(predictor, image, folder, **options, progress=sys.stderr.isatty()))
     return 0
+
+
+def _loaded(options: dict[str, Any]) -> Any:
+    """The predictor that a command's options name; what is left of them is for the command."""
+    from refinelib.metrics.predict import load
+
+    return load(options.pop("run"), **{name: options.pop(name) for name in ("device", "flip", "output_dir")})
 
 
 def _doctor(given: list[list[str]]) -> int:
+    """Say what this machine has for training, and what to fix."""
     from refinelib.workflows.doctor import examine
 
     fixes = 0
@@ -200,6 +169,7 @@ def _doctor(given: list[list[str]]) -> int:
 
 
 def _fetch(data: str, folder: str, split: str | None, max_images: int | None, mirror: str | None) -> int:
+    """Fetch a data set; the same command goes on after an interruption."""
     from refinelib.metrics.evaluate import checked_folder
     from refinelib.workflows import fetch
 
@@ -207,20 +177,17 @@ def _fetch(data: str, folder: str, split: str | None, max_images: int | None, mi
         raise ValueError(f"--mirror {mirror} is no address: give one such as https://host/folder")
     place, how = checked_folder(folder), dict[str, Any](progress=sys.stderr.isatty())
     how |= {"mirror": mirror.rstrip("/")} if mirror else {}
-    try:
-        if data == "coco-person":
-            print(fetch.coco_person(place, split or "val", max_images=max_images, **how))
-        elif split or max_images is not None:
-            raise ValueError("Penn-Fudan is fetched whole: leave --split and --max-images out")
-        else:
-            print(fetch.pennfudan(place, **how))
-    except KeyboardInterrupt:
-        print(f"fetch: interrupted; {fetch.AGAIN}", file=sys.stderr)
-        return 130
+    if data == "coco-person":
+        print(fetch.coco_person(place, split or "val", max_images=max_images, **how))
+    elif split or max_images is not None:
+        raise ValueError("Penn-Fudan is fetched whole: leave --split and --max-images out")
+    else:
+        print(fetch.pennfudan(place, **how))
     return 0
 
 
 def _export(**options: Any) -> int:
+    """Write a run's model as one file for another runtime."""
     from refinelib.export import export
 
     print(export(**options).sentence)
@@ -228,6 +195,7 @@ def _export(**options: Any) -> int:
 
 
 def _replay(incident: str, device: str) -> int:
+    """Replay an incident; prints one JSON object."""
     from refinelib.incidents import replay
 
     finding = replay(incident, device=device)
@@ -237,31 +205,30 @@ def _replay(incident: str, device: str) -> int:
 
 
 def _summary(run: str) -> int:
+    """Print a run's metrics and where its figures lie."""
     found = latest() if run == "latest" else Run.open(run)
     print(found.summary())
     return 0 if found.status()["state"] in ("ok", "running") else 1
 
 
 def _train(recipe: str | None, given: list[list[str]]) -> int:
+    """Train a recipe in this process; returns 0 if the run ends as ok."""
     from refinelib.config import resolve
     from refinelib.launch import Follower
     from refinelib.trainer import train
 
-    try:
-        run = train(resolve(recipe, **dict(given)))
-        if not isinstance(run, Follower):  # of several processes one prints it
-            print(run.summary())
-    except KeyboardInterrupt:
-        print("train: interrupted; the same command with -p resume true goes on", file=sys.stderr)
-        return 130
+    run = train(resolve(recipe, **dict(given)))
+    if not isinstance(run, Follower):  # of several processes one prints it
+        print(run.summary())
     return 0
 
 
 def _check_data(annotations: str | None, images: str | None, given: list[list[str]], out: str) -> int:
+    """Read a data set once and say what training would use."""
     from refinelib.config import resolve
     from refinelib.data import make_source
     from refinelib.metrics.evaluate import checked_folder
-    from refinelib.workflows.check_data import check_data
+    from refinelib.workflows.checks import check_data
 
     overrides, splits = dict(given), ["train", "val"]
     if annotations or images:
@@ -280,6 +247,7 @@ def _check_data(annotations: str | None, images: str | None, given: list[list[st
 
 
 def _notebooks(folder: str) -> int:
+    """Copy the notebooks into a folder, to change and run there."""
     from refinelib.metrics.evaluate import checked_folder
 
     target, notebooks = checked_folder(folder), sorted((shipped() / "notebooks").glob("*.ipynb"))
@@ -295,6 +263,7 @@ def _notebooks(folder: str) -> int:
 def _run(
     recipes: list[str], given: list[list[str]], debug: bool, jobs: int | None, notebook: bool, **others: Any
 ) -> int:
+    """Train recipes x values x seeds, through notebooks/train.ipynb."""
     from refinelib.workflows import batch
 
     overrides = dict(given) | {name: value for name, value in others.items() if value is not None}

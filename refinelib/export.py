@@ -30,7 +30,7 @@ Every file has the same metadata, a JSON text under the name :data:`METADATA`: s
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import logging
 import warnings
@@ -48,7 +48,7 @@ from refinelib.data import SyntheticPeople
 from refinelib.data.augment import MEAN, STD
 from refinelib.files import PathLike, reason, replacing, shown
 from refinelib.metrics.evaluate import checked_folder
-from refinelib.metrics.predict import CropModel, Predictor, load, predict_probs
+from refinelib.metrics.predict import CropModel, Predictor, Size, load, predict_probs
 from refinelib.modeling.roi import centre_window
 
 #: Largest difference to PyTorch's probabilities with which a file is written.
@@ -79,11 +79,9 @@ class Exported(NamedTuple):
     @property
     def sentence(self) -> str:
         """What was written, and how exact it is."""
-        batches = " and ".join(map(str, CHECKED))
-        return (
-            f"wrote {self.path} ({self.path.stat().st_size / 2**20:.1f} MiB): its probabilities differ from "
-            f"PyTorch's by {self.difference:.1e} at most, in batches of {batches} (allowed: {TOLERANCE:.0e})"
-        )
+        size, batches = self.path.stat().st_size / 2**20, " and ".join(map(str, CHECKED))
+        most = f"{self.difference:.1e} at most, in batches of {batches} (allowed: {TOLERANCE:.0e})"
+        return f"wrote {self.path} ({size:.1f} MiB): its probabilities differ from PyTorch's by {most}"
 
 
 class CropProbs(nn.Module):
@@ -102,9 +100,7 @@ class CropProbs(nn.Module):
         torch.Size([2, 3, 16, 16])
     """
 
-    def __init__(
-        self, model: nn.Module, mask_size: tuple[int, int], flip: bool, weights: Sequence[float]
-    ) -> None:
+    def __init__(self, model: nn.Module, mask_size: Size, flip: bool, weights: Sequence[float]) -> None:
         super().__init__()
         self.model, self.mask_size, self.flip, self.weights = model, mask_size, flip, weights
 
@@ -178,10 +174,10 @@ def opened(file: PathLike) -> tuple[CropModel, dict[str, Any]]:
     Raises:
         ExportError: there is no such file, it is something else, or a package is missing that it needs.
     """
-    names = [name for name, kind in FORMATS.items() if kind.suffix == Path(file).suffix]
-    if not names:
-        raise ExportError(f"{file} has none of the endings {', '.join(k.suffix for k in FORMATS.values())}")
-    kind = _kind(names[0])
+    suffixes = {kind.suffix: name for name, kind in FORMATS.items()}
+    if Path(file).suffix not in suffixes:
+        raise ExportError(f"{file} has none of the endings {', '.join(suffixes)}")
+    kind = _kind(suffixes[Path(file).suffix])
     try:
         with _quiet():
             found, text = kind.read(str(file))
@@ -229,12 +225,7 @@ def _kind(name: str) -> _Format:
     """A format by name, of which all packages can be imported."""
     if name not in FORMATS:
         raise ExportError(f"there is no format {shown(name)}; there are {', '.join(FORMATS)}")
-    missing = []
-    for package in FORMATS[name].packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            missing.append(package)
+    missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ExportError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     return FORMATS[name]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import torch
@@ -32,21 +32,14 @@ LOOK = 0.5
 class Follower(Run):
     """A run as the ranks see it that do not write it (:mod:`refinelib.ranks`): records go nowhere."""
 
-    def record_settings(self, settings: Settings, device: str, **further: Any) -> None:
-        """Write nothing."""
-
-    def update(self, **changes: Any) -> None:
-        """Write nothing."""
-
-    def metrics(self, record: dict[str, Any]) -> None:
-        """Write nothing."""
-
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Keep what only this process knows, for rank 0 to write."""
         self.slowed += [message] * (kind == "speed")
 
-    def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
-        """Write nothing."""
+    def _write_nothing(self, *_: Any, **fields: Any) -> None:
+        """Rank 0 writes it."""
+
+    record_settings = update = metrics = rewind_records = _write_nothing
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -108,14 +101,9 @@ def launch(settings: Settings, on_epoch: Callable[[Run], None] | None = None) ->
     command += ["-m", "refinelib", "train", "-f", settings.recipe, *overrides(settings)]
     threads = str(max(1, (os.cpu_count() or 1) // settings.gpus))
     environment = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **os.environ, FOLDER: str(run.folder)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     told = len(run.epochs())
-    with (
-        Interruption(),
-        subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process,
-    ):
-        reader = threading.Thread(target=echo, args=(process.stdout, "", [""]))
-        reader.start()
+    with Interruption():
+        process, reader, _ = start(command, environment)
         try:
             while process.poll() is None or reader.is_alive():
                 reader.join(LOOK)
@@ -142,17 +130,35 @@ def show_end(run: Run, on_epoch: Callable[[Run], None] | None) -> None:
             on_epoch(run)
 
 
+def start(
+    command: Sequence[str], environment: Mapping[str, str], prefix: str = ""
+) -> tuple[subprocess.Popen[str], threading.Thread, list[str]]:
+    """Start a process that a terminal's Ctrl-C does not reach, and print what it prints.
+
+    Returns:
+        The process; the thread that prints; a list that holds the last line so far.
+    """
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    last = [""]
+    printer = threading.Thread(target=_echo, args=(process.stdout, prefix, last), daemon=True)
+    printer.start()
+    return process, printer, last
+
+
+def _echo(pipe: IO[str], prefix: str, last: list[str]) -> None:
+    with pipe:
+        for line in pipe:
+            say(prefix + line.rstrip("\n"))
+            last[0] = line.strip() or last[0]
+
+
 def say(line: str) -> None:
     """Print a line in one piece: others print as well."""
     with contextlib.suppress(OSError):  # nobody reads any more: the runs go on
         print(f"{line}\n", end="", flush=True)
-
-
-def echo(pipe: IO[str], prefix: str, last: list[str]) -> None:
-    """Print what a process prints; ``last`` has its last line afterwards."""
-    for line in pipe:
-        say(prefix + line.rstrip("\n"))
-        last[0] = line.strip() or last[0]
 
 
 def _ended(run: Run, status: int) -> Run:
@@ -202,14 +208,18 @@ def refuse_processes(settings: Settings, processes: int) -> None:
         raise SettingsError(f"batch_size = {settings.batch_size}: {rule}")
 
 
-def overrides(settings: Settings) -> Iterator[str]:
-    """The options ``-p NAME VALUE`` that turn the recipe into these settings.
+def overrides(settings: Settings) -> list[str]:
+    """The options that turn the recipe into these settings.
 
     Example:
-        >>> [*overrides(resolve("demo", lr=1e-4, roi_size=32))]
+        >>> overrides(resolve("demo", lr=1e-4, roi_size=32))
         ['-p', 'roi_size', '[32, 32]', '-p', 'lr', '0.0001']
     """
     usual = resolve(settings.recipe)
-    for name, value in settings:
-        if value != getattr(usual, name):
-            yield from ("-p", name, value if isinstance(value, str) else json.dumps(value))
+    return options({name: value for name, value in settings if value != getattr(usual, name)})
+
+
+def options(given: Mapping[str, Any]) -> list[str]:
+    """Settings by name as options ``-p NAME VALUE`` of a command line."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    return [word for name, text in texts.items() for word in ("-p", name, text)]

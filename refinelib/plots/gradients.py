@@ -150,10 +150,10 @@ def term_shares(run: Run, found: Gradients) -> Figure:
     return figure
 
 
-def episodes_table(seen: Sequence[Episode], most: int = 10) -> str:
-    """Episodes as a Markdown table, the worst first."""
+def episodes_table(seen: Sequence[Episode]) -> str:
+    """The ten worst episodes as a Markdown table, the worst first."""
     rows = []
-    for e in seen[:most]:
+    for e in seen[:10]:
         span = str(e.first) if e.first == e.last else f"{e.first} to {e.last} ({e.count} far off)"
         norm, times = (f"{e.norm:.3g}", rounded(e.times)) if np.isfinite(e.norm) else ("not finite", "")
         term = "" if e.term is None else f"{e.term}, {e.share:.0%}"

@@ -59,23 +59,22 @@ def sample_grid(run: RunLike, epoch: int | None = None, kinds: Names = KINDS, pe
 
 
 # -- other figures ---------------------------------------------------------------------------------
-def rois(store: Store, count: int = 8, *, overlays: bool = False) -> Figure:
-    """Crops of a store and their labels, spread evenly over it.
+def rois(store: Store, *, overlays: bool = False) -> Figure:
+    """Eight crops of a store and their labels, spread evenly over it.
 
-    With ``overlays`` each mask is also drawn on its crop, which must have its size, and the ids stand above.
+    With ``overlays`` each mask is also drawn on its crop, which must have its size.
     """
-    chosen = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
+    chosen = np.linspace(0, len(store) - 1, min(8, len(store))).astype(int)
     images, coverage = store.gather(chosen)
     samples = {"image": images.numpy(), "labels": labels_from_coverage(coverage).numpy()}
     rows: Rows = [("image", []), ("mask", []), ("labels", [])]
     for roi, image, labels in zip(chosen, *samples.values(), strict=True):
         ids = store.instance(roi)
-        rows[0][1].append((image, f"image {ids['image_id']}" if overlays else ""))
+        rows[0][1].append((image, f"image {ids['image_id']}"))
         if overlays:
             rows[1][1].append((overlay(image, labels[None] == TARGET), f"annotation {ids['annotation_id']}"))
         rows[2][1].append((class_picture(labels), ""))
-    persons, crops = f"persons of {store.source} {store.split}", f"{store.split} ROIs and their labels"
-    figure = style.new_figure(f"{len(chosen)} of {len(store)} {persons if overlays else crops}")
+    figure = style.new_figure(f"{len(chosen)} of {len(store)} persons of {store.source} {store.split}")
     key = CLASSES | ({"ignored": style.BLACK} if store.ignores else {})
     shape = shape_of(samples | {"mask_size": np.array(store.mask_size)})
     return picture_grid(figure, [row for row in rows if row[1]], shape, key=key)
@@ -108,11 +107,6 @@ def overlay(pixels: Pixels, masks: Pixels) -> Pixels:
 
 
 # -- samples on disk -------------------------------------------------------------------------------
-def sample_epochs(run: RunLike) -> list[int]:
-    """Epochs whose masks are on disk, counted from 1."""
-    return list(by_epoch(style.opened(run).folder / "samples"))
-
-
 def read_samples(run: Run, epoch: int | None = None) -> tuple[int, Samples] | None:
     """The masks of an epoch, and which it is; by default the last that can be read (none: there is none).
 

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from IPython import display
+from ipywidgets import HTML, Dropdown, Image, Layout, SelectionSlider, VBox
+from jupyter_bbox_widget import BBoxWidget
+from PIL.Image import fromarray
 
+from refinelib.files import by_epoch
 from refinelib.gradients.record import read
 from refinelib.plots.curves import curves
 from refinelib.plots.gradients import module_norms
-from refinelib.plots.masks import Pixels, boxes_figure, sample_epochs, sample_grid
+from refinelib.plots.masks import Pixels, boxes_figure, sample_grid
 from refinelib.plots.style import Figure, RunLike, opened
 from refinelib.runs import Run, RunError
 
@@ -45,8 +49,6 @@ def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
     """
     if not interactive():
         return None
-    from IPython.display import display
-
     panels: list[Any] = []
 
     def on_epoch(run: Run) -> None:
@@ -54,7 +56,7 @@ def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
         for panel, figure in zip(panels, figures, strict=False):
             panel.update(figure)
         if not panels:
-            panels.extend(display(one, display_id=True) for one in figures)  # type: ignore[no-untyped-call]  # IPython
+            panels.extend(display.display(one, display_id=True) for one in figures)  # type: ignore[no-untyped-call]
 
     return on_epoch
 
@@ -62,10 +64,8 @@ def live_panel(*, samples: int = 4) -> Callable[[Run], None] | None:
 def epoch_slider(run: RunLike, *, kinds: Sequence[str] = ("fixed",), per_kind: int = 6) -> Any:
     """Masks of the same validation ROIs, with a slider over the epochs on disk; ``None`` without epochs."""
     run = opened(run)
-    if not interactive() or not (epochs := sample_epochs(run)):
+    if not interactive() or not (epochs := [*by_epoch(run.folder / "samples")]):
         return None
-    from ipywidgets import SelectionSlider
-
     slider = SelectionSlider(options=epochs, value=epochs[-1], description="epoch", continuous_update=False)
     return _above_figure(slider, lambda epoch: sample_grid(run, epoch, kinds, per_kind))
 
@@ -75,8 +75,6 @@ def layer_picker(run: RunLike) -> Any:
     run = opened(run)
     if not interactive() or not any((run.folder / "gradients").glob("*.npz")):
         return None
-    from ipywidgets import Dropdown
-
     found = read(run)
     options = [("all modules", "modules"), *((name, f"{name}.") for name in found.modules)]
     picker = Dropdown(options=options, description="layers")
@@ -85,8 +83,6 @@ def layer_picker(run: RunLike) -> Any:
 
 def _above_figure(control: Any, draw: Callable[[Any], Figure]) -> Any:
     """A control above the figure it decides on; a change of its value replaces the picture."""
-    from ipywidgets import HTML, Image, Layout, VBox
-
     picture, note = Image(format="png", layout=Layout(max_width="100%")), HTML()
 
     def redraw(*_: object) -> None:
@@ -135,15 +131,12 @@ class BoxPicker:
     def widget(self) -> Any:
         """The widget: made on first use, the same one afterwards."""
         if self._widget is None:
-            from ipywidgets import Layout
-            from jupyter_bbox_widget import BBoxWidget
-
             height, width = self.pixels.shape[:2]
             fits = Layout(width=f"min(100%, {65 * width / height:.1f}vh)")
             rows = [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in self._given]
             drawn = [{**dict(zip(_SIDES, row, strict=True)), "label": ""} for row in rows]
             made = BBoxWidget(bboxes=drawn, classes=[""], hide_buttons=True, layout=fits)
-            Image.fromarray(self.pixels).save(content := io.BytesIO(), "JPEG", quality=90)
+            fromarray(self.pixels).save(content := io.BytesIO(), "JPEG", quality=90)
             made.image_bytes = content.getvalue()
             made.add_class("refinelib-boxes")
             made._css += _BOXES_CSS
@@ -155,6 +148,4 @@ class BoxPicker:
         return boxes_figure(self.pixels, self.boxes, [str(number) for number in range(len(self.boxes))])
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.widget() if interactive() else self.figure())  # type: ignore[no-untyped-call]  # IPython
+        display.display(self.widget() if interactive() else self.figure())  # type: ignore[no-untyped-call]

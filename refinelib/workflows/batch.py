@@ -18,10 +18,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import torch
+
 from refinelib.config import Settings, SettingsError, fields, resolve
 from refinelib.files import shipped
-from refinelib.launch import Interruption, echo, say
+from refinelib.launch import Interruption, options, say, start
+from refinelib.plots import style
 from refinelib.runs import Run, newest
+from refinelib.trainer import SCORES
 
 #: The last columns of the table.
 ENDS = ("skipped", "seconds", "error")
@@ -68,13 +72,15 @@ def plan(
 ) -> list[Job]:
     """Every combination of recipes and values, validated; the last setting changes fastest.
 
+    A recipe or a value that comes twice is trained twice.
+
     Args:
-        recipes: names of files in ``params/``, or paths to some; one that comes twice is trained twice.
+        recipes: names of files in ``params/``, or paths to some.
         overrides: settings by name; a text with commas is several values, unless the setting is a text.
         debug: a debug run of each (:func:`refinelib.workflows.examples.debug_run`); ``overrides`` come first.
 
     Raises:
-        SettingsError: a recipe or setting is wrong, or a value comes twice.
+        SettingsError: a recipe or setting is wrong.
 
     Example:
         >>> [job.name for job in plan(["best"], {"data": "synthetic", "lr": "1e-3,5e-4", "seed": "0,1"})]
@@ -84,11 +90,10 @@ def plan(
     varied = tuple(name for name, values in grid.items() if len(values) > 1)
     jobs: dict[str, Job] = {}
     for recipe in recipes:
-        labels: set[str] = set()
         for values in itertools.product(*grid.values()):
             given = {**dict(zip(grid, values, strict=True)), "recipe": recipe}
             if debug:
-                from refinelib.workflows.examples import debug_run  # slow to import
+                from refinelib.workflows.examples import debug_run  # with Jupyter's packages, as papermill
 
                 given = debug_run(given)
             settings = resolve(recipe, **given)
@@ -96,11 +101,7 @@ def plan(
                 rule = "the batch shares out the GPUs: give cuda, and choose some by CUDA_VISIBLE_DEVICES"
                 raise SettingsError(f"device = {settings.device}: {rule}")
             label = "".join(f"-{name}{_text(getattr(settings, name))}" for name in varied)
-            if label in labels:
-                raise SettingsError(f"two runs would have {label[1:]}: give each value once")
-            labels.add(label)
-            names = (settings.run_name + label + suffix for suffix in _suffixes())
-            name = next(name for name in names if name not in jobs)
+            name = next(name for name in _numbered(settings.run_name + label) if name not in jobs)
             if name != settings.run_name:
                 given["run"] = name
                 settings = resolve(recipe, **given)
@@ -129,8 +130,8 @@ def _text(value: Any) -> str:
     return "-" + ("x".join(map(str, words)) if isinstance(words, tuple) else str(words).lower())
 
 
-def _suffixes() -> Iterator[str]:
-    return itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+def _numbered(name: str) -> Iterator[str]:
+    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
 # -- training ----------------------------------------------------------------------------------------
@@ -177,20 +178,15 @@ def train(
         with lock:  # none is started after a signal was sent to all
             if stopped.is_set():
                 return Outcome(job, "not started", "the batch was interrupted before")
-            place, started = free.pop(0), time.time()
+            place, began = free.pop(0), time.time()
             say(f"-- {job.name}, {number} of {len(jobs)}{'' if command else f': {job.notebook}'}")
-            process = subprocess.Popen(
-                _line(job, command), env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, errors="replace", start_new_session=True,  # a terminal's Ctrl-C comes once
-            )  # fmt: skip
+            prefix = f"{job.name}: " if several else ""
+            process, printer, last = start(_line(job, command), os.environ | place, prefix)
             running.add(process)
-        last, prefix = [""], f"{job.name}: " if several else ""
-        printer = threading.Thread(target=echo, args=(process.stdout, prefix, last), daemon=True)
-        printer.start()
         try:
             code = process.wait()
             printer.join(LAST_WORDS)
-            outcome = _outcome(job, code, last[0], started, stopped.is_set())
+            outcome = _outcome(job, code, last[0], began, stopped.is_set())
             say(f"-- {job.name}: {outcome.state} {outcome.error}".rstrip())
             ended(outcome, os.environ | place)
             return outcome
@@ -227,8 +223,6 @@ def places(at_once: int | None, most: int, each: int = 1) -> list[dict[str, str]
     Raises:
         ValueError: ``at_once`` is below 1.
     """
-    import torch
-
     if at_once is not None and at_once < 1:
         raise ValueError(f"jobs = {at_once}: give at least 1")
     count = torch.cuda.device_count()  # of those in CUDA_VISIBLE_DEVICES
@@ -248,8 +242,7 @@ def _line(job: Job, command: Sequence[str] | None) -> list[str]:
         given["resume"] = False  # the batch was interrupted before this run had begun
     if command is None:
         return [sys.executable, "-m", "refinelib.workflows.batch", str(job.notebook), json.dumps(given)]
-    words = (word for name, value in given.items() if name != "recipe" for word in ("-p", name, value))
-    return [*command, "train", "-f", *map(str, (given["recipe"], *words))]
+    return [*command, "train", "-f", given.pop("recipe"), *options(given)]
 
 
 def execute(target: str, parameters: str) -> str | None:
@@ -264,21 +257,18 @@ def execute(target: str, parameters: str) -> str | None:
     """
     try:
         with Interruption():
-            import papermill  # slow to import, and not on machines that only train
+            import papermill  # not on machines that only train
             from traitlets.config import Config
 
             source = str(shipped() / "notebooks" / "train.ipynb")
-            options = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
-            options["config"] = Config(
-                KernelManager={"shutdown_wait_time": 2 * PATIENCE}
-            )  # half, then a signal
-            papermill.execute_notebook(source, target, parameters=json.loads(parameters), **options)
+            waits = Config(KernelManager={"shutdown_wait_time": 2 * PATIENCE})  # half, then a signal
+            how: dict[str, Any] = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
+            papermill.execute_notebook(source, target, json.loads(parameters), config=waits, **how)
     except KeyboardInterrupt:
         return "interrupted"
     except Exception as raised:  # whatever stopped it is told in one line
-        if "DeadKernel" in type(raised).__name__:
+        if (name := getattr(raised, "ename", type(raised).__name__)) == "DeadKernelError":
             return "the kernel died, killed or out of memory"
-        name = getattr(raised, "ename", type(raised).__name__)
         return f"{name}: {getattr(raised, 'evalue', raised)}".split("\n")[0]
     return None
 
@@ -306,8 +296,6 @@ def _outcome(job: Job, code: int, last: str, started: float, stopped: bool) -> O
 # -- tables ------------------------------------------------------------------------------------------
 def records(outcomes: Sequence[Outcome], folder: Path) -> list[dict[str, Any]]:
     """Outcomes as rows of a table, with run folders relative to ``folder`` and scores of the best epochs."""
-    from refinelib.trainer import SCORES  # slow to import
-
     rows = []
     for job, state, error, seconds, run in outcomes:
         status: dict[str, Any] = run.status() if run else {}
@@ -323,21 +311,18 @@ def records(outcomes: Sequence[Outcome], folder: Path) -> list[dict[str, Any]]:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table, a line a run, with the settings that vary."""
-    from refinelib.plots.style import table as markdown  # slow to import
-    from refinelib.trainer import SCORES
-
     varied, rows = outcomes[0].job.varied, []
     for row in records(outcomes, Path()):
         row["epochs"] = f"{row['epoch']} of {row['epochs']}" if row["epochs"] else None
         row |= {name: f"{row[name]:.3f}" for name in SCORES if row[name] is not None}
         rows.append([row[name] for name in ("run", *varied, "state", "epochs", *SCORES, *ENDS)])
-    return markdown(rows, ["run", *varied, "state", "epochs", *SCORES.values(), *ENDS])
+    return style.table(rows, ["run", *varied, "state", "epochs", *SCORES.values(), *ENDS])
 
 
 def save(outcomes: Sequence[Outcome]) -> Path:
     """Write the rows as a new file ``batch.csv``, ``batch-2.csv``, ... beside the run folders."""
     root = outcomes[0].job.root
-    rows, files = records(outcomes, root), (root / f"batch{suffix}.csv" for suffix in _suffixes())
+    rows, files = records(outcomes, root), (root / f"{name}.csv" for name in _numbered("batch"))
     file = next(file for file in files if not file.exists())
     with open(file, "x", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, rows[0])

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import functools
 import math
+import tempfile
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from refinelib.build import autocast, build_device, build_guard, build_loss, fresh_model, precision
 from refinelib.config import Settings
-from refinelib.data import open_splits
+from refinelib.data import Source, open_splits, open_store
 from refinelib.data.augment import normalise
 from refinelib.data.loader import Batch, BatchLoader
 from refinelib.files import dumps, reason, write_atomically
 from refinelib.guard.guard import Guard
 from refinelib.metrics import predict
 from refinelib.modeling import IGNORED, NON_TARGET, TARGET
-from refinelib.plots.masks import read_samples
+from refinelib.plots import masks, style
 from refinelib.runs import Run
 from refinelib.trainer import train
 
@@ -35,6 +37,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 OVERFIT_IOU, OVERFIT_LOSS = 0.95, 0.1
 #: How a check trains on its one batch, whatever the recipe: fast, without decay.
 FAST = {"epochs": 1, "warmup_epochs": 0.05, "weight_decay": 0.0, "grad_clip": 5.0, "accumulate": 1}
+#: Pixels of the crops in the picture of a data set.
+CROP = (128, 128)
 
 
 class CheckError(RuntimeError):
@@ -170,22 +174,20 @@ def gradients(figures: dict[str, Any], parts: Parts, *, steps: int = 4) -> str:
                 if parameter.grad is not None:
                     norm = float(parameter.grad.float().norm() / guard.scale(torch.ones(())))
                     norms[name] = norm if math.isnan(norm) else max(norms[name] or 0.0, norm)
+            lost = [name for name, norm in norms.items() if not math.isfinite(norm or 0)]
             lacking = [name for name, p in named.items() if p.requires_grad and p.grad is None]
-            broken = bool(lacking) or not all(math.isfinite(norm or 0) for norm in norms.values())
-            if broken:  # no step is possible, and layers behind a 0 are not to blame
+            if lost or lacking:  # no step is possible, and layers behind a 0 are not to blame
                 break
+    zero = [name for name, norm in norms.items() if norm == 0 and not (lost or lacking)]
     kinds = {
         "are frozen (requires_grad is False)": [name for name, p in named.items() if not p.requires_grad],
         "have no gradient at all (they are not between image and loss)": lacking,
-        "have a gradient that is not finite": [n for n, v in norms.items() if not math.isfinite(v or 0)],
-        f"have a gradient of exactly 0 in {steps} steps": [
-            n for n, v in norms.items() if v == 0 and not broken
-        ],
+        "have a gradient that is not finite": lost,
+        f"have a gradient of exactly 0 in {steps} steps": zero,
     }
-    count, found = f"of {len(norms)} parameters", {kind: names for kind, names in kinds.items() if names}
-    if found:
-        lines = (f"{len(names)} {count} {kind}: {', '.join(names[:3])}" for kind, names in found.items())
-        raise CheckError("; ".join(lines))
+    wrong = {f"of {len(norms)} parameters {kind}": names for kind, names in kinds.items() if names}
+    if wrong:
+        raise CheckError("; ".join(f"{len(x)} {kind}: {', '.join(x[:3])}" for kind, x in wrong.items()))
     known = [norm or 0.0 for norm in norms.values()]
     return f"all {len(norms)} have one, of norm {min(known):.1e} to {max(known):.1e}"
 
@@ -213,8 +215,7 @@ def overfit(figures: dict[str, Any], parts: Parts, *, steps: int = 120, lr: floa
         ious.append(float(iou[truth.any(-1).any(-1)].mean()))
     skipped, first, last = int(guard.state["skipped"]), costs[0], costs[-1]
     figures |= {"loss": costs, "target_iou": ious, "enough": [OVERFIT_IOU, OVERFIT_LOSS], "skipped": skipped}
-    course = f"loss {first:.2f} to {last:.3f}, target IoU {ious[-1]:.3f} in {steps} steps"
-    course += f" at learning rate {lr:g}"
+    course = f"loss {first:.2f} to {last:.3f}, target IoU {ious[-1]:.3f} in {steps} steps at lr {lr:g}"
     if skipped > steps // 20:
         hint = f"{skipped} steps were skipped: train with this recipe and read events.jsonl"
     elif not first - last > 0.01 * first:
@@ -282,7 +283,7 @@ def whole_run(figures: dict[str, Any], settings: Settings) -> str:
     course = f"the run is {status['state']} after {epochs}, {status['step']} steps"
     if status["state"] != "ok" or len(losses) != settings.epochs or None in losses or skipped:
         raise CheckError(f"{course}, {skipped} steps were skipped: read events.jsonl in {run.folder}")
-    _, recorded = read_samples(run, settings.epochs) or (0, {})
+    _, recorded = masks.read_samples(run, settings.epochs) or (0, {})
     predictor = predict.load(run.folder / "checkpoints" / "last.pt", device=settings.device)
     images = torch.from_numpy(recorded["image"]).permute(0, 3, 1, 2).to(predictor.device)
     probs = predictor.roi_probs(normalise(images)).cpu()
@@ -323,3 +324,40 @@ def raise_if_failed(results: Sequence[Check]) -> None:
 def _failures(results: Sequence[Check]) -> str:
     failed = [f"{found.name}: {found.sentence}" for found in results if not found.passed]
     return f"{len(failed)} of {len(results)} checks failed: {'; '.join(failed)}" if failed else ""
+
+
+# -- a data set ------------------------------------------------------------------------------------
+def check_data(source: Source, picture: Path, *, max_images: int | None = None, progress: bool = True) -> str:
+    """Decode every image and mask as training would, report, and draw a few persons.
+
+    Args:
+        source: of images and masks.
+        picture: file to write, a PNG: crops, the person's mask on them, and the labels.
+        max_images: read only the first so many images.
+        progress: show a bar.
+
+    Returns:
+        What is used, then a line for each reason for which something is left out or worth a note: how often,
+        and an example.
+
+    Raises:
+        DataError: nothing can be used.
+
+    Example:
+        >>> from refinelib.data import SyntheticPeople
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(check_data(SyntheticPeople(3), Path(folder, "people.png"), progress=False))
+        synthetic train: 6 persons in 3 images are used
+    """
+    how: Any = {"roi_size": CROP, "mask_size": CROP, "context": 0.0, "max_images": max_images}
+    with tempfile.TemporaryDirectory() as root:
+        store = open_store(source, root=root, progress=progress, **how)
+        masks.rois(store, overlays=True).savefig(picture, dpi=style.DPI)
+        images = len(np.unique(store.image_index))
+        lines = [f"{store.source} {store.split}: {len(store)} persons in {images} images are used"]
+        for title, counts in (("left out", store.skipped), ("noted", store.info.notes)):
+            lines += [f"{title}: {n} x {name}: {store.examples[name]}" for name, n in counts.items()]
+        if store.ignores:
+            lines.append(f"ignored: {store.info.ignored:.2%} of the pixels in the persons' boxes")
+        del store  # its files are mapped, and Windows deletes no mapped file
+    return "\n".join(lines)

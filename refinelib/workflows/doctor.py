@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from refinelib.files import reason, shipped
 LEAST_FREE = 1 << 30
 #: Installed with the package for a user; what its developers need is left out.
 DEVELOPERS = ("test",)
+Given = dict[str, Any]  # settings by name
 
 
 class Found(NamedTuple):
@@ -31,8 +32,8 @@ class Found(NamedTuple):
 
     def __str__(self) -> str:
         """One line."""
-        line = f"{'FIX' if self.fix else 'ok ':3} {self.what}: {self.text}"
-        return f"{line}: {self.fix}" if self.fix else line
+        found = f"{self.what}: {self.text}"
+        return f"FIX {found}: {self.fix}" if self.fix else f"ok  {found}"
 
 
 def examine(overrides: dict[str, Any] | None = None) -> Iterator[Found]:
@@ -46,30 +47,16 @@ def examine(overrides: dict[str, Any] | None = None) -> Iterator[Found]:
         >>> python.what, python.fix
         ('Python', '')
     """
-    given = overrides or {}
-    parts: dict[str, Callable[[], Iterator[Found]]] = {
-        "Python": _python,
-        "packages": _packages,
-        "torch": _torch,
-        "device": lambda: _device(given),
-        "kernel": _kernel,
-        "outputs": lambda: _outputs(given),
-        "recipes": _recipes,
-        "data": lambda: _data(given),
-    }
-    for what, look in parts.items():
+    yield Found("Python", f"{platform.python_version()}, {sys.executable}")
+    for look in (_packages, _torch, _device, _kernel, _outputs, _recipes, _data):
         try:
-            yield from look()
+            yield from look(overrides or {})
         except Exception as error:  # whatever is broken is what is looked for
-            yield Found(what, reason(error), "mend this first")
+            fix = "give other settings with -p" if isinstance(error, ValueError) else "mend this first"
+            yield Found(look.__name__[1:], reason(error, 400), fix)
 
 
-def _python() -> Iterator[Found]:
-    version, fix = platform.python_version(), "install Python 3.11 or newer"
-    yield Found("Python", f"{version}, {sys.executable}", fix if sys.version_info < (3, 11) else "")
-
-
-def _packages() -> Iterator[Found]:
+def _packages(_: Given) -> Iterator[Found]:
     """Every package that ``pyproject.toml`` names, against its range; those of extras may lack."""
     from packaging.requirements import Requirement
 
@@ -78,37 +65,36 @@ def _packages() -> Iterator[Found]:
     except metadata.PackageNotFoundError:
         yield Found("packages", "refinelib is not installed in this Python", "run pip install -e . in it")
         return
-    missing, optional = list[str](), dict[str, list[str]]()
-    extras = metadata.metadata("refinelib").get_all("Provides-Extra") or []
+    extras = ["", *(metadata.metadata("refinelib").get_all("Provides-Extra") or [])]
+    found: dict[str, list[str]] = {extra: [] for extra in extras}
+    wrong = list[str]()
     for one in needed:
-        extra = next((name for name in extras if one.marker and one.marker.evaluate({"extra": name})), "")
-        if one.marker and not extra and not one.marker.evaluate({"extra": ""}):
+        extra = next(
+            (name for name in extras if not one.marker or one.marker.evaluate({"extra": name})), None
+        )
+        if extra is None:
             continue  # for another system
         try:
             version = metadata.version(one.name)
-            wrong = not one.specifier.contains(version, prereleases=True)
+            fits = one.specifier.contains(version, prereleases=True)
         except metadata.PackageNotFoundError:
-            version, wrong = "missing", True
-        if extra:
-            optional.setdefault(extra, []).append(f"{one.name} {version}")
-        elif wrong:
-            missing.append(f"{one.name} {version}, not {one.specifier}")
-    count = len(needed) - sum(map(len, optional.values()))
-    text, fix = "; ".join(missing) or f"all {count} are there", "run pip install -e . again" * bool(missing)
-    yield Found("packages", text, fix)
-    for extra, names in optional.items():
-        if extra not in DEVELOPERS:
+            version, fits = "missing", False
+        found[extra].append(f"{one.name} {version}")
+        wrong += [f"{one.name} {version}, not {one.specifier}"] if not (fits or extra) else []
+    text = "; ".join(wrong) or f"all {len(found.pop(''))} are there"
+    yield Found("packages", text, "run pip install -e . again" if wrong else "")
+    for extra, names in found.items():
+        if extra not in ("", *DEVELOPERS):
             yield Found(f"optional packages, {extra}", ", ".join(names))
 
 
-def _torch() -> Iterator[Found]:
+def _torch(_: Given) -> Iterator[Found]:
     import torch
 
     built = torch.version.cuda or torch.version.hip or ""
     yield Found("torch", f"{torch.__version__}, {f'for CUDA {built}' if built else 'without CUDA'}")
-    driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count and driver:
+    if not count and (shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()):
         build = "its driver is older than this CUDA: update the driver, or install a torch for an older CUDA"
         fix = build if built else "install a torch that is built for CUDA (https://pytorch.org)"
         yield Found("CUDA", "this host has an NVIDIA GPU that PyTorch does not see", fix)
@@ -127,19 +113,16 @@ def _torch() -> Iterator[Found]:
             yield Found(f"cuda:{number}", f"{name}: {reason(error)}", fix)
 
 
-def _device(given: dict[str, Any]) -> Iterator[Found]:
+def _device(given: Given) -> Iterator[Found]:
     """The device that is asked for, where one is."""
     from refinelib.build import build_device
     from refinelib.config import Settings
 
     if "device" in given:
-        try:
-            yield Found("device", f"training takes {build_device(Settings(device=given['device']))}")
-        except ValueError as error:
-            yield Found("device", reason(error), "give another device with -p")
+        yield Found("device", f"training takes {build_device(Settings(device=given['device']))}")
 
 
-def _kernel() -> Iterator[Found]:
+def _kernel(_: Given) -> Iterator[Found]:
     """The kernel that runs the notebooks must be of this Python."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
@@ -155,51 +138,42 @@ def _kernel() -> Iterator[Found]:
         yield Found("Jupyter kernel", "there is no kernel python3", fix)
 
 
-def _outputs(given: dict[str, Any]) -> Iterator[Found]:
+def _outputs(given: Given) -> Iterator[Found]:
     from refinelib.config import absolute
 
     folder = absolute(given.get("output_dir", "outputs"))
     place = next(place for place in (folder, *folder.parents) if place.exists())
     try:
         tempfile.TemporaryFile(dir=place).close()
-        free = shutil.disk_usage(place).free
     except OSError as error:
         yield Found("outputs", f"{place} cannot be written to ({reason(error)})", "give another output_dir")
         return
+    free = shutil.disk_usage(place).free
     fix = "make room, or give an output_dir on a larger disk" if free < LEAST_FREE else ""
     yield Found("outputs", f"{folder} can be written to, {free / 2**30:.1f} GiB are free", fix)
 
 
-def _recipes() -> Iterator[Found]:
+def _recipes(_: Given) -> Iterator[Found]:
     from refinelib.config import SettingsError, recipe_files, resolve
 
-    files, wrong = recipe_files(), dict[str, str]()
-    for name in files:
+    files = recipe_files()
+    yield Found("recipes", f"{len(files)} in {shipped() / 'params'}")
+    for name, file in files.items():
         try:
             resolve(name)
         except SettingsError as error:
-            wrong[name] = reason(error)
-    for name, why in wrong.items():
-        yield Found("recipes", f"{files[name]}: {why}", "mend that file")
-    if not wrong:
-        yield Found("recipes", f"{len(files)} in {shipped() / 'params'}, all valid")
+            yield Found("recipes", f"{file}: {reason(error)}", "mend that file")
 
 
-def _data(given: dict[str, Any]) -> Iterator[Found]:
-    from refinelib.config import SettingsError, resolve
-    from refinelib.data import DataError, make_source
+def _data(given: Given) -> Iterator[Found]:
+    from refinelib.config import resolve
+    from refinelib.data import make_source
 
-    try:
-        settings = resolve("original", **given)
-        if settings.data == "synthetic":
-            yield Found(
-                "data", "synthetic needs none; give -p data NAME -p data_dir DIR to look at a data set"
-            )
-            return
-        for split in ("train", "val"):
-            make_source(settings, split)
-    except (SettingsError, DataError) as error:
-        yield Found("data", reason(error, 400), "give other settings with -p")
+    settings, place = resolve("original", **given), given.get("data_dir") or "the places given"
+    if settings.data == "synthetic":
+        hint = "give -p data NAME -p data_dir DIR to look at a data set"
+        yield Found("data", f"synthetic needs none; {hint}")
         return
-    place = given.get("data_dir") or "the places given"
+    for split in ("train", "val"):
+        make_source(settings, split)
     yield Found("data", f"{settings.data}: train and val are in {place}; check-data reads them whole")

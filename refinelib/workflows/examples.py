@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from IPython import display
+
 from refinelib import checkpoints, trainer
 from refinelib.config import Settings, absolute, load_recipe, resolve
 from refinelib.files import is_locked
@@ -152,15 +154,13 @@ def note_size(*made: Any) -> None:
     Args:
         *made: what the notebook shows: runs, settings, or what has ``settings`` of a run.
     """
-    from IPython.display import Markdown, display
-
     own = [recorded_settings(one) if isinstance(one, Run) else getattr(one, "settings", one) for one in made]
     found = [dict(settings) for settings in own]
     smoke = resolve("debug").smoke or any(settings.get("smoke") for settings in found)
     if smoke or any(settings.get("recipe") == "debug" for settings in found):
         text = f"{'Smoke size' if smoke else 'A tiny run'}: trained for seconds, to show how this works."
         text += " No score, difference or verdict below says anything about the method."
-        display(Markdown(f"> **{text}**"))  # type: ignore[no-untyped-call]  # IPython
+        display.display(display.Markdown(f"> **{text}**"))  # type: ignore[no-untyped-call]
 
 
 def has_weights(run: Run) -> bool:

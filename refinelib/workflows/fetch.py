@@ -17,7 +17,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ PENNFUDAN, COCO = "https://www.cis.upenn.edu/~jshi/ped_html", "http://images.coc
 PENNFUDAN_ZIP, COCO_ZIP = "PennFudanPed.zip", "annotations/annotations_trainval2017.zip"
 #: The MD5 that COCO's server gives for the annotations. Penn-Fudan publishes none: its zip's own CRCs count.
 COCO_MD5 = "f4bbac642086de4f52a3fdda2de5fa2c"
-#: Images in COCO's splits, people or not, and in Penn-Fudan, each with a mask.
-COCO_IMAGES, PENNFUDAN_IMAGES = {"val": 5000, "train": 118287}, 170
+#: Images in Penn-Fudan, each with a mask.
+PENNFUDAN_IMAGES = 170
 #: Attempts that bring no byte before a server is given up; seconds between them, and until one is broken off.
 ATTEMPTS, PAUSE, TIMEOUT = 4, 2.0, 30.0
 #: Bytes read at a time, and images fetched at a time.
 PIECE, AT_ONCE = 1 << 18, 8
 AGAIN = "the same command continues"
+Entry = dict[str, Any]
 
 
 class FetchError(RuntimeError):
@@ -50,9 +51,7 @@ class FileError(FetchError):
 
 
 # -- one file ------------------------------------------------------------------------------------------
-def download(
-    url: str, file: Path, *, check: Callable[[Path], str] = lambda part: "", progress: bool = False
-) -> None:
+def download(url: str, file: Path, *, check: Callable[[Path], str], progress: bool = False) -> None:
     """Fetch a file, unless it is there; go on from what an interrupted call left.
 
     Args:
@@ -75,8 +74,10 @@ def download(
             _go_on(url, part, progress)
             break
         except (OSError, http.client.HTTPException) as error:
-            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
-            if refused:
+            code = getattr(error, "code", 500)  # of the server's answer
+            if code == 416:  # nothing comes after what is there: the check says whether it is whole
+                break
+            if code < 500 and code != 429:
                 raise FileError(f"{url}: the server refuses it ({reason(error)})") from None
             attempts = 0 if _size(part) > before else attempts + 1
             if attempts >= ATTEMPTS:
@@ -99,50 +100,30 @@ def _go_on(url: str, part: Path, progress: bool) -> None:
     """
     have = _size(part)
     headers = {"User-Agent": "refinelib"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing comes after what is there
-            raise
-        if error.headers.get("Content-Range", "").rpartition("/")[2] != str(have):
-            part.unlink(missing_ok=True)  # it is longer than the file, of another one
-            raise ConnectionError("another file was there before") from None
-        return
-    with answer:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
         begins = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range") or "")
         start = int(begins[1]) if answer.status == 206 and begins else 0
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdecimal() else None
         if start not in (0, have):
             raise ConnectionError("the server sends another part than the one asked for")
+        length = getattr(answer, "length", None)  # what is left to read, where the server says it
+        how = {"total": length and start + length, "initial": start, "desc": part.name[1:-5]}
         with (
             open(part, "ab" if start else "wb") as out,
-            tqdm(
-                total=total,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                desc=part.name[1:-5],
-                disable=not progress,
-            ) as bar,
+            tqdm.wrapattr(out, "write", **how, disable=not progress) as counted,
         ):
-            while piece := answer.read(PIECE):
-                out.write(piece)
-                bar.update(len(piece))
-    if total is not None and _size(part) < total:
-        raise ConnectionError(f"the connection broke off at {_size(part)} of {total} bytes")
+            shutil.copyfileobj(answer, counted, PIECE)
+        if missing := getattr(answer, "length", None):
+            total = _size(part) + missing
+            raise ConnectionError(f"the connection broke off at {_size(part)} of {total} bytes")
 
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _wrong_md5(expected: str) -> Callable[[Path], str]:
-    def check(part: Path) -> str:
-        found = file_digest(part, "md5")
-        return "" if found == expected else f"its MD5 is {found} and should be {expected}"
-
-    return check
+def _wrong_md5(part: Path) -> str:
+    found = file_digest(part, "md5")
+    return "" if found == COCO_MD5 else f"its MD5 is {found} and should be {COCO_MD5}"
 
 
 def _wrong_zip(part: Path) -> str:
@@ -171,31 +152,27 @@ def pennfudan(folder: Path, *, mirror: str = PENNFUDAN, progress: bool = False) 
         FetchError: see :func:`download`; or the zip holds another set.
     """
     place, archive = folder / "PennFudanPed", folder / PENNFUDAN_ZIP
-    lines = list[str]()
-    if _pairs(place) < PENNFUDAN_IMAGES:
+    lines = [f"{PENNFUDAN_IMAGES} images with masks are in {place}"]
+    lines += [f"train on them with -p data pennfudan -p data_dir {place}"]
+    if _pairs(place.glob("*/*")) < PENNFUDAN_IMAGES:
         download(f"{mirror}/{PENNFUDAN_ZIP}", archive, check=_wrong_zip, progress=progress)
-        lines += [
-            f"SHA-256 of {PENNFUDAN_ZIP}: {file_digest(archive)} (none is published; its CRCs are right)"
-        ]
-        unpacked = folder / ".PennFudanPed.unpacking"
-        shutil.rmtree(unpacked, ignore_errors=True)  # an interrupted call's
+        digest = file_digest(archive)
+        lines.insert(0, f"SHA-256 of {PENNFUDAN_ZIP}: {digest} (none is published; its CRCs are right)")
         with zipfile.ZipFile(archive) as content:
-            content.extractall(unpacked)
-        if (found := _pairs(unpacked / place.name)) != PENNFUDAN_IMAGES:
-            shutil.rmtree(unpacked)
-            what = f"{archive} holds {found} images with masks, not {PENNFUDAN_IMAGES}"
-            raise FetchError(f"{what}: it is not Penn-Fudan's: delete it, and give another mirror")
-        shutil.copytree(unpacked / place.name, place, dirs_exist_ok=True)
-        shutil.rmtree(unpacked)
+            names = [name for name in content.namelist() if name.startswith(f"{place.name}/")]
+            if (found := _pairs(map(Path, names))) != PENNFUDAN_IMAGES:
+                what = f"{archive} holds {found} images with masks, not {PENNFUDAN_IMAGES}"
+                raise FetchError(f"{what}: it is not Penn-Fudan's: delete it, and give another mirror")
+            content.extractall(folder, names)
         archive.unlink()
-    lines += [f"{_pairs(place)} images with masks are in {place}"]
-    return "\n".join([*lines, f"train on them with -p data pennfudan -p data_dir {place}"])
+    return "\n".join(lines)
 
 
-def _pairs(place: Path) -> int:
+def _pairs(files: Iterable[Path]) -> int:
     """Images of Penn-Fudan's layout that have a mask."""
-    masks = {file.name.removesuffix("_mask.png") for file in place.glob("PedMasks/*_mask.png")}
-    return len(masks & {file.stem for file in place.glob("PNGImages/*.png")})
+    known = {(file.parent.name, file.name) for file in files}
+    images = [name.removesuffix(".png") for folder, name in known if folder == "PNGImages"]
+    return sum(("PedMasks", f"{name}_mask.png") in known for name in images)
 
 
 def coco_person(
@@ -225,31 +202,26 @@ def coco_person(
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images = {max_images}: give at least 1, or leave it out for all")
     archive, places = folder / Path(COCO_ZIP).name, folder / "images" / f"{split}2017"
-    check = _wrong_md5(COCO_MD5)
-    download(f"{mirror}/{COCO_ZIP}", archive, check=check, progress=progress)
-    content = _annotations(archive, f"annotations/instances_{split}2017.json")
-    if len(content["images"]) != COCO_IMAGES[split]:
-        what = f"{archive} lists {len(content['images'])} images of {split}2017, not {COCO_IMAGES[split]}"
-        raise FetchError(f"{what}: delete it, and {AGAIN}")
-    content = people_of(content, max_images)
+    download(f"{mirror}/{COCO_ZIP}", archive, check=_wrong_md5, progress=progress)
+    content = people_of(_annotations(archive, f"annotations/instances_{split}2017.json"), max_images)
     images = {places / Path(one["file_name"]).name: one for one in content["images"]}
     missing = [file for file in images if not file.is_file()]
     print(f"{len(images) - len(missing)} of {len(images)} images with people are there", flush=True)
-    lost = _fetch_images(missing, images, mirror, progress)
+    lost = _fetch_all(missing, images, mirror, progress)
     kept = [one for file, one in images.items() if file.is_file()]
     ids = {one["id"] for one in kept}
     annotations = [one for one in content["annotations"] if one["image_id"] in ids]
     target = folder / "annotations" / f"instances_{split}2017_person.json"
     target.parent.mkdir(exist_ok=True)
     write_atomically(target, json.dumps({**content, "images": kept, "annotations": annotations}))
-    lines = [f"{len(kept)} images, {len(annotations)} annotations of people: {target}"]
+    told = f"{len(kept)} images, {len(annotations)} annotations of people: {target}"
     if lost:
         first = f"{len(lost)} of {len(images)} images could not be fetched, the first: {lost[0]}"
-        raise FetchError(f"{first}. {lines[0]}; {AGAIN}")
-    return "\n".join([*lines, f"use them with -p data coco -p data_dir {folder}"])
+        raise FetchError(f"{first}. {told}; {AGAIN}")
+    return f"{told}\nuse them with -p data coco -p data_dir {folder}"
 
 
-def people_of(content: dict[str, Any], max_images: int | None = None) -> dict[str, Any]:
+def people_of(content: Entry, max_images: int | None = None) -> Entry:
     """The part of a COCO instances file that is about people.
 
     Args:
@@ -276,41 +248,32 @@ def people_of(content: dict[str, Any], max_images: int | None = None) -> dict[st
     return {**content, "images": images[:max_images], "annotations": people, "categories": categories}
 
 
-def _annotations(archive: Path, member: str) -> dict[str, Any]:
+def _annotations(archive: Path, member: str) -> Entry:
     try:
         with zipfile.ZipFile(archive) as content:
-            found: dict[str, Any] = json.loads(content.read(member))
-            return found
+            return dict(json.loads(content.read(member)))
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
         raise FetchError(f"{archive} is damaged ({reason(error)}): delete it, and {AGAIN}") from None
 
 
-def _fetch_images(
-    files: list[Path], images: dict[Path, dict[str, Any]], mirror: str, progress: bool
-) -> list[FileError]:
+def _fetch_all(files: list[Path], images: dict[Path, Entry], mirror: str, progress: bool) -> list[FileError]:
     """Fetch images side by side; gives what is wrong with those that could not be fetched."""
     lost = list[FileError]()
 
     def fetch(file: Path) -> None:
         entry = images[file]
-        size = entry["width"], entry["height"]
-        download(mirror + urlsplit(entry["coco_url"]).path, file, check=lambda part: _wrong_image(part, size))
+        size, url = (entry["width"], entry["height"]), mirror + urlsplit(entry["coco_url"]).path
+        try:
+            download(url, file, check=lambda part: _wrong_image(part, size))
+        except FileError as error:
+            lost.append(error)
 
-    pool = ThreadPoolExecutor(AT_ONCE)
+    pool, there = ThreadPoolExecutor(AT_ONCE), len(images) - len(files)
     try:
         futures = [pool.submit(fetch, file) for file in files]
-        bar = tqdm(
-            as_completed(futures),
-            "images",
-            len(images),
-            initial=len(images) - len(files),
-            disable=not progress,
-        )
-        for future in bar:
-            try:
-                future.result()
-            except FileError as error:
-                lost.append(error)
+        ended = as_completed(futures)
+        for future in tqdm(ended, "images", len(images), initial=there, disable=not progress):
+            future.result()
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, or where the server is gone
     return lost

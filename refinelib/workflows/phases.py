@@ -8,7 +8,6 @@ phases are kept, and the phase that was interrupted resumes from its checkpoint.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refinelib import checkpoints
-from refinelib.config import Settings, SettingsError, absolute, names_with_role, resolve
+from refinelib.config import Settings, SettingsError, absolute, names_with_role, plain_values, resolve
 from refinelib.data import open_splits
 from refinelib.files import dumps, exclusive, owner, read_json, was_killed, write_atomically
 from refinelib.metrics import predict
@@ -89,15 +88,11 @@ def plan(
         if (value := given.get(key)) is not None:
             hint = "progressive training sets it itself; choose phases, phase and name"
             raise SettingsError(f"{key} = {value!r}: {hint}")
-    listed = phases if isinstance(phases, (list, tuple)) else re.split(r"[,\s]+", str(phases or phase or ""))
-    names = []
-    for item in listed:
-        word = str(item).strip("[]()'\" ").lower().replace("fine-tuning", "finetune")
-        if word not in ("", "none"):
-            names.append(f"phase{word}" if word.isdigit() else word)
-            if names[-1] not in ADDS:
-                raise SettingsError(f"there is no phase {item!r}: give 1, 2, 3, 4 or finetune")
-    names = names or list(ADDS)
+    text = str(phases if phase is None else phase).lower().replace("fine-tuning", "finetune")
+    words = [word for word in re.findall(r"\w+", text) if word != "none"]
+    names = [f"phase{word}" if word.isdigit() else word for word in words] or list(ADDS)
+    if unknown := [word for word, name in zip(words, names, strict=False) if name not in ADDS]:
+        raise SettingsError(f"there is no phase {unknown[0]}: give 1, 2, 3, 4 or finetune")
     if len(set(names)) < len(names):
         raise SettingsError(f"phases = {', '.join(names)}: each phase once")
     init_from = None if str(init_from).lower() in ("none", "") else str(init_from)
@@ -107,9 +102,7 @@ def plan(
     if not 0 <= float(margin) <= 1:
         raise SettingsError(f"margin = {margin!r}: give an IoU from 0 to 1, such as 0.02")
     name = str(name or (f"{names[0]}-alone" if phase is not None else "progressive"))
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise SettingsError(f"name = {name!r}: use letters, digits, dot, dash and underscore only")
-    root = resolve(names[0], **given, init_from="none").output_dir
+    root = resolve(names[0], **given, init_from="none", run=name).output_dir  # refuses what is no name
     given["store_dir"] = given.get("store_dir") or f"{root}/stores"  # shared by all sequences
     given |= {"init_from": "none", "output_dir": f"{root}/{name}"}
     settings = {one: resolve(one, **given, run=one) for one in names}
@@ -122,9 +115,7 @@ def plan(
 
 def from_notebook(namespace: Mapping[str, Any]) -> Plan:
     """The plan that a notebook's parameter cells give; see :func:`refinelib.config.from_notebook`."""
-    plain = (bool, int, float, str, list, tuple, dict)
-    names = [key for key in namespace if not key.startswith("_") and key not in ("In", "Out")]
-    return plan(**{key: namespace[key] for key in names if type(namespace[key]) in plain})
+    return plan(**plain_values(namespace))
 
 
 def _difference(made: Plan) -> str:
@@ -134,7 +125,7 @@ def _difference(made: Plan) -> str:
     if any(a != b for a, b in zip(then, now, strict=False)):
         return f"phases were {', '.join(then)} and are {', '.join(now)}"
     free = names_with_role("run") | {"init_from"}
-    for entry in filter(functools.partial(_has_begun, made), state["phases"][: len(now)]):
+    for entry in (entry for entry in state["phases"][: len(now)] if _has_begun(made, entry)):
         if state["init_from"] != made.init_from:
             return f"init_from was {state['init_from']} and is {made.init_from}"
         new = made.settings[entry["phase"]].model_dump(mode="json")
@@ -186,23 +177,19 @@ def run(made: Plan, on_epoch: Callable[[Run], None] | None = None) -> Path:
                     checks = accept(trained, before, margin=made.margin)
                     entry.update(acceptance=[check._asdict() for check in checks], margin=made.margin)
                     entry["after"] = trained.status().get("best")
-                    found = {f"{check.name}: {check.sentence}": check.passed for check in checks}
-                    for sentence, passed in found.items():
-                        print(f"{name}: {'passed' if passed else 'FAILED'} {sentence}")
-                    if failed := [sentence for sentence, passed in found.items() if not passed]:
+                    print(*(f"{name}: {check}" for check in checks), sep="\n")
+                    if failed := [f"{check.name}: {check.sentence}" for check in checks if not check.passed]:
                         hint = "raise margin to accept it, or train the phase alone with other settings"
                         raise PhaseError(f"{'; '.join(failed)}. Its run is {trained.folder.name}; {hint}")
                     entry["state"] = "passed"
                 print(f"{name}: accepted", flush=True)
             except (KeyboardInterrupt, Exception) as error:  # the run's own status has it too
-                interrupted, rejected = isinstance(error, KeyboardInterrupt), isinstance(error, PhaseError)
-                entry["state"] = "interrupted" if interrupted else "rejected" if rejected else "failed"
-                kind = "" if rejected else f"{type(error).__name__}: "
-                reason = f"{name} {entry['state']}, {kind}{error}".splitlines()[0]
-                stopped = "interrupted" if interrupted else "failed"
-                _write(made.folder, state, state=stopped, last_error=reason)
+                word = {KeyboardInterrupt: "interrupted", PhaseError: "rejected"}.get(type(error), "failed")
+                kind = "" if word == "rejected" else f"{type(error).__name__}: "
+                reason, entry["state"] = f"{name} {word}, {kind}{error}".splitlines()[0], word
+                _write(made.folder, state, state="failed" if word == "rejected" else word, last_error=reason)
                 print(reason, flush=True)
-                if interrupted:
+                if word == "interrupted":
                     raise
                 return made.folder
             source = str(made.folder / entry["run"])
@@ -231,8 +218,8 @@ def _train(made: Plan, state: State, entry: State, source: str | None, on_epoch:
             predictor = predict.load(source, device=settings.device)
             size = {key: getattr(predictor.settings, key) for key in ("roi_size", "mask_size", "context")}
             _, store = open_splits(settings.model_copy(update=size))
-            options = {"device": predictor.device, "mask_size": size["mask_size"]}
-            found = predict.score(predictor.roi_probs, store, **options).compute()
+            where = {"device": predictor.device, "mask_size": size["mask_size"]}
+            found = predict.score(predictor.roi_probs, store, **where).compute()
             state["before"] = {key: found[key] for key in SCORES}
     changes = {"run": entry["run"], "resume": resume, "init_from": None if resume else source}
     return train(settings.model_copy(update=changes), on_epoch=on_epoch)
@@ -265,8 +252,9 @@ def finite(trained: Run) -> Check:
     for file in sorted((trained.folder / "checkpoints").glob("*.pt")):
         saved = checkpoints.load(file)
         weights = [*saved["model"].items(), *(saved["average"] or {}).items()]
-        damaged = [name for name, value in weights if not bool(value.isfinite().all())]
-        wrong += [f"{name} in {file.name} is not finite" for name in damaged]
+        wrong += [
+            f"{name} in {file.name} is not finite" for name, x in weights if not bool(x.isfinite().all())
+        ]
     return Check("finite", not wrong, [*wrong, f"every loss and weight is; {skipped}"][0])
 
 
@@ -329,10 +317,8 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
             if not {"phase", *NOT_BEGUN} <= entry.keys():
                 raise ValueError("an entry lacks a field")
         if was_killed(place, state):
-            state |= {
-                "state": "killed",
-                "last_error": f"{state['phase']} was killed: run it again to continue",
-            }
+            error = f"{state['phase']} was killed: run it again to continue"
+            state |= {"state": "killed", "last_error": error}
             for entry in state["phases"]:
                 entry["state"] = "killed" if entry["state"] == "running" else entry["state"]
         return {**state, "state": str(state["state"]), "init_from": state["init_from"], "folder": str(place)}

@@ -1,14 +1,15 @@
-"""What a prediction is made from and what it leaves: an image with boxes in, masks as files out."""
+"""Masks of an image or of a folder of images: what they are made from, and the files that they leave."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import itertools
+import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -16,18 +17,26 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from refinelib.config import absolute
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.data.annotations import decode_segmentation, read_annotations, read_people
-from refinelib.data.coco import Parts, common_end, name_parts, plain_parts, xyxy
-from refinelib.data.sources import box_of, counted, wrong_box
+from refinelib.data.coco import ImageFolder, Parts, common_end, files_in, name_parts, plain_parts, xyxy
+from refinelib.data.formats import IMAGES
+from refinelib.data.sources import SceneError, Tally, box_of, counted, wrong_box
 from refinelib.files import PathLike, dumps, shown, write_atomically
 from refinelib.metrics.evaluate import checked_folder, coco_entry, encode
-from refinelib.metrics.predict import as_boxes
+from refinelib.metrics.predict import Predictor, as_boxes
+from refinelib.plots.masks import overlay as with_masks
 
 Pixels = NDArray[Any]
 NO_BOX = "annotation without box or mask"
+NO_BOXES = "image without a box in the annotations"
+BAD_BOXES = "image whose boxes cannot be used"
+NOT_LISTED = "image that the annotations do not list"
+#: All masks of one call, in COCO's results format.
+RESULTS = "coco_results.json"
 
 
 class Inputs(NamedTuple):
@@ -51,9 +60,8 @@ class Inputs(NamedTuple):
             [7, 1]
         """
         rows = [[*box] for box in boxes]
-        ids = [self.category_id] * len(rows)
-        for number, (box, before) in enumerate(zip(rows, self.boxes, strict=False)):
-            ids[number] = self.category_ids[number] if box == before else self.category_id
+        known = itertools.zip_longest(rows, self.boxes, self.category_ids)
+        ids = [of if box == before else self.category_id for box, before, of in known][: len(rows)]
         return self._replace(boxes=rows, category_ids=ids)
 
 
@@ -78,8 +86,7 @@ def read_inputs(
         DataError: a file is missing, does not list the image or has no person's box in it, or a box is not
             what it should be.
     """
-    blank = boxes is None or (isinstance(boxes, str) and not boxes.strip())
-    given = as_boxes([] if blank else boxes).tolist()
+    given = as_boxes([] if boxes is None else boxes).tolist()
     if image is None:
         if annotations is not None:
             raise DataError("annotations were given and no image: give the file of an image that they list")
@@ -133,10 +140,9 @@ class Annotations:
         self.left_out: dict[int | None, Counter[str]] = {}
         for reason, _, where in people.left_out:
             self.left_out.setdefault(where, Counter())[reason] += 1
-        self.stems: dict[str, list[tuple[int, Parts]]] = {}  # of the images' names, by the last part
-        for index, name in enumerate(self.names):
-            stem = plain_parts(os.path.splitext(name)[0])
-            self.stems.setdefault("".join(stem[-1:]), []).append((index, stem))
+        self.stems: dict[Parts, list[Parts]] = {}  # of the images' names, by the last part
+        for stem in map(_stem, self.names):
+            self.stems.setdefault(stem[-1:], []).append(stem)
 
     def inputs(self, image: Path, index: int | None = None, *, exif: str = "ignore") -> Inputs:
         """An image and its persons' boxes.
@@ -174,10 +180,15 @@ class Annotations:
 
     def _name(self, image: Path, index: int) -> str:
         """The image's name with as many folders before it as tell it from the other images listed."""
-        stem = plain_parts(os.path.splitext(self.names[index])[0])
-        others = (other for number, other in self.stems["".join(stem[-1:])] if number != index)
+        stem = _stem(self.names[index])
+        others = [*self.stems[stem[-1:]]]
+        others.remove(stem)
         alike = max((common_end(other, stem) for other in others), default=0)
         return "_".join([*image.parts[1:-1], image.stem][-1 - alike :])
+
+
+def _stem(name: str) -> Parts:
+    return plain_parts(os.path.splitext(name)[0])
 
 
 def _noted(notes: Iterable[tuple[str, str]]) -> str:
@@ -215,10 +226,10 @@ def index_of(image: PathLike, file_names: Sequence[str]) -> int:
     if not loose:
         rule = f"give one of its {len(ranks)} images, or boxes and no annotations"
         raise DataError(f"no image {Path(image).name}: {rule}")
-    best = [index for index, rank in enumerate(ranks) if rank == (loose, exact)]
+    close = [index for index, rank in enumerate(ranks) if rank[0] == loose or rank[1] == exact]
+    best = [index for index in close if ranks[index] == (loose, exact)]
     if len(best) != 1:
-        close = best or [index for index, rank in enumerate(ranks) if rank[0] == loose or rank[1] == exact]
-        both = " and ".join(shown(file_names[index]) for index in close[:2])
+        both = " and ".join(shown(file_names[index]) for index in (best or close)[:2])
         rule = "give a path whose folders fit only one, or boxes and no annotations"
         raise DataError(f"{both}, and either may be {image}: {rule}")
     return best[0]
@@ -284,3 +295,96 @@ def _own_folder(root: Path, inputs: Inputs) -> Path:
             write_atomically(file, mark)
             break
     return folder
+
+
+# -- an image or a folder ------------------------------------------------------------------------------
+def check(path: Path, out: Path, boxes: Sequence[str], annotations: PathLike | None, overwrite: bool) -> None:
+    """Refuse what can be known to be wrong before a model is loaded.
+
+    Raises:
+        ValueError: no boxes are given; a box for a whole folder; the folder to write into holds files.
+    """
+    if not boxes and annotations is None:
+        rule = "give --boxes x0,y0,x1,y1 in pixels, or --annotations, a COCO JSON that lists the image"
+        raise DataError(f"boxes are needed: {rule}")
+    if boxes and path.is_dir():
+        raise DataError(f"--boxes are those of one image, and {path} is a folder: give --annotations for it")
+    if checked_folder(out).is_dir() and any(out.iterdir()) and not overwrite:
+        rule = "give an empty folder, or --overwrite to replace earlier predictions of the same images"
+        raise ValueError(f"{out} holds files: {rule}")
+
+
+def predict_images(
+    predictor: Predictor,
+    path: Path,
+    out: Path,
+    *,
+    boxes: Sequence[str] = (),
+    annotations: PathLike | None = None,
+    category: str | None = None,
+    exif: str | None = None,
+    overlays: bool = False,
+    progress: bool = False,
+) -> str:
+    """Write the masks of an image, or of every image of a folder that has boxes.
+
+    Args:
+        predictor: a loaded model.
+        path: an image, or a folder of images.
+        out: folder; each image has a folder in it (:func:`save_masks`).
+        boxes: texts ``x0,y0,x1,y1`` in pixels, of one image.
+        annotations: COCO JSON whose persons' boxes are taken.
+        category: see :func:`~refinelib.data.annotations.read_people`; none: as the run was trained.
+        exif: see :func:`read_inputs`; none: likewise.
+        overlays: also write each image with its masks in colour.
+        progress: show a bar.
+
+    Returns:
+        What was written, and a line for each reason for which images were left out.
+
+    Raises:
+        DataError: there is no image with a box that can be read.
+    """
+    tally, entries, images = Tally(), list[dict[str, Any]](), 0
+    category, exif = category or predictor.settings.category, exif or predictor.settings.exif
+    if path.is_dir() and annotations is not None:
+        found = _inputs(path, Annotations(annotations, category=category), exif, tally, progress)
+    else:
+        rows = f"[[{'],['.join(boxes)}]]" if boxes else None
+        found = iter([read_inputs(path, rows, annotations, category=category, exif=exif)])
+    for inputs in found:
+        masks, scores = predictor.predict_scored(inputs.pixels, inputs.boxes)
+        drawn = with_masks(inputs.pixels, masks) if overlays else None
+        files = save_masks(out, inputs, masks, scores, drawn)
+        entries += json.loads(files[-1].read_text("utf-8"))
+        images += 1
+    if not images:
+        reasons = counted(tally.skipped, tally.examples) or "the annotations list none"
+        raise DataError(f"no image of {path} could be predicted: {reasons}")
+    lines = [f"{len(entries)} masks in {images} images: {write_results(out / RESULTS, entries)}"]
+    left = tally.skipped.items()
+    return "\n".join(lines + [f"left out: {n} x {name}: {tally.examples[name]}" for name, n in left])
+
+
+def _inputs(folder: Path, listed: Annotations, exif: str, tally: Tally, progress: bool) -> Iterator[Inputs]:
+    """The images of a folder that have boxes, in the annotations' order; the others are counted."""
+    place, seen = ImageFolder(folder), set[Path]()
+    for index, name in enumerate(tqdm(listed.names, "predict", unit=" images", disable=not progress)):
+        try:
+            file = place.find(name)
+            seen.add(file)
+            inputs = listed.inputs(file, index, exif=exif)
+            as_boxes(inputs.boxes, inputs.pixels.shape[:2])
+        except SceneError as error:
+            tally.skip(error.reason, str(error))
+        except DataError as error:
+            tally.skip(BAD_BOXES, f"{file}: {error}")
+        else:
+            if inputs.boxes:
+                yield inputs
+            else:
+                tally.skip(NO_BOXES, f"{file}{inputs.left_out and f', left out: {inputs.left_out}'}")
+    for file in files_in(folder):
+        own = (file.parent / "image.json").is_file()  # an earlier prediction's mask
+        if file not in seen and not own and file.suffix.lower() in IMAGES:
+            tally.skip(NOT_LISTED, str(file))

@@ -6,7 +6,7 @@ from PIL import Image
 
 from refinelib.__main__ import main
 from refinelib.data.annotations import CROWD
-from refinelib.workflows.check_data import check_data
+from refinelib.workflows.checks import check_data
 
 
 def test_it_says_what_is_used_and_what_is_not(coco_files, tmp_path, capsys):

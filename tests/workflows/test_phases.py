@@ -82,7 +82,7 @@ def test_each_phase_has_its_own_recipe_and_what_is_given_for_all(tiny, tmp_path)
         (dict(margin=-1), "margin = -1: give an IoU from 0 to 1"),
         (dict(recipe="stable"), "recipe = 'stable': progressive training sets it itself"),
         (dict(name="a/b"), "letters, digits"),
-        (dict(phases="9"), "no phase '9'"),
+        (dict(phases="9"), "no phase 9"),
         (dict(epochs=0), "epochs = 0"),
     ],
 )

@@ -14,7 +14,7 @@ from refinelib.__main__ import main
 from refinelib.build import build_model
 from refinelib.config import resolve
 from refinelib.metrics.predict import load
-from refinelib.workflows.predict_images import RESULTS, predict_images
+from refinelib.workflows.predict_io import RESULTS, predict_images
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_images_are_read_as_the_run_reads_them(weights, people, tmp_path):
         ("a.png", (), "boxes are needed: give --boxes x0,y0,x1,y1 in pixels, or --annotations"),
         (".", (), "boxes are needed"),
         (".", ("--boxes", "1,2,4,6"), "--boxes are those of one image"),
-        ("a.png", ("--boxes", "1,2,3"), "the box '1,2,3' is not four numbers"),
+        ("a.png", ("--boxes", "1,2,3"), "give rows of x0, y0, x1, y1 in pixels"),
         ("a.png", ("--boxes", "1,2,1,6"), "a box of no area: give rows"),
         ("a.png", ("--boxes", "100,2,105,7"), "a box outside the image: give rows"),
         ("cut.jpg", ("--boxes", "1,2,6,7"), "cut.jpg"),
