@@ -117,8 +117,7 @@ def episodes(found: Gradients) -> list[Episode]:
         module, arrived = _culprit(rise[at], bias_rise[at])
         name, (parameter, *why) = found.modules[module], _causes(found, at, module)
         span = int(found.steps[at]), int(found.steps[end]), len(stretch), int(found.epochs[at])
-        norm = norms[stretch, module].max() if np.isfinite(norms[stretch, module]).all() else np.nan
-        size = float(norm), float(10 ** level[at, module])
+        size = float(norms[stretch, module].max()), float(10 ** level[at, module])
         rising = zip(found.modules, rise[at] > np.log10(RISE), strict=True)
         others = tuple(other for other, rose in rising if rose and other != name)
         at_loss = arrived and name == found.modules[-1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from refinelib.build import StepParts
+from refinelib.build import forward
 from refinelib.files import by_epoch, read_npz, replacing
+from refinelib.guard.diagnose import gradients
 from refinelib.guard.guard import REPORT
+from refinelib.guard.measure import sizes
 from refinelib.runs import Run, RunError
+from refinelib.step import Say, Stepper
 
 Arrays = dict[str, NDArray[Any]]
-Say = Callable[[str], None]
-Forward = Callable[[Tensor], Any]
 
 #: Steps kept in a file, at most: every k-th, those that were skipped and those that stand out.
 ROWS = 2000
@@ -35,18 +36,13 @@ ROWS = 2000
 EDGES = np.linspace(-12.0, 4.0, 65)
 #: ROIs of the batch whose gradient is divided by loss term, at most.
 BATCH = 4
-#: What a file holds one row per step of.
-BY_STEP = ("steps", "loss", "components", "skipped", "norms")
-_ROWS = (*BY_STEP, "epochs")
-#: What a file holds of a whole epoch, see :class:`Gradients`.
-STATISTICS = ("weight_norms", "update_ratios", "weight_counts", "gradient_counts", "term_norms", "edges")
-#: What a file holds, as :func:`refinelib.files.check_arrays` takes it; P, M, T, n as in Gradients, E edges, C
-#: counts.
-_SHAPES = {
-    **{"names": "U P", "modules": "U M", "module_of": "iu P", "terms": "U T", "term_weights": "f T"},
-    **{"steps": "iu n", "skipped": "b n", "loss": "f n", "components": "f nT", "norms": "f nP"},
-    **{"weight_norms?": "f P", "update_ratios?": "f P", "term_norms?": "f TP", "edges?": "f E"},
-    **{"weight_counts?": "iu MC", "gradient_counts?": "iu MC"},
+#: What a file holds, as :func:`refinelib.files.check_arrays` takes it: of the model, of each step and of the
+#: whole epoch; P, M, T, n as in Gradients, E edges, C counts.
+MODEL = {"names": "U P", "modules": "U M", "module_of": "iu P", "terms": "U T", "term_weights": "f T"}
+BY_STEP = {"steps": "iu n", "skipped": "b n", "loss": "f n", "components": "f nT", "norms": "f nP"}
+STATISTICS = {
+    **{"weight_norms": "f P", "update_ratios": "f P", "term_norms": "f TP", "edges": "f E"},
+    **{"weight_counts": "iu MC", "gradient_counts": "iu MC"},
 }
 
 
@@ -59,17 +55,14 @@ class Probe:
 
     Args:
         folder: where files go; made with the first of them.
-        parts: of the run's steps. The loader's first micro-batch of its first epoch gives the statistics of
-            each epoch.
-        forward: crops (float ``[B, 3, H, W]``) to the model's output, in the run's precision.
+        stepper: takes the run's steps. Its loader's first micro-batch of its first epoch gives the statistics
+            of each epoch.
         every: epochs between files; 0: the probe does nothing.
         say: called with a sentence about an earlier file that is passed over.
     """
 
-    def __init__(
-        self, folder: Path, parts: StepParts, forward: Forward, *, every: int, say: Say = warnings.warn
-    ) -> None:
-        self.guard, self.loss, self.loader, self.forward = parts.guard, parts.loss, parts.loader, forward
+    def __init__(self, folder: Path, stepper: Stepper, *, every: int, say: Say) -> None:
+        self.stepper, self.guard, self.loss = stepper, stepper.guard, stepper.loss
         self.folder, self.every, self.say = folder, every, say
         tops = [name.split(".")[0] for name in self.guard.names]
         self.modules = list(dict.fromkeys(tops))
@@ -134,10 +127,10 @@ class Probe:
         parameters = self.guard.parameters
         with torch.no_grad():
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            factor = grad_norm / torch.stack(torch._foreach_norm(grads, 2)).norm()
+            factor = grad_norm / sizes(grads)[0].norm()
             factor = factor.where(factor.isfinite(), 1.0)
             found = {
-                "weight_norms": torch.stack(torch._foreach_norm(list[Tensor](parameters), 2)),
+                "weight_norms": sizes(parameters)[0],
                 "update_ratios": update_sizes(self.guard.optimizer, parameters),
                 "weight_counts": self._counts(parameters),
                 "gradient_counts": self._counts([grad * factor for grad in grads]),
@@ -151,8 +144,7 @@ class Probe:
         rows = []
         for module in range(len(self.modules)):
             own = [x.flatten() for x, of in zip(tensors, self.module_of, strict=True) if of == module]
-            size = torch.cat(own).float().abs().log10()
-            size = size.where(~size.isnan(), torch.inf)
+            size = torch.cat(own).float().abs().log10().nan_to_num(torch.inf, torch.inf, -torch.inf)
             # Sorting is exact and repeatable on every device; counting by atomic additions is not.
             below = torch.searchsorted(size.sort().values, edges)
             rows.append(below.diff(prepend=below.new_zeros(1), append=below.new_tensor([len(size)])))
@@ -161,26 +153,22 @@ class Probe:
     def _terms(self) -> Tensor:
         """L2 norm of each weighted loss term's gradient by parameter, float32 ``[T, P]``, unscaled."""
         guard, device, rows = self.guard, self.guard.parameters[0].device, []
-        batch = self.loader.batch(self.loader.plan(0), 0)
+        batch = self.stepper.loader.batch(self.stepper.loader.plan(0), 0)
         devices = [device] if device.type == "cuda" else []
-        options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            output = self.forward(batch.images[:BATCH])
+            output = forward(self.stepper.settings, self.stepper.model, batch.images[:BATCH])
             with torch.autocast(device.type, enabled=False):
                 costs = self.loss.per_sample(output, batch.labels[:BATCH])
             for name, cost in costs.items():
                 term = guard.scale(self.loss.weights[name] * cost.mean())
-                grads = torch.autograd.grad(term, guard.parameters, **options)
-                rows.append(torch.stack(torch._foreach_norm(grads, 2)).float() / guard.state["scale"].float())
+                rows.append(sizes(gradients(term, guard.parameters))[0] / guard.state["scale"].float())
         return torch.stack(rows)
 
     def _earlier(self, file: Path, content: Arrays) -> Arrays:
         """The steps that a run interrupted in this epoch left in ``file``."""
         first = content["steps"].min()
         try:
-            old = read_file(file)
-            if any(old[name].tolist() != content[name].tolist() for name in ("names", "terms")):
-                raise ValueError(f"{file} is of another model")
+            old = read_file(file, like=content)
         except (OSError, ValueError) as error:
             self.say(f"the gradients before step {first} are lost: {error}")
             return {name: content[name][:0] for name in BY_STEP}
@@ -219,10 +207,9 @@ def _thinned(content: Arrays, rows: int = ROWS) -> Arrays:
         usual = np.nanmedian(np.where(np.isfinite(size), size, np.nan), axis=0)
         rise = np.nan_to_num(size - usual, nan=-np.inf, neginf=-np.inf).max(axis=1)
     lost = np.flatnonzero(content["skipped"])
-    keep = np.zeros(count, dtype=bool)
-    keep[:: -(-count // (rows // 2))] = True
-    keep[np.argsort(rise)[-(rows // 4) :]] = True
-    keep[lost[:: max(1, -(-len(lost) // (rows // 4)))]] = True
+    lost = lost[:: max(1, -(-len(lost) // (rows // 4)))]
+    kept = np.arange(0, count, -(-count // (rows // 2))), np.argsort(rise)[-(rows // 4) :], lost
+    keep = np.unique(np.concatenate(kept))
     return content | {name: content[name][keep] for name in BY_STEP}
 
 
@@ -306,47 +293,49 @@ def files(run: Run) -> dict[int, Path]:
     return by_epoch(run.folder / "gradients")
 
 
-def read_file(file: Path) -> Arrays:
+def read_file(file: Path, *, like: Arrays | None = None) -> Arrays:
     """What the probe wrote at the end of one epoch.
 
     Raises:
-        ValueError: it is damaged, or something else.
+        ValueError: it is damaged, or of another model than ``like``.
     """
-    found = read_npz(file, _SHAPES)
-    there = [name for name in STATISTICS if name in found]
-    whole = len(there) == len(STATISTICS) and len(found["edges"]) + 1 == found["weight_counts"].shape[1]
+    found = read_npz(file, MODEL | BY_STEP | {f"{name}?": shape for name, shape in STATISTICS.items()})
+    there = STATISTICS.keys() & found.keys()
+    whole = there == STATISTICS.keys() and len(found["edges"]) + 1 == found["weight_counts"].shape[1]
     if (there and not whole) or not set(found["module_of"].tolist()) <= set(range(len(found["modules"]))):
         raise ValueError(f"{file} is damaged: its arrays do not go together")
+    if like and any(found[name].tolist() != like[name].tolist() for name in ("names", "terms")):
+        raise ValueError(f"{file} is of another model")
     return found
 
 
 def read(run: Run | str | os.PathLike[str]) -> Gradients:
     """All that a run's probe has written so far; a damaged file is passed over, with a warning.
 
+    So is one of another model than the first.
+
     Raises:
         RunError: it has written nothing that can be read.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    pieces, damaged = dict[int, Arrays](), list[str]()
+    pieces, damaged, first = dict[int, Arrays](), list[str](), Arrays()
     for epoch, file in files(run).items():
         try:
-            piece = read_file(file)
+            piece = read_file(file, like=first)
         except (OSError, ValueError) as error:
             damaged.append(str(error))
             continue
         pieces[epoch] = piece | {"epochs": np.full(len(piece["steps"]), epoch)}
-        first = next(iter(pieces.values()))
-        if piece["names"].tolist() != first["names"].tolist():
-            raise RunError(f"{file} is of another model than the first file: its parameters have other names")
+        first = first or piece
     if not pieces:
         why = "no epoch is over yet, or it was trained with probe_every = 0; train with probe_every = 1"
         raise RunError(f"{run.folder} holds no gradients: {'; '.join(damaged) or why}")
     if damaged:
         warnings.warn(f"gradients were passed over ({len(damaged)}): {'; '.join(damaged)}", stacklevel=2)
-    order = np.argsort(np.concatenate([piece["steps"] for piece in pieces.values()]), kind="stable")
-    content: dict[str, Any] = {name: first[name] for name in ("module_of", "term_weights")}
-    content |= {name: np.concatenate([p[name] for p in pieces.values()])[order] for name in _ROWS}
-    content |= {name: first[name].tolist() for name in ("names", "modules", "terms")}
-    whole = {epoch: piece for epoch, piece in pieces.items() if STATISTICS[0] in piece}
-    statistics = {epoch: {name: piece[name] for name in STATISTICS} for epoch, piece in whole.items()}
-    return Gradients(**content, epoch_statistics=statistics)
+    rows = {name: np.concatenate([p[name] for p in pieces.values()]) for name in (*BY_STEP, "epochs")}
+    order = np.argsort(rows["steps"], kind="stable")
+    content: dict[str, Any] = {name: values[order] for name, values in rows.items()}
+    content |= {
+        name: first[name].tolist() if first[name].dtype.kind == "U" else first[name] for name in MODEL
+    }
+    return Gradients(**content, epoch_statistics={e: p for e, p in pieces.items() if "edges" in p})
