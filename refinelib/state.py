@@ -20,7 +20,7 @@ from refinelib.build import build_device, build_step, device_name, random_state,
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
 from refinelib.data import Source, open_splits
-from refinelib.gradients.record import Probe
+from refinelib.gradients import Probe
 from refinelib.guard.rewind import Rewinder, Snapshot
 from refinelib.registry import REFINEMENTS
 from refinelib.runs import Run, changed_settings

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from refinelib import checkpoints, resolve
+from refinelib import gradients as probe
 from refinelib.build import forward
-from refinelib.gradients import record as probe
 from refinelib.guard.guard import REPORT
 from refinelib.runs import Run
 from refinelib.trainer import Trainer, train

@@ -380,13 +380,13 @@ def _find_terms_and_places(step: Step, finding: Finding) -> None:
         bad = set(_not_finite(images, *leaves))
         with torch.autocast(labels.device.type, enabled=False):
             for name, cost in step.per_sample(alone, labels).items():
-                wrong = _not_finite(cost, *gradients(cost.sum(), leaves))
+                wrong = _not_finite(cost, *gradients_of(cost.sum(), leaves))
                 bad |= set(wrong)
                 if wrong and name not in finding.terms:
                     finding.terms.append(name)
         if not bad and finding.phase == "backward":  # inside the model, where samples do not meet
             loss = step.loss(output, labels)[0] * step.scale
-            bad = set(_not_finite(*gradients(loss, [images])))
+            bad = set(_not_finite(*gradients_of(loss, [images])))
         finding.places += [offset + place for place in sorted(bad)]
         offset += len(images)
 
@@ -399,7 +399,7 @@ def _places(step: Step) -> list[int]:
         inputs, target = tree_map_only(Tensor, lambda x: x[place : place + 1], batch)  # noqa: B023
         try:
             loss = step.total(step.forward(inputs), target) * step.scale
-            fine = _finite((loss, gradients(loss, trained)))
+            fine = _finite((loss, gradients_of(loss, trained)))
         except (RuntimeError, ValueError):  # batch norm cannot take one sample, say
             return []
         if not fine:
@@ -413,7 +413,7 @@ def _samples(batch: Any) -> int:
     return sizes.pop() if len(sizes) == 1 else 0
 
 
-def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients_of(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Of a loss by some tensors, 0 where it does not depend on one; the graph stays."""
     return torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
 

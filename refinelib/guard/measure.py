@@ -77,21 +77,19 @@ def sizes(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return norms, largest
 
 
-def unscaled(
-    norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor
-) -> tuple[Tensor, Tensor]:
+def unscaled(norms: Tensor, largest: Tensor, scale: Tensor | float, roots: Tensor) -> tuple[Tensor, Tensor]:
     """Norms and largest magnitudes of the gradients without their loss scale.
 
     Args:
         norms: ``[parameters]``, from :func:`measured`, best in float64.
         largest: ``[parameters]``, likewise.
         scale: the loss scale.
-        root_sizes: square roots of the parameters' numbers of elements, ``[parameters]``.
+        roots: square roots of the parameters' numbers of elements, ``[parameters]``.
     """
     norms, largest = norms / scale, largest / scale
     # Squares of finite gradients above 1e19 overflow float32: the norm is then bounded by the largest
     # element.
-    return torch.where(torch.isfinite(norms), norms, largest * root_sizes), largest
+    return torch.where(torch.isfinite(norms), norms, largest * roots), largest
 
 
 def plain(values: Tensor) -> Tensor:

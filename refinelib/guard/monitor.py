@@ -204,11 +204,9 @@ class StepMonitor:
             text = f"gradient norm {norm:.3g} is {kind} (above {limit:g}), most of it in {largest}"
             self._once(row, kind, "gradient", text, norm)
 
-    def _once(
-        self, row: Row, kind: str, subject: str, text: str, size: float = math.nan, **fields: Any
-    ) -> None:
-        first, _, count, worst = self.seen.get((kind, subject), (row.step, row.step, 0, size))
-        self.seen[kind, subject] = first, row.step, count + 1, max(worst, size)
+    def _once(self, row: Row, kind: str, what: str, text: str, size: float = math.nan, **fields: Any) -> None:
+        first, _, count, worst = self.seen.get((kind, what), (row.step, row.step, 0, size))
+        self.seen[kind, what] = first, row.step, count + 1, max(worst, size)
         if count == 0:
             if kind in ("skip", "unusual"):  # the record calls the samples people
                 fields["people"] = self.batch_instances(row.step)[:NAMED_SAMPLES]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-Schedule = LRScheduler | Callable[[Tensor], Tensor] | None
+Rate = Callable[[Tensor], Tensor]
+Schedule = LRScheduler | Rate | None
 #: What schedulers change in the groups of an optimizer. A rewind whose data goes on leaves it as it is.
 _SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "max_momentum", "base_momentum", "betas")
 
@@ -93,9 +94,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[st
     return list(named), list(named.values())
 
 
-def usable(
-    schedule: Schedule, optimizer: torch.optim.Optimizer
-) -> tuple[LRScheduler | None, Callable[[Tensor], Tensor] | None]:
+def usable(schedule: Schedule, optimizer: torch.optim.Optimizer) -> tuple[LRScheduler | None, Rate | None]:
     """A schedule that a guard can use: as a scheduler, or as a function of the number of applied steps.
 
     Raises:
@@ -141,6 +140,28 @@ def furthest_update(group: Mapping[str, Any]) -> float:
     b1, b2 = group.get("betas", (1.0, 1.0))
     past = (1 - b2) * (1 - b1**2 / b2)
     return 1.003 * (1 - b1) / math.sqrt(past) if past > 0 else math.inf  # 1.003: moments are float32
+
+
+def update_sizes(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Tensor:
+    """Length of Adam's last update of each parameter over the parameter's own, float32 ``[P]``.
+
+    ``lr |m / (sqrt(v) + eps)| / |w|`` with the bias-corrected moments m and v (Kingma & Ba, 2015, algorithm
+    1), without weight decay. About 1e-3 is usual: well above it the weights are rewritten, well below they
+    stand still. nan where no update was made yet and where the weight is 0.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    sizes = []
+    for p in parameters:
+        state, group = optimizer.state.get(p, {}), groups[id(p)]
+        size = torch.full((), torch.nan, device=p.device)
+        if "exp_avg" in state:
+            (beta1, beta2), steps = group["betas"], state["step"].to(p.device)
+            mean = state["exp_avg"] / (1 - beta1**steps)
+            spread = (state["exp_avg_sq"] / (1 - beta2**steps)).sqrt()
+            ratio = group["lr"] * (mean / (spread + group["eps"])).norm() / p.norm()
+            size = torch.where(p.norm() > 0, ratio, size)
+        sizes.append(size.float())
+    return torch.stack(sizes)
 
 
 @torch.no_grad()

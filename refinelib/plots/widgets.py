@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from refinelib.gradients.record import read
+from refinelib.gradients import read
 from refinelib.plots.curves import curves
 from refinelib.plots.gradients import module_norms
 from refinelib.plots.masks import Pixels, boxes_figure, sample_epochs, sample_grid
