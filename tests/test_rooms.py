@@ -36,7 +36,7 @@ SIDE_BY_SIDE = [
     ("checkpoints", "steplog"),
 ]
 #: Lines of one file, files, and lines in all: lowered with every line that goes, raised for a feature only.
-MOST_LINES, MOST_FILES, MOST_IN_ALL = 320, 76, 11138
+MOST_LINES, MOST_FILES, MOST_IN_ALL = 320, 72, 11008
 
 
 def room_of(path: Path) -> str:

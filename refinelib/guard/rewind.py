@@ -33,7 +33,8 @@ GENERATIONS, OLD = 3, 400
 #: Applied steps with a lower learning rate after a rewind past the data: half at the first, a quarter at the
 #: second, ...
 SLOW_STEPS = 200
-State = Callable[[], dict[str, Any]]
+#: Gives what a run's log knows of the steps so far.
+Log = Callable[[], dict[str, Any]]
 #: What a rewind leaves alone: counts of the run, and the loss scale, which an older state knows nothing of.
 _NOT_RESTORED = ("skipped", "scale", "headroom_peak", "good_in_a_row", "capture_enabled")
 #: What of a rewinder a checkpoint holds as it is.
@@ -128,7 +129,7 @@ class Rewinder:
     """
 
     def __init__(
-        self, guard: Guard, *, max_skips: int = 20, max_rewinds: int = 3, log: State = dict, advice: str = ""
+        self, guard: Guard, *, max_skips: int = 20, max_rewinds: int = 3, log: Log = dict, advice: str = ""
     ) -> None:
         self.guard, self.log, self.advice = guard, log, advice
         self.max_skips, self.max_rewinds = max_skips, max_rewinds
