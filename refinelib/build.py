@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ def build_guard(
     warmup = min(round(settings.warmup_epochs * steps_per_epoch), total // 2)
     schedule = WarmupCosine(warmup_steps=warmup, total_steps=total, **settings.pick("lr", "min_lr"))
     optimizer = build_optimizer(
-        model.named_parameters(),
+        model.parameters(),
         kind=settings.optimizer,
         fused=settings.fused_optimizer,
         **settings.pick("lr", "weight_decay"),
@@ -143,6 +144,22 @@ def build_device(settings: Settings) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device = {name}, and PyTorch sees no GPU of Apple's here: {rule}")
     return device
+
+
+def set_determinism(settings: Settings) -> None:
+    """Have kernels chosen that give the same bits every time, where the settings ask for it."""
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
+    torch.use_deterministic_algorithms(settings.deterministic)
+    torch.backends.cudnn.benchmark = not settings.deterministic
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's random generators."""
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def device_name(device: torch.device) -> str:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
-import os
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -24,8 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from refinelib import checkpoints
-from refinelib.build import StepParts, build_device, build_loss, device_name, forward, fresh_model
+from refinelib import build, checkpoints
 from refinelib.config import Settings, absolute
 from refinelib.files import PathLike, dumps, read_json, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
@@ -34,6 +31,7 @@ from refinelib.guard.monitor import Row
 from refinelib.modeling import IGNORED
 from refinelib.modeling.losses import MaskLoss
 from refinelib.runs import DEBUG_DIR, find_runs, places
+from refinelib.step import Stepper
 
 #: Of the folder's layout, and of the weights in it: an incident goes with the checkpoints of its time.
 FORMAT = 10 * checkpoints.FORMAT + 2
@@ -42,50 +40,43 @@ _NEEDED = (
     *("people", "device", "torch", "threads", "settings"),
 )
 
+Batches = Sequence[tuple[Tensor, Tensor]]
+Samples = Sequence[dict[str, Any]]
+
 
 class IncidentError(RuntimeError):
     """The folder holds no incident that can be replayed; the message says what is missing."""
 
 
 def capture(
-    folder: Path,
-    row: Row,
-    *,
-    settings: Settings,
-    parts: StepParts,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    samples: Sequence[dict[str, Any]],
-    random: dict[str, Tensor],
-    known: Collection[str] = (),
+    folder: Path, row: Row, stepper: Stepper, *, batches: Batches, samples: Samples, known: Collection[str]
 ) -> Finding:
     """Examine the step that ``row`` reports and keep it in ``folder``, unless it is of a ``known`` kind.
 
     Args:
         folder: made here.
         row: of the skipped step, whose weights the model still has.
-        settings: of the run.
-        parts: of the run's steps.
+        stepper: took the step.
         batches: see :class:`~refinelib.guard.diagnose.Step`.
         samples: likewise.
-        random: states of the random generators.
         known: kinds (``Finding.kind``) that were kept already.
 
     Raises:
         OSError: no room on the disk.
     """
-    model, loss = parts.model, parts.loss
-    device = next(model.parameters()).device
-    scale, recorded = row.report["loss_scale"], (row.report["loss"], row.norms.tolist())
+    model, loss, settings = stepper.model, stepper.loss, stepper.settings
+    scale, recorded = row.report["loss_scale"], [row.report["loss"], *row.norms.tolist()]
     given = {"batches": batches, "samples": samples, "number": row.step, "scale": scale, "recorded": recorded}
-    finding = examine(_step(settings, model, loss, parts.injector, **given))
+    random = build.random_state(stepper.device)
+    finding = examine(_step(settings, model, loss, stepper.injector, **given))
     if finding.kind in known:
         return finding
     report = {
         **{"format": FORMAT, "step": row.step, "epoch": row.epoch},
         **{"finding": finding.as_dict(), "recorded": row.report, "people": list(samples)},
         "losses": dict(zip(loss.names, row.components.tolist(), strict=True)),
-        "gradient_norms": dict(zip(parts.guard.names, row.norms.tolist(), strict=True)),
-        "device": device_name(device),
+        "gradient_norms": dict(zip(stepper.guard.names, row.norms.tolist(), strict=True)),
+        "device": build.device_name(stepper.device),
         **{"torch": torch.__version__, "threads": torch.get_num_threads()},
         **{"state": "state.pt", "settings": settings.model_dump(mode="json")},
     }
@@ -131,28 +122,24 @@ def load(incident: PathLike, *, device: str = "auto") -> tuple[dict[str, Any], S
     try:
         batch = checkpoints.load(folder / "batch.pt", needs=("images", "labels"))
         state = checkpoints.load(folder / "state.pt", needs=("model", "scale", "random", "training"))
+        settings = Settings(**report["settings"]).model_copy(update={"device": device})
     except checkpoints.CheckpointError as error:
         raise IncidentError(f"the incident {folder} cannot be replayed: {error}") from None
-    try:
-        settings = Settings(**report["settings"]).model_copy(update={"device": device})
     except ValueError as error:
         lacks = "was left by another version, whose settings this one lacks"
         raise IncidentError(f"the incident {folder} {lacks}: {error}") from None
-    target = build_device(settings)
+    target = build.build_device(settings)
     if target.type == "cpu" and report["device"] == "cpu":
         torch.set_num_threads(report["threads"])  # the order of sums depends on it
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not settings.deterministic
+    build.set_determinism(settings)
     torch.set_rng_state(state["random"]["torch"])
-    model = fresh_model(settings, target)
+    model = build.fresh_model(settings, target)
     model.load_state_dict(state["model"])
     model.train(state["training"])
     batches = [(x.to(target), y.to(target)) for x, y in zip(batch["images"], batch["labels"], strict=True)]
-    recorded = number(report, "recorded", "loss"), gradient_norms(report)
+    recorded = [number(report, "recorded", "loss"), *gradient_norms(report)]
     ignores = any(bool((labels == IGNORED).any()) for _, labels in batches)
-    loss, injector = build_loss(settings, ignores=ignores).to(target), Injector(settings.inject, model)
+    loss, injector = build.build_loss(settings, ignores=ignores).to(target), Injector(settings.inject, model)
     given = {"batches": batches, "samples": report["people"], "recorded": recorded}
     given |= {"number": report["step"], "scale": state["scale"]}
     return report, settings, _step(settings, model, loss, injector, **given)
@@ -162,7 +149,7 @@ def _step(settings: Settings, model: nn.Module, loss: MaskLoss, injector: Inject
     def describe(sample: dict[str, Any]) -> str:
         return f"annotation {sample['annotation_id']} in image {sample['image_id']} of {sample['source']}"
 
-    given |= {"forward": functools.partial(forward, settings, model), "injector": injector}
+    given |= {"forward": functools.partial(build.forward, settings, model), "injector": injector}
     return Step(model, loss, loss.per_sample, describe=describe, **given)
 
 
@@ -182,8 +169,7 @@ def find(incident: PathLike | None = None, *, output_dir: str = "outputs") -> Pa
         return folder
     root = absolute(output_dir)
     folders = dict.fromkeys([*places(output_dir), root / DEBUG_DIR, root / "smoke"])
-    last = [sorted(find_runs(f), key=lambda r: -(r.folder / "status.json").stat().st_mtime) for f in folders]
-    for run in itertools.chain(*last):
+    for run in (run for folder in folders for run in reversed(find_runs(folder))):
         for report in sorted(run.folder.glob("incidents/*/report.json"), reverse=True):
             with contextlib.suppress(IncidentError):
                 read_report(report.parent)
@@ -308,17 +294,15 @@ def layers(step: Step) -> Layers:
         for name, value in zip(cast(MaskLoss, step.loss).names, output[1], strict=True):
             measure(f"loss: {name}", value)
 
-    handles = [step.model.register_forward_pre_hook(on_start), step.loss.register_forward_hook(on_loss)]
-    # Registered after the planted faults' own, these see what a fault made of an output.
     names = {module: name for name, module in step.model.named_modules() if name}
-    for module in names:
-        handles.append(module.register_forward_hook(lambda own, inputs, output: measure(names[own], output)))
-    try:
-        with step.replaying():
-            loss, norms = take(step)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as watched:
+        # Registered after the planted faults' own, these see what a fault made of an output.
+        watched.enter_context(step.model.register_forward_pre_hook(on_start))
+        watched.enter_context(step.loss.register_forward_hook(on_loss))
+        for module in names:
+            hook = module.register_forward_hook(lambda own, inputs, output: measure(names[own], output))
+            watched.enter_context(hook)
+        watched.enter_context(step.replaying())
+        loss, norms = take(step)
     found["loss"] = Layer("loss", abs(loss)) if math.isfinite(loss) else Layer("loss", nonfinite=1.0)
-    trained = [name for name, p in step.model.named_parameters() if p.requires_grad]
-    return Layers(list(found.values()), dict(zip(trained, norms, strict=True)), loss)
+    return Layers(list(found.values()), norms, loss)

@@ -212,11 +212,7 @@ def tell(value: Any, source: int = 0) -> Any:
         >>> tell("a")
         'a'
     """
-    if count() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
-    return box[0]
+    return gathered(value)[source]
 
 
 def gathered(value: Any) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import random
 import weakref
 from collections.abc import Iterator, Mapping
@@ -14,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from refinelib import checkpoints, ranks
-from refinelib.build import build_device, build_step, device_name, forward
+from refinelib.build import build_device, build_step, device_name, random_state, set_determinism
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
 from refinelib.data import Source, open_splits
-from refinelib.gradients.record import Probe
+from refinelib.gradients import Probe
 from refinelib.guard.rewind import Rewinder, Snapshot
 from refinelib.registry import REFINEMENTS
 from refinelib.runs import Run, changed_settings
@@ -69,7 +68,7 @@ class TrainingState:
         limits = {"max_skips": settings.max_consecutive_skips, "max_rewinds": settings.max_rewinds}
         self.rewinder = Rewinder(self.guard, log=lambda: self.log.state_dict(), advice=ADVICE, **limits)
         every, folder = settings.probe_every if self.leads else 0, run.folder / "gradients"
-        self.probe = Probe(folder, self.parts, self.forward, every=every, say=damaged)
+        self.probe = Probe(folder, self.stepper, every=every, say=damaged)
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, take=self.probe.add)
         self.writer = checkpoints.Writer()
 
@@ -95,10 +94,6 @@ class TrainingState:
         """Whether no step of the last epoch had a finite loss; one step alone tells nothing."""
         several = self.last_summary.get("skipped", 0) > 1
         return several and not math.isfinite(self.last_summary["train_loss"])
-
-    def forward(self, images: Tensor) -> Any:
-        """The trained model's output for normalised crops, in the run's precision."""
-        return forward(self.settings, self.model, images)
 
     # -- messages ----------------------------------------------------------------------------------
     def say(self, kind: str, message: str, **fields: Any) -> None:
@@ -300,15 +295,4 @@ def _seed_everything(settings: Settings) -> None:
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
-    torch.use_deterministic_algorithms(settings.deterministic)
-    torch.backends.cudnn.benchmark = not settings.deterministic
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of PyTorch's random generators."""
-    state = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    set_determinism(settings)

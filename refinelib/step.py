@@ -44,6 +44,7 @@ LESS_TRAFFIC = dict(realize_opcount_threshold=100, realize_reads_threshold=8, re
 
 #: The tensors that a micro-batch is made from: see :meth:`~refinelib.data.loader.BatchLoader.inputs`.
 Inputs = tuple[Tensor, ...]
+Say = Callable[[str], None]
 
 
 class Stepper:
@@ -58,13 +59,7 @@ class Stepper:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        parts: StepParts,
-        *,
-        device: torch.device,
-        steps: int,
-        say: Callable[[str], None] = print,
+        self, settings: Settings, parts: StepParts, *, device: torch.device, steps: int, say: Say = print
     ) -> None:
         # Resolved here: asking a GPU what it can do would break the compiled graph in two.
         self.settings, self.device, self.say = resolve_auto(settings, device), device, say

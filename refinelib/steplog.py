@@ -38,7 +38,7 @@ class StepLog:
     ) -> None:
         self.run, self.names, self.every, self.take = run, loss.names, every, take
         self.monitor = StepMonitor(run.event, guard, losses=loss.names, caps=loss.caps)
-        self.reports = DeviceReports()
+        self.reports = DeviceReports(len(loss.names), len(guard.names))
         self.line_rows: list[Row] = []
         self.epoch_rows: list[Reports] = []  # components and report of each step
         self.skipped = 0
@@ -51,18 +51,11 @@ class StepLog:
     # -- from the device
     def add(self, report: Tensor, step: int, epoch: int) -> None:
         """Take a step's report, which may still be computed on the device."""
-        self.reports.add(report, (step, epoch))
+        self.reports.add(report, step, epoch)
 
     def read(self, *, wait: bool) -> list[Row]:
         """The rows that have arrived, with ``wait`` all there are: :meth:`Reports.read`."""
-        cuts = np.cumsum([len(self.names), len(REPORT), len(self.monitor.guard.names), 1])
-        rows = []
-        for (step, epoch), values in self.reports.read(wait=wait):
-            losses, report, norms, stop, bad = np.split(values, cuts)
-            named = dict(zip(REPORT, report.tolist(), strict=True))
-            told = bool(stop.any()), tuple(np.flatnonzero(bad).tolist())  # nothing where one process trains
-            rows.append(Row(step, epoch, losses, named, norms, *told))
-        return rows
+        return self.reports.read(wait=wait)
 
     def forget(self) -> None:
         """Drop what has not been read yet: steps that are taken again."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from refinelib import launch, ranks
-from refinelib.build import autocast, fresh_model, resolve_auto
+from refinelib.build import autocast, fresh_model
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
 from refinelib.data.arrays import sources_of
@@ -35,7 +35,7 @@ from refinelib.incidents import capture
 from refinelib.metrics.predict import predict_probs, score, write_samples
 from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.runs import Run
-from refinelib.state import ADVICE, TrainingState, random_state
+from refinelib.state import ADVICE, TrainingState
 
 #: A run is not called trained if its loss did not fall and its target IoU fell by more than this.
 WORSE = 0.01
@@ -298,21 +298,14 @@ class Trainer(TrainingState):
         """What was wrong with a step, or why that cannot be said; the folder it is kept in."""
         at, accumulate = (row.step - 1) % self.loader.steps_per_epoch, self.settings.accumulate
         shares = [(micro, rank) for micro in range(accumulate) for rank in range(ranks.count())]
-        batches = [self.loader.batch(plan, at, micro, rank) for micro, rank in shares]
+        taken = [self.loader.batch(plan, at, micro, rank) for micro, rank in shares]
+        batches, samples = [(x.images, x.labels) for x in taken], self.batch_instances(plan, row.step)
         folder = self.run.folder / "incidents" / f"{row.step:06d}"
         gradients = [p.grad for p in self.guard.parameters]  # a captured step writes to these very tensors
         finding: Finding | str
         try:
-            finding = capture(
-                folder,
-                row,
-                settings=resolve_auto(self.settings, self.device),  # the replay is the same step anywhere
-                parts=self.parts,
-                batches=[(batch.images, batch.labels) for batch in batches],
-                samples=self.batch_instances(plan, row.step),
-                random=random_state(self.device),
-                known=self.incidents,
-            )
+            known = self.incidents
+            finding = capture(folder, row, self.stepper, batches=batches, samples=samples, known=known)
         except (OSError, RuntimeError) as error:  # no room on the disk or the device
             finding = f"step {row.step}: the incident could not be kept ({error})"
         finally:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from refinelib import checkpoints, resolve
-from refinelib.gradients import record as probe
+from refinelib import gradients as probe
+from refinelib.build import forward
 from refinelib.guard.guard import REPORT
 from refinelib.runs import Run
 from refinelib.trainer import Trainer, train
@@ -131,7 +132,7 @@ def test_terms_add_up_to_the_gradient_of_the_whole_loss(tiny):
     )
     batch = trainer.loader.batch(trainer.loader.plan(0), 0)
     trainer.guard.zero_grad()
-    trainer.loss(trainer.forward(batch.images), batch.labels)[0].backward()
+    trainer.loss(forward(trainer.settings, trainer.model, batch.images), batch.labels)[0].backward()
     expected = [0.0 if p.grad is None else float(p.grad.norm()) for p in trainer.guard.parameters]
     found = trainer.probe._terms()
     assert found.shape == (1, len(expected))

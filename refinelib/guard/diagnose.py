@@ -101,7 +101,7 @@ class Step:
         injector: of planted faults.
         number: of the step.
         scale: loss scale.
-        recorded: the loss and the norm of each parameter's gradient that the run had; none: not known.
+        recorded: the loss that the run had, and the norm of each parameter's gradient; none: not known.
         describe: a sample in words.
     """
 
@@ -114,7 +114,7 @@ class Step:
     injector: Injector
     number: int
     scale: float = 1.0
-    recorded: tuple[float, Sequence[float]] | None = None
+    recorded: Sequence[float] | None = None
     describe: Callable[[dict[str, Any]], str] = str
 
     def micro_batches(self) -> list[tuple[Any, Any]]:
@@ -131,8 +131,8 @@ class Step:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Have the step's faults planted; afterwards clear gradients, restore buffers and random state."""
-        modules = (self.model, self.loss)
-        buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+        held = [*self.model.buffers(), *self.loss.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in held]
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         self.injector.replaying = True
         self.injector.start(self.number)
@@ -221,14 +221,11 @@ def examine(step: Step) -> Finding:
         ('forward', '1', [0])
     """
     finding = Finding(planted=step.injector.planted(step.number))
-    names = [name for name, p in step.model.named_parameters() if p.requires_grad]
     with step.replaying():
         finding.loss, norms = take(step)
         if step.recorded is not None:
-            recorded = [step.recorded[0], *step.recorded[1]]
-            finding.same_step, finding.apart = _compare(recorded, [finding.loss, *norms])
-        bad = [name for name, norm in zip(names, norms, strict=True) if not math.isfinite(norm)]
-        finding.parameters = bad[::-1]
+            finding.same_step, finding.apart = _compare(step.recorded, [finding.loss, *norms.values()])
+        finding.parameters = [name for name, norm in norms.items() if not math.isfinite(norm)][::-1]
         broken = [name for name, p in step.model.named_parameters() if not bool(p.isfinite().all())]
         if broken:
             finding.phase, finding.module, finding.parameters = "weights", _owner(broken[0]), broken
@@ -238,15 +235,15 @@ def examine(step: Step) -> Finding:
             rows = _watch(step, finding)
             _find_terms_and_places(step, finding)
             finding.places = finding.places or rows
-            if finding.phase == "none" and math.hypot(*norms) > LARGE:
-                finding.phase, finding.module = "large", _owner(names[int(np.argmax(norms))])
+            if finding.phase == "none" and math.hypot(*norms.values()) > LARGE:
+                finding.phase, finding.module = "large", _owner(max(norms, key=norms.__getitem__))
     finding.samples = [step.samples[place] for place in finding.places if place < len(step.samples)]
-    finding.sentence = _sentence(step, finding, len(names))
+    finding.sentence = _sentence(step, finding, len(norms))
     return finding
 
 
-def take(step: Step) -> tuple[float, list[float]]:
-    """Loss and unscaled gradient norms of the step, computed as training computes them."""
+def take(step: Step) -> tuple[float, dict[str, float]]:
+    """Loss and unscaled gradient norms of the step by parameter, computed as training computes them."""
     step.model.zero_grad(set_to_none=True)
     total = torch.zeros(())
     for images, labels in step.micro_batches():
@@ -254,11 +251,12 @@ def take(step: Step) -> tuple[float, list[float]]:
         (loss * step.scale).backward()
         total = total + loss.detach().cpu()
     step.injector.after_backward()
-    trained = [p for p in step.model.parameters() if p.requires_grad]
-    sizes = torch.tensor([p.numel() for p in trained], device=trained[0].device).sqrt()
-    norms, largest = (x.to(widest(x.device)) for x in measured(trained))
+    trained = {name: p for name, p in step.model.named_parameters() if p.requires_grad}
     # float64 keeps a gradient that is finite but large apart from one that is not
-    return float(total), unscaled(norms, largest, step.scale, sizes)[0].tolist()
+    norms, largest = (x.to(widest(x.device)) for x in measured([*trained.values()]))
+    sizes = torch.tensor([p.numel() for p in trained.values()], device=norms.device).sqrt()
+    found = unscaled(norms, largest, step.scale, sizes)[0].tolist()
+    return float(total), dict(zip(trained, found, strict=True))
 
 
 def _compare(recorded: Sequence[float], now: Sequence[float]) -> tuple[bool, float | None]:
@@ -277,7 +275,7 @@ def _overflows(step: Step, finding: Finding) -> bool:
     if step.scale == 1 or not math.isfinite(finding.loss) or not finding.parameters:
         return False
     _, norms = take(replace(step, scale=1.0))
-    return all(map(math.isfinite, norms))
+    return all(map(math.isfinite, norms.values()))
 
 
 class _FirstNonFinite(TorchDispatchMode):
@@ -382,13 +380,13 @@ def _find_terms_and_places(step: Step, finding: Finding) -> None:
         bad = set(_not_finite(images, *leaves))
         with torch.autocast(labels.device.type, enabled=False):
             for name, cost in step.per_sample(alone, labels).items():
-                wrong = _not_finite(cost, *_gradients(cost.sum(), leaves))
+                wrong = _not_finite(cost, *gradients_of(cost.sum(), leaves))
                 bad |= set(wrong)
                 if wrong and name not in finding.terms:
                     finding.terms.append(name)
         if not bad and finding.phase == "backward":  # inside the model, where samples do not meet
             loss = step.loss(output, labels)[0] * step.scale
-            bad = set(_not_finite(*_gradients(loss, [images])))
+            bad = set(_not_finite(*gradients_of(loss, [images])))
         finding.places += [offset + place for place in sorted(bad)]
         offset += len(images)
 
@@ -401,7 +399,7 @@ def _places(step: Step) -> list[int]:
         inputs, target = tree_map_only(Tensor, lambda x: x[place : place + 1], batch)  # noqa: B023
         try:
             loss = step.total(step.forward(inputs), target) * step.scale
-            fine = _finite((loss, _gradients(loss, trained)))
+            fine = _finite((loss, gradients_of(loss, trained)))
         except (RuntimeError, ValueError):  # batch norm cannot take one sample, say
             return []
         if not fine:
@@ -415,7 +413,8 @@ def _samples(batch: Any) -> int:
     return sizes.pop() if len(sizes) == 1 else 0
 
 
-def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients_of(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of a loss by some tensors, 0 where it does not depend on one; the graph stays."""
     return torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 

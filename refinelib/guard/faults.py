@@ -38,7 +38,7 @@ VALUES = {
     **dict.fromkeys(("loss", "grad", "activation", "input"), (*NUMBERS, "spike")),
     **{"label": ("swap",), "kill": ("",), "file": ("truncated", "missing")},
 }
-_FORM = re.compile(r"(\w+)(?::(\w+))?@(?:(\d+)|(\d+(?:\.\d+)?)%)((?::[\w.]+)*)")
+_FORM = re.compile(r"(\w+)(?::(\w+))?@(?:(\d+)|(\d+(?:\.\d+)?)%)(?::(?!always$)([\w.]+))?(:always)?")
 _HOW = (
     "write WHAT:VALUE@WHEN[:WHERE][:always], such as grad:nan@12:boundary, activation:inf@3:person, "
     "loss:nan@5:always, input:nan@5%, label:swap@7, file:truncated@3 or kill@20; WHAT is one of "
@@ -106,16 +106,14 @@ def beyond(text: str | None, steps: int) -> list[Fault]:
 
 def _parse_one(text: str) -> Fault:
     match = _FORM.fullmatch(text)
-    what, value, step, percent, rest = match.groups("") if match else [""] * 5
-    words = rest.split(":")[1:]
-    always, where = "always" in words, [word for word in words if word != "always"]
+    what, value, step, percent, where, always = match.groups("") if match else [""] * 6
     share = float(percent or 0) / 100
     by_chance_alone = not always and what not in ("kill", "file")
     comes = 0 < share <= 1 and by_chance_alone if percent else int(step or 0) > 0
-    place_known = len(where) == 1 or (not where and what != "activation")
-    if not (value in VALUES.get(what, ()) and comes and place_known):
+    placed = bool(where) or what != "activation"
+    if not (value in VALUES.get(what, ()) and comes and placed):
         raise ValueError(_HOW)
-    return Fault(what, value, int(step or 0), share, "".join(where), always)
+    return Fault(what, value, int(step or 0), share, where, bool(always))
 
 
 class Injector:

@@ -19,18 +19,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from refinelib.guard import measure
-from refinelib.guard.host_state import check_schedule, makes_momentum
-from refinelib.guard.measure import compare_with_past, measured, plain, sizes, unscaled
-from refinelib.guard.optimizer import divide, flatten, persistent_buffers, reach, trained
-from refinelib.guard.scale import next_scale, searches_scale
+from refinelib.guard.measure import compare_with_past, measured, persistent_buffers, plain, sizes, unscaled
+from refinelib.guard.optimizer import Schedule, divide, flatten, makes_momentum, reach, trained, usable
 
 #: Columns of a step's report, before the norm of each parameter. ``incident``: updates are suspended from the
 #: next step on, until :meth:`Guard.resume_updates`; ``updates_suspended``: this step was void because of
@@ -129,7 +126,7 @@ class Guard:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler | Callable[[Tensor], Tensor] | None = None,
+        schedule: Schedule = None,
         *,
         grad_clip: float | None = None,
         average: nn.Module | None = None,
@@ -145,10 +142,8 @@ class Guard:
         self.model, self.average, self.optimizer = model, average, optimizer
         self.names, self.parameters = trained(model, optimizer)
         device = self.parameters[0].device
-        check_schedule(schedule, optimizer)
-        self.scheduler = schedule if isinstance(schedule, LRScheduler) else None
-        #: The rate of every group by the number of applied steps; none: each group has its own.
-        self.schedule = None if isinstance(schedule, LRScheduler) else schedule
+        #: ``schedule`` is the rate of every group by the number of applied steps; none: each has its own.
+        self.scheduler, self.schedule = usable(schedule, optimizer)
         #: Says how far weights may move, even if the schedule in use is changed.
         self.planned = copy.copy(self.schedule)
         #: The furthest that a step moves a weight, in learning rates; infinite: how far is not checked.
@@ -226,14 +221,10 @@ class Guard:
         """
         own = self.total if loss is None else loss
         if own is None or (self.kept is None and (self.buffers or self.total is not None)):
-            raise RuntimeError(
-                "a step has three calls: guard.zero_grad(), guard.backward(loss), guard.step()"
-            )
+            raise RuntimeError("a step has three calls: guard.zero_grad(), .backward(loss) and .step()")
         now = measure.writes(self.batch_norms)
         if now == self.written_at_start != self.written and len(now) == len(self.written):
-            raise RuntimeError(
-                "batch norm's statistics are a step's own: call guard.zero_grad() before the model"
-            )
+            raise RuntimeError("batch norm belongs to the step: call guard.zero_grad() before the model")
         if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self.parameters):
             raise RuntimeError("the optimizer has got other parameters: make a new Guard for it")
         if self.kept:
@@ -353,7 +344,7 @@ class Guard:
         incident = (state["capture_enabled"] != 0) & bad & ~suspended & ~damaged
         overflow = bad_grad & ~bad_loss
         if self.scaled:
-            incident = incident & ~(overflow & searches_scale(state, self.scale_floor))
+            incident = incident & ~(overflow & measure.searches_scale(state, self.scale_floor))
 
         flags = (bad_loss, bad_grad, skip & ~suspended, *spike, incident, suspended, damaged)
         report = torch.stack([x.float() for x in (loss, norm, peak, lr, scale, *flags)])
@@ -363,7 +354,7 @@ class Guard:
         after = state | {"updates_suspended": incident.to(wide)}
         if self.scaled:
             largest_scaled, limits = (report[2] * scale).to(wide), (self.scale_floor, self.growth_interval)
-            after |= next_scale(state, skip, overflow, largest_scaled, *limits)
+            after |= measure.next_scale(state, skip, overflow, largest_scaled, *limits)
         if_skipped = after | {"skipped": state["skipped"] + 1, "skips_in_a_row": state["skips_in_a_row"] + 1}
         learnt = {"loss_center": center[0], "norm_center": center[1], "seen": seen + 1}
         learnt |= {"loss_spread": spread[0], "norm_spread": spread[1], "signed": signed.to(wide)}
@@ -397,11 +388,8 @@ class Guard:
             divide(self.parameters, decision.divisor)
         own = [group.get("lr") for group in groups]
         for group, rate in zip(groups, own, strict=True):
-            if self.schedule is not None:
-                if isinstance(rate, Tensor):
-                    rate.copy_(decision.lr)
-                else:
-                    group["lr"] = float(decision.lr)
+            if self.schedule is not None:  # in place: the kernel reads this very tensor
+                group["lr"] = rate.copy_(decision.lr) if isinstance(rate, Tensor) else float(decision.lr)
             elif self.slowed and rate is not None:
                 factor = decision.lr_factor.float()
                 group["lr"] = rate * (factor if isinstance(rate, Tensor) else float(factor))
@@ -415,9 +403,8 @@ class Guard:
     # -- the state as a whole ------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
         """All that a step may change but the guard's memory: weights, buffers, average, moments."""
-        held = {
-            name.removeprefix("_orig_mod."): x for name, x in self.model.state_dict(keep_vars=True).items()
-        }
+        whole = self.model.state_dict(keep_vars=True)
+        held = {name.removeprefix("_orig_mod."): x for name, x in whole.items()}  # of a compiled model
         held |= dict(zip(self.names, self.parameters, strict=True))  # some may lie outside of the model
         found = {f"model.{name}": x for name, x in held.items()}
         inside = {id(x) for x in held.values()}
@@ -499,11 +486,9 @@ class Guard:
         optimizer = self.optimizer.state_dict()
         # The rate follows from the schedule; the one in the groups was made for the last step.
         peak = getattr(self.schedule, "lr", None)
-        groups = [
-            group if peak is None else {**group, "lr": float(peak)} for group in optimizer["param_groups"]
-        ]
+        groups = [g if peak is None else g | {"lr": float(peak)} for g in optimizer["param_groups"]]
         own = {"schedule": self.scheduler.state_dict()} if self.scheduler is not None else {}
-        return {"state": dict(self.state), "optimizer": {**optimizer, "param_groups": groups}, **own}
+        return {"state": dict(self.state), "optimizer": optimizer | {"param_groups": groups}, **own}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. How the optimizer steps stays as it is on this device."""

@@ -1,10 +1,10 @@
-"""Sizes of gradients, and values compared with their past."""
+"""What a decision is made of: sizes of gradients, values compared with their past, the loss scale."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 #: What CUDA and its libraries say when they run out of the memory that they take without PyTorch.
 _OUT_OF_MEMORY = re.compile("CUDA error: out of memory|(CUBLAS_STATUS|CUDNN_STATUS|DEVICE)_ALLOC")
+#: The largest finite float16.
+FLOAT16_MAX = 65504.0
+#: The loss scale keeps the largest gradient this many times below float16's largest number.
+HEADROOM = 4.0
+#: While the loss scale is searched for, an overflow is an incident only after this many in a row.
+ORDINARY_OVERFLOWS = 3
 
 
 def compare_with_past(
@@ -71,21 +77,19 @@ def sizes(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return norms, largest
 
 
-def unscaled(
-    norms: Tensor, largest: Tensor, scale: Tensor | float, root_sizes: Tensor
-) -> tuple[Tensor, Tensor]:
+def unscaled(norms: Tensor, largest: Tensor, scale: Tensor | float, roots: Tensor) -> tuple[Tensor, Tensor]:
     """Norms and largest magnitudes of the gradients without their loss scale.
 
     Args:
         norms: ``[parameters]``, from :func:`measured`, best in float64.
         largest: ``[parameters]``, likewise.
         scale: the loss scale.
-        root_sizes: square roots of the parameters' numbers of elements, ``[parameters]``.
+        roots: square roots of the parameters' numbers of elements, ``[parameters]``.
     """
     norms, largest = norms / scale, largest / scale
     # Squares of finite gradients above 1e19 overflow float32: the norm is then bounded by the largest
     # element.
-    return torch.where(torch.isfinite(norms), norms, largest * root_sizes), largest
+    return torch.where(torch.isfinite(norms), norms, largest * roots), largest
 
 
 def plain(values: Tensor) -> Tensor:
@@ -103,6 +107,12 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 def writes(norms: Sequence[nn.Module]) -> list[int]:
     """How often each buffer of those in training mode was written to."""
     return [x._version for norm in norms if norm.training for x in norm.buffers(recurse=False)]
+
+
+def persistent_buffers(module: nn.Module) -> list[Tensor]:
+    """Buffers that a checkpoint holds: state. The others are constants."""
+    held = module.state_dict(keep_vars=True)
+    return [buffer for name, buffer in module.named_buffers() if name in held]
 
 
 def ruined(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
@@ -131,3 +141,49 @@ def ran_out(error: BaseException) -> bool:
     """
     cuda = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
     return cuda or isinstance(error, torch.OutOfMemoryError)
+
+
+# -- the loss scale of float16 ---------------------------------------------------------------------------
+def searches_scale(state: Mapping[str, Tensor], floor: float) -> Tensor:
+    """Whether an overflow of float16 is how its loss scale is found.
+
+    It is not where good steps have shown that there is room, nor after several overflows in a row.
+
+    Args:
+        state: of the guard, by name.
+        floor: least loss scale.
+    """
+    room = (state["good_in_a_row"] > 0) & (state["headroom_peak"] * HEADROOM <= FLOAT16_MAX)
+    above_floor = state["scale"].float() > floor
+    return above_floor & ~room & (state["skips_in_a_row"] < ORDINARY_OVERFLOWS)
+
+
+def next_scale(
+    state: Mapping[str, Tensor], skip: Tensor, overflow: Tensor, largest: Tensor, floor: float, interval: int
+) -> dict[str, Tensor]:
+    """The loss scale's next value: back before float16 overflows, and up only where there is room.
+
+    An overflow halves it, down to the floor; a bad loss is no overflow. It also halves when the largest
+    scaled gradient has come within ``HEADROOM`` of float16's largest number: waiting for the overflow
+    would cost a step. It doubles after ``interval`` good steps, if their largest gradient leaves room for it.
+
+    Args:
+        state: of the guard, by name.
+        skip: whether the step is skipped, bool.
+        overflow: whether the gradient is not finite though the loss is, bool.
+        largest: magnitude in the scaled gradient, float64.
+        floor: least loss scale.
+        interval: good steps in a row after which the scale doubles.
+    """
+    good = state["good_in_a_row"]
+    good = torch.where(skip, torch.where(overflow, 0.0, good), good + 1)
+    peak = torch.where(skip, state["headroom_peak"], torch.maximum(state["headroom_peak"], largest))
+    near = peak * HEADROOM > FLOAT16_MAX
+    grown = (good >= interval) & ~near
+    roomy = grown & (2 * HEADROOM * peak < FLOAT16_MAX)
+    factor = torch.where(overflow | near, 0.5, torch.where(roomy, 2.0, 1.0))
+    return {
+        "scale": (state["scale"] * factor).clamp(floor, 2.0**24),
+        "headroom_peak": torch.where(grown | near | overflow, 0.0, peak),
+        "good_in_a_row": torch.where(grown | near, 0.0, good),
+    }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refinelib.guard.guard import Guard
+from refinelib.guard.guard import REPORT, Guard
 from refinelib.guard.measure import compare_with_past
 
 #: Gradient norms above the first are noted, above the second warned of.
@@ -51,18 +51,24 @@ class Row(NamedTuple):
 
 
 class Reports:
-    """Reads the steps' reports back from the device, late and in bundles."""
+    """Reads the steps' reports back from the device, late and in bundles.
 
-    def __init__(self) -> None:
-        self.pending: list[tuple[Tensor, Any]] = []  # reports on the device, and what each is of
+    Args:
+        losses: number of the loss components that lead each report.
+        parameters: number of the gradient norms that end it.
+    """
+
+    def __init__(self, losses: int, parameters: int) -> None:
+        self.cuts = np.cumsum([losses, len(REPORT), parameters, 1])
+        self.pending: list[tuple[Tensor, tuple[int, int]]] = []  # reports on the device; step and epoch
         self.travelling: tuple[Tensor, Any, tuple[Any, ...]] | None = None
 
-    def add(self, report: Tensor, key: Any) -> None:
+    def add(self, report: Tensor, step: int, epoch: int = 0) -> None:
         """Take a step's report, which may still be computed on the device."""
-        self.pending.append((report, key))
+        self.pending.append((report, (step, epoch)))
 
-    def read(self, *, wait: bool) -> list[tuple[Any, np.ndarray[Any, Any]]]:
-        """Keys and reports (float64) that have arrived; with ``wait`` all there are.
+    def read(self, *, wait: bool) -> list[Row]:
+        """The rows that have arrived; with ``wait`` all there are.
 
         On a CPU that is every step's at once. From CUDA they travel in bundles while the next one is
         computed, without host-device synchronisation.
@@ -72,21 +78,24 @@ class Reports:
             return []
         rows = self._arrived()
         if self.pending:
-            reports, keys = zip(*self.pending, strict=True)
-            event = torch.cuda.Event() if reports[0].is_cuda else None
+            reports, places = zip(*self.pending, strict=True)
             together = torch.stack(reports).to("cpu", non_blocking=True)
-            if event is not None:
-                event.record()
-            self.travelling, self.pending = (together, event, keys), []
+            event = torch.cuda.current_stream().record_event() if reports[0].is_cuda else None
+            self.travelling, self.pending = (together, event, places), []
         return rows + self._arrived() if at_once else rows
 
-    def _arrived(self) -> list[tuple[Any, np.ndarray[Any, Any]]]:
+    def _arrived(self) -> list[Row]:
         if self.travelling is None:
             return []
-        (reports, event, keys), self.travelling = self.travelling, None
+        (reports, event, places), self.travelling = self.travelling, None
         if event is not None:
             event.synchronize()
-        return list(zip(keys, reports.numpy().astype(np.float64), strict=True))
+        return [*map(self._row, places, reports.numpy().astype(np.float64))]
+
+    def _row(self, place: tuple[int, int], values: np.ndarray[Any, Any]) -> Row:
+        components, report, norms, stop, bad = np.split(values, self.cuts)
+        told = bool(stop.any()), tuple(np.flatnonzero(bad).tolist())  # nothing where one process trains
+        return Row(*place, components, dict(zip(REPORT, report.tolist(), strict=True)), norms, *told)
 
     def forget(self) -> None:
         """Drop what has not been read yet: steps that are taken again."""
@@ -181,25 +190,23 @@ class StepMonitor:
         """Spikes of loss and gradient norm, and gradient norms that are high in themselves."""
         report, norm = row.report, row.report["grad_norm"]
         largest = self.guard.names[int(row.norms.argmax())]
-        done = {"clip": "clipped to the usual norm", "note": "applied as it is"}.get(self.guard.on_spike, "")
-        done = "skipped" if report["skipped"] else done
-        fields: dict[str, Any] = {"skipped": bool(report["skipped"])}
+        ways = {"clip": "clipped to the usual norm", "note": "applied as it is"}
+        skipped = bool(report["skipped"])
+        done = "skipped" if skipped else ways.get(self.guard.on_spike, "")
         if report["spike_loss"]:
             text = f"the loss {report['loss']:.3g} is far above its past; {done}"
-            self._once(row, "spike", "loss", text, report["loss"], **fields)
+            self._once(row, "spike", "loss", text, report["loss"], skipped=skipped)
         if report["spike_grad"]:
             text = f"the gradient norm {norm:.3g} is far above its past, most of it in {largest}; {done}"
-            self._once(row, "spike", "gradient", text, norm, parameter=largest, **fields)
+            self._once(row, "spike", "gradient", text, norm, parameter=largest, skipped=skipped)
         if norm > HIGH_NORM:
             kind, limit = ("unstable", UNSTABLE_NORM) if norm > UNSTABLE_NORM else ("high", HIGH_NORM)
             text = f"gradient norm {norm:.3g} is {kind} (above {limit:g}), most of it in {largest}"
             self._once(row, kind, "gradient", text, norm)
 
-    def _once(
-        self, row: Row, kind: str, subject: str, text: str, size: float = math.nan, **fields: Any
-    ) -> None:
-        first, _, count, worst = self.seen.get((kind, subject), (row.step, row.step, 0, size))
-        self.seen[kind, subject] = first, row.step, count + 1, max(worst, size)
+    def _once(self, row: Row, kind: str, what: str, text: str, size: float = math.nan, **fields: Any) -> None:
+        first, _, count, worst = self.seen.get((kind, what), (row.step, row.step, 0, size))
+        self.seen[kind, what] = first, row.step, count + 1, max(worst, size)
         if count == 0:
             if kind in ("skip", "unusual"):  # the record calls the samples people
                 fields["people"] = self.batch_instances(row.step)[:NAMED_SAMPLES]
@@ -226,17 +233,6 @@ EARLY_FACTOR, EARLY_LEAST, EARLY_SIGMA = 3.0, 2.0, 1.5
 SIGNED = 3.0
 
 
-class Reference(NamedTuple):
-    """The level that losses are compared with: logarithms, or losses of any sign."""
-
-    center: float
-    spread: float  # standard deviation of one loss
-
-    def limit(self, count: int, least: float) -> float:
-        """By how much the median of so many losses may lie above it."""
-        return max(least, SIGMA * 1.2533 * self.spread / math.sqrt(count))
-
-
 class LossMonitor:
     """Tells from the losses of applied steps whether training is healthy, and whether it has diverged.
 
@@ -253,7 +249,8 @@ class LossMonitor:
         self.since = 0  # losses since the last judgement
         self.medians: list[float] = []  # of the last healthy windows that do not overlap
         self.fresh = 0  # losses since the last of these
-        self.lowest: Reference | None = None
+        #: The level that losses are compared with, and the standard deviation of one loss.
+        self.lowest: list[float] | None = None
         self.size: float | None = None  # magnitude of a loss that has been 0 or less
 
     def add(self, loss: float) -> tuple[bool, str | None]:
@@ -279,6 +276,10 @@ class LossMonitor:
         least = 1e-12 * (self.first or 1.0)  # numerically none of the first loss is left
         return math.log(max(loss, least)) if self.size is None else loss
 
+    def loss(self, level: float) -> float:
+        """The loss that lies there."""
+        return math.exp(level) if self.size is None else level
+
     def above(self, factor: float) -> float:
         """The distance on that scale to so many times a loss."""
         return math.log(factor) if self.size is None else SIGNED * factor * self.size
@@ -294,16 +295,16 @@ class LossMonitor:
             apart = median - start > EARLY_SIGMA * _spread(recent)
             apart = apart and sorted(recent)[1] - start > self.above(EARLY_LEAST)
             if apart and median - start > self.above(EARLY_FACTOR):
-                return False, self._too_high(median, start, "what it began with")
+                return False, self._too_high(recent, start, "what it began with")
             if whole:
                 self._refer(window)
             return whole and (statistics.median(window) <= start or self.size is not None), None
         healthy = whole
         for losses, factor in ((recent, STRIDE_FACTOR), (window, WINDOW_FACTOR))[: 1 + whole]:
-            median, limit = statistics.median(losses), self.lowest.limit(len(losses), self.above(factor))
-            if median - self.lowest.center > limit:
-                return False, self._too_high(median, self.lowest.center, "its best")
-            healthy = healthy and median - self.lowest.center <= limit / 2
+            rise, limit = self._rise(losses, factor)
+            if rise > limit:
+                return False, self._too_high(losses, self.lowest[0], "its best")
+            healthy = healthy and rise <= limit / 2
         if healthy:
             self._enlarge(self.window)
             if self.fresh >= WINDOW:
@@ -320,25 +321,28 @@ class LossMonitor:
         window = [self.level(loss) for loss in self.window]
         for losses in (window[-STRIDE // 4 :], window[-STRIDE:]):
             if self.lowest is not None and len(losses) >= STRIDE // 4:
-                median = statistics.median(losses)
-                if median - self.lowest.center > self.lowest.limit(len(losses), self.above(WINDOW_FACTOR)):
-                    return self._too_high(median, self.lowest.center, "its best")
+                rise, limit = self._rise(losses, WINDOW_FACTOR)
+                if rise > limit:
+                    return self._too_high(losses, self.lowest[0], "its best")
         return None
+
+    def _rise(self, losses: list[float], factor: float) -> tuple[float, float]:
+        """How far the median of some losses is above the reference, and how far it may be."""
+        assert self.lowest is not None
+        center, spread = self.lowest
+        error = SIGMA * 1.2533 * spread / math.sqrt(len(losses))
+        return statistics.median(losses) - center, max(self.above(factor), error)
 
     def _refer(self, window: list[float]) -> None:
         """Take the levels of a healthy window into the reference."""
         self.medians, self.fresh = [*self.medians, statistics.median(window)][-REFERENCE:], 0
         center = statistics.median(self.medians)
-        if self.lowest is None or center < self.lowest.center:
-            self.lowest = Reference(center, _spread(window))
+        if self.lowest is None or center < self.lowest[0]:
+            self.lowest = [center, _spread(window)]
 
-    def _too_high(self, median: float, reference: float, what: str) -> str:
-        if self.size is not None:
-            return f"the loss stays at {median:.3g}, above {what} ({reference:.3g})"
-        rise = math.exp(median - reference)
-        return (
-            f"the loss stays at {math.exp(median):.3g}, {rise:.2g} times {what} ({math.exp(reference):.3g})"
-        )
+    def _too_high(self, losses: list[float], reference: float, what: str) -> str:
+        now, then = self.loss(statistics.median(losses)), self.loss(reference)
+        return f"the loss stays at {now:.3g}, above {what} ({then:.3g})"
 
     def first_and_last(self) -> tuple[float, float]:
         """The loss at the start, and now.
@@ -348,27 +352,22 @@ class LossMonitor:
         assert self.first is not None
         if self.window or not self.medians:
             return self.first, statistics.median(self.window or [self.first])
-        median = statistics.median(self.medians)
-        return self.first, math.exp(median) if self.size is None else median
+        return self.first, self.loss(statistics.median(self.medians))
 
     def restart(self, saved: dict[str, Any]) -> None:
         """Go on from the reference of an earlier state, with no losses yet."""
         first = self.first
         self.load_state_dict(saved)
-        self.first, self.window, self.since, self.fresh = saved["first"] or first, [], 0, 0
+        self.first, self.window, self.since, self.fresh = self.first or first, [], 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """What it knows, as plain values."""
-        return {**copy.deepcopy(vars(self)), "lowest": self.lowest and list(self.lowest)}
+        return copy.deepcopy(vars(self))
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        vars(self).update(copy.deepcopy(saved))
-        if "size" not in saved:  # checkpoints of before 2026-11-27 hold logarithms
-            self.window = [math.exp(level) for level in self.window]
-            self.first = self.first if self.first is None else math.exp(self.first)
-        self.window = self.window[-WINDOW:]  # older ones hold two windows
-        self.lowest = saved["lowest"] and Reference(*saved["lowest"])
+        """Continue from :meth:`state_dict`; from the one of another version start afresh."""
+        if saved.keys() == vars(self).keys():
+            vars(self).update(copy.deepcopy(saved))
 
 
 def _spread(values: list[float]) -> float:

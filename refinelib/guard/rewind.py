@@ -15,15 +15,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refinelib.guard.guard import REPORT, Guard
-from refinelib.guard.host_state import PlainState
+from refinelib.guard.guard import Guard
 from refinelib.guard.measure import ran_out
 from refinelib.guard.monitor import WINDOW, LossMonitor, Reports, Row
+from refinelib.guard.optimizer import PlainState
 
 #: Steps between snapshots, at least; between the newest one and a checkpoint, at least.
 SNAPSHOT_EVERY, CHECKPOINT_AFTER = 50, 16
@@ -32,37 +33,39 @@ GENERATIONS, OLD = 3, 400
 #: Applied steps with a lower learning rate after a rewind past the data: half at the first, a quarter at the
 #: second, ...
 SLOW_STEPS = 200
-LogState = Callable[[], dict[str, Any]]
+#: Gives what a run's log knows of the steps so far.
+Log = Callable[[], dict[str, Any]]
 #: What a rewind leaves alone: counts of the run, and the loss scale, which an older state knows nothing of.
 _NOT_RESTORED = ("skipped", "scale", "headroom_peak", "good_in_a_row", "capture_enabled")
+#: What of a rewinder a checkpoint holds as it is.
+_KEPT = ("rewinds", "slowed", "known", "target", "skips", "seen", "steps", "reasons")
 
 
 class DivergedError(RuntimeError):
     """Skipping and rewinding did not help; the message says what happened and what to try."""
 
 
+@dataclass(eq=False)
 class Snapshot:
     """A copy, on the device, of everything that a step may change. Never written to after it was taken.
 
-    Args:
+    Attributes:
         step: number of the last step before it.
         tensors: see :meth:`~refinelib.guard.guard.Guard.tensors`.
         memory: of the guard.
         host: what the host knew of the steps up to it; none while their reports are still on the device.
         plain: of the optimizer and the scheduler; none: not known.
+        stable: whether a healthy window of losses followed it.
+        used: whether a rewind went here.
     """
 
-    def __init__(
-        self,
-        step: int,
-        tensors: dict[str, Tensor],
-        memory: Tensor,
-        host: dict[str, Any] | None = None,
-        plain: PlainState | None = None,
-    ) -> None:
-        self.step, self.tensors, self.memory, self.host, self.plain = step, tensors, memory, host, plain
-        self.stable = False
-        self.used = False  # whether a rewind went here
+    step: int
+    tensors: dict[str, Tensor]
+    memory: Tensor
+    host: dict[str, Any] | None = None
+    plain: PlainState | None = None
+    stable: bool = False
+    used: bool = False
 
     @classmethod
     @torch.no_grad()
@@ -87,7 +90,7 @@ class Snapshot:
         guard.memory.copy_(self.memory)
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments of the constructor but ``plain``."""
+        """What a file keeps of it."""
         return {"step": self.step, "tensors": self.tensors, "memory": self.memory, "host": self.host}
 
 
@@ -126,17 +129,11 @@ class Rewinder:
     """
 
     def __init__(
-        self,
-        guard: Guard,
-        *,
-        max_skips: int = 20,
-        max_rewinds: int = 3,
-        log: LogState = dict,
-        advice: str = "",
+        self, guard: Guard, *, max_skips: int = 20, max_rewinds: int = 3, log: Log = dict, advice: str = ""
     ) -> None:
         self.guard, self.log, self.advice = guard, log, advice
         self.max_skips, self.max_rewinds = max_skips, max_rewinds
-        self.reports, self.taken = Reports(), 0  # of a loop that calls update
+        self.reports, self.taken = Reports(0, len(guard.names)), 0  # of a loop that calls update
         self.snapshots: list[Snapshot] = []  # the oldest first; only the last may be not stable
         self.monitor = LossMonitor()
         self.steps: list[int] = []  # of the losses in the window
@@ -156,9 +153,7 @@ class Rewinder:
         """
         self.seen = step
         if self.guard.damage():
-            raise DivergedError(
-                self._diverged(f"the run would start with what is not finite: {self.damage()}")
-            )
+            raise self._diverged(f"the run would start with what is not finite: {self.damage()}")
         if not self.snapshots:
             self._take(step)
             self.snapshots[0].stable = True
@@ -227,9 +222,8 @@ class Rewinder:
         self.reports.add(report, self.taken)
         if not self.snapshots:
             self.start(self.taken)
-        for step, values in self.reports.read(wait=False):
-            named = dict(zip(REPORT, values.tolist(), strict=False))
-            reason = self.see(Row(step, 0, values[:0], named, values[len(REPORT) :]))
+        for row in self.reports.read(wait=False):
+            reason = self.see(row)
             if reason is not None:
                 self.reports.forget()
                 return self.rewind(reason, self.taken, again=False)[0]
@@ -292,9 +286,7 @@ class Rewinder:
         self.reasons.append(f"step {step}: {reason}")
         if self.rewinds >= self.max_rewinds:
             before = "; ".join(self.reasons[:-1]) or "none was allowed"
-            raise DivergedError(
-                self._diverged(f"{self.reasons[-1]}, after {self.rewinds} rewinds ({before})")
-            )
+            raise self._diverged(f"{self.reasons[-1]}, after {self.rewinds} rewinds ({before})")
         self.rewinds += 1
         skipping = self.skips >= self.max_skips
         now = {name: float(self.guard.state[name]) for name in (*_NOT_RESTORED, "applied")}
@@ -356,26 +348,22 @@ class Rewinder:
             if not self.guard.damage():
                 return self.snapshots[-1]
             self.snapshots.pop()
-        raise DivergedError(self._diverged(f"{self.reasons[-1]}, and no state to go back to is finite"))
+        raise self._diverged(f"{self.reasons[-1]}, and no state to go back to is finite")
 
-    def _diverged(self, what: str) -> str:
-        return f"diverged: {what}. {self.advice}".strip()
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(f"diverged: {what}. {self.advice}".strip())
 
     # -- kept in a checkpoint --------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """All but the snapshots' tensors, which have files of their own."""
-        names = ("rewinds", "slowed", "known", "target", "skips", "seen", "steps", "reasons")
-        own = {name: copy.copy(getattr(self, name)) for name in names}
+        own = {name: copy.copy(getattr(self, name)) for name in _KEPT}
         snapshots = [[s.step, s.stable, s.used] for s in self.snapshots]
         return {**own, "monitor": self.monitor.state_dict(), "snapshots": snapshots}
 
     def load_state_dict(self, saved: dict[str, Any], snapshots: Iterable[Snapshot]) -> None:
         """Continue from :meth:`state_dict`, with those of its snapshots that could be read."""
-        self.rewinds, self.skips, self.reasons = saved["rewinds"], saved["skips"], list(saved["reasons"])
-        if "monitor" in saved:  # checkpoints of before 2026-11-27 have other statistics: they start afresh
-            self.monitor.load_state_dict(saved["monitor"])
-            self.steps, self.seen = list(saved["steps"]), saved["seen"]
-            self.slowed, self.known, self.target = saved["slowed"], saved["known"], saved["target"]
+        vars(self).update({name: copy.copy(saved[name]) for name in _KEPT if name in saved})
+        self.monitor.load_state_dict(saved.get("monitor", {}))
         flags = {step: (stable, used) for step, stable, used in saved.get("snapshots", [])}
         self.snapshots = list(snapshots)
         for snapshot in self.snapshots:

@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from numpy.typing import NDArray
 
-from refinelib.gradients.instability import Episode, episodes, levels, rounded
-from refinelib.gradients.record import Gradients
+from refinelib.gradients import Episode, Gradients, episodes, levels, rounded
 from refinelib.plots import style
 from refinelib.plots.style import BLACK, BLUE, GREEN, ORANGE, VERMILLION, Figure
 from refinelib.runs import Run
@@ -25,7 +24,7 @@ COLUMNS = 360
 #: The usual size of an update against its weight.
 USUAL_UPDATE = 1e-3
 
-Layers = str | Sequence[str] | None  # see refinelib.gradients.record.Gradients.select
+Layers = str | Sequence[str] | None  # see refinelib.gradients.Gradients.select
 
 
 def heat(run: Run, found: Gradients, layers: Layers = None) -> Figure:

@@ -19,7 +19,7 @@ from jupyter_bbox_widget import BBoxWidget
 from PIL.Image import fromarray
 
 from refinelib.files import by_epoch
-from refinelib.gradients.record import read
+from refinelib.gradients import read
 from refinelib.plots.curves import curves
 from refinelib.plots.gradients import module_norms
 from refinelib.plots.masks import Pixels, boxes_figure, sample_grid

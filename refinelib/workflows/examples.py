@@ -77,7 +77,7 @@ def find(
         run: name or folder.
         output_dir: folder of all runs.
         name: only runs that were started under this name; the tiny run gets it.
-        fits: whether a run holds what is needed: :func:`has_weights`, ``gradients.record.files``.
+        fits: whether a run holds what is needed: :func:`has_weights`, ``gradients.files``.
         **overrides: settings of the tiny run.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from refinelib.guard import Guard
-from refinelib.guard.host_state import PlainState
+from refinelib.guard.optimizer import PlainState
 
 NAN, INF = math.nan, math.inf
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
@@ -185,7 +185,7 @@ def state(guard):
     plain = PlainState(guard.optimizer, guard.scheduler)
     found = dict(guard.tensors())
     found |= {f"memory.{k}": v for k, v in guard.state.items() if k not in SCALES_OWN}
-    numbers = {f"{i} {k}": v for i, some in enumerate(plain.state) for k, v in (some or {}).items()}
+    numbers = {f"{i} {k}": v for i, some in enumerate(plain.state.values()) for k, v in (some or {}).items()}
     for place, group in enumerate(guard.optimizer.param_groups):
         apart = ("params", *["lr"] * (guard.schedule is not None))  # that rate follows from a count
         numbers |= {f"group {place} {k}": v for k, v in group.items() if k not in apart}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from refinelib.guard.guard import REPORT, Guard
+from refinelib.guard.measure import FLOAT16_MAX, HEADROOM, ORDINARY_OVERFLOWS, searches_scale
 from refinelib.guard.optimizer import WarmupCosine, build_optimizer
-from refinelib.guard.scale import FLOAT16_MAX, HEADROOM, ORDINARY_OVERFLOWS, searches_scale
 
 
 class Net(nn.Module):
@@ -33,9 +33,7 @@ def make(kind="adamw", scaled=False, ema=0.9, clip=1.0, fused=True, running=Fals
     if kind == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
     else:
-        optimizer = build_optimizer(
-            model.named_parameters(), kind=kind, lr=1e-2, weight_decay=0.1, fused=fused
-        )
+        optimizer = build_optimizer(model.parameters(), kind=kind, lr=1e-2, weight_decay=0.1, fused=fused)
     schedule = WarmupCosine(lr=1e-2, min_lr=1e-4, warmup_steps=3, total_steps=20)
     return model, Guard(
         model, optimizer, schedule, grad_clip=clip, average=average, ema_decay=ema, scaled=scaled, **keywords
@@ -256,7 +254,7 @@ def test_state_survives_a_checkpoint():
 def test_a_step_on_cuda_reads_nothing_back():
     torch.manual_seed(0)
     model = Net().cuda()
-    optimizer = build_optimizer(model.named_parameters(), kind="adamw", lr=1e-2, weight_decay=0.1)
+    optimizer = build_optimizer(model.parameters(), kind="adamw", lr=1e-2, weight_decay=0.1)
     schedule = WarmupCosine(lr=1e-2, min_lr=1e-4, warmup_steps=3, total_steps=20)
     guard = Guard(
         model, optimizer, schedule, grad_clip=1.0, average=copy.deepcopy(model), ema_decay=0.9, scaled=True

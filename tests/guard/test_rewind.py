@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refinelib import checkpoints
-from refinelib.gradients.record import read
+from refinelib.gradients import read
 from refinelib.guard.guard import REPORT
 from refinelib.guard.monitor import LossMonitor, Row
 from refinelib.guard.rewind import GENERATIONS, DivergedError, Rewinder, Snapshot

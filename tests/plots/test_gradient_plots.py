@@ -10,10 +10,8 @@ import pytest
 from helpers import papermill, read
 from PIL import Image
 
-from refinelib import resolve
+from refinelib import gradients, resolve
 from refinelib.config import project_root
-from refinelib.gradients import instability
-from refinelib.gradients import record as gradients
 from refinelib.plots import gradients as gradient_plots
 from refinelib.runs import Run, RunError
 from refinelib.trainer import train
@@ -57,7 +55,7 @@ def runs(tmp_path_factory):
 
 def judged(run: Run):
     found = gradients.read(run)
-    return instability.episodes(found), instability.verdict(found)
+    return gradients.episodes(found), gradients.verdict(found)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +153,11 @@ def test_levels_follow_a_drift_and_are_not_moved_by_an_outburst():
     values[:, 0] *= np.geomspace(1, 100, 300)
     values[150:200, 1] *= 1e4
     values[10, 0] = np.nan
-    level, spread = instability.levels(values)
+    level, spread = gradients.levels(values)
     assert np.isfinite(level).all() and (spread < 0.5).all()
     assert abs(level[290, 0] - np.log10(values[240:290, 0]).mean()) < 0.1
     assert abs(level[199, 1]) < 0.1  # still what it was before
-    few = instability.levels(values[:3])[0]
+    few = gradients.levels(values[:3])[0]
     assert np.isnan(few).all()
 
 

@@ -17,7 +17,7 @@ import pytest
 from helpers import make_run
 
 import refinelib
-from refinelib.gradients.record import read
+from refinelib.gradients import read
 from refinelib.plots import gradients as gradient_plots
 from refinelib.plots import masks as pictures
 from refinelib.plots import widgets

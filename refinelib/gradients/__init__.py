@@ -1,1 +1,0 @@
-"""Gradient norms: written while a run trains, read back, and what they say of an instability."""
