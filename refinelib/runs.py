@@ -370,7 +370,7 @@ def places(output_dir: str = config.RUNS_DIR) -> list[Path]:
     With ``REFINELIB_SMOKE`` smoke runs come first. A debug run may start from the weights of any run.
     """
     root = absolute(output_dir)
-    smoke = os.environ.get(config.SMOKE_VARIABLE, "").lower() not in ("", "0", "false", "off", "no")
+    smoke = config.checked(smoke=os.environ.get(config.SMOKE_VARIABLE) or False)
     first = [absolute(config.SMOKE_DIR)] if smoke and output_dir == config.RUNS_DIR else []
     return [*first, root, *[root.parent] * (root.name == DEBUG_DIR)]
 
