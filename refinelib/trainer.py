@@ -119,7 +119,7 @@ def _start(settings: Settings, watch: ranks.Watch) -> tuple[Settings, Run]:
     run = None
     if ranks.rank() == 0:
         begun = os.environ.get(launch.FOLDER) or (watch.job_value("folder") if ranks.restarts() else None)
-        run = Run.start(settings, begun)
+        run = Run.open(begun) if begun else Run.start(settings)
         watch.job_value("folder", str(run.folder))
         if ranks.restarts() and run.status()["state"] == "diverged":  # so it would be again
             raise DivergedError(run.status()["last_error"])

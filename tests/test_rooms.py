@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Rooms from left to right. A room imports from rooms of a lower number only, and from itself.
 ORDER = [
-    {"files", "registry", "records", "ranks"},
+    {"files", "registry", "ranks"},
     {"guard", "modeling", "config"},
     {"data", "runs", "checkpoints", "steplog"},
     {"build"},
@@ -30,7 +30,6 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 #: Files that stand side by side: the right one uses the left one.
 SIDE_BY_SIDE = [
     ("files", "registry"),
-    ("files", "records"),
     ("runs", "checkpoints"),
     ("runs", "steplog"),
     ("checkpoints", "steplog"),
