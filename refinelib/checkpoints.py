@@ -8,7 +8,6 @@ that was cut short or changed.
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -289,14 +288,6 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def readable(path: PathLike) -> bool:
-    """Whether :func:`load` takes a file: it is whole, and of this version."""
-    with contextlib.suppress(CheckpointError):
-        load(path)
-        return True
-    return False
-
-
 def newest_whole(
     folder: Path, *, check: Callable[[Path, dict[str, Any]], None] = lambda path, content: None
 ) -> tuple[Path, dict[str, Any], list[str]]:
@@ -350,15 +341,14 @@ def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
     Raises:
         CheckpointError: there is none, or it is a release file that its card does not describe.
     """
-    released = zoo() / f"{source}.pt"
-    for path in (Path(source), absolute(source)):
-        if path.is_file():
-            return _described(path)
+    released, files = zoo() / f"{source}.pt", (Path(source), absolute(source))
+    if file := next((path for path in files if path.is_file()), None):
+        return _described(file)
     try:
         run = Run.open(source, output_dir=output_dir)
-        for name in ("best.pt", "last.pt"):
-            if (run.folder / "checkpoints" / name).is_file():
-                return run.folder / "checkpoints" / name
+        for file in (run.folder / "checkpoints" / name for name in ("best.pt", "last.pt")):
+            if file.is_file():
+                return file
         raise RunError(f"{run.folder} holds no checkpoint: the run is {run.status().get('state', 'unknown')}")
     except RunError as error:
         if released.is_file():
@@ -374,15 +364,14 @@ def _described(path: Path) -> Path:
         CheckpointError: it has another SHA-256, or the card is damaged.
     """
     card = path.with_suffix(".json")
-    if card.is_file():
-        try:
-            content = read_json(card)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"the card {card} cannot be read ({reason(error)}): copy it again"
-            ) from None
-        said = content.get("sha256") if isinstance(content, dict) else None  # another program's, else
-        if said is not None and said != (found := file_digest(path)):
-            wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"
-            raise CheckpointError(f"{wrong}: copy both files again")
+    try:
+        content = read_json(card)
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the card {card} cannot be read ({reason(error)}): copy it again") from None
+    said = content.get("sha256") if isinstance(content, dict) else None  # another program's, else
+    if said is not None and said != (found := file_digest(path)):
+        wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"
+        raise CheckpointError(f"{wrong}: copy both files again")
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import random
 import weakref
@@ -89,12 +88,6 @@ class TrainingState:
     def wants_incidents(self) -> bool:
         """Whether another incident would be kept."""
         return max(len(self.incidents), self.repeats) < self.settings.max_incidents
-
-    @property
-    def lost_epoch(self) -> bool:
-        """Whether no step of the last epoch had a finite loss; one step alone tells nothing."""
-        several = self.last_summary.get("skipped", 0) > 1
-        return several and not math.isfinite(self.last_summary["train_loss"])
 
     def forward(self, images: Tensor) -> Any:
         """The trained model's output for normalised crops, in the run's precision."""
@@ -212,8 +205,7 @@ class TrainingState:
 
     def load_snapshots(self, saved: dict[str, Any]) -> list[Snapshot]:
         """The usable snapshots of a checkpoint; an event names the others."""
-        found = []
-        shapes = {name: x.shape for name, x in self.guard.tensors().items()}
+        found, shapes = [], {name: x.shape for name, x in self.guard.tensors().items()}
         if not self.snapshot_file(0).parent.is_dir():  # the run had ended, and goes on with more epochs
             return []
         for number, *_ in saved["recovery"].get("snapshots", []):
@@ -221,9 +213,10 @@ class TrainingState:
             try:
                 content = checkpoints.load(file, needs=("tensors", "memory", "host"))
                 tensors, memory = content["tensors"], content["memory"]
-                weights = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
-                fits = weights and memory.shape == self.guard.memory.shape
-                fits = fits and all(shapes.get(name) == x.shape for name, x in weights.items())
+                weights = {name: x.shape for name, x in tensors.items() if not name.startswith("optimizer.")}
+                fits = (
+                    weights and weights.items() <= shapes.items() and memory.shape == self.guard.memory.shape
+                )
                 if not fits or checkpoints.nonfinite({**tensors, "memory": memory}):
                     raise CheckpointError(f"{file} is not of this run")
                 tensors = {name: x.to(self.device) for name, x in tensors.items()}
@@ -248,7 +241,9 @@ class TrainingState:
         Raises:
             CheckpointError: it has other settings, data or sizes, or is not finite; the message names it.
         """
-        refuse_other_settings(self.settings, saved["settings"])
+        if changed := changed_settings(self.settings, saved["settings"]):
+            wrong = f"resume goes on with the settings it was started with, and {'; '.join(changed)}"
+            raise CheckpointError(f"{wrong}: leave that as it was, or {NEW_RUN}")
         then, now = saved["position"]["steps_per_epoch"], self.loader.steps_per_epoch
         if then != now:
             wrong = f"{path} was made with {then} steps an epoch, this run has {now}"
@@ -259,17 +254,6 @@ class TrainingState:
         check_weights(self.model, saved, path)
         guard = {"optimizer": saved["guard"]["optimizer"]["state"], "guard": saved["guard"]["state"]}
         _refuse_nonfinite(path, {"average": saved["average"], **guard})
-
-
-def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
-    """A run that resumed with another learning rate or precision would be neither the old one nor the new.
-
-    Raises:
-        CheckpointError: names each setting that differs (:func:`~refinelib.runs.changed_settings`).
-    """
-    if changed := changed_settings(settings, then):
-        wrong = f"resume goes on with the settings it was started with, and {'; '.join(changed)}"
-        raise CheckpointError(f"{wrong}: leave that as it was, or {NEW_RUN}")
 
 
 def check_weights(model: nn.Module, saved: dict[str, Any], source: Path) -> None:

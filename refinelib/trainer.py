@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +35,6 @@ from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError
 from refinelib.incidents import capture
 from refinelib.metrics.predict import predict_probs, score, write_samples
-from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.runs import Run
 from refinelib.state import ADVICE, TrainingState, random_state
 
@@ -364,10 +365,12 @@ class Trainer(TrainingState):
             DivergedError: less than half of the steps were applied, or the last epoch had no finite loss, or
                 the loss is no lower than at the start and the masks are worse than with the first weights.
         """
-        applied = self.step - self.log.skipped
-        if 2 * applied < self.step or not applied or self.lost_epoch:
+        applied, epoch = self.step - self.log.skipped, self.last_summary
+        # One step without a finite loss tells nothing of an epoch.
+        lost_epoch = epoch.get("skipped", 0) > 1 and not math.isfinite(epoch["train_loss"])
+        if 2 * applied < self.step or not applied or lost_epoch:
             what = f"{applied or 'none'} of {self.step} steps were applied, the others were skipped"
-            what += ", all those of the last epoch among them" * self.lost_epoch
+            what += ", all those of the last epoch among them" * lost_epoch
             raise DivergedError(f"diverged: {what}. {ADVICE}")
         if applied < WINDOW:
             return
@@ -381,34 +384,36 @@ class Trainer(TrainingState):
             raise DivergedError(f"diverged: {loss}, {iou}. {ADVICE}")
 
     # -- validation --------------------------------------------------------------------------------
-    @property
-    def eval_model(self) -> nn.Module:
-        """The model that is validated: the moving average where there is one."""
-        return self.average if self.average is not None else self.model
+    def validate(
+        self, model: nn.Module, *, full: bool = False, samples: Path | None = None
+    ) -> dict[str, Any]:
+        """Metrics of a model on the validation ROIs, in the run's precision.
 
-    def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Class probabilities of normalised crops in the run's precision, by ``model`` or ``eval_model``."""
-        flip, weights = self.settings.flip_test, self.settings.decision_weights
-        with autocast(self.settings, self.device):
-            return predict_probs(model or self.eval_model, images, flip=flip, weights=weights)
+        Args:
+            model: its mode is that of training afterwards.
+            full: the costly metrics too.
+            samples: a file to keep some of the masks in.
+        """
+        settings = self.settings
 
-    def validate(self, *, final: bool = False, model: nn.Module | None = None) -> SegmentationMetrics:
-        """Metrics of ``model``, else of :attr:`eval_model`, on the validation ROIs."""
-        model = model or self.eval_model
-        predict, size = functools.partial(self.predict, model=model.eval()), self.settings.mask_size
-        found = score(predict, self.val_store, device=self.device, mask_size=size, full=final)
-        self.model.train()
-        return found
+        def predict(images: Tensor) -> Tensor:
+            with autocast(settings, self.device):
+                flip, weights = settings.flip_test, settings.decision_weights
+                return predict_probs(model, images, flip=flip, weights=weights)
+
+        model.eval()
+        where: Any = {"device": self.device, "mask_size": settings.mask_size}
+        found = score(predict, self.val_store, full=full, **where)
+        if samples is not None and self.leads:
+            with self.best_effort("samples"):
+                write_samples(samples, self.val_store, predict, found.per_roi()["target_iou"], **where)
+        model.train()
+        return found.compute()
 
     def evaluate_epoch(self, epoch: int, *, final: bool) -> dict[str, Any]:
-        """Metrics on the validation ROIs; some of their masks are kept in ``samples/``."""
-        found = self.validate(final=final)
-        file, iou = self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz", found.per_roi()["target_iou"]
-        if self.leads:
-            with self.best_effort("samples"):
-                size = self.settings.mask_size
-                write_samples(file, self.val_store, self.predict, iou, device=self.device, mask_size=size)
-        return found.compute()
+        """Metrics of the moving average where there is one, else of the model."""
+        samples = self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz"
+        return self.validate(self.average or self.model, full=final, samples=samples)
 
     def untrained_metrics(self) -> dict[str, Any]:
         """Metrics of the weights that the run began with."""
@@ -417,7 +422,7 @@ class Trainer(TrainingState):
             model = fresh_model(self.settings, self.device)
         if self.settings.init_from:
             self.start_from(model)
-        return self.validate(model=model).compute()
+        return self.validate(model)
 
     def epoch_line(self, epoch: int, seconds: float) -> str:
         """One line about the epoch just ended."""
