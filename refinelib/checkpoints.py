@@ -58,12 +58,14 @@ class Writer:
 
     Attributes:
         failing: what is wrong with each file whose newest content is not on disk, in a sentence.
+        problems: what failed, in sentences, for the caller to take out; a file that fails again and again is
+            named once.
     """
 
     def __init__(self) -> None:
         self.failing: dict[Path, str] = {}
         self._waiting: dict[Path, dict[str, Any]] = {}  # the newest content of each file that is not on disk
-        self._problems: list[str] = []
+        self.problems: list[str] = []
         self._worker = ThreadPoolExecutor(1, "checkpoints")  # the interpreter waits for it before it ends
 
     def save(self, path: Path, content: dict[str, Any], *, copy: bool = True) -> None:
@@ -85,11 +87,6 @@ class Writer:
 
     close = flush
 
-    def problems(self) -> list[str]:
-        """What failed since the last call, in sentences; a file that fails again and again is named once."""
-        found, self._problems = self._problems, []
-        return found
-
     def _write_waiting(self) -> None:
         for path in list(self._waiting):
             content = self._waiting.pop(path, None)
@@ -102,11 +99,11 @@ class Writer:
                 old = "the one before it stays" if path.exists() else "there is none before it"
                 message = f"the checkpoint {path.name} could not be written ({reason(error)}); {old}"
                 if path not in self.failing:
-                    self._problems.append(message)
+                    self.problems.append(message)
                 self.failing[path] = message
                 continue
             if self.failing.pop(path, None) is not None:
-                self._problems.append(f"the checkpoint {path.name} could be written after all")
+                self.problems.append(f"the checkpoint {path.name} could be written after all")
 
 
 def to_cpu(value: Any) -> Any:
@@ -161,10 +158,11 @@ def load(path: PathLike, *, needs: Collection[str] = ()) -> dict[str, Any]:
     try:
         with opened_zip(path) as (file, archive):
             size = os.fstat(file.fileno()).st_size
-            _refuse_claims(file, archive, size)
+            ours = _claims_fit(file, archive, size)
             file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            _refuse_types(content, [size])
+            content = torch.load(file, map_location="cpu", weights_only=True) if ours else None
+            if not ours or not _is_plain(content, [size]):
+                raise ValueError("it is not as refinelib writes one")
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise CheckpointError(f"{path} is not a whole checkpoint ({reason(error)})") from None
     if not isinstance(content, dict) or "checksum" not in content:
@@ -194,14 +192,11 @@ _NAMING = ("MARK", "BINUNICODE", "GLOBAL", "BINUNICODE", "BINUNICODE", "INT", "T
 _PICKLE, _DEPTH = 2 << 20, 32
 
 
-def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse a file that holds other types, or would take more memory than its size, before torch opens it.
+def _claims_fit(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bool:
+    """Whether a file holds our types only and takes no more memory than its size, before torch opens it.
 
     ``torch.save`` writes a zip whose members are not compressed: a pickle, and the bytes of each tensor. So
     all sizes are known before: the members' add up to the file's, and the pickle claims the members'.
-
-    Raises:
-        ValueError: says what is wrong.
     """
     file.seek(0)
     members = archive.infolist()
@@ -210,13 +205,11 @@ def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None
     stored = [member for member in members if member.compress_type == zipfile.ZIP_STORED]
     plain = [m for m in stored if m.filename == m.orig_filename and m.compress_size == m.file_size]
     inside = len(plain) == len(members) and all(m.filename.startswith(root) for m in members)
+    inside &= len({name.lower() for name in sizes}) == len(members)
+    fits = sum(sizes.values()) <= size and sizes["data.pkl"] <= _PICKLE
     # Without the zip's mark in front, torch would read the file as one of before 2020.
-    if file.read(4) != b"PK\x03\x04" or not inside or len({name.lower() for name in sizes}) < len(members):
-        raise ValueError("it is not a zip as torch.save writes it")
-    if sum(sizes.values()) > size:
-        raise ValueError("its members claim more bytes than it has")
-    if sizes["data.pkl"] > _PICKLE:
-        raise ValueError(f"its names and plain values take {sizes['data.pkl']} bytes, more than {_PICKLE}")
+    if not inside or not fits or file.read(4) != b"PK\x03\x04":
+        return False
     memo: dict[int, tuple[str, Any]] = {}
     last: collections.deque[tuple[str, Any]] = collections.deque(maxlen=len(_NAMING))
     unused_types = 0
@@ -226,49 +219,38 @@ def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None
         elif code.name == "BINPERSID":
             operations, (_, _, kind, member, _, count, _) = zip(*last, strict=True)
             if operations != _NAMING or sizes.get(f"data/{member}") != count * _STORAGES.get(kind, -1):
-                raise ValueError(f"it claims {shown(count)} values of {shown(kind)} that it does not hold")
+                return False
             unused_types -= 1
         else:
             name = "INT" if code.name in ("BININT", "BININT1", "BININT2", "LONG1") else code.name
             last.append(memo[int(value or 0)] if code.name in ("BINGET", "LONG_BINGET") else (name, value))
             name, value = last[-1]
             if name == "GLOBAL" and value not in _STORAGES and value not in _OTHERS:
-                raise ValueError(f"it holds {shown(value)}, which refinelib does not write")
+                return False
             unused_types += name == "GLOBAL" and value in _STORAGES
-    if unused_types:  # a type that names no storage could be called with a size
-        raise ValueError("it makes tensors in another way than torch.save")
+    return not unused_types  # a type that names no storage could be called with a size
 
 
-def _refuse_types(value: Any, room: list[int], depth: int = 0) -> None:
-    """Refuse what :func:`save` does not write.
+def _is_plain(value: Any, room: list[int], depth: int = 0) -> bool:
+    """Whether this is what :func:`save` writes.
 
     Args:
         value: part of a file's content.
         room: bytes that are left of the file's; a value takes one, a tensor those of its elements. So a part
             that stands in many places, or in itself, is not visited for ever.
         depth: of the nesting.
-
-    Raises:
-        ValueError: says what it is.
     """
-    room[0] -= 1
-    if isinstance(value, Tensor):
-        size = value.numel() * value.element_size()
-        room[0] -= size
-        if size > value.untyped_storage().nbytes():
-            raise ValueError(f"a tensor {list(value.shape)} has more elements than are stored")
-    elif type(value) in (dict, list, tuple):
-        if depth > _DEPTH:
-            raise ValueError(f"it is nested more than {_DEPTH} deep")
-        for key in value if isinstance(value, dict) else ():
-            if type(key) not in (str, int):
-                raise ValueError(f"it has the key {shown(key)}")
-        for item in value.values() if isinstance(value, dict) else value:
-            _refuse_types(item, room, depth + 1)
-    elif value is not None and type(value) not in (str, int, float, bool):
-        raise ValueError(f"it holds {shown(type(value).__name__)}, which refinelib does not write")
+    size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+    room[0] -= 1 + size
     if room[0] < 0:
-        raise ValueError("its parts stand in more places than it has room for")
+        return False
+    if isinstance(value, Tensor):
+        return size <= value.untyped_storage().nbytes()
+    if type(value) in (dict, list, tuple):
+        keys, parts = (value.keys(), value.values()) if type(value) is dict else ((), value)
+        fits = depth <= _DEPTH and all(type(key) in (str, int) for key in keys)
+        return fits and all(_is_plain(part, room, depth + 1) for part in parts)
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def _named(value: Any, kind: type) -> bool:

@@ -100,9 +100,7 @@ class _Values(pydantic.BaseModel):
 def _say_if_number(name: str, value: Any) -> None:
     """Warn of a text that arrives as a number, as papermill and YAML make one of 007 and 1e5."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        keeps = (
-            f"papermill's -r {name} VALUE, or quotes in a recipe, keep a text such as 007 as it is written"
-        )
+        keeps = f"papermill's -r {name} VALUE, or quotes in a recipe, keep a text such as 007 as it is"
         warnings.warn(f"{name} arrived as a number and is read as {shown(value)}: {keeps}", stacklevel=2)
 
 

@@ -328,9 +328,8 @@ class Run:
         """Whether it was started with these settings, as far as a resume needs; or ``exactly``."""
         with contextlib.suppress(RunError):
             then, now = self.config()["settings"], settings.model_dump(mode="json")
-            return (
-                then | {"resume": settings.resume} == now if exactly else not changed_settings(settings, then)
-            )
+            same = then | {"resume": settings.resume} == now
+            return same if exactly else not changed_settings(settings, then)
         return False
 
     def started_as(self) -> str:

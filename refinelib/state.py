@@ -118,8 +118,8 @@ class TrainingState:
         """
         if final:
             self.writer.flush()
-        for message in self.writer.problems():
-            self.say("checkpoint", message)
+        while self.writer.problems:
+            self.say("checkpoint", self.writer.problems.pop(0))
         if final and self.writer.failing:
             problems = "; ".join(self.writer.failing.values())
             raise OSError(f"{problems}: make room in {self.run.folder} and go on with resume=true")
@@ -214,10 +214,8 @@ class TrainingState:
                 content = checkpoints.load(file, needs=("tensors", "memory", "host"))
                 tensors, memory = content["tensors"], content["memory"]
                 weights = {name: x.shape for name, x in tensors.items() if not name.startswith("optimizer.")}
-                fits = (
-                    weights and weights.items() <= shapes.items() and memory.shape == self.guard.memory.shape
-                )
-                if not fits or checkpoints.nonfinite({**tensors, "memory": memory}):
+                same = weights.items() <= shapes.items() and memory.shape == self.guard.memory.shape
+                if not weights or not same or checkpoints.nonfinite({**tensors, "memory": memory}):
                     raise CheckpointError(f"{file} is not of this run")
                 tensors = {name: x.to(self.device) for name, x in tensors.items()}
                 found.append(Snapshot(number, tensors, memory.to(self.guard.memory), content["host"]))
