@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import shutil
@@ -99,9 +100,9 @@ def train(settings: Settings, *, data: Any = None, on_epoch: Callable[[Run], Non
                 trainer.fit(interruption, on_epoch)
             except BaseException as error:
                 unchanged = trainer is None or isinstance(error, CheckpointError)  # no step was taken
-                again = before is not None and unchanged and not isinstance(error, KeyboardInterrupt)
                 cause = RuntimeError(told) if (told := watch.cause(error)) else error
-                run.update(**(before if before and again else _last_status(run, cause)))
+                again = before if unchanged and not isinstance(error, KeyboardInterrupt) else None
+                run.update(**(again or _last_status(run, cause)))
                 cause.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
                 if cause is not error:
                     raise cause from error
@@ -205,7 +206,6 @@ class Trainer(TrainingState):
             if incident:
                 self.keep_incident(plan, row)
                 self.log.forget()
-                self.step = row.step
             reason = self.rewinder.see(row)
             if reason is not None:
                 # Steps that were taken before this report was read; none after an incident.
@@ -214,7 +214,6 @@ class Trainer(TrainingState):
                         self.log.record(late)
                     if late.report["incident"]:
                         self.keep_incident(plan, late)
-                        self.step = late.step
                 self.rewind(reason, row.epoch)
             if incident or reason is not None:
                 return
@@ -273,12 +272,12 @@ class Trainer(TrainingState):
 
     # -- when a step goes wrong --------------------------------------------------------------------
     def keep_incident(self, plan: Plan, row: Row) -> None:
-        """Examine a step that went wrong, with the weights before it; keep what is new; resume updates.
+        """Examine a step that went wrong, with the weights before it; keep what is new; go on after it.
 
         Of several ranks the first whose own gradients were bad does it, for all of them.
         """
         examiner = row.bad_ranks[0] if row.bad_ranks else 0
-        finding, folder = ranks.tell(self.examine(plan, row) if ranks.rank() == examiner else None, examiner)
+        finding = ranks.tell(self.examine(plan, row) if ranks.rank() == examiner else None, examiner)
         if isinstance(finding, str):  # why there is none
             self.say("incident", finding, step=row.step, epoch=row.epoch)
             self.repeats += 1
@@ -287,6 +286,7 @@ class Trainer(TrainingState):
                 self.repeats += finding.phase != "overflow"
             elif finding.phase != "overflow":  # an overflow is how the loss scale is found
                 self.incidents.append(finding.kind)
+                folder = f"incidents/{row.step:06d}"
                 fields = {"step": row.step, "folder": folder, **finding.as_dict()}
                 self.say("incident", f"{finding.sentence}; kept in {folder}", epoch=row.epoch, **fields)
             if finding.phase not in ("overflow", "none"):
@@ -294,18 +294,17 @@ class Trainer(TrainingState):
             if finding.phase == "weights":
                 self.guard.check_state()
         self.guard.resume_updates(capture_enabled=self.wants_incidents)
+        self.step = row.step
 
-    def examine(self, plan: Plan, row: Row) -> tuple[Finding | str, str]:
-        """What was wrong with a step, or why that cannot be said; the folder it is kept in."""
-        at, accumulate = (row.step - 1) % self.loader.steps_per_epoch, self.settings.accumulate
-        shares = [(micro, rank) for micro in range(accumulate) for rank in range(ranks.count())]
+    def examine(self, plan: Plan, row: Row) -> Finding | str:
+        """What was wrong with a step, or why that cannot be said."""
+        at = (row.step - 1) % self.loader.steps_per_epoch
+        shares = itertools.product(range(self.settings.accumulate), range(ranks.count()))
         batches = [self.loader.batch(plan, at, micro, rank) for micro, rank in shares]
-        folder = self.run.folder / "incidents" / f"{row.step:06d}"
         gradients = [p.grad for p in self.guard.parameters]  # a captured step writes to these very tensors
-        finding: Finding | str
         try:
-            finding = capture(
-                folder,
+            return capture(
+                self.run.folder / "incidents" / f"{row.step:06d}",
                 row,
                 settings=resolve_auto(self.settings, self.device),  # the replay is the same step anywhere
                 parts=self.parts,
@@ -315,11 +314,10 @@ class Trainer(TrainingState):
                 known=self.incidents,
             )
         except (OSError, RuntimeError) as error:  # no room on the disk or the device
-            finding = f"step {row.step}: the incident could not be kept ({error})"
+            return f"step {row.step}: the incident could not be kept ({error})"
         finally:
             for p, gradient in zip(self.guard.parameters, gradients, strict=True):
                 p.grad = gradient
-        return finding, f"incidents/{folder.name}"
 
     def batch_instances(self, plan: Plan, step: int) -> list[dict[str, Any]]:
         """The instances in step number ``step`` (from 1) of the planned epoch."""
