@@ -201,12 +201,8 @@ class Settings(_Values):
     @pydantic.field_validator("roi_size", "mask_size", mode="before")
     @classmethod
     def _pair(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = parse_yaml(value)
-        pair = (value, value) if isinstance(value, (int, float)) else value
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError("give one whole number or [height, width]")
-        return tuple(pair)
+        value = parse_yaml(value) if isinstance(value, str) else value
+        return (value, value) if isinstance(value, (int, float)) else value
 
     @pydantic.field_validator("data")
     @classmethod

@@ -59,6 +59,8 @@ class TrainingState:
         self.leads = ranks.rank() == 0  # writes the run's files
         with ranks.one_a_host_first():
             self.train_store, self.val_store = open_splits(settings, given=sources, progress=self.leads)
+        # What the run is trained on; of data in memory, what it is validated on too.
+        self.people = self.train_store.identity + self.val_store.content
         prepare = self.start_from if settings.init_from else None
         self.parts = build_step(settings, self.train_store, self.device, prepare=prepare)
         self.model, self.average, self.loss, self.guard, self.injector, self.loader = self.parts
@@ -68,7 +70,8 @@ class TrainingState:
         limits = {"max_skips": settings.max_consecutive_skips, "max_rewinds": settings.max_rewinds}
         self.rewinder = Rewinder(self.guard, log=lambda: self.log.state_dict(), advice=ADVICE, **limits)
         every, folder = settings.probe_every if self.leads else 0, run.folder / "gradients"
-        self.probe = Probe(folder, self.parts, self.forward, every=every, say=damaged)
+        run_model = functools.partial(forward, settings, self.model)
+        self.probe = Probe(folder, self.parts, run_model, every=every, say=damaged)
         self.log = StepLog(run, self.loss, self.guard, every=settings.log_every, take=self.probe.add)
         self.writer = checkpoints.Writer()
 
@@ -88,10 +91,6 @@ class TrainingState:
     def wants_incidents(self) -> bool:
         """Whether another incident would be kept."""
         return max(len(self.incidents), self.repeats) < self.settings.max_incidents
-
-    def forward(self, images: Tensor) -> Any:
-        """The trained model's output for normalised crops, in the run's precision."""
-        return forward(self.settings, self.model, images)
 
     # -- messages ----------------------------------------------------------------------------------
     def say(self, kind: str, message: str, **fields: Any) -> None:
@@ -165,11 +164,6 @@ class TrainingState:
             "mean_coverage": self.mean_coverage,
             "people": self.people,
         }
-
-    @property
-    def people(self) -> str:
-        """What the run is trained on; of data in memory, what it is validated on too."""
-        return self.train_store.identity + self.val_store.content
 
     def restore(self) -> None:
         """Continue from the newest whole checkpoint of the run, and say what was wrong with the others."""

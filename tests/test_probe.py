@@ -131,7 +131,7 @@ def test_terms_add_up_to_the_gradient_of_the_whole_loss(tiny):
     )
     batch = trainer.loader.batch(trainer.loader.plan(0), 0)
     trainer.guard.zero_grad()
-    trainer.loss(trainer.forward(batch.images), batch.labels)[0].backward()
+    trainer.loss(trainer.probe.forward(batch.images), batch.labels)[0].backward()
     expected = [0.0 if p.grad is None else float(p.grad.norm()) for p in trainer.guard.parameters]
     found = trainer.probe._terms()
     assert found.shape == (1, len(expected))
