@@ -152,9 +152,6 @@ def load(path: PathLike, *, needs: Collection[str] = ()) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, cut short, changed, of another format, or not what :func:`save` writes.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
     try:
         with opened_zip(path) as (file, archive):
             size = os.fstat(file.fileno()).st_size

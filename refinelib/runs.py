@@ -334,11 +334,10 @@ class Run:
 
     def started_as(self) -> str:
         """The name the run was started under: ``coco-2017`` may be the 2017th run of ``coco``, or not."""
-        try:
-            settings = read_json(self.folder / "config.json")["settings"]
+        with contextlib.suppress(RunError, KeyError, TypeError):
+            settings = self.config()["settings"]
             return str(settings["run"] or Path(settings["recipe"]).stem)
-        except (OSError, ValueError, KeyError, TypeError):  # it has no settings yet
-            return re.sub(r"-\d+$", "", self.name)
+        return re.sub(r"-\d+$", "", self.name)  # it has no settings yet
 
 
 def places(output_dir: str = config.RUNS_DIR) -> list[Path]:

@@ -42,10 +42,7 @@ class StepLog:
         self.line_rows: list[Row] = []
         self.epoch_rows: list[Reports] = []  # components and report of each step
         self.skipped = 0
-        self.started = time.perf_counter()
-
-    def restart_clock(self) -> None:
-        """Leave what happened since the last line (validation, checkpoints) out of the next line's speed."""
+        #: When the next line's first step began: validation and checkpoints do not slow it down.
         self.started = time.perf_counter()
 
     # -- from the device
@@ -63,10 +60,6 @@ class StepLog:
             told = bool(stop.any()), tuple(np.flatnonzero(bad).tolist())  # nothing where one process trains
             rows.append(Row(step, epoch, losses, named, norms, *told))
         return rows
-
-    def forget(self) -> None:
-        """Drop what has not been read yet: steps that are taken again."""
-        self.reports.forget()
 
     # -- into the log
     def record(self, row: Row) -> None:
@@ -88,7 +81,7 @@ class StepLog:
         line = {"kind": "step", "step": rows[-1].step, "epoch": rows[-1].epoch, **self._summary(reports)}
         speed = float(f"{len(rows) / (time.perf_counter() - self.started):.4g}")
         self.run.metrics({**line, "skipped": self.skipped, "steps_per_second": speed})
-        self.restart_clock()
+        self.started = time.perf_counter()
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """Means over the epoch's applied steps; the gradient norm's median."""

@@ -158,7 +158,7 @@ class Trainer(TrainingState):
                 if self.stopping(interruption):
                     self.stop(plan)
                 self.model.train()
-                self.log.restart_clock()
+                self.log.started = time.perf_counter()
                 while end - per_epoch <= self.step < end and not self.stopping(interruption):
                     report = self.train_step(plan, self.step % per_epoch)
                     self.step += 1
@@ -205,7 +205,7 @@ class Trainer(TrainingState):
             incident = bool(row.report["incident"])
             if incident:
                 self.keep_incident(plan, row)
-                self.log.forget()
+                self.log.reports.forget()
             reason = self.rewinder.see(row)
             if reason is not None:
                 # Steps that were taken before this report was read; none after an incident.
@@ -351,7 +351,7 @@ class Trainer(TrainingState):
         self.guard.resume_updates(capture_enabled=self.wants_incidents)
         if snapshot is not None and snapshot.host is not None:
             self.step = snapshot.step
-            self.log.forget()
+            self.log.reports.forget()
             self.log.load_state_dict(snapshot.host["log"])
             self.probe.rewind(self.step)
             self.run.rewind_records(self.step, self.step // self.loader.steps_per_epoch, events=False)
