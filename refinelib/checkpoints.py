@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from refinelib.config import absolute
 from refinelib.files import PathLike, file_digest, opened_zip, read_json, reason, replacing, shown
+from refinelib.registry import REFINEMENTS
 from refinelib.runs import Run, RunError
 
 #: Version of the content; others are refused. 4: attention is made of matrix products.
@@ -305,6 +306,35 @@ def nonfinite(content: Any, name: str = "") -> list[str]:
         return [] if bool(content.isfinite().all()) else [name]
     items = content.items() if isinstance(content, dict) else ()
     return [found for key, value in items for found in nonfinite(value, f"{name}.{key}".lstrip("."))]
+
+
+def check_weights(model: nn.Module, saved: dict[str, Any], source: Path) -> None:
+    """Whether a checkpoint's weights fit a model; one of the two may lack refinements.
+
+    Raises:
+        CheckpointError: other shapes or parts, or weights that are not finite.
+    """
+    weights, own = saved["model"], model.state_dict()
+    optional = tuple(f"{refinement.attribute}." for refinement in REFINEMENTS.values())
+    apart = [name for name in own.keys() ^ weights.keys() if not name.startswith(optional)]
+    apart += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if apart:
+        wrong = f"the weights in {source} do not fit this model (first {min(apart)})"
+        names = ("width", "coarse_width", "coarse_depth")
+        sizes = ", ".join(f"{name} {saved['settings'].get(name, 1):g}" for name in names)
+        raise CheckpointError(f"{wrong}: use the sizes it was trained with, {sizes}")
+    refuse_nonfinite(source, {name: x for name, x in weights.items() if name in own})
+
+
+def refuse_nonfinite(source: Path, values: dict[str, Any]) -> None:
+    """Refuse tensors that are not finite.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    if broken := nonfinite(values):
+        wrong = f"{source} holds values that are not finite (first {broken[0]})"
+        raise CheckpointError(f"{wrong}: start from another checkpoint")
 
 
 def zoo() -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refinelib import checkpoints, ranks
 from refinelib.build import build_device, build_step, device_name, forward
@@ -22,7 +22,6 @@ from refinelib.config import Settings
 from refinelib.data import Source, open_splits
 from refinelib.gradients.record import Probe
 from refinelib.guard.rewind import Rewinder, Snapshot
-from refinelib.registry import REFINEMENTS
 from refinelib.runs import Run, changed_settings
 from refinelib.step import Stepper
 from refinelib.steplog import StepLog
@@ -61,8 +60,7 @@ class TrainingState:
             self.train_store, self.val_store = open_splits(settings, given=sources, progress=self.leads)
         # What the run is trained on; of data in memory, what it is validated on too.
         self.people = self.train_store.identity + self.val_store.content
-        prepare = self.start_from if settings.init_from else None
-        self.parts = build_step(settings, self.train_store, self.device, prepare=prepare)
+        self.parts = build_step(settings, self.train_store, self.device)
         self.model, self.average, self.loss, self.guard, self.injector, self.loader = self.parts
         steps = settings.epochs * self.loader.steps_per_epoch
         speed, damaged = (functools.partial(self.say, kind) for kind in ("speed", "damaged"))
@@ -219,14 +217,6 @@ class TrainingState:
                 self.say("checkpoint", f"a snapshot cannot be used, a rewind will not go there: {error}")
         return found
 
-    def start_from(self, model: nn.Module) -> None:
-        """Give a fresh model the weights that ``init_from`` names."""
-        source = checkpoints.find(str(self.settings.init_from), output_dir=self.settings.output_dir)
-        saved = checkpoints.load(source, needs=("model", "average", "settings"))
-        weights = saved["average"] or saved["model"]
-        check_weights(model, {**saved, "model": weights}, source)
-        model.load_state_dict(weights, strict=False)
-
     def check(self, path: Path, saved: dict[str, Any]) -> None:
         """Whether this run can go on from a checkpoint.
 
@@ -243,33 +233,9 @@ class TrainingState:
         if saved.get("people") not in (None, self.people):
             wrong = f"{path} was made with other people than the {len(self.train_store)} that this run has"
             raise CheckpointError(f"{wrong}: resume with the data of its start, or {NEW_RUN}")
-        check_weights(self.model, saved, path)
+        checkpoints.check_weights(self.model, saved, path)
         guard = {"optimizer": saved["guard"]["optimizer"]["state"], "guard": saved["guard"]["state"]}
-        _refuse_nonfinite(path, {"average": saved["average"], **guard})
-
-
-def check_weights(model: nn.Module, saved: dict[str, Any], source: Path) -> None:
-    """Whether a checkpoint's weights fit a model; one of the two may lack refinements.
-
-    Raises:
-        CheckpointError: other shapes or parts, or weights that are not finite.
-    """
-    weights, own = saved["model"], model.state_dict()
-    optional = tuple(f"{refinement.attribute}." for refinement in REFINEMENTS.values())
-    apart = [name for name in own.keys() ^ weights.keys() if not name.startswith(optional)]
-    apart += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if apart:
-        wrong = f"the weights in {source} do not fit this model (first {min(apart)})"
-        names = ("width", "coarse_width", "coarse_depth")
-        sizes = ", ".join(f"{name} {saved['settings'].get(name, 1):g}" for name in names)
-        raise CheckpointError(f"{wrong}: use the sizes it was trained with, {sizes}")
-    _refuse_nonfinite(source, {name: x for name, x in weights.items() if name in own})
-
-
-def _refuse_nonfinite(source: Path, values: dict[str, Any]) -> None:
-    if broken := checkpoints.nonfinite(values):
-        wrong = f"{source} holds values that are not finite (first {broken[0]})"
-        raise CheckpointError(f"{wrong}: start from another checkpoint")
+        checkpoints.refuse_nonfinite(path, {"average": saved["average"], **guard})
 
 
 def _seed_everything(settings: Settings) -> None:

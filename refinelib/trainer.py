@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from refinelib import launch, ranks
-from refinelib.build import autocast, fresh_model, resolve_auto
+from refinelib.build import autocast, initial_model, resolve_auto
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
 from refinelib.data.arrays import sources_of
@@ -417,9 +417,7 @@ class Trainer(TrainingState):
         """Metrics of the weights that the run began with."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.settings.seed)
-            model = fresh_model(self.settings, self.device)
-        if self.settings.init_from:
-            self.start_from(model)
+            model = initial_model(self.settings, self.device)
         return self.validate(model)
 
     def epoch_line(self, epoch: int, seconds: float) -> str:
