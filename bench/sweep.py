@@ -59,7 +59,7 @@ from refinelib.config import Settings, resolve
 from refinelib.guard.guard import REPORT, Guard
 from refinelib.guard.rewind import DivergedError
 from refinelib.runs import Run
-from refinelib.steplog import StepLog
+from refinelib.state import StepLog
 from refinelib.trainer import Trainer, train
 
 Fault = dict[str, Any]  # plain JSON

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"files", "registry", "ranks"},
     {"guard", "modeling", "config"},
-    {"data", "runs", "checkpoints", "steplog"},
+    {"data", "runs", "checkpoints"},
     {"build"},
     {"step"},
     {"metrics", "incidents", "gradients"},
@@ -28,12 +28,7 @@ ORDER = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 #: Files that stand side by side: the right one uses the left one.
-SIDE_BY_SIDE = [
-    ("files", "registry"),
-    ("runs", "checkpoints"),
-    ("runs", "steplog"),
-    ("checkpoints", "steplog"),
-]
+SIDE_BY_SIDE = [("files", "registry"), ("runs", "checkpoints")]
 #: Lines of one file, files, and lines in all: lowered with every line that goes, raised for a feature only.
 MOST_LINES, MOST_FILES, MOST_IN_ALL = 320, 76, 11138
 

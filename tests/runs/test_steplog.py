@@ -9,7 +9,7 @@ from refinelib.build import build_guard, build_loss
 from refinelib.config import resolve
 from refinelib.guard.guard import REPORT
 from refinelib.runs import Run
-from refinelib.steplog import StepLog
+from refinelib.state import StepLog
 
 
 @pytest.fixture
