@@ -1,4 +1,4 @@
-"""A run's live objects, its log of steps, and its whole state: written to checkpoints and restored exactly."""
+"""A run's live objects, its log of steps, and its whole state: put into checkpoints and restored exactly."""
 
 from __future__ import annotations
 
