@@ -59,7 +59,7 @@ from refinelib.config import Settings, resolve
 from refinelib.guard.guard import REPORT, Guard
 from refinelib.guard.rewind import DivergedError
 from refinelib.runs import Run
-from refinelib.steplog import StepLog
+from refinelib.state import StepLog
 from refinelib.trainer import Trainer, train
 
 Fault = dict[str, Any]  # plain JSON
@@ -503,6 +503,7 @@ class Disk:
     """In the place of the checkpoints' writer: looks at what would be written."""
 
     failing: dict[Path, str] = {}
+    problems: list[str] = []
 
     def __init__(self) -> None:
         self.bad: list[str] = []
@@ -516,9 +517,6 @@ class Disk:
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
-
-    def problems(self) -> list[str]:
-        return []
 
 
 NO_STATE = ("log", "best", "settings", "random")

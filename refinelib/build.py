@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from refinelib import checkpoints
 from refinelib.config import Settings, checked
 from refinelib.data import Store
 from refinelib.data.loader import BatchLoader
@@ -34,12 +34,7 @@ class StepParts(NamedTuple):
 
 
 def build_step(
-    settings: Settings,
-    store: Store,
-    device: torch.device,
-    *,
-    prepare: Callable[[nn.Module], None] | None = None,
-    steps_per_epoch: int | None = None,
+    settings: Settings, store: Store, device: torch.device, *, steps_per_epoch: int | None = None
 ) -> StepParts:
     """The parts of a run's steps, on the device.
 
@@ -47,12 +42,9 @@ def build_step(
         settings: of the run.
         store: of the training ROIs.
         device: of model and batches.
-        prepare: gives the fresh model other weights, before the moving average starts from them.
         steps_per_epoch: of the schedule; none: as many as the store gives.
     """
-    model = fresh_model(settings, device)
-    if prepare is not None:
-        prepare(model)
+    model = initial_model(settings, device)
     average = copy.deepcopy(model).requires_grad_(False) if settings.ema_decay else None
     options = settings.pick("batch_size", "accumulate", "seed")
     loader = BatchLoader(store, device=device, mode=settings.augment, **options)
@@ -60,6 +52,22 @@ def build_step(
     loss = build_loss(settings, ignores=store.ignores).to(device)
     injector = Injector(settings.inject, model)
     return StepParts(model, average, loss, guard, injector, loader)
+
+
+def initial_model(settings: Settings, device: torch.device) -> HierarchicalUNet:
+    """A run's model before its first step: fresh, or with the weights that ``init_from`` names.
+
+    Raises:
+        CheckpointError: there are none, or they do not fit.
+    """
+    model = fresh_model(settings, device)
+    if settings.init_from:
+        source = checkpoints.find(settings.init_from, output_dir=settings.output_dir)
+        saved = checkpoints.load(source, needs=("model", "average", "settings"))
+        weights = saved["average"] or saved["model"]
+        checkpoints.check_weights(model, {**saved, "model": weights}, source)
+        model.load_state_dict(weights, strict=False)
+    return model
 
 
 def fresh_model(settings: Settings, device: torch.device) -> HierarchicalUNet:

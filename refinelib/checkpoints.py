@@ -8,7 +8,6 @@ that was cut short or changed.
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -20,10 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from refinelib.config import absolute
 from refinelib.files import PathLike, file_digest, opened_zip, read_json, reason, replacing, shown
+from refinelib.registry import REFINEMENTS
 from refinelib.runs import Run, RunError
 
 #: Version of the content; others are refused. 4: attention is made of matrix products.
@@ -59,12 +59,14 @@ class Writer:
 
     Attributes:
         failing: what is wrong with each file whose newest content is not on disk, in a sentence.
+        problems: what failed, in sentences, for the caller to take out; a file that fails again and again is
+            named once.
     """
 
     def __init__(self) -> None:
         self.failing: dict[Path, str] = {}
         self._waiting: dict[Path, dict[str, Any]] = {}  # the newest content of each file that is not on disk
-        self._problems: list[str] = []
+        self.problems: list[str] = []
         self._worker = ThreadPoolExecutor(1, "checkpoints")  # the interpreter waits for it before it ends
 
     def save(self, path: Path, content: dict[str, Any], *, copy: bool = True) -> None:
@@ -86,11 +88,6 @@ class Writer:
 
     close = flush
 
-    def problems(self) -> list[str]:
-        """What failed since the last call, in sentences; a file that fails again and again is named once."""
-        found, self._problems = self._problems, []
-        return found
-
     def _write_waiting(self) -> None:
         for path in list(self._waiting):
             content = self._waiting.pop(path, None)
@@ -103,11 +100,11 @@ class Writer:
                 old = "the one before it stays" if path.exists() else "there is none before it"
                 message = f"the checkpoint {path.name} could not be written ({reason(error)}); {old}"
                 if path not in self.failing:
-                    self._problems.append(message)
+                    self.problems.append(message)
                 self.failing[path] = message
                 continue
             if self.failing.pop(path, None) is not None:
-                self._problems.append(f"the checkpoint {path.name} could be written after all")
+                self.problems.append(f"the checkpoint {path.name} could be written after all")
 
 
 def to_cpu(value: Any) -> Any:
@@ -156,16 +153,14 @@ def load(path: PathLike, *, needs: Collection[str] = ()) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, cut short, changed, of another format, or not what :func:`save` writes.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
     try:
         with opened_zip(path) as (file, archive):
             size = os.fstat(file.fileno()).st_size
-            _refuse_claims(file, archive, size)
+            ours = _claims_fit(file, archive, size)
             file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            _refuse_types(content, [size])
+            content = torch.load(file, map_location="cpu", weights_only=True) if ours else None
+            if not ours or not _is_plain(content, [size]):
+                raise ValueError("it is not as refinelib writes one")
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise CheckpointError(f"{path} is not a whole checkpoint ({reason(error)})") from None
     if not isinstance(content, dict) or "checksum" not in content:
@@ -195,14 +190,11 @@ _NAMING = ("MARK", "BINUNICODE", "GLOBAL", "BINUNICODE", "BINUNICODE", "INT", "T
 _PICKLE, _DEPTH = 2 << 20, 32
 
 
-def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse a file that holds other types, or would take more memory than its size, before torch opens it.
+def _claims_fit(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bool:
+    """Whether a file holds our types only and takes no more memory than its size, before torch opens it.
 
     ``torch.save`` writes a zip whose members are not compressed: a pickle, and the bytes of each tensor. So
     all sizes are known before: the members' add up to the file's, and the pickle claims the members'.
-
-    Raises:
-        ValueError: says what is wrong.
     """
     file.seek(0)
     members = archive.infolist()
@@ -211,13 +203,11 @@ def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None
     stored = [member for member in members if member.compress_type == zipfile.ZIP_STORED]
     plain = [m for m in stored if m.filename == m.orig_filename and m.compress_size == m.file_size]
     inside = len(plain) == len(members) and all(m.filename.startswith(root) for m in members)
+    inside &= len({name.lower() for name in sizes}) == len(members)
+    fits = sum(sizes.values()) <= size and sizes["data.pkl"] <= _PICKLE
     # Without the zip's mark in front, torch would read the file as one of before 2020.
-    if file.read(4) != b"PK\x03\x04" or not inside or len({name.lower() for name in sizes}) < len(members):
-        raise ValueError("it is not a zip as torch.save writes it")
-    if sum(sizes.values()) > size:
-        raise ValueError("its members claim more bytes than it has")
-    if sizes["data.pkl"] > _PICKLE:
-        raise ValueError(f"its names and plain values take {sizes['data.pkl']} bytes, more than {_PICKLE}")
+    if not inside or not fits or file.read(4) != b"PK\x03\x04":
+        return False
     memo: dict[int, tuple[str, Any]] = {}
     last: collections.deque[tuple[str, Any]] = collections.deque(maxlen=len(_NAMING))
     unused_types = 0
@@ -227,49 +217,38 @@ def _refuse_claims(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None
         elif code.name == "BINPERSID":
             operations, (_, _, kind, member, _, count, _) = zip(*last, strict=True)
             if operations != _NAMING or sizes.get(f"data/{member}") != count * _STORAGES.get(kind, -1):
-                raise ValueError(f"it claims {shown(count)} values of {shown(kind)} that it does not hold")
+                return False
             unused_types -= 1
         else:
             name = "INT" if code.name in ("BININT", "BININT1", "BININT2", "LONG1") else code.name
             last.append(memo[int(value or 0)] if code.name in ("BINGET", "LONG_BINGET") else (name, value))
             name, value = last[-1]
             if name == "GLOBAL" and value not in _STORAGES and value not in _OTHERS:
-                raise ValueError(f"it holds {shown(value)}, which refinelib does not write")
+                return False
             unused_types += name == "GLOBAL" and value in _STORAGES
-    if unused_types:  # a type that names no storage could be called with a size
-        raise ValueError("it makes tensors in another way than torch.save")
+    return not unused_types  # a type that names no storage could be called with a size
 
 
-def _refuse_types(value: Any, room: list[int], depth: int = 0) -> None:
-    """Refuse what :func:`save` does not write.
+def _is_plain(value: Any, room: list[int], depth: int = 0) -> bool:
+    """Whether this is what :func:`save` writes.
 
     Args:
         value: part of a file's content.
         room: bytes that are left of the file's; a value takes one, a tensor those of its elements. So a part
             that stands in many places, or in itself, is not visited for ever.
         depth: of the nesting.
-
-    Raises:
-        ValueError: says what it is.
     """
-    room[0] -= 1
-    if isinstance(value, Tensor):
-        size = value.numel() * value.element_size()
-        room[0] -= size
-        if size > value.untyped_storage().nbytes():
-            raise ValueError(f"a tensor {list(value.shape)} has more elements than are stored")
-    elif type(value) in (dict, list, tuple):
-        if depth > _DEPTH:
-            raise ValueError(f"it is nested more than {_DEPTH} deep")
-        for key in value if isinstance(value, dict) else ():
-            if type(key) not in (str, int):
-                raise ValueError(f"it has the key {shown(key)}")
-        for item in value.values() if isinstance(value, dict) else value:
-            _refuse_types(item, room, depth + 1)
-    elif value is not None and type(value) not in (str, int, float, bool):
-        raise ValueError(f"it holds {shown(type(value).__name__)}, which refinelib does not write")
+    size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+    room[0] -= 1 + size
     if room[0] < 0:
-        raise ValueError("its parts stand in more places than it has room for")
+        return False
+    if isinstance(value, Tensor):
+        return size <= value.untyped_storage().nbytes()
+    if type(value) in (dict, list, tuple):
+        keys, parts = (value.keys(), value.values()) if type(value) is dict else ((), value)
+        fits = depth <= _DEPTH and all(type(key) in (str, int) for key in keys)
+        return fits and all(_is_plain(part, room, depth + 1) for part in parts)
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def _named(value: Any, kind: type) -> bool:
@@ -287,14 +266,6 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "mean_coverage": lambda part: isinstance(part, Tensor),
     **dict.fromkeys(("images", "labels"), lambda part: type(part) is list and {*map(type, part)} <= {Tensor}),
 }
-
-
-def readable(path: PathLike) -> bool:
-    """Whether :func:`load` takes a file: it is whole, and of this version."""
-    with contextlib.suppress(CheckpointError):
-        load(path)
-        return True
-    return False
 
 
 def newest_whole(
@@ -337,6 +308,35 @@ def nonfinite(content: Any, name: str = "") -> list[str]:
     return [found for key, value in items for found in nonfinite(value, f"{name}.{key}".lstrip("."))]
 
 
+def check_weights(model: nn.Module, saved: dict[str, Any], source: Path) -> None:
+    """Whether a checkpoint's weights fit a model; one of the two may lack refinements.
+
+    Raises:
+        CheckpointError: other shapes or parts, or weights that are not finite.
+    """
+    weights, own = saved["model"], model.state_dict()
+    optional = tuple(f"{refinement.attribute}." for refinement in REFINEMENTS.values())
+    apart = [name for name in own.keys() ^ weights.keys() if not name.startswith(optional)]
+    apart += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if apart:
+        wrong = f"the weights in {source} do not fit this model (first {min(apart)})"
+        names = ("width", "coarse_width", "coarse_depth")
+        sizes = ", ".join(f"{name} {saved['settings'].get(name, 1):g}" for name in names)
+        raise CheckpointError(f"{wrong}: use the sizes it was trained with, {sizes}")
+    refuse_nonfinite(source, {name: x for name, x in weights.items() if name in own})
+
+
+def refuse_nonfinite(source: Path, values: dict[str, Any]) -> None:
+    """Refuse tensors that are not finite.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    if broken := nonfinite(values):
+        wrong = f"{source} holds values that are not finite (first {broken[0]})"
+        raise CheckpointError(f"{wrong}: start from another checkpoint")
+
+
 def zoo() -> Path:
     """The folder of release files, trained weights by name: ``$REFINELIB_ZOO``, else ``outputs/zoo``."""
     return absolute(os.environ.get("REFINELIB_ZOO") or "outputs/zoo")
@@ -350,15 +350,14 @@ def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
     Raises:
         CheckpointError: there is none, or it is a release file that its card does not describe.
     """
-    released = zoo() / f"{source}.pt"
-    for path in (Path(source), absolute(source)):
-        if path.is_file():
-            return _described(path)
+    released, files = zoo() / f"{source}.pt", (Path(source), absolute(source))
+    if file := next((path for path in files if path.is_file()), None):
+        return _described(file)
     try:
         run = Run.open(source, output_dir=output_dir)
-        for name in ("best.pt", "last.pt"):
-            if (run.folder / "checkpoints" / name).is_file():
-                return run.folder / "checkpoints" / name
+        for file in (run.folder / "checkpoints" / name for name in ("best.pt", "last.pt")):
+            if file.is_file():
+                return file
         raise RunError(f"{run.folder} holds no checkpoint: the run is {run.status().get('state', 'unknown')}")
     except RunError as error:
         if released.is_file():
@@ -374,15 +373,14 @@ def _described(path: Path) -> Path:
         CheckpointError: it has another SHA-256, or the card is damaged.
     """
     card = path.with_suffix(".json")
-    if card.is_file():
-        try:
-            content = read_json(card)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"the card {card} cannot be read ({reason(error)}): copy it again"
-            ) from None
-        said = content.get("sha256") if isinstance(content, dict) else None  # another program's, else
-        if said is not None and said != (found := file_digest(path)):
-            wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"
-            raise CheckpointError(f"{wrong}: copy both files again")
+    try:
+        content = read_json(card)
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the card {card} cannot be read ({reason(error)}): copy it again") from None
+    said = content.get("sha256") if isinstance(content, dict) else None  # another program's, else
+    if said is not None and said != (found := file_digest(path)):
+        wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"
+        raise CheckpointError(f"{wrong}: copy both files again")
     return path

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import pydantic
 from pydantic.fields import FieldInfo
 
-from refinelib.files import PathLike, parse_yaml, read_yaml, reason, shipped, shown
+from refinelib.files import PathLike, parse_yaml, read_yaml, shipped, shown
 from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option, limits_in_words
 
 ROLES = ("run", "data", "model", "training", "inference")
@@ -89,9 +89,8 @@ class _Values(pydantic.BaseModel):
         if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             value = "on" if value else "off"  # YAML 1.1 reads these words as truth values
             if value not in _choices(annotation):
-                raise ValueError(f"give {_kind(annotation)}, not a truth value")
-        known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(value))
-        if info.field_name == "device" and not known_device and value is not None:
+                raise ValueError("it must not be a truth value")
+        if info.field_name == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|None", str(value)):
             raise ValueError("give auto, cpu, mps, cuda, or one GPU by its number, such as cuda:1")
         if str in (annotation, *get_args(annotation)):
             _say_if_number(str(info.field_name), value)
@@ -101,9 +100,7 @@ class _Values(pydantic.BaseModel):
 def _say_if_number(name: str, value: Any) -> None:
     """Warn of a text that arrives as a number, as papermill and YAML make one of 007 and 1e5."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        keeps = (
-            f"papermill's -r {name} VALUE, or quotes in a recipe, keep a text such as 007 as it is written"
-        )
+        keeps = f"papermill's -r {name} VALUE, or quotes in a recipe, keep a text such as 007 as it is"
         warnings.warn(f"{name} arrived as a number and is read as {shown(value)}: {keeps}", stacklevel=2)
 
 
@@ -207,12 +204,8 @@ class Settings(_Values):
     @pydantic.field_validator("roi_size", "mask_size", mode="before")
     @classmethod
     def _pair(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = parse_yaml(value)
-        pair = (value, value) if isinstance(value, (int, float)) else value
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError("give one whole number or [height, width]")
-        return tuple(pair)
+        value = parse_yaml(value) if isinstance(value, str) else value
+        return (value, value) if isinstance(value, (int, float)) else value
 
     @pydantic.field_validator("data")
     @classmethod
@@ -415,6 +408,7 @@ class _Parameters(_Values):
     jitter: bool | None = None
     max_images: int | None = pydantic.Field(None, ge=1)
     device: str | None = None
+    smoke: bool = _run(False, f"{SMOKE_VARIABLE} asks for smoke size")
 
 
 def checked(**values: Any) -> Any:
@@ -487,44 +481,34 @@ def read_values(model: type[V], values: Mapping[str, Any]) -> V:
     """Validate; every wrong name and value becomes a sentence.
 
     Raises:
-        SettingsError: with all sentences.
+        SettingsError: with the first ten sentences, and the number of the others.
     """
-    names = model.model_fields
-    if unknown := [name for name in values if name not in names]:
-        wrong = [f"there is no setting {shown(name)}{_nearest(name, names)}" for name in unknown[:10]]
-        raise SettingsError("; ".join([*wrong, *[f"and {len(unknown) - 10} more"] * (len(unknown) > 10)]))
+    names, found = model.model_fields, dict[Any, Any]()
     try:
-        return model(**{name: value for name, value in values.items() if value is not None})
+        return model(**{name: x for name, x in values.items() if x is not None or name not in names})
     except pydantic.ValidationError as error:
-        problems = {str(problem["loc"][:1]): problem for problem in reversed(error.errors())}
-        sentences = [_sentence(names, problem) for problem in reversed(problems.values())]
-        raise SettingsError("; ".join(sentences)) from None
+        for problem in error.errors():  # the first of each name
+            found.setdefault(problem["loc"][:1], problem)
+    sentences = [_sentence(names, problem) for problem in list(found.values())[:10]]
+    raise SettingsError("; ".join([*sentences, *[f"and {len(found) - 10} more"] * (len(found) > 10)]))
+
+
+#: Our words for pydantic's.
+_WORDS = {"Value error, ": "", "Input should be": "it must be", "String should": "it must"}
+_WORDS |= {"a valid integer": "a whole number", "a valid boolean": "true or false"}
 
 
 def _sentence(names: Mapping[str, FieldInfo], problem: Mapping[str, Any]) -> str:
-    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    rule = str(problem["msg"])
+    for word, ours in _WORDS.items():
+        rule = rule.replace(word, ours)
     if not problem["loc"]:  # of several settings
-        return str(context["error"])
+        return rule
     name = problem["loc"][0]
-    annotation = names[name].annotation
-    if kind == "value_error":
-        rule = reason(context["error"], 600)
-    elif kind == "literal_error":
-        choices = _choices(annotation)
-        rule = f"give one of {', '.join(choices)}{_nearest(str(value), choices)}"
-    elif kind == "string_pattern_mismatch":
-        rule = "use letters, digits, dot, dash and underscore, a letter or digit first"
-    elif kind.startswith(("bool", "int", "float", "string")):
-        rule = f"give {_kind(annotation)}"
-    else:
-        rule = problem["msg"].replace("Input should be", "it must be")
-    meaning = f" ({names[name].description})" if names[name].description else ""
-    return f"{name} = {shown(value)}: {rule}{meaning}"
-
-
-def _kind(annotation: Any) -> str:
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    return words.get(_type_name(annotation), "whole numbers")
+    if name not in names:
+        return f"there is no setting {shown(name)}{_nearest(name, names)}"
+    meaning = _meaning(names[name])
+    return f"{name} = {shown(problem['input'])}: {rule}{f' ({meaning})' if meaning else ''}"
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:

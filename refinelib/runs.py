@@ -19,18 +19,8 @@ from typing import Any
 
 import refinelib
 from refinelib import config, files
-from refinelib.config import Settings, absolute, fields, names_with_role
-from refinelib.files import (
-    PathLike,
-    dumps,
-    exclusive,
-    read_json,
-    reason,
-    shipped,
-    was_killed,
-    write_atomically,
-)
-from refinelib.records import are_numbers, is_record, read_records, skipped_lines
+from refinelib.config import Settings, absolute, names_with_role
+from refinelib.files import PathLike, dumps, exclusive, read_json, reason, shipped, write_atomically
 
 #: Folder of debug runs in the folder of all runs.
 DEBUG_DIR = "debug-runs"
@@ -61,28 +51,20 @@ class Run:
         self._purge_step: int | None = None
 
     @classmethod
-    def start(cls, settings: Settings, begun: PathLike | None = None) -> Run:
-        """A new folder for this run, with ``resume`` the newest one of its name and settings; or ``begun``.
+    def start(cls, settings: Settings) -> Run:
+        """A new folder for this run; with ``resume`` the newest one of its name and settings.
 
         No folder of a run that took a step is ever written over: the next free number is appended to the
         name. A start that failed before its first step gives its name back (:func:`is_free`).
         """
-        if begun is not None:
-            run = cls.open(begun)
-            run._status = run.status()
-            return run
         root, name = settings.path(settings.output_dir), settings.run_name
         root.mkdir(parents=True, exist_ok=True)
         if settings.resume:
-            found = find_runs(root, name)
             # A start that failed early has no checkpoint: it must not hide the run before it.
-            found = [run for run in found if run.has_checkpoint] or found
-            found = [run for run in found if run.fits(settings)] or found  # else the settings are refused
-            if not found:
-                missing = f"there is no run named {name!r} under {root} to resume"
-                raise RunError(f"{missing}: start it without resume")
-            found[-1]._status = found[-1].status()
-            return found[-1]
+            found = sorted(find_runs(root, name), key=lambda run: (run.has_checkpoint, run.fits(settings)))
+            if found:
+                return found[-1]
+            raise RunError(f"there is no run named {name!r} under {root} to resume: start it without resume")
         for number in itertools.count(1):
             folder = root / (name if number == 1 else f"{name}-{number}")
             if is_free(folder):
@@ -107,15 +89,13 @@ class Run:
         for folder in (Path(run), root / run, *(other / run for other in others), absolute(run)):
             if (folder / "status.json").is_file():
                 return cls(folder)
-        missing = f"there is no run {str(run)!r} in {root}"
-        if below := runs_below(root, str(run)):
-            raise RunError(f"{missing}; there is {' and '.join(below)}: give that as its name")
-        known = ", ".join(sorted(found.name for found in find_runs(root))) or "none: train first"
-        files = (file for depth in ("*/*", "*") for file in root.glob(f"{depth}/config.json"))
-        folders = {file.parent.name: file.parent for file in files}  # phases lie a folder deeper
-        near = difflib.get_close_matches(Path(run).name, folders, 1)
-        missing += "".join(f"; did you mean {folders[one]}" for one in near)
-        raise RunError(f"{missing}: give a folder with status.json; there are {known}")
+        below = _folders(root)
+        near = difflib.get_close_matches(Path(run).name, {Path(name).name for name in below}, 2)
+        near = [name for name in below if Path(name).name in near]
+        hint = f"; did you mean {' or '.join(near)}" if near else ""
+        known = ", ".join(name for name in below if "/" not in name) or "none: train first"
+        rule = f"give its name or a folder with status.json; there are {known}"
+        raise RunError(f"there is no run {str(run)!r} in {root}{hint}: {rule}")
 
     # -- writing
     def record_settings(self, settings: Settings, device: str, **further: Any) -> None:
@@ -146,6 +126,8 @@ class Run:
         Raises:
             OSError: the first status of a run cannot be written; later ones wait.
         """
+        if not self._status and (self.folder / "status.json").exists():
+            self._status = self.status()
         first = not self._status
         self._status.update(changes, updated=_now())
         self._waiting["status.json"] = [dumps(self._status, indent=2)]
@@ -182,19 +164,18 @@ class Run:
             if number > epoch:
                 file.unlink(missing_ok=True)
         for name in ("metrics.jsonl", "events.jsonl")[: 1 + events]:
-            records, damaged = files.read_lines(self.folder / name, is_record)
+            records, damaged = files.read_lines(self.folder / name, files.is_record)
             kept = [line for line in records if line.get("step", 0) <= step]
             write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
             if damaged:
-                self.event("damaged", skipped_lines(self.folder / name, damaged), step=step)
+                self.event("damaged", files.skipped_lines(self.folder / name, damaged), step=step)
 
     def close(self) -> None:
         """Write what still waits, and say so where that is not possible."""
         self._close_tensorboard()
         if self._write() is not None:
             lines = sum(map(len, self._waiting.values()))
-            what = f"{lines} lines of its records could not be written in {self.folder}"
-            self._tell(f"{what}: there was no room to the end")
+            print(f"{lines} lines of its records could not be written in {self.folder}", file=sys.stderr)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -244,11 +225,8 @@ class Run:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             what = f"a record could not be written in {self.folder} ({error})"
-            self._tell(f"{what}; records wait in memory for room")
+            print(f"{what}; records wait in memory for room", file=sys.stderr, flush=True)
         self._warned = True
-
-    def _tell(self, message: str) -> None:
-        print(f"{self.name}: {message}", file=sys.stderr, flush=True)
 
     # -- reading
     def config(self) -> dict[str, Any]:
@@ -260,12 +238,10 @@ class Run:
         file = self.folder / "config.json"
         try:
             found: dict[str, Any] = read_json(file)
-            settings = found["settings"]
-            known = [name for name, field in fields().items() if isinstance(field.default, (int, float))]
-            if not settings or not all(isinstance(settings.get(name, 0), (int, float)) for name in known):
+            if not isinstance(found["settings"], dict):
                 raise ValueError("it is damaged")
             return found
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(f"the settings in {file} cannot be read: {reason(error)}") from None
 
     def settings(self) -> Settings:
@@ -292,8 +268,12 @@ class Run:
         file = self.folder / "status.json"
         with contextlib.suppress(OSError, ValueError):
             found = read_json(file)
-            if isinstance(found, dict) and isinstance(found.get("state", ""), str) and are_numbers(found):
-                return found | self._end_of_killed(found) if was_killed(self.folder, found) else found
+            if (
+                isinstance(found, dict)
+                and isinstance(found.get("state", ""), str)
+                and files.are_numbers(found)
+            ):
+                return found | self._end_of_killed(found) if files.was_killed(self.folder, found) else found
         raise RunError(f"{file} is damaged or missing: put {{}} into it, and resume=true continues")
 
     def _end_of_killed(self, status: dict[str, Any]) -> dict[str, str]:
@@ -311,7 +291,7 @@ class Run:
         return self._lines("epoch", step=0, train_loss=None, losses={}, seconds=0.0)
 
     def _lines(self, kind: str, **blank: Any) -> list[dict[str, Any]]:
-        lines = read_records(self.folder / "metrics.jsonl")
+        lines = files.read_records(self.folder / "metrics.jsonl")
         return [{**blank, **line} for line in lines if line["kind"] == kind]
 
     @property
@@ -325,22 +305,20 @@ class Run:
 
     def events(self) -> list[dict[str, Any]]:
         """Lines of ``events.jsonl``."""
-        return read_records(self.folder / "events.jsonl")
+        return files.read_records(self.folder / "events.jsonl")
 
     def summary(self) -> str:
         """The run's state, its metrics and where its figures lie, a few lines."""
         status = self.status()
+        state, more = status.get("state", "unknown"), status.get("last_error")
+        if state == "running":  # nothing tells this host whether a process of another one lives
+            host, last = status.get("host", "an unknown host"), status.get("updated", "unknown")
+            more = f"on {host}, last record {last}"
         metrics = status.get("metrics") or {}
-        more = status.get("last_error")
-        if status.get("state") == "running":  # nothing tells this host whether a process of another one lives
-            more = (
-                f"on {status.get('host', 'an unknown host')}, last record {status.get('updated', 'unknown')}"
-            )
-        error = f" ({more})" if more else ""
-        rows = {"run": f"{self.name}: {status.get('state', 'unknown')}{error}"}
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
         three = zip(("background", "target", "non-target"), metrics.get("iou") or (), strict=False)
         numbers |= {f"IoU of {name}": value for name, value in three}
+        rows = {"run": f"{self.name}: {state}{f' ({more})' if more else ''}"}
         rows |= {name: "none" if value is None else f"{value:.3f}" for name, value in numbers.items()}
         rows["skipped steps"] = f"{status.get('skipped_steps', 0)} of {status.get('step', 0)}"
         rows |= {name: str(self.folder / name) for name in ("checkpoints", "figures")}
@@ -350,18 +328,16 @@ class Run:
         """Whether it was started with these settings, as far as a resume needs; or ``exactly``."""
         with contextlib.suppress(RunError):
             then, now = self.config()["settings"], settings.model_dump(mode="json")
-            return (
-                {**then, "resume": now["resume"]} == now if exactly else not changed_settings(settings, then)
-            )
+            same = then | {"resume": settings.resume} == now
+            return same if exactly else not changed_settings(settings, then)
         return False
 
     def started_as(self) -> str:
         """The name the run was started under: ``coco-2017`` may be the 2017th run of ``coco``, or not."""
-        try:
-            settings = read_json(self.folder / "config.json")["settings"]
+        with contextlib.suppress(RunError, KeyError, TypeError):
+            settings = self.config()["settings"]
             return str(settings["run"] or Path(settings["recipe"]).stem)
-        except (OSError, ValueError, KeyError, TypeError):  # it has no settings yet
-            return re.sub(r"-\d+$", "", self.name)
+        return re.sub(r"-\d+$", "", self.name)  # it has no settings yet
 
 
 def places(output_dir: str = config.RUNS_DIR) -> list[Path]:
@@ -370,16 +346,15 @@ def places(output_dir: str = config.RUNS_DIR) -> list[Path]:
     With ``REFINELIB_SMOKE`` smoke runs come first. A debug run may start from the weights of any run.
     """
     root = absolute(output_dir)
-    smoke = os.environ.get(config.SMOKE_VARIABLE, "").lower() not in ("", "0", "false", "off", "no")
+    smoke = config.checked(smoke=os.environ.get(config.SMOKE_VARIABLE) or False)
     first = [absolute(config.SMOKE_DIR)] if smoke and output_dir == config.RUNS_DIR else []
     return [*first, root, *[root.parent] * (root.name == DEBUG_DIR)]
 
 
-def runs_below(root: Path, name: str | None = None) -> list[str]:
-    """The newest run (of a name) in each folder below a folder of runs, as :meth:`Run.open` finds it."""
-    folders = sorted(folder for pattern in ("*/", "*/*/") for folder in root.glob(pattern))
-    found = (newest(folder, name) for folder in folders)
-    return [str(run.folder.relative_to(root)) for run in found if run is not None]
+def _folders(root: Path) -> list[str]:
+    """Runs in a folder and the two levels below it, as :meth:`Run.open` finds them."""
+    folders = [root, *root.glob("*/"), *root.glob("*/*/")]
+    return sorted(str(run.folder.relative_to(root)) for folder in folders for run in find_runs(folder))
 
 
 def changed_settings(settings: Settings, then: dict[str, Any]) -> list[str]:
@@ -443,10 +418,8 @@ def latest(output_dir: str = "outputs") -> Run:
     root = places(output_dir)[0]
     if run := newest(root):
         return run
-    below = ", ".join(runs_below(root)) or "none"
-    raise RunError(
-        f"there is no run under {root} yet: `make train` makes one; in its folders there are {below}"
-    )
+    below = ", ".join(_folders(root)) or "none"
+    raise RunError(f"there is no run under {root}: `make train` makes one; in its folders there are {below}")
 
 
 # -- helpers -----------------------------------------------------------------------------------------

@@ -1,19 +1,20 @@
-"""A run's live objects, and its whole state: written to checkpoints and restored exactly."""
+"""A run's live objects, its log of steps, and its whole state: put into checkpoints and restored exactly."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import random
+import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor
 
 from refinelib import checkpoints, ranks
 from refinelib.build import build_device, build_step, device_name, random_state, set_determinism
@@ -21,11 +22,12 @@ from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
 from refinelib.data import Source, open_splits
 from refinelib.gradients import Probe
+from refinelib.guard.guard import REPORT, Guard
+from refinelib.guard.monitor import Reports, Row, StepMonitor
 from refinelib.guard.rewind import Rewinder, Snapshot
-from refinelib.registry import REFINEMENTS
+from refinelib.modeling.losses import MaskLoss
 from refinelib.runs import Run, changed_settings
 from refinelib.step import Stepper
-from refinelib.steplog import StepLog
 
 #: What to try where a run has diverged.
 ADVICE = (
@@ -36,6 +38,100 @@ ADVICE = (
     "bf16; if one loss term is named, its weight at 0"
 )
 NEW_RUN = "start a new run from these weights with init_from"
+
+
+#: Reports of some steps on the host, each a row.
+Rows = NDArray[np.float64]
+Take = Callable[[list[int], Rows], None]
+
+
+class StepLog:
+    """Turns reports into rows, and rows into lines of ``metrics.jsonl`` and ``events.jsonl``.
+
+    Args:
+        run: where lines go.
+        loss: whose components lead each report.
+        guard: which makes the reports.
+        every: steps between lines.
+        take: takes each line's steps and their reports, ``[steps, losses + REPORT + parameters]``.
+    """
+
+    def __init__(
+        self, run: Run, loss: MaskLoss, guard: Guard, *, every: int, take: Take = lambda steps, reports: None
+    ) -> None:
+        self.run, self.names, self.every, self.take = run, loss.names, every, take
+        self.monitor = StepMonitor(run.event, guard, losses=loss.names, caps=loss.caps)
+        self.reports = Reports(len(loss.names), len(guard.names))
+        self.line_rows: list[Row] = []
+        self.epoch_rows: list[Rows] = []  # components and report of each step
+        self.skipped = 0
+        #: When the next line's first step began: validation and checkpoints do not slow it down.
+        self.started = time.perf_counter()
+
+    # -- from the device
+    def add(self, report: Tensor, step: int, epoch: int) -> None:
+        """Take a step's report, which may still be computed on the device."""
+        self.reports.add(report, step, epoch)
+
+    def read(self, *, wait: bool) -> list[Row]:
+        """The rows that have arrived, with ``wait`` all there are: :meth:`Reports.read`."""
+        return self.reports.read(wait=wait)
+
+    # -- into the log
+    def record(self, row: Row) -> None:
+        """Take a row into the epoch's means, the events and, with enough of them, a line."""
+        self.monitor.update(row)
+        self.skipped += int(row.report["skipped"])
+        self.line_rows.append(row)
+        self.epoch_rows.append(np.concatenate([row.components, list(row.report.values())]))
+        if len(self.line_rows) >= self.every or row.step == 1:
+            self.write_line()
+
+    def write_line(self) -> None:
+        """One line of ``metrics.jsonl`` for the rows since the last one."""
+        if not self.line_rows:
+            return
+        rows, self.line_rows = self.line_rows, []
+        reports = np.stack([[*row.components, *row.report.values(), *row.norms] for row in rows])
+        self.take([row.step for row in rows], reports)
+        line = {"kind": "step", "step": rows[-1].step, "epoch": rows[-1].epoch, **self._summary(reports)}
+        speed = float(f"{len(rows) / (time.perf_counter() - self.started):.4g}")
+        self.run.metrics({**line, "skipped": self.skipped, "steps_per_second": speed})
+        self.started = time.perf_counter()
+
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
+        """Means over the epoch's applied steps; the gradient norm's median."""
+        self.write_line()
+        self.monitor.end_epoch(epoch)
+        rows, self.epoch_rows = np.stack(self.epoch_rows), []
+        found = self._summary(rows, np.median)
+        skipped = int(rows[:, len(self.names) + REPORT.index("skipped")].sum())
+        return {"train_loss": found.pop("loss"), **found, "skipped": skipped}
+
+    def _summary(self, reports: Rows, typical: Callable[[Rows], Any] = np.mean) -> dict[str, Any]:
+        """Means over the applied steps of reports ``[steps, losses + REPORT...]``; else the last step's."""
+        columns = dict(zip(REPORT, reports[:, len(self.names) :].T, strict=False))
+        applied = columns["skipped"] == 0
+        applied[-1] |= not applied.any()
+        norms = columns["grad_norm"][applied]
+        return {
+            "loss": float(columns["loss"][applied].mean()),
+            "losses": dict(zip(self.names, reports[applied].mean(axis=0).tolist(), strict=False)),
+            "grad_norm": float(typical(norms)),
+            "grad_norm_max": float(norms.max()),
+            "lr": float(columns["lr"][-1]),
+            "loss_scale": float(columns["loss_scale"][-1]),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch's means so far are made of."""
+        rows = np.reshape(self.epoch_rows, (-1, len(self.names) + len(REPORT)))
+        return {"rows": torch.from_numpy(rows), "skipped": self.skipped}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.epoch_rows, self.skipped = list(saved["rows"].numpy()), saved["skipped"]
+        self.line_rows = []
 
 
 class TrainingState:
@@ -59,8 +155,9 @@ class TrainingState:
         self.leads = ranks.rank() == 0  # writes the run's files
         with ranks.one_a_host_first():
             self.train_store, self.val_store = open_splits(settings, given=sources, progress=self.leads)
-        prepare = self.start_from if settings.init_from else None
-        self.parts = build_step(settings, self.train_store, self.device, prepare=prepare)
+        # What the run is trained on; of data in memory, what it is validated on too.
+        self.people = self.train_store.identity + self.val_store.content
+        self.parts = build_step(settings, self.train_store, self.device)
         self.model, self.average, self.loss, self.guard, self.injector, self.loader = self.parts
         steps = settings.epochs * self.loader.steps_per_epoch
         speed, damaged = (functools.partial(self.say, kind) for kind in ("speed", "damaged"))
@@ -89,12 +186,6 @@ class TrainingState:
         """Whether another incident would be kept."""
         return max(len(self.incidents), self.repeats) < self.settings.max_incidents
 
-    @property
-    def lost_epoch(self) -> bool:
-        """Whether no step of the last epoch had a finite loss; one step alone tells nothing."""
-        several = self.last_summary.get("skipped", 0) > 1
-        return several and not math.isfinite(self.last_summary["train_loss"])
-
     # -- messages ----------------------------------------------------------------------------------
     def say(self, kind: str, message: str, **fields: Any) -> None:
         """Record an event, at the present step if no other is given; some kinds are printed too."""
@@ -120,8 +211,8 @@ class TrainingState:
         """
         if final:
             self.writer.flush()
-        for message in self.writer.problems():
-            self.say("checkpoint", message)
+        while self.writer.problems:
+            self.say("checkpoint", self.writer.problems.pop(0))
         if final and self.writer.failing:
             problems = "; ".join(self.writer.failing.values())
             raise OSError(f"{problems}: make room in {self.run.folder} and go on with resume=true")
@@ -168,11 +259,6 @@ class TrainingState:
             "people": self.people,
         }
 
-    @property
-    def people(self) -> str:
-        """What the run is trained on; of data in memory, what it is validated on too."""
-        return self.train_store.identity + self.val_store.content
-
     def restore(self) -> None:
         """Continue from the newest whole checkpoint of the run, and say what was wrong with the others."""
         path, saved, problems = checkpoints.newest_whole(self.run.folder / "checkpoints", check=self.check)
@@ -207,8 +293,7 @@ class TrainingState:
 
     def load_snapshots(self, saved: dict[str, Any]) -> list[Snapshot]:
         """The usable snapshots of a checkpoint; an event names the others."""
-        found = []
-        shapes = {name: x.shape for name, x in self.guard.tensors().items()}
+        found, shapes = [], {name: x.shape for name, x in self.guard.tensors().items()}
         if not self.snapshot_file(0).parent.is_dir():  # the run had ended, and goes on with more epochs
             return []
         for number, *_ in saved["recovery"].get("snapshots", []):
@@ -216,10 +301,9 @@ class TrainingState:
             try:
                 content = checkpoints.load(file, needs=("tensors", "memory", "host"))
                 tensors, memory = content["tensors"], content["memory"]
-                weights = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
-                fits = weights and memory.shape == self.guard.memory.shape
-                fits = fits and all(shapes.get(name) == x.shape for name, x in weights.items())
-                if not fits or checkpoints.nonfinite({**tensors, "memory": memory}):
+                weights = {name: x.shape for name, x in tensors.items() if not name.startswith("optimizer.")}
+                same = weights.items() <= shapes.items() and memory.shape == self.guard.memory.shape
+                if not weights or not same or checkpoints.nonfinite({**tensors, "memory": memory}):
                     raise CheckpointError(f"{file} is not of this run")
                 tensors = {name: x.to(self.device) for name, x in tensors.items()}
                 found.append(Snapshot(number, tensors, memory.to(self.guard.memory), content["host"]))
@@ -229,21 +313,15 @@ class TrainingState:
                 self.say("checkpoint", f"a snapshot cannot be used, a rewind will not go there: {error}")
         return found
 
-    def start_from(self, model: nn.Module) -> None:
-        """Give a fresh model the weights that ``init_from`` names."""
-        source = checkpoints.find(str(self.settings.init_from), output_dir=self.settings.output_dir)
-        saved = checkpoints.load(source, needs=("model", "average", "settings"))
-        weights = saved["average"] or saved["model"]
-        check_weights(model, {**saved, "model": weights}, source)
-        model.load_state_dict(weights, strict=False)
-
     def check(self, path: Path, saved: dict[str, Any]) -> None:
         """Whether this run can go on from a checkpoint.
 
         Raises:
             CheckpointError: it has other settings, data or sizes, or is not finite; the message names it.
         """
-        refuse_other_settings(self.settings, saved["settings"])
+        if changed := changed_settings(self.settings, saved["settings"]):
+            wrong = f"resume goes on with the settings it was started with, and {'; '.join(changed)}"
+            raise CheckpointError(f"{wrong}: leave that as it was, or {NEW_RUN}")
         then, now = saved["position"]["steps_per_epoch"], self.loader.steps_per_epoch
         if then != now:
             wrong = f"{path} was made with {then} steps an epoch, this run has {now}"
@@ -251,44 +329,9 @@ class TrainingState:
         if saved.get("people") not in (None, self.people):
             wrong = f"{path} was made with other people than the {len(self.train_store)} that this run has"
             raise CheckpointError(f"{wrong}: resume with the data of its start, or {NEW_RUN}")
-        check_weights(self.model, saved, path)
+        checkpoints.check_weights(self.model, saved, path)
         guard = {"optimizer": saved["guard"]["optimizer"]["state"], "guard": saved["guard"]["state"]}
-        _refuse_nonfinite(path, {"average": saved["average"], **guard})
-
-
-def refuse_other_settings(settings: Settings, then: dict[str, Any]) -> None:
-    """A run that resumed with another learning rate or precision would be neither the old one nor the new.
-
-    Raises:
-        CheckpointError: names each setting that differs (:func:`~refinelib.runs.changed_settings`).
-    """
-    if changed := changed_settings(settings, then):
-        wrong = f"resume goes on with the settings it was started with, and {'; '.join(changed)}"
-        raise CheckpointError(f"{wrong}: leave that as it was, or {NEW_RUN}")
-
-
-def check_weights(model: nn.Module, saved: dict[str, Any], source: Path) -> None:
-    """Whether a checkpoint's weights fit a model; one of the two may lack refinements.
-
-    Raises:
-        CheckpointError: other shapes or parts, or weights that are not finite.
-    """
-    weights, own = saved["model"], model.state_dict()
-    optional = tuple(f"{refinement.attribute}." for refinement in REFINEMENTS.values())
-    apart = [name for name in own.keys() ^ weights.keys() if not name.startswith(optional)]
-    apart += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if apart:
-        wrong = f"the weights in {source} do not fit this model (first {min(apart)})"
-        names = ("width", "coarse_width", "coarse_depth")
-        sizes = ", ".join(f"{name} {saved['settings'].get(name, 1):g}" for name in names)
-        raise CheckpointError(f"{wrong}: use the sizes it was trained with, {sizes}")
-    _refuse_nonfinite(source, {name: x for name, x in weights.items() if name in own})
-
-
-def _refuse_nonfinite(source: Path, values: dict[str, Any]) -> None:
-    if broken := checkpoints.nonfinite(values):
-        wrong = f"{source} holds values that are not finite (first {broken[0]})"
-        raise CheckpointError(f"{wrong}: start from another checkpoint")
+        checkpoints.refuse_nonfinite(path, {"average": saved["average"], **guard})
 
 
 def _seed_everything(settings: Settings) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from refinelib import launch, ranks
-from refinelib.build import autocast, fresh_model
+from refinelib.build import autocast, initial_model
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import Settings
 from refinelib.data.arrays import sources_of
@@ -33,7 +36,6 @@ from refinelib.guard.monitor import WINDOW, Row
 from refinelib.guard.rewind import CHECKPOINT_AFTER, SNAPSHOT_EVERY, DivergedError
 from refinelib.incidents import capture
 from refinelib.metrics.predict import predict_probs, score, write_samples
-from refinelib.metrics.segmentation import SegmentationMetrics
 from refinelib.runs import Run
 from refinelib.state import ADVICE, TrainingState
 
@@ -98,9 +100,9 @@ def train(settings: Settings, *, data: Any = None, on_epoch: Callable[[Run], Non
                 trainer.fit(interruption, on_epoch)
             except BaseException as error:
                 unchanged = trainer is None or isinstance(error, CheckpointError)  # no step was taken
-                again = before is not None and unchanged and not isinstance(error, KeyboardInterrupt)
                 cause = RuntimeError(told) if (told := watch.cause(error)) else error
-                run.update(**(before if before and again else _last_status(run, cause)))
+                again = before if unchanged and not isinstance(error, KeyboardInterrupt) else None
+                run.update(**(again or _last_status(run, cause)))
                 cause.run = run  # type: ignore[attr-defined]  # a notebook shows what there is
                 if cause is not error:
                     raise cause from error
@@ -119,7 +121,7 @@ def _start(settings: Settings, watch: ranks.Watch) -> tuple[Settings, Run]:
     run = None
     if ranks.rank() == 0:
         begun = os.environ.get(launch.FOLDER) or (watch.job_value("folder") if ranks.restarts() else None)
-        run = Run.start(settings, begun)
+        run = Run.open(begun) if begun else Run.start(settings)
         watch.job_value("folder", str(run.folder))
         if ranks.restarts() and run.status()["state"] == "diverged":  # so it would be again
             raise DivergedError(run.status()["last_error"])
@@ -156,7 +158,7 @@ class Trainer(TrainingState):
                 if self.stopping(interruption):
                     self.stop(plan)
                 self.model.train()
-                self.log.restart_clock()
+                self.log.started = time.perf_counter()
                 while end - per_epoch <= self.step < end and not self.stopping(interruption):
                     report = self.train_step(plan, self.step % per_epoch)
                     self.step += 1
@@ -203,8 +205,7 @@ class Trainer(TrainingState):
             incident = bool(row.report["incident"])
             if incident:
                 self.keep_incident(plan, row)
-                self.log.forget()
-                self.step = row.step
+                self.log.reports.forget()
             reason = self.rewinder.see(row)
             if reason is not None:
                 # Steps that were taken before this report was read; none after an incident.
@@ -213,7 +214,6 @@ class Trainer(TrainingState):
                         self.log.record(late)
                     if late.report["incident"]:
                         self.keep_incident(plan, late)
-                        self.step = late.step
                 self.rewind(reason, row.epoch)
             if incident or reason is not None:
                 return
@@ -272,12 +272,12 @@ class Trainer(TrainingState):
 
     # -- when a step goes wrong --------------------------------------------------------------------
     def keep_incident(self, plan: Plan, row: Row) -> None:
-        """Examine a step that went wrong, with the weights before it; keep what is new; resume updates.
+        """Examine a step that went wrong, with the weights before it; keep what is new; go on after it.
 
         Of several ranks the first whose own gradients were bad does it, for all of them.
         """
         examiner = row.bad_ranks[0] if row.bad_ranks else 0
-        finding, folder = ranks.tell(self.examine(plan, row) if ranks.rank() == examiner else None, examiner)
+        finding = ranks.tell(self.examine(plan, row) if ranks.rank() == examiner else None, examiner)
         if isinstance(finding, str):  # why there is none
             self.say("incident", finding, step=row.step, epoch=row.epoch)
             self.repeats += 1
@@ -286,6 +286,7 @@ class Trainer(TrainingState):
                 self.repeats += finding.phase != "overflow"
             elif finding.phase != "overflow":  # an overflow is how the loss scale is found
                 self.incidents.append(finding.kind)
+                folder = f"incidents/{row.step:06d}"
                 fields = {"step": row.step, "folder": folder, **finding.as_dict()}
                 self.say("incident", f"{finding.sentence}; kept in {folder}", epoch=row.epoch, **fields)
             if finding.phase not in ("overflow", "none"):
@@ -293,25 +294,24 @@ class Trainer(TrainingState):
             if finding.phase == "weights":
                 self.guard.check_state()
         self.guard.resume_updates(capture_enabled=self.wants_incidents)
+        self.step = row.step
 
-    def examine(self, plan: Plan, row: Row) -> tuple[Finding | str, str]:
-        """What was wrong with a step, or why that cannot be said; the folder it is kept in."""
-        at, accumulate = (row.step - 1) % self.loader.steps_per_epoch, self.settings.accumulate
-        shares = [(micro, rank) for micro in range(accumulate) for rank in range(ranks.count())]
+    def examine(self, plan: Plan, row: Row) -> Finding | str:
+        """What was wrong with a step, or why that cannot be said."""
+        at = (row.step - 1) % self.loader.steps_per_epoch
+        shares = itertools.product(range(self.settings.accumulate), range(ranks.count()))
         taken = [self.loader.batch(plan, at, micro, rank) for micro, rank in shares]
         batches, samples = [(x.images, x.labels) for x in taken], self.batch_instances(plan, row.step)
         folder = self.run.folder / "incidents" / f"{row.step:06d}"
         gradients = [p.grad for p in self.guard.parameters]  # a captured step writes to these very tensors
-        finding: Finding | str
         try:
             known = self.incidents
-            finding = capture(folder, row, self.stepper, batches=batches, samples=samples, known=known)
+            return capture(folder, row, self.stepper, batches=batches, samples=samples, known=known)
         except (OSError, RuntimeError) as error:  # no room on the disk or the device
-            finding = f"step {row.step}: the incident could not be kept ({error})"
+            return f"step {row.step}: the incident could not be kept ({error})"
         finally:
             for p, gradient in zip(self.guard.parameters, gradients, strict=True):
                 p.grad = gradient
-        return finding, f"incidents/{folder.name}"
 
     def batch_instances(self, plan: Plan, step: int) -> list[dict[str, Any]]:
         """The instances in step number ``step`` (from 1) of the planned epoch."""
@@ -345,7 +345,7 @@ class Trainer(TrainingState):
         self.guard.resume_updates(capture_enabled=self.wants_incidents)
         if snapshot is not None and snapshot.host is not None:
             self.step = snapshot.step
-            self.log.forget()
+            self.log.reports.forget()
             self.log.load_state_dict(snapshot.host["log"])
             self.probe.rewind(self.step)
             self.run.rewind_records(self.step, self.step // self.loader.steps_per_epoch, events=False)
@@ -357,10 +357,12 @@ class Trainer(TrainingState):
             DivergedError: less than half of the steps were applied, or the last epoch had no finite loss, or
                 the loss is no lower than at the start and the masks are worse than with the first weights.
         """
-        applied = self.step - self.log.skipped
-        if 2 * applied < self.step or not applied or self.lost_epoch:
+        applied, epoch = self.step - self.log.skipped, self.last_summary
+        # One step without a finite loss tells nothing of an epoch.
+        lost_epoch = epoch.get("skipped", 0) > 1 and not math.isfinite(epoch["train_loss"])
+        if 2 * applied < self.step or not applied or lost_epoch:
             what = f"{applied or 'none'} of {self.step} steps were applied, the others were skipped"
-            what += ", all those of the last epoch among them" * self.lost_epoch
+            what += ", all those of the last epoch among them" * lost_epoch
             raise DivergedError(f"diverged: {what}. {ADVICE}")
         if applied < WINDOW:
             return
@@ -374,43 +376,43 @@ class Trainer(TrainingState):
             raise DivergedError(f"diverged: {loss}, {iou}. {ADVICE}")
 
     # -- validation --------------------------------------------------------------------------------
-    @property
-    def eval_model(self) -> nn.Module:
-        """The model that is validated: the moving average where there is one."""
-        return self.average if self.average is not None else self.model
+    def validate(
+        self, model: nn.Module, *, full: bool = False, samples: Path | None = None
+    ) -> dict[str, Any]:
+        """Metrics of a model on the validation ROIs, in the run's precision.
 
-    def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Class probabilities of normalised crops in the run's precision, by ``model`` or ``eval_model``."""
-        flip, weights = self.settings.flip_test, self.settings.decision_weights
-        with autocast(self.settings, self.device):
-            return predict_probs(model or self.eval_model, images, flip=flip, weights=weights)
+        Args:
+            model: its mode is that of training afterwards.
+            full: the costly metrics too.
+            samples: a file to keep some of the masks in.
+        """
+        settings = self.settings
 
-    def validate(self, *, final: bool = False, model: nn.Module | None = None) -> SegmentationMetrics:
-        """Metrics of ``model``, else of :attr:`eval_model`, on the validation ROIs."""
-        model = model or self.eval_model
-        predict, size = functools.partial(self.predict, model=model.eval()), self.settings.mask_size
-        found = score(predict, self.val_store, device=self.device, mask_size=size, full=final)
-        self.model.train()
-        return found
+        def predict(images: Tensor) -> Tensor:
+            with autocast(settings, self.device):
+                flip, weights = settings.flip_test, settings.decision_weights
+                return predict_probs(model, images, flip=flip, weights=weights)
+
+        model.eval()
+        where: Any = {"device": self.device, "mask_size": settings.mask_size}
+        found = score(predict, self.val_store, full=full, **where)
+        if samples is not None and self.leads:
+            with self.best_effort("samples"):
+                write_samples(samples, self.val_store, predict, found.per_roi()["target_iou"], **where)
+        model.train()
+        return found.compute()
 
     def evaluate_epoch(self, epoch: int, *, final: bool) -> dict[str, Any]:
-        """Metrics on the validation ROIs; some of their masks are kept in ``samples/``."""
-        found = self.validate(final=final)
-        file, iou = self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz", found.per_roi()["target_iou"]
-        if self.leads:
-            with self.best_effort("samples"):
-                size = self.settings.mask_size
-                write_samples(file, self.val_store, self.predict, iou, device=self.device, mask_size=size)
-        return found.compute()
+        """Metrics of the moving average where there is one, else of the model."""
+        samples = self.run.folder / "samples" / f"epoch_{epoch + 1:04d}.npz"
+        return self.validate(self.average or self.model, full=final, samples=samples)
 
     def untrained_metrics(self) -> dict[str, Any]:
         """Metrics of the weights that the run began with."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.settings.seed)
-            model = fresh_model(self.settings, self.device)
-        if self.settings.init_from:
-            self.start_from(model)
-        return self.validate(model=model).compute()
+            model = initial_model(self.settings, self.device)
+        return self.validate(model)
 
     def epoch_line(self, epoch: int, seconds: float) -> str:
         """One line about the epoch just ended."""

@@ -116,7 +116,10 @@ def load(
         saved = checkpoints.load(path, needs=("model", "average", "settings"))
     except checkpoints.CheckpointError as error:
         other = path.with_name("last.pt" if path.name == "best.pt" else "best.pt")
-        hint = f"; {other} is whole: give that file" if checkpoints.readable(other) else ""
+        hint = ""
+        with contextlib.suppress(checkpoints.CheckpointError):
+            checkpoints.load(other)
+            hint = f"; {other} is whole: give that file"
         raise checkpoints.CheckpointError(f"{error}{hint}") from None
     with contextlib.suppress(RunError):  # a file that lies in no run's folder
         status = Run(path.absolute().parent.parent).status()

@@ -410,7 +410,8 @@ class MaskLoss(nn.Module):
         """
         if self.window is not None:
             labels = centre_window(labels, self.window)
-            output = type(output)(*(x if x is None else centre_window(x, self.window) for x in output))
+            kind: Any = type(output)
+            output = kind(*(x if x is None else centre_window(x, self.window) for x in output))
         targets, logits = targets_of(labels, ignores=self.ignores), output.logits
         if self.ignores:  # as if predicted rightly, and without gradient
             logits = logits.masked_fill((labels == IGNORED)[:, None], -30.0)

@@ -59,11 +59,9 @@ def test_a_start_that_failed_before_its_first_step_gives_its_name_back(tmp_path)
 def test_the_error_names_the_nearest_run_also_of_a_phase_sequence(tmp_path):
     for place in ("progressive/phase2", "best"):
         (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "config.json").write_text("{}")
+        (tmp_path / place / "status.json").write_text("{}")
     for wrong, near in [("outputs/phase2", "progressive/phase2"), ("bestt", "best")]:
-        with pytest.raises(
-            RunError, match=f"no run '{wrong}' in {tmp_path}; did you mean {tmp_path / near}: give"
-        ):
+        with pytest.raises(RunError, match=f"no run '{wrong}' in {tmp_path}; did you mean {near}: give"):
             Run.open(wrong, output_dir=str(tmp_path))
     with pytest.raises(RunError, match="no run 'x' in .*: give"):
         Run.open("x", output_dir=str(tmp_path))
@@ -115,7 +113,7 @@ def test_damaged_records_are_no_end(tmp_path):
     for content in ("", "[]", "{"):
         (run.folder / "status.json").write_text(content)
         with pytest.raises(RunError, match="status.json is damaged"):
-            Run.start(settings(tmp_path, resume=True))
+            Run.start(settings(tmp_path, resume=True)).update(state="running")
     (run.folder / "status.json").write_text("{}")  # as the sentence says
     assert Run.start(settings(tmp_path, resume=True)).name == run.name
 
@@ -212,11 +210,12 @@ def test_smoke_runs_and_debug_runs_live_apart_and_are_found_where_they_live(tmp_
         return folder
 
     smoke, _, debug = made("smoke/w1"), made("debug-runs/original"), made("debug-runs/original-2")
-    with pytest.raises(CheckpointError, match=r"no run 'w1' in .*outputs; there is smoke/w1: give that"):
+    with pytest.raises(CheckpointError, match=r"no run 'w1' in .*outputs; did you mean smoke/w1: give"):
         load("w1")
-    with pytest.raises(RunError, match=r"'original' in .*outputs; there is debug-runs/original-2: give that"):
+    both = "debug-runs/original or debug-runs/original-2"
+    with pytest.raises(RunError, match=f"'original' in .*outputs; did you mean {both}: give"):
         Run.open("original")
-    with pytest.raises(RunError, match=r"no run under .*outputs yet: .* debug-runs/original-2, smoke/w1"):
+    with pytest.raises(RunError, match=r"no run under .*outputs: .* debug-runs/original-2, smoke/w1"):
         latest()
     assert Run.open("smoke/w1").folder == smoke and Run.open("debug-runs/original-2").folder == debug
     mine, weights = made("original"), made("phase1")

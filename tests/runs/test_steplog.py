@@ -9,7 +9,7 @@ from refinelib.build import build_guard, build_loss
 from refinelib.config import resolve
 from refinelib.guard.guard import REPORT
 from refinelib.runs import Run
-from refinelib.steplog import StepLog
+from refinelib.state import StepLog
 
 
 @pytest.fixture
@@ -65,5 +65,5 @@ def test_a_probe_takes_whole_rows_and_unread_steps_can_be_dropped(log):
     assert steps == [1] and reports.shape == (1, len(log.names) + len(REPORT) + 2)
     assert reports.dtype == np.float64 and reports[0, -2:].tolist() == [1, 2]
     log.add(report(log), 2, 1)
-    log.forget()
+    log.reports.forget()
     assert log.read(wait=True) == []

@@ -83,8 +83,8 @@ def test_names_tell_what_varies_and_recipes_of_one_name_are_counted(tmp_path):
     [
         (("stable", "phse2"), "did you mean 'phase2'?"),
         (("stable", "-p", "learning_rate", "1"), "did you mean 'lr'?"),
-        (("stable", "--seeds", "0,1,x"), "seed = 'x': give a whole number"),
-        (("stable", "--seeds", "0,"), "seed = '': give a whole number"),
+        (("stable", "--seeds", "0,1,x"), "seed = 'x': it must be a whole number"),
+        (("stable", "--seeds", "0,"), "seed = '': it must be a whole number"),
         (("stable", "--jobs", "0"), "jobs = 0: give at least 1"),
     ],
 )

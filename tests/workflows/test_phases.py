@@ -242,12 +242,9 @@ def test_a_rejected_phase_ends_the_sequence_until_the_margin_is_wider(tiny, monk
     """A score that collapses: validation is made to give a worse one in phase 2."""
     real = loop.Trainer.validate
 
-    def worse(self, **keywords):
-        found = real(self, **keywords)
-        compute = found.compute
+    def worse(self, model, **keywords):
         iou = 0.1 if self.run.name.startswith("phase2") else 0.5
-        found.compute = lambda: {**compute(), "target_iou": iou, "boundary_iou": iou}
-        return found
+        return {**real(self, model, **keywords), "target_iou": iou, "boundary_iou": iou}
 
     monkeypatch.setattr(loop.Trainer, "validate", worse)
     folder = phases.run(tiny(phases="1,2,3", epochs=1))
@@ -305,7 +302,7 @@ def test_a_first_phase_that_failed_before_a_step_starts_again_as_it_was_meant(ti
     nowhere = phases.run(tiny(phase=2, init_from="first/phase1", epochs=1))
     with pytest.raises(phases.PhaseError, match="did you mean .*earlier/phase1"):
         (tmp_path / "earlier" / "phase1").mkdir(parents=True)
-        (tmp_path / "earlier" / "phase1" / "config.json").write_text("{}")
+        (tmp_path / "earlier" / "phase1" / "status.json").write_text("{}")
         phases.raise_if_failed(phases.run(tiny(phase=2, init_from="first/phase1", epochs=1)))
     first = loop.train(tiny(phase=1, epochs=1).settings["phase1"])
     folder = phases.run(tiny(phase=2, init_from=str(first.folder), epochs=1, lr=1e-4))
