@@ -50,6 +50,10 @@ def command_line() -> argparse.ArgumentParser:
     model.add_argument("run", help="a run's name or folder, or a checkpoint file")
     model.add_argument("--flip", action=switch, help="average with the mirror image, or not")
     model.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
+    boxed = argparse.ArgumentParser(add_help=False)
+    boxed.add_argument(
+        "--refit", action=switch, help="fit each box to a first mask and predict again, or not"
+    )
     device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, or one GPU as cuda:1")
     reading.add_argument("--annotations", help="COCO JSON of the people in the images")
     reading.add_argument("--category", help="names of the persons' categories in it; default: the run's")
@@ -65,7 +69,7 @@ def command_line() -> argparse.ArgumentParser:
         made.set_defaults(execute=execute)
         return made.add_argument
 
-    add = command("evaluate", _evaluate, model, device, reading)
+    add = command("evaluate", _evaluate, model, boxed, device, reading)
     add("--images", help="folder of the images")
     add("--pennfudan", help="in place of both, Penn-Fudan's folder (its validation images)")
     add("--max-images", type=int, help="score only the first so many images")
@@ -101,7 +105,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--images", help="folder of the images")
     add("--out", default="outputs/check-data", help="folder for a picture of each split")
 
-    add = command("predict", _predict, model, device, reading)
+    add = command("predict", _predict, model, boxed, device, reading)
     add("path", help="an image, or a folder of images")
     add(
         "--boxes", nargs="+", default=[], metavar="X0,Y0,X1,Y1", help="in pixels; else those of --annotations"
@@ -154,7 +158,8 @@ def _loaded(options: dict[str, Any]) -> Any:
     """The predictor that a command's options name; what is left of them is for the command."""
     from refinelib.metrics.predict import load
 
-    return load(options.pop("run"), **{name: options.pop(name) for name in ("device", "flip", "output_dir")})
+    names = ("device", "flip", "refit", "output_dir")
+    return load(options.pop("run"), **{name: options.pop(name) for name in names})
 
 
 def _doctor(given: list[list[str]]) -> int:

@@ -81,10 +81,10 @@ def fresh_model(settings: Settings, device: torch.device) -> HierarchicalUNet:
 def build_model(settings: Settings) -> HierarchicalUNet:
     """The model a run trains, with fresh weights from the global random state."""
     canvas = canvas_size(settings.roi_size, settings.context)
-    mask_canvas = _mask_canvas(settings, settings.context)
+    masks = mask_canvas(settings, settings.context)
     own = settings.pick("width", "coarse_width", "coarse_depth", "roi_size", "blend_init")
     refinements = settings.pick(*(option.name for option in REFINEMENTS.options()))
-    return HierarchicalUNet(canvas=canvas, mask_canvas=mask_canvas, **own, **refinements)
+    return HierarchicalUNet(canvas=canvas, mask_canvas=masks, **own, **refinements)
 
 
 def forward(settings: Settings, model: nn.Module, images: Tensor) -> Any:
@@ -101,12 +101,12 @@ def build_loss(settings: Settings, *, ignores: bool = False) -> MaskLoss:
         if term.switch is None or getattr(settings, term.switch)
     }
     options = settings.pick(*(option.name for option in LOSSES.options()))
-    window = None if settings.loss_context is None else _mask_canvas(settings, settings.loss_context)
+    window = None if settings.loss_context is None else mask_canvas(settings, settings.loss_context)
     return MaskLoss(weights, options, cap=settings.refinement_loss_cap, ignores=ignores, window=window)
 
 
-def _mask_canvas(settings: Settings, context: float) -> tuple[int, int]:
-    """Mask pixels of the box with so much context around it."""
+def mask_canvas(settings: Settings, context: float) -> tuple[int, int]:
+    """Mask pixels ``(h, w)`` of the box with so much context around it."""
     canvas = canvas_size(settings.roi_size, context)
     return mask_canvas_size(settings.mask_size, settings.roi_size, canvas)
 

@@ -191,6 +191,7 @@ class Settings(_Values):
 
     # -- inference
     flip_test: bool = _infer(False, "average each crop's probabilities with its mirror image's")
+    refit_box: bool = _infer(False, "fit each box to a first mask, then predict again: for inexact boxes")
     target_decision_weight: float = _infer(1.0, "factor on the target's probability", ge=0.1, le=10.0)
     nontarget_decision_weight: float = _infer(1.0, "factor on other people's probability", ge=0.1, le=10.0)
 

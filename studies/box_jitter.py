@@ -49,7 +49,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def jitter_curve(
-    probs: Callable[[np.ndarray, Tensor], Tensor],
+    located: Callable[[np.ndarray, Tensor], tuple[Tensor, Tensor]],
     source: Source,
     *,
     device: torch.device,
@@ -63,7 +63,8 @@ def jitter_curve(
     Every sigma scales the same noise, so that points of the curve differ by its size alone.
 
     Args:
-        probs: ``probs(image, boxes)``, class probabilities in each box's grid.
+        located: class probabilities, and the boxes in whose grids they are, of an image and boxes:
+            :meth:`refinelib.Predictor.located`.
         source: of scenes.
         device: where masks are compared.
         sigmas: see :func:`jitter_boxes`.
@@ -88,7 +89,8 @@ def jitter_curve(
         def predict(image: AnnotatedImage) -> Iterable[Pasted]:
             boxes = jitter_boxes(image.boxes, noise(image.annotation_ids, seed=seed), sigma)
             overlaps[sigma].append(box_iou(boxes, image.boxes)[torch.from_numpy(image.scored)])
-            return paste_labels(probs(image.pixels, boxes).to(device), boxes, image.size)
+            probs, used = located(image.pixels, boxes)
+            return paste_labels(probs.to(device), used, image.size)
 
         return predict
 

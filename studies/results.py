@@ -157,7 +157,7 @@ def score_runs(
                 only=found.people["annotation_id"],
             )
             sigmas = SIGMAS if jitter is True else jitter
-            found.report["jitter"] = jitter_curve(one.probs, source, sigmas=sigmas, **where)
+            found.report["jitter"] = jitter_curve(one.located, source, sigmas=sigmas, **where)
         result = Result(found.name, found.settings, found)
         reached = ", ".join(
             f"{title(key)} {shown(found.report[key])}" for key in ("target_iou", "boundary_iou", "miou")

@@ -147,6 +147,7 @@ def measure(
     source: Source | None = None,
     device: str = "auto",
     flip: bool | None = None,
+    refit: bool | None = None,
     max_images: int | None = None,
     store_dir: PathLike | None = None,
     allow_images_outside: bool | None = None,
@@ -166,6 +167,7 @@ def measure(
         device: see the setting of that name; not for a loaded predictor, which has one.
         flip: flip test, see :class:`refinelib.Predictor`; none: as the run's settings say, or as the
             predictor was loaded.
+        refit: refitted boxes, likewise; in the image, not in the crop.
         max_images: score only the first so many images.
         store_dir: keep the decoded crops there for the next time; none: a temporary folder.
         allow_images_outside: see the setting of that name; none: as the run's settings say.
@@ -185,7 +187,7 @@ def measure(
         raise ValueError("category, crowd and exif say how a COCO JSON is read: leave them out here")
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images = {max_images}: give at least 1, or leave it out for all")
-    predictor = (run if isinstance(run, Predictor) else load(run, device=device)).with_flip(flip)
+    predictor = (run if isinstance(run, Predictor) else load(run, device=device)).with_options(flip, refit)
     settings = predictor.settings
     if pennfudan is not None:
         source = PennFudanPeople(pennfudan, split="val")
@@ -207,8 +209,8 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     settings, device, size = predictor.settings, predictor.device, predictor.settings.mask_size
     baseline, place = mean_mask(predictor.mean_coverage.to(device)), segmentation.metrics_device(device)
     predictors = {
-        "model": pasted_model(predictor.probs, place),
-        "mean_mask": pasted_model(lambda image, boxes: centre_window(baseline(boxes), size), place),
+        "model": pasted_model(predictor.located, place),
+        "mean_mask": pasted_model(lambda image, boxes: (centre_window(baseline(boxes), size), boxes), place),
         "resolution_bound": resolution_bound(size),
     }
     where: Any = {"device": device, "mask_size": size, "full": True}
@@ -228,7 +230,7 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     report["coco"] = {**precision.pop("model"), **precision, "people": len(truth), "score": SCORE}
     report |= {"images": len(np.unique(store.image_ids)), "skipped": dict(store.skipped)}
     report |= {"noted": dict(store.info.notes), "ignored": store.info.ignored}
-    report |= {"flip_test": predictor.flip, "checkpoint": str(predictor.path)}
+    report |= {"flip_test": predictor.flip, "refit_box": predictor.refit, "checkpoint": str(predictor.path)}
     table, found = on_roi.per_roi(), pasted["model"]
     people, confusion, results = _columns(table, found, store), table["confusion"].cpu().numpy(), found.coco
     for name, ids in getattr(source, "as_written", {}).items():  # the file's own, which are not numbers
@@ -289,6 +291,8 @@ class AnnotatedImage:
 
 #: From an image with its boxes to the mask of each, in order.
 Predict = Callable[[AnnotatedImage], Iterable[Pasted]]
+#: See :meth:`~refinelib.metrics.predict.Predictor.located`.
+Located = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 
 def annotated_images(
@@ -469,17 +473,18 @@ def _labels(target: Tensor, anyone: Tensor, ignored: Tensor | None) -> Tensor:
 
 
 # -- predictors ------------------------------------------------------------------------------------
-def pasted_model(probs: Callable[[Any, Tensor], Tensor], device: torch.device) -> Predict:
+def pasted_model(located: Located, device: torch.device) -> Predict:
     """A model with the true boxes.
 
     Args:
-        probs: ``probs(image, boxes)``, class probabilities in each box's grid.
+        located: class probabilities, and the boxes in whose grids they are, of an image's boxes.
         device: where masks are pasted.
     """
 
     def predict(image: AnnotatedImage) -> Iterable[Pasted]:
         ignored = None if image.ignored is None else torch.from_numpy(image.ignored).to(device)
-        return paste_labels(probs(image.pixels, image.boxes).to(device), image.boxes, image.size, ignored)
+        probs, boxes = located(image.pixels, image.boxes)
+        return paste_labels(probs.to(device), boxes, image.size, ignored)
 
     return predict
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from refinelib import checkpoints, ranks
-from refinelib.build import autocast, build_device, build_model
+from refinelib.build import autocast, build_device, build_model, mask_canvas
 from refinelib.config import Settings
 from refinelib.data import DataError, Store, decode_image
 from refinelib.data.arrays import as_array
@@ -31,6 +31,9 @@ from refinelib.metrics.segmentation import SegmentationMetrics, metrics_device
 from refinelib.modeling import TARGET
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, labels_from_coverage, paste_patches
 from refinelib.runs import Run, RunError
+
+#: Mask pixels of a first prediction that a box is fitted to, at least.
+LEAST_PERSON = 16
 
 #: Crops that a model gets at a time.
 CROPS_AT_ONCE = 32
@@ -97,7 +100,12 @@ def side_by_side(function: CropModel, images: Tensor) -> Tensor:
 
 
 def load(
-    source: PathLike, *, device: str = "auto", output_dir: str = "outputs", flip: bool | None = None
+    source: PathLike,
+    *,
+    device: str = "auto",
+    output_dir: str = "outputs",
+    flip: bool | None = None,
+    refit: bool | None = None,
 ) -> Predictor:
     """The model of a run, of a release or of a checkpoint file, ready to predict.
 
@@ -107,6 +115,7 @@ def load(
         device: see the setting of that name.
         output_dir: where runs are looked for by name.
         flip: flip test, see :class:`Predictor`; none: as the run's own settings say.
+        refit: likewise.
 
     Raises:
         CheckpointError: no such run or release, or its checkpoint is not whole.
@@ -129,7 +138,9 @@ def load(
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
     model.load_state_dict(saved["average"] or saved["model"])
-    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"]).with_flip(flip)
+    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"]).with_options(
+        flip, refit
+    )
 
 
 class Predictor:
@@ -145,7 +156,9 @@ class Predictor:
         model: in evaluation mode, on ``device``.
         settings: of the run that trained it.
         flip: whether it averages the probabilities of each crop and of its mirror image, at twice the time:
-            the setting ``flip_test``, or as :meth:`with_flip` says.
+            the setting ``flip_test``, or as :meth:`with_options` says.
+        refit: whether a box is fitted to a first mask before the mask that counts is predicted
+            (:meth:`located`): the setting ``refit_box``, or as :meth:`with_options` says.
         weights: decision weights of background, target and non-target, from the settings; ``(1, 1, 1)`` gives
             the model's own probabilities.
 
@@ -163,19 +176,60 @@ class Predictor:
         self.model: Any = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
-        self.flip, self.weights = settings.flip_test, settings.decision_weights
+        self.flip, self.refit, self.weights = (
+            settings.flip_test,
+            settings.refit_box,
+            settings.decision_weights,
+        )
 
     @property
     def name(self) -> str:
         """The run's, or that of a checkpoint file that lies in no run."""
         return self.path.parents[1].name if self.path.parent.name == "checkpoints" else self.path.stem
 
-    def with_flip(self, flip: bool | None) -> Predictor:
-        """The same model with the flip test on or off; None: as it is."""
+    def with_options(self, flip: bool | None = None, refit: bool | None = None) -> Predictor:
+        """The same model with flip test and refitted boxes on or off; None: as it is."""
         other = copy.copy(self)
-        if flip is not None:
-            other.flip = flip
+        other.flip = self.flip if flip is None else flip
+        other.refit = self.refit if refit is None else refit
         return other
+
+    def located(self, image: Any, boxes: Any) -> tuple[Tensor, Tensor]:
+        """Class probabilities, and the boxes in whose grids they are.
+
+        The boxes are the given ones, or with :attr:`refit` those around the persons' masks in a first
+        prediction, without flip test: over the box with as much around it as the losses counted
+        (``loss_context``). So a box that is off by a tenth of its sides, as a detector's may be, costs about
+        half as much (bench/quality.md). Where the first mask has hardly a pixel, the given box stays.
+
+        Args:
+            image: as :meth:`probs` takes it.
+            boxes: likewise.
+
+        Returns:
+            float32 ``[N, 3, *mask_size]`` on the CPU, and float64 ``[N, 4]`` xyxy.
+        """
+        pixels, boxes = _rgb(image), as_boxes(boxes)
+        if self.refit and len(boxes):
+            first, parts = self.with_options(flip=False), boxes.split(CROPS_AT_ONCE)
+            boxes = torch.cat([first.fitted(pixels, part) for part in parts])
+        return self.probs(pixels, boxes), boxes
+
+    def fitted(self, image: Any, boxes: Tensor) -> Tensor:
+        """The boxes around the masks of given boxes, float64 ``[N, 4]`` xyxy; see :meth:`located`."""
+        settings, size = self.settings, self.settings.mask_size
+        counted = settings.context if settings.loss_context is None else settings.loss_context
+        window = mask_canvas(settings, counted)
+        labels = self.roi_probs(self.crops(image, boxes)).argmax(dim=1)
+        person = (centre_window(labels, window) == TARGET).cpu()
+        region = expand_boxes(boxes, (window[0] / size[0], window[1] / size[1]))
+        columns, rows = person.any(dim=1).int(), person.any(dim=2).int()
+        first = torch.stack([x.argmax(dim=1) for x in (columns, rows)], dim=1)
+        rest = torch.stack([x.flip(1).argmax(dim=1) for x in (columns, rows)], dim=1)
+        cell = (region[:, 2:] - region[:, :2]) / torch.tensor([window[1], window[0]])
+        around = torch.cat([region[:, :2] + first * cell, region[:, 2:] - rest * cell], dim=1)
+        seen = person.sum(dim=(1, 2), keepdim=True).squeeze(2) >= LEAST_PERSON
+        return torch.where(seen, around, boxes)
 
     def probs(self, image: Any, boxes: Any) -> Tensor:
         """Class probabilities in each box's own grid.
@@ -222,7 +276,7 @@ class Predictor:
 
         Returns:
             bool ``[N, H, W]``: where this person is likelier than background and than other people, as the
-            settings' decision weights weigh them. Nothing outside the box.
+            settings' decision weights weigh them. Nothing outside the box, given or refitted.
         """
         return self.predict_scored(image, boxes)[0]
 
@@ -238,9 +292,9 @@ class Predictor:
         boxes = as_boxes(boxes, size)
         masks, scores = np.zeros((len(boxes), *size), dtype=bool), np.zeros(len(boxes))
         for some in torch.arange(len(boxes)).split(CROPS_AT_ONCE):
-            probs = self.probs(pixels, boxes[some])
+            probs, used = self.located(pixels, boxes[some])
             with threads(1):
-                pasted = zip(some.tolist(), paste_labels(probs, boxes[some], size), strict=True)
+                pasted = zip(some.tolist(), paste_labels(probs, used, size), strict=True)
                 for i, found in pasted:
                     masks[i][found.window] = (found.labels == TARGET).numpy()
                     scores[i] = float(found.score)

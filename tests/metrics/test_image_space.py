@@ -231,7 +231,10 @@ def figures_of(source, **how):
         name: {key: value.tolist() for key, value in one.per_roi().items()} for name, one in found.items()
     }
     curve = jitter_curve(
-        lambda pixels, boxes: torch.ones(len(boxes), 3, 8, 8) / 3, source, device=CPU, sigmas=(0, 0.1)
+        lambda pixels, boxes: (torch.ones(len(boxes), 3, 8, 8) / 3, boxes),
+        source,
+        device=CPU,
+        sigmas=(0, 0.1),
     )
     return repr(
         (tables, curve, truth, [one.coco for one in found.values()], [one.masks for one in found.values()])
@@ -390,7 +393,8 @@ def test_the_curve_falls_and_begins_at_the_true_boxes():
         grids = [crop_rois(layer, box[None], (48, 48))[0] for layer, box in zip(layers, boxes, strict=False)]
         return torch.nn.functional.pad(torch.stack(grids), (0, 0, 0, 0, 0, 1))
 
-    curve = jitter_curve(probs, source, device=CPU, sigmas=(0, 0.1, 0.2))
+    located = lambda pixels, boxes: (probs(pixels, boxes), boxes)  # noqa: E731
+    curve = jitter_curve(located, source, device=CPU, sigmas=(0, 0.1, 0.2))
     exact = score_in_images(
         {"exact": lambda image: paste_labels(probs(image.pixels, image.boxes), image.boxes, image.size)},
         source,
@@ -406,4 +410,4 @@ def test_the_curve_falls_and_begins_at_the_true_boxes():
         < curve[2]["intervals"]["target_iou"][1]
     )
     with pytest.raises(ValueError, match="sigmas"):
-        jitter_curve(probs, source, device=CPU, sigmas=(0.1, -0.1))
+        jitter_curve(located, source, device=CPU, sigmas=(0.1, -0.1))

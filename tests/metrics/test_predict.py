@@ -3,20 +3,26 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import refinelib
+from refinelib import Predictor
 from refinelib.__main__ import main
+from refinelib.build import mask_canvas
 from refinelib.checkpoints import CheckpointError
 from refinelib.config import resolve
 from refinelib.data import DataError, SyntheticPeople
 from refinelib.data.augment import normalise
 from refinelib.metrics.evaluate import evaluate, resolution_bound, score_in_images
-from refinelib.modeling.roi import centre_window, labels_from_coverage
+from refinelib.modeling.output import MaskOutput
+from refinelib.modeling.roi import canvas_size, centre_window, labels_from_coverage
 from refinelib.trainer import train
 
 
@@ -74,6 +80,57 @@ def test_masks_lie_inside_their_boxes_and_fit_the_image(run):
         outside = ~((rows[:, None] >= y0) & (rows[:, None] < y1) & (columns >= x0) & (columns < x1))
         assert not mask[outside].any()
     assert masks[0].any()
+
+
+class SeesBrightness(torch.nn.Module):
+    """Calls every pixel the target that is brighter than grey."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.canvas = canvas_size(settings.roi_size, settings.context)
+        self.mask_canvas = mask_canvas(settings, settings.context)
+
+    def forward(self, images):
+        bright = torch.nn.functional.interpolate(
+            images.mean(dim=1, keepdim=True), self.mask_canvas, mode="area"
+        )
+        return MaskOutput(torch.cat([50 * (bright - 0.5), torch.full_like(bright, 50.0)], dim=1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_box_that_is_off_is_fitted_to_the_person(data):
+    """As long as the person lies in the region where losses counted, whatever lies beyond it."""
+    draw = data.draw
+    roi, mask = draw(st.sampled_from([((32, 32), (32, 32)), ((32, 48), (32, 48)), ((32, 32), (64, 64))]))
+    given_settings = refinelib.resolve(
+        "demo", width=0.0625, roi_size=roi, mask_size=mask, context=0.75, loss_context=0.5, device="cpu",
+        refit_box=True,
+    )  # fmt: skip
+    coverage = torch.zeros(*mask, 2)
+    predictor = Predictor(
+        SeesBrightness(given_settings), given_settings, path=Path("x.pt"), mean_coverage=coverage
+    )
+    width, height = draw(st.integers(30, 90)), draw(st.integers(30, 90))
+    x0, y0 = draw(st.integers(0, 60)), draw(st.integers(0, 60))
+    image = np.zeros((200, 240, 3), np.uint8)
+    image[y0 : y0 + height, x0 : x0 + width] = 255
+    image[:, 180:] = 255  # others, too far away to be seen
+    true = np.array([x0, y0, x0 + width, y0 + height], float)
+    sides = np.array([width, height, width, height])
+    off = true + sides * np.array(draw(st.lists(st.floats(-0.1, 0.1), min_size=4, max_size=4)))
+    probs, (found,) = predictor.located(image, [off])
+    assert probs.shape == (1, 3, *mask)
+    cell = np.array([width, height, width, height]) * 1.2 / np.array([*mask[::-1], *mask[::-1]])
+    assert (np.abs(found.numpy() - true) <= 1.01 * cell).all()
+    covered = predictor.predict(image, [off])[0]
+    assert covered[y0 : y0 + height, x0 : x0 + width].mean() > 0.9
+
+    plain = predictor.with_options(refit=False)
+    same, (kept,) = plain.located(image, [off])
+    assert np.allclose(kept, off) and torch.equal(same, plain.probs(image, [off]))
+    image[:] = 0  # nobody: the given box stays
+    assert torch.equal(predictor.located(image, [off])[1], plain.located(image, [off])[1])
 
 
 def test_prediction_is_the_same_alone_and_in_a_batch_and_as_in_validation(run):
@@ -214,10 +271,10 @@ def test_a_run_and_its_predictor_weigh_and_flip_alike(tiny):
     predictor = refinelib.load(run.folder, device="cpu")
     validated = torch.from_numpy(saved["probs"].astype(np.float32))
     torch.testing.assert_close(predictor.roi_probs(images), validated, atol=2e-3, rtol=0)
-    assert (predictor.with_flip(False).roi_probs(images) - validated).abs().max() > 4e-3
+    assert (predictor.with_options(flip=False).roi_probs(images) - validated).abs().max() > 4e-3
     predictor.weights = (1.0, 1.0, 1.0)
     assert (predictor.roi_probs(images) - validated).abs().max() > 4e-3
-    assert predictor.with_flip(False).weights == (1.0, 1.0, 1.0)
+    assert predictor.with_options(flip=False).weights == (1.0, 1.0, 1.0)
 
 
 def test_a_picture_of_16_bits_is_the_same_open_or_by_its_path(tmp_path):

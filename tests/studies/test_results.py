@@ -129,7 +129,7 @@ def test_flip_test_is_a_setting(folder, source):
     by_setting = refinelib.Predictor(
         saved.model, settings, path=saved.path, mean_coverage=saved.mean_coverage
     )
-    assert by_setting.flip and not by_setting.with_flip(False).flip
+    assert by_setting.flip and not by_setting.with_options(flip=False).flip
     reports = [evaluate(by_setting, source=source, max_images=2, flip=flip) for flip in (None, False)]
     assert [report["flip_test"] for report in reports] == [True, False]
     assert reports[0]["target_iou"] != reports[1]["target_iou"]
