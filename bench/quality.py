@@ -48,7 +48,7 @@ VARIANTS = {
     "no active contour loss": {"use_active_contour_loss": False},
     "no boundary-aware loss": {"use_boundary_aware_loss": False},
     "sub-pixel for progressive": {"use_progressive_upsampling": False, "use_subpixel_conv": True},
-    "no context": {"context": 0.0},
+    "no context": {"context": 0.0, "loss_context": 0.0},
     "half the box around": {"context": 0.5},
     "augment full": {"augment": "full"},
     "augment flip": {"augment": "flip"},
