@@ -23,7 +23,7 @@ from refinelib.config import Settings
 from refinelib.data import DataError, Store, decode_image
 from refinelib.data.arrays import as_array
 from refinelib.data.augment import MEAN, normalise
-from refinelib.data.sources import as_rgb, wrong_box
+from refinelib.data.sources import as_rgb, box_of, wrong_box
 from refinelib.data.store_build import usable_cores
 from refinelib.files import PathLike, replacing, shown
 from refinelib.guard.measure import ran_out
@@ -221,15 +221,13 @@ class Predictor:
         counted = settings.context if settings.loss_context is None else settings.loss_context
         window = mask_canvas(settings, counted)
         labels = self.roi_probs(self.crops(image, boxes)).argmax(dim=1)
-        person = (centre_window(labels, window) == TARGET).cpu()
+        persons = (centre_window(labels, window) == TARGET).cpu().numpy()
         region = expand_boxes(boxes, (window[0] / size[0], window[1] / size[1]))
-        columns, rows = person.any(dim=1).int(), person.any(dim=2).int()
-        first = torch.stack([x.argmax(dim=1) for x in (columns, rows)], dim=1)
-        rest = torch.stack([x.flip(1).argmax(dim=1) for x in (columns, rows)], dim=1)
         cell = (region[:, 2:] - region[:, :2]) / torch.tensor([window[1], window[0]])
-        around = torch.cat([region[:, :2] + first * cell, region[:, 2:] - rest * cell], dim=1)
-        seen = person.sum(dim=(1, 2), keepdim=True).squeeze(2) >= LEAST_PERSON
-        return torch.where(seen, around, boxes)
+        seen = persons.sum(axis=(1, 2)) >= LEAST_PERSON
+        extents = [box_of(x) if enough else (0,) * 4 for x, enough in zip(persons, seen, strict=True)]
+        around = region[:, :2].repeat(1, 2) + torch.tensor(extents) * cell.repeat(1, 2)
+        return torch.where(torch.from_numpy(seen)[:, None], around, boxes)
 
     def probs(self, image: Any, boxes: Any) -> Tensor:
         """Class probabilities in each box's own grid.
