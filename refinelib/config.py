@@ -206,7 +206,10 @@ class Settings(_Values):
     @classmethod
     def _pair(cls, value: Any) -> Any:
         value = parse_yaml(value) if isinstance(value, str) else value
-        return (value, value) if isinstance(value, (int, float)) else value
+        pair = (value, value) if isinstance(value, (int, float)) else value
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError("give one whole number or [height, width]")
+        return pair
 
     @pydantic.field_validator("data")
     @classmethod
