@@ -190,8 +190,8 @@ class Predictor:
     def with_options(self, flip: bool | None = None, refit: bool | None = None) -> Predictor:
         """The same model with flip test and refitted boxes on or off; None: as it is."""
         other = copy.copy(self)
-        other.flip = self.flip if flip is None else flip
-        other.refit = self.refit if refit is None else refit
+        given = {"flip": flip, "refit": refit}
+        vars(other).update({name: value for name, value in given.items() if value is not None})
         return other
 
     def located(self, image: Any, boxes: Any) -> tuple[Tensor, Tensor]:
