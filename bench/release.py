@@ -47,21 +47,32 @@ def pack(run: Run, *, name: str, licence: str = LICENCE, report: str | None = No
     """Write a release; returns the file of the weights, with the card beside it.
 
     Raises:
-        ValueError: the run did not end as ok, or the report cannot be read.
+        ValueError: the run did not end as ok, the report cannot be read or is of other weights, or there is
+            a release of this name.
         CheckpointError: it has no whole checkpoint.
     """
     if Path(name).name != name:
         raise ValueError(f"--name {name} is a path: give a name, and the folder with --out")
     if (state := run.status().get("state")) != "ok":
         raise ValueError(f"{run.folder} is {state}: a release is made of a run that ended as ok")
-    parts = ("model", "average", "settings", "mean_coverage", "position")
-    saved, config = checkpoints.load(checkpoints.find(run.folder), needs=parts), run.config()
+    weights = out / f"{name}.pt"
+    if weights.exists():
+        raise ValueError(f"there is a release {weights}: take it away, or give another --name")
+    parts, packed = (
+        ("model", "average", "settings", "mean_coverage", "position"),
+        checkpoints.find(run.folder),
+    )
+    saved, config = checkpoints.load(packed, needs=parts), run.config()
     values = {key: value for key, value in saved["settings"].items() if key not in OWN}
     epoch, settings = saved["position"]["epoch"], Settings(**{key: short(values[key]) for key in values})
     measured = {line["epoch"]: line["metrics"] for line in run.validations()}.get(epoch, {})
     figures = measured if report is None else read_json(report)
     if not isinstance(figures, dict):
         raise ValueError(f"{report} is no report: give the report.json that refinelib evaluate --save writes")
+    if report is not None and Path(str(figures.get("checkpoint"))).name != packed.name:
+        raise ValueError(
+            f"{report} is not of {packed}, whose weights are packed: refinelib evaluate {run.folder}"
+        )
     card = {
         "name": name,
         "licence": licence,
@@ -79,7 +90,6 @@ def pack(run: Run, *, name: str, licence: str = LICENCE, report: str | None = No
         **{key: config[key] for key in ("device", "versions", "git_commit")},
     }
     out.mkdir(parents=True, exist_ok=True)
-    weights = out / f"{name}.pt"
     content = {"model": saved["average"] or saved["model"], "average": None, "card": card}
     content |= {"settings": settings.model_dump(mode="json"), "mean_coverage": saved["mean_coverage"]}
     checkpoints.save(weights, content)

@@ -59,10 +59,23 @@ def test_a_release_is_evaluated_and_trained_from(released, tmp_path, tiny):
 
 def test_a_name_with_folders_and_a_report_that_is_none_are_refused(run, tmp_path):
     (tmp_path / "list.json").write_text("[1]")
-    for name, report, said in (("../x", None, "is a path"), ("x", str(tmp_path / "list.json"), "no report")):
+    (tmp_path / "last.json").write_text('{"checkpoint": "elsewhere/mine/checkpoints/last.pt"}')
+    of_list, of_last = str(tmp_path / "list.json"), str(tmp_path / "last.json")
+    for name, report, said in (
+        ("../x", None, "is a path"),
+        ("x", of_list, "no report"),
+        ("x", of_last, "is not of .*best.pt, whose weights are packed"),
+    ):
         with pytest.raises(ValueError, match=said):
             bench("release").pack(run, name=name, report=report, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_release_is_not_overwritten(run, released):
+    before = released.read_bytes()
+    with pytest.raises(ValueError, match="there is a release .*small.pt"):
+        bench("release").pack(run, name="small", out=released.parent)
+    assert released.read_bytes() == before
 
 
 def test_the_card_says_what_it_is(run, released, tmp_path):
@@ -80,7 +93,8 @@ def test_the_card_says_what_it_is(run, released, tmp_path):
     assert str(run.folder.parent) not in texts and str(tmp_path) not in texts
     assert {**checkpoints.load(released)["card"], "sha256": card["sha256"]} == card
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"target_iou": 0.25, "image": {}, "intervals": {"target_iou": [0.2, 0.3]}}))
+    measured = {"target_iou": 0.25, "image": {}, "intervals": {"target_iou": [0.2, 0.3]}}
+    report.write_text(json.dumps({**measured, "checkpoint": str(run.folder / "checkpoints" / "best.pt")}))
     bench("release").pack(run, name="other", report=str(report), out=tmp_path)
     card = json.loads((tmp_path / "other.json").read_text())
     assert card["figures"] == {"target_iou": 0.25, "intervals": {"target_iou": [0.2, 0.3]}}
