@@ -409,6 +409,7 @@ class _Parameters(_Values):
     images: str | None = None
     annotations: str | None = None
     flip: bool | None = None
+    refit: bool | None = None
     jitter: bool | None = None
     max_images: int | None = pydantic.Field(None, ge=1)
     device: str | None = None

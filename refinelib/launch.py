@@ -15,10 +15,11 @@ from typing import IO, Any
 import torch
 
 from refinelib import checkpoints
-from refinelib.config import Settings, SettingsError, resolve
+from refinelib.config import Settings, SettingsError, fields, resolve
 from refinelib.files import shown
 from refinelib.guard import faults
 from refinelib.guard.rewind import DivergedError
+from refinelib.registry import DATASETS
 from refinelib.runs import Run
 
 #: Tells the processes which folder their run has.
@@ -215,8 +216,11 @@ def overrides(settings: Settings) -> list[str]:
         >>> overrides(resolve("demo", lr=1e-4, roi_size=32))
         ['-p', 'roi_size', '[32, 32]', '-p', 'lr', '0.0001']
     """
-    usual = resolve(settings.recipe)
-    return options({name: value for name, value in settings if value != getattr(usual, name)})
+    places = settings.pick("data", "store_dir", *(option.name for option in DATASETS.options(settings.data)))
+    # A recipe may name a data set and leave its place to the command line: by itself it is not whole.
+    needed = {name: value for name, value in places.items() if value != fields()[name].default}
+    usual = resolve(settings.recipe, **needed)
+    return options({n: value for n, value in settings if n in needed or value != getattr(usual, n)})
 
 
 def options(given: Mapping[str, Any]) -> list[str]:

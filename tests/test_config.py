@@ -12,6 +12,7 @@ import pytest
 
 from refinelib import config
 from refinelib.config import Settings, SettingsError, checked, from_notebook, resolve
+from refinelib.launch import overrides
 from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option, Registry
 
 
@@ -115,6 +116,17 @@ def test_recipe_from_a_path(tmp_path):
     file.write_bytes(b"recipe: caf\xe9\n")  # another encoding
     with pytest.raises(SettingsError, match="mine.yaml is not valid YAML"):
         resolve(str(file))
+
+
+@pytest.mark.parametrize("place", [{"data_dir": "there"}, {"store_dir": "stores"}])
+def test_options_make_the_same_settings_of_a_recipe_that_leaves_the_place_of_its_data_open(tmp_path, place):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: laptop\ndata: coco\nlr: 3e-4\n")
+    settings = resolve(str(file), **place, lr=1e-3, roi_size=32)
+    words = overrides(settings)
+    given = dict(zip(words[1::3], words[2::3], strict=True))
+    assert resolve(str(file), **given) == settings and "width" not in given
+    assert overrides(resolve("demo")) == []
 
 
 def test_a_recipe_has_the_values_of_its_base_under_its_own(tmp_path):
