@@ -115,6 +115,19 @@ def source_of(
     return CocoPeople(annotations, images, split="val", allow_outside=allow_images_outside)
 
 
+def hidden_images(source: Source, licences: str | Sequence[int] | None = None) -> list[int]:
+    """Ids of the images of a COCO file whose ``license`` is none of these numbers; none given: no image.
+
+    Args:
+        source: of :func:`source_of`.
+        licences: numbers, or a text with commas.
+    """
+    if not licences or not isinstance(source, CocoPeople):
+        return []
+    shown = {int(one) for one in (licences.split(",") if isinstance(licences, str) else licences)}
+    return [image["id"] for image in source.read()["images"] if image.get("license") not in shown]
+
+
 def score_runs(
     runs: Iterable[str | os.PathLike],
     source: Source,

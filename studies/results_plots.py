@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,10 +92,25 @@ def jitter(curves: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 # -- pictures --------------------------------------------------------------------------------------
-def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images: int | None = None) -> Figure:
-    """The people with the lowest and the highest target IoU in the image, at full resolution."""
+def _shown(people: Mapping[str, np.ndarray], values: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
+    """The values, NaN for people in images that are not to be shown."""
+    return np.where(np.isin(people["image_id"], list(hidden)), np.nan, values)
+
+
+def worst_and_best(
+    result: Result,
+    source: Source,
+    *,
+    each: int = 5,
+    max_images: int | None = None,
+    hidden: Sequence[int] = (),
+) -> Figure:
+    """The people with the lowest and the highest target IoU in the image, at full resolution.
+
+    Images whose ids are in ``hidden`` are passed over, as their licence may ask.
+    """
     people = result.evaluation.people
-    scores = people["image_target_iou"]
+    scores = _shown(people, people["image_target_iou"], hidden)
     ranked = np.argsort(scores, kind="stable")[: int((~np.isnan(scores)).sum())]
     each = max(1, min(each, len(ranked) // 2))
     rows = {"worst": ranked[:each], "best": ranked[-each:][::-1]}
@@ -115,13 +130,16 @@ def worst_and_best(result: Result, source: Source, *, each: int = 5, max_images:
     return shown
 
 
-def closeups(on: Result, off: Result, source: Source, *, max_images: int | None = None) -> Figure:
+def closeups(
+    on: Result, off: Result, source: Source, *, max_images: int | None = None, hidden: Sequence[int] = ()
+) -> Figure:
     """Outlines close up where two masks differ most: greatest gain, middle, greatest loss of Boundary IoU.
 
     Two people each. The window is a third of the box, around the place with the most differing pixels.
+    ``hidden`` as in :func:`worst_and_best`.
     """
     people, key = on.evaluation.people, "image_boundary_iou"
-    gain = people[key] - off.evaluation.people[key]
+    gain = _shown(people, people[key] - off.evaluation.people[key], hidden)
     ranked = np.argsort(-gain, kind="stable")[: int((~np.isnan(gain)).sum())]
     middle = max(0, len(ranked) // 2 - 1)
     kinds = {

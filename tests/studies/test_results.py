@@ -349,6 +349,15 @@ def test_images_and_annotations_belong_together():
         results.source_of(images="x")
 
 
+def test_images_under_other_licences_are_hidden(source, coco_files):
+    for licence in ({"license": 1}, {"license": 3}, {}):
+        coco_files.person(coco_files.image(), (10, 10, 60, 70))
+        coco_files.content["images"][-1].update(licence)
+    coco = coco_files.source()
+    assert results.hidden_images(coco, "1, 4") == results.hidden_images(coco, [1, 4]) == [2, 3]
+    assert results.hidden_images(coco) == results.hidden_images(source, [1]) == []
+
+
 def test_tables_and_figures_of_real_runs(scored, source, tmp_path):
     on, off = scored
     groups = {"refinement on": on, "refinement off": off}
@@ -376,6 +385,9 @@ def test_tables_and_figures_of_real_runs(scored, source, tmp_path):
     gain = on[0].evaluation.people["image_boundary_iou"] - off[0].evaluation.people["image_boundary_iou"]
     first = drawn["closeups"].axes[0].get_title(loc="left")
     assert f"{gain.max():+.2f}" in first
+    worst = titles[0].split("image ")[1]
+    drawn = results_plots.worst_and_best(on[0], source, each=3, hidden=[int(worst)])
+    assert not any(axes.get_title(loc="left").endswith(f"image {worst}") for axes in drawn.axes)
     folders = results_tables.save_all(groups, tmp_path)
     assert [folder.name for folder in folders] == ["refined", "plain"] and (
         folders[1] / "people.csv"
