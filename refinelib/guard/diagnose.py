@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from refinelib.guard.faults import Injector
-from refinelib.guard.measure import measured, unscaled, widest
+from refinelib.guard.measure import measured, root_sizes, unscaled, widest
 
 #: Operations that hand out memory as it is: what they return means nothing yet.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize")
@@ -254,8 +254,7 @@ def take(step: Step) -> tuple[float, dict[str, float]]:
     trained = {name: p for name, p in step.model.named_parameters() if p.requires_grad}
     # float64 keeps a gradient that is finite but large apart from one that is not
     norms, largest = (x.to(widest(x.device)) for x in measured([*trained.values()]))
-    sizes = torch.tensor([p.numel() for p in trained.values()], device=norms.device).sqrt()
-    found = unscaled(norms, largest, step.scale, sizes)[0].tolist()
+    found = unscaled(norms, largest, step.scale, root_sizes([*trained.values()]))[0].tolist()
     return float(total), dict(zip(trained, found, strict=True))
 
 

@@ -77,6 +77,11 @@ def sizes(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return norms, largest
 
 
+def root_sizes(parameters: Sequence[Tensor]) -> Tensor:
+    """Square roots of the numbers of elements, float32 ``[parameters]``, on the first one's device."""
+    return torch.tensor([math.sqrt(p.numel()) for p in parameters], device=parameters[0].device)
+
+
 def unscaled(norms: Tensor, largest: Tensor, scale: Tensor | float, roots: Tensor) -> tuple[Tensor, Tensor]:
     """Norms and largest magnitudes of the gradients without their loss scale.
 
@@ -84,7 +89,7 @@ def unscaled(norms: Tensor, largest: Tensor, scale: Tensor | float, roots: Tenso
         norms: ``[parameters]``, from :func:`measured`, best in float64.
         largest: ``[parameters]``, likewise.
         scale: the loss scale.
-        roots: square roots of the parameters' numbers of elements, ``[parameters]``.
+        roots: from :func:`root_sizes`.
     """
     norms, largest = norms / scale, largest / scale
     # Squares of finite gradients above 1e19 overflow float32: the norm is then bounded by the largest
