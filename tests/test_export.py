@@ -93,9 +93,9 @@ def test_a_file_of_any_format_gives_the_predictors_probabilities(format, checkpo
     assert_equal_to_predictor(written, load(file, device="cpu"))
 
 
-@pytest.mark.parametrize(
-    "format", sorted(set(export.FORMATS) - {"onnx"})
-)  # for which the consumer's test does it
+@pytest.mark.parametrize(  # of onnx the consumer's test does it
+    "format", ["safetensors", "torchscript", pytest.param("pt2", marks=pytest.mark.slow)]
+)
 def test_with_the_other_refinements_on_and_off_too(format, checkpoint):
     needs(*export.FORMATS[format].packages)
     file = checkpoint(**chosen(SUBPIXEL))

@@ -135,6 +135,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_number_a_flag_and_a_recipe_file_are_what_they_mean(trained: Path):
     """Also: the settings cell gives the same settings when it is run again after all the others."""
     run = Run(trained / "runs" / "second")
@@ -146,6 +147,7 @@ def test_a_number_a_flag_and_a_recipe_file_are_what_they_mean(trained: Path):
     assert "contour" not in run.steps()[0]["losses"]
 
 
+@pytest.mark.slow
 def test_figures_are_saved_and_shown_once_and_nothing_untidy_is_kept(trained: Path):
     figures = {"overview", "losses", "gradient_norm", "learning_rate", "ious", "samples"}
     assert {file.stem for file in (trained / "runs" / "second" / "figures").glob("*.png")} == figures

@@ -479,7 +479,9 @@ def test_a_lasting_shift_of_level_is_learned(on_spike):
     assert spiked(push(guard, [1.0], [100.0])) == [0]  # and a spike is one still
 
 
-@pytest.mark.parametrize("on_spike", ["note", "clip", "skip"])
+@pytest.mark.parametrize(
+    "on_spike", ["clip", *(pytest.param(other, marks=pytest.mark.slow) for other in ("note", "skip"))]
+)
 def test_an_ordinary_noisy_run_has_hardly_any_spikes(on_spike):
     """2000 steps, the logarithms with tails of Student's t (4 degrees of freedom), the loss falling."""
     rates = []

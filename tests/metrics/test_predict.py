@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
     return train(
         resolve("demo", output_dir=str(folder), max_images=12, width=0.0625, roi_size=32, mask_size=32,
-                epochs=5, lr=5e-3, batch_size=4, context=0.5, device="cpu", probe_every=0)
+                epochs=3, lr=5e-3, batch_size=4, context=0.5, device="cpu", probe_every=0)
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def judged(run: Run):
     "inject, module, inside",
     [
         ("grad:spike@20:boundary.trunk", "boundary", True),
-        ("grad:nan@20:contour", "contour", True),
+        pytest.param("grad:nan@20:contour", "contour", True, marks=pytest.mark.slow),
         pytest.param("activation:spike@20:boundary", "boundary", False, marks=pytest.mark.slow),
         pytest.param("activation:spike@20:distance", "distance", False, marks=pytest.mark.slow),
         ("activation:spike@20:contour", "contour", False),
@@ -167,7 +167,10 @@ def pixels(figure) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "inject",
-    [None, pytest.param("activation:spike@20:contour", marks=pytest.mark.slow), "grad:nan@20:contour"],
+    [
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in (None, "activation:spike@20:contour")),
+        "grad:nan@20:contour",
+    ],
 )
 def test_every_figure_is_whole(runs, inject):
     run = runs(inject)

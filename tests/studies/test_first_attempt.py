@@ -236,6 +236,7 @@ def test_every_fault_is_a_switch_of_its_own(settings, crops, fault):
     assert (draw.first_rate(run) > 0.9) is (fault == "settings")
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_the_runs_one_by_one(settings, crops):
     jobs = {"first": dict(steps=3), "ours": dict(steps=3, faults=())}
     runs = dict(faulty.attempts(settings, crops, crops, jobs))

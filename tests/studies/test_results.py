@@ -28,7 +28,7 @@ from studies import results, results_plots, results_tables
 def folder(tmp_path_factory):
     """Two short runs, with refinement and without, whose masks are no good but not empty."""
     folder = tmp_path_factory.mktemp("outputs")
-    common = dict(output_dir=str(folder), max_images=12, epochs=5, lr=5e-3, device="cpu")
+    common = dict(output_dir=str(folder), max_images=12, epochs=3, lr=5e-3, device="cpu")
     examples.tiny(run="refined", **common)
     examples.tiny(run="plain", **common, **results.REFINEMENT_OFF)
     return folder
