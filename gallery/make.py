@@ -2,7 +2,7 @@
 
 What is run here is CPU size and takes some minutes in all. A copy executed elsewhere, such as on a GPU, is
 only cleaned: ``python gallery/make.py --take rootcause=FILE --device "one H200"``. Photographs whose licence
-allows no derived work are covered: ``--cover masks:5,47,138,180``.
+allows no derived work are not shown (``results.ipynb -p licences``).
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from refinelib.config import project_root, resolve
 from studies.results import REFINEMENT_OFF
@@ -32,7 +31,6 @@ NOTEBOOKS = project_root() / "notebooks"
 PICTURE_BYTES = 160_000
 #: Scale and quality of a photograph, tried in this order until a picture is small enough.
 STEPS = [(1, 85), (1, 70), (1, 55), (0.8, 55), (0.65, 50), (0.5, 45), (0.35, 30)]
-Covers = Mapping[str, Sequence[Sequence[int]]]  # by cell
 BEGIN, END = "<!-- made by gallery/make.py -->", "<!-- end -->"
 
 #: Further runs that other notebooks look at: without refinement, and one that a fault destroys.
@@ -65,20 +63,13 @@ FROM_A_GPU = ("gradients", "progressive", "results", "rootcause")
 
 
 # -- cleaning --------------------------------------------------------------------------------------
-def small_picture(
-    data: bytes, limit: int = PICTURE_BYTES, covers: Sequence[Sequence[int]] = ()
-) -> tuple[str, bytes]:
-    """A picture's kind and content, of at most ``limit`` bytes; ``covers`` are hidden.
+def small_picture(data: bytes, limit: int = PICTURE_BYTES) -> tuple[str, bytes]:
+    """A picture's kind and content, of at most ``limit`` bytes.
 
     A drawing becomes a PNG with a palette. What does not fit so has photographs in it, and becomes a JPEG.
     """
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    for x0, y0, x1, y1 in covers:
-        ImageDraw.Draw(picture).rectangle((x0, y0, x1, y1), fill="#e8e8e8")
-        ImageDraw.Draw(picture).text(
-            (x0 + 8, y0 + 8), "not shown:\nits licence\nallows no\nderived work", fill="#404040"
-        )
     file = io.BytesIO()
     picture.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     if file.tell() <= limit:
@@ -106,7 +97,7 @@ def replacements(parameters: dict[str, Any]) -> list[tuple[str, str]]:
     return sorted(found.items(), key=lambda item: -len(item[0]))
 
 
-def clean(notebook, parameters: dict[str, Any], seconds: float, device: str, date: str, covers: Covers):
+def clean(notebook, parameters: dict[str, Any], seconds: float, device: str, date: str):
     """The notebook with its outputs, and nothing of the machine and of the tools that executed it."""
     pairs = replacements(parameters)
 
@@ -127,7 +118,7 @@ def clean(notebook, parameters: dict[str, Any], seconds: float, device: str, dat
             lines = [line for line in cell.source.splitlines() if not line.startswith("output_dir = ")]
             cell.source = plain("\n".join(lines)).strip()
         if cell.cell_type == "code":
-            cell.outputs = _joined([_output(item, plain, covers.get(cell.id, ())) for item in cell.outputs])
+            cell.outputs = _joined([_output(item, plain) for item in cell.outputs])
     given = {name: value for name, value in parameters.items() if name != "output_dir"}
     options = [f"-p {name} {shlex.quote(plain(str(value)))}" for name, value in given.items()]
     made = {"date": date, "device": device, "seconds": round(seconds), "parameters": " ".join(options)}
@@ -138,7 +129,7 @@ def clean(notebook, parameters: dict[str, Any], seconds: float, device: str, dat
     return notebook
 
 
-def _output(item, plain, covers):
+def _output(item, plain):
     """One output without widgets, with small pictures and no folder of the machine; None: nothing is left."""
     if item.output_type == "stream":
         item.text = plain(item.text)
@@ -148,7 +139,7 @@ def _output(item, plain, covers):
             if "widget" in kind or kind == "application/javascript":
                 del item.data[kind]
             elif kind in ("image/png", "image/jpeg"):
-                kind, small = small_picture(base64.b64decode(item.data.pop(kind)), covers=covers)
+                kind, small = small_picture(base64.b64decode(item.data.pop(kind)))
                 item.data[kind] = base64.b64encode(small).decode()
             elif isinstance(item.data[kind], str):
                 item.data[kind] = plain(item.data[kind])
@@ -215,26 +206,20 @@ def _train_beside(where: str) -> None:
 
 
 def store(
-    name: str,
-    executed: Path,
-    parameters: dict[str, Any],
-    seconds: float,
-    device: str,
-    date: str = "",
-    covers: Covers | None = None,
+    name: str, executed: Path, parameters: dict[str, Any], seconds: float, device: str, date: str = ""
 ) -> None:
     """Clean an executed notebook into ``gallery/<name>.ipynb``."""
     date = date or datetime.date.today().isoformat()
-    notebook = clean(nbformat.read(executed, as_version=4), parameters, seconds, device, date, covers or {})
+    notebook = clean(nbformat.read(executed, as_version=4), parameters, seconds, device, date)
     nbformat.validate(notebook)
     nbformat.write(notebook, HERE / f"{name}.ipynb")
     print(f"{name}: {seconds:.0f} s, {(HERE / f'{name}.ipynb').stat().st_size / 1e3:.0f} kB")
 
 
-def take(name: str, file: Path, device: str, covers: Covers) -> None:
+def take(name: str, file: Path, device: str) -> None:
     """Clean a notebook that papermill executed elsewhere into ``gallery/``."""
     record = nbformat.read(file, as_version=4).metadata.papermill
-    store(name, file, dict(record.parameters), record.duration, device, record.start_time[:10], covers)
+    store(name, file, dict(record.parameters), record.duration, device, record.start_time[:10])
 
 
 def is_current(name: str) -> bool:
@@ -267,13 +252,6 @@ def main() -> int:
         "--take", action="append", default=[], metavar="NAME=FILE", help="a copy that was executed elsewhere"
     )
     parser.add_argument(
-        "--cover",
-        action="append",
-        default=[],
-        metavar="CELL:X0,Y0,X1,Y1",
-        help="hide this part of a cell's picture",
-    )
-    parser.add_argument(
         "--device", default=f"{os.cpu_count()} CPU cores", help="words for the machine it was executed on"
     )
     parser.add_argument(
@@ -288,12 +266,8 @@ def main() -> int:
     taken = dict(item.split("=", 1) for item in options.take)
     if wrong := [name for name in [*options.names, *taken] if name not in HERE_MADE]:
         parser.error(f"there is no notebook {', '.join(wrong)}: give some of {', '.join(HERE_MADE)}")
-    covers: dict[str, list[list[int]]] = {}
-    for item in options.cover:
-        cell, box = item.split(":")
-        covers.setdefault(cell, []).append([int(side) for side in box.split(",")])
     for name, file in taken.items():
-        take(name, Path(file), options.device, covers)
+        take(name, Path(file), options.device)
     names = options.names or ([] if taken or options.table else default)
     if names:
         with tempfile.TemporaryDirectory() as work:

@@ -83,11 +83,12 @@ def test_sizes():
 
 
 # -- how they are made -----------------------------------------------------------------------------
-def test_a_picture_becomes_small_and_what_is_covered_is_gone(make):
+def test_a_picture_becomes_small(make):
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    noise[:, 100:] = 200
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
-    kind, small = make.small_picture(file.getvalue(), 20_000, covers=[(100, 0, 400, 300)])
+    kind, small = make.small_picture(file.getvalue(), 20_000)
     assert kind == "image/jpeg" and len(small) <= 20_000 < len(file.getvalue())
     shown = np.asarray(Image.open(io.BytesIO(small)).convert("L"), float)
     assert shown[:, : shown.shape[1] // 5].std() > 10 and shown[-40:, -40:].std() < 3
@@ -122,7 +123,7 @@ def test_nothing_of_the_machine_is_kept(make):
         ]),
     ]  # fmt: skip
     given = {"data_dir": "/home/me/.coco", "output_dir": where}
-    done = make.clean(v4.new_notebook(cells=cells), given, 3.2, "a machine", "2026-01-02", {})
+    done = make.clean(v4.new_notebook(cells=cells), given, 3.2, "a machine", "2026-01-02")
     assert (
         done.cells[1].source == '# Parameters\ndata_dir = "~/coco"'
         and done.cells[1].id == "injected-parameters"
