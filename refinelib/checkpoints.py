@@ -5,8 +5,6 @@ tensors. Its ``checksum`` is the SHA-256 of all of them in a fixed order, which 
 that was cut short or changed.
 """
 
-from __future__ import annotations
-
 import collections
 import hashlib
 import json

@@ -17,8 +17,6 @@ inference how a finished model's masks are decided; no training step uses it
 Losses, refinements and data sets bring their settings with them (:mod:`refinelib.registry`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools
@@ -195,7 +193,7 @@ class Settings(_Values):
     target_decision_weight: float = _infer(1.0, "factor on the target's probability", ge=0.1, le=10.0)
     nontarget_decision_weight: float = _infer(1.0, "factor on other people's probability", ge=0.1, le=10.0)
 
-    def __new__(cls, **_: Any) -> Settings:
+    def __new__(cls, **_: Any) -> "Settings":
         """An instance of the class that has the registered parts' settings as well."""
         return super().__new__(settings_class() if cls is Settings else cls)
 
@@ -219,7 +217,7 @@ class Settings(_Values):
         return value
 
     @pydantic.model_validator(mode="after")
-    def _fit_together(self) -> Settings:
+    def _fit_together(self) -> "Settings":
         own = list(DATASETS.options(self.data))
         found = [o.name for o in DATASETS.options() if o not in own and getattr(self, o.name) != o.default]
         others = [*dict.fromkeys(found)]  # several data sets share one

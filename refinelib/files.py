@@ -4,8 +4,6 @@ For damaged content every reader raises ValueError, in a sentence that names the
 be opened OSError. Nothing of the package is imported.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -8,8 +8,6 @@
 All three open without this package; the two ``.pt`` with ``torch.load(file, weights_only=True)``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

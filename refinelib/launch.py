@@ -1,7 +1,5 @@
 """Start one run on several processes of this host with ``torchrun``, and follow it from its folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -56,7 +54,7 @@ class Interruption:
     was ignored (``nohup``) stays ignored.
     """
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> "Interruption":
         self.deferred = False
         self.requested: set[int] = set()  # the signals that came in the loop
         self._previous: dict[int, Any] = {}

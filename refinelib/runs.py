@@ -1,7 +1,5 @@
 """The run folder: what a run leaves behind, written so that a crash at any moment leaves it readable."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import itertools
@@ -51,7 +49,7 @@ class Run:
         self._purge_step: int | None = None
 
     @classmethod
-    def start(cls, settings: Settings) -> Run:
+    def start(cls, settings: Settings) -> "Run":
         """A new folder for this run; with ``resume`` the newest one of its name and settings.
 
         No folder of a run that took a step is ever written over: the next free number is appended to the
@@ -79,7 +77,7 @@ class Run:
         return cls(folder)
 
     @classmethod
-    def open(cls, run: PathLike, *, output_dir: str = "outputs") -> Run:
+    def open(cls, run: PathLike, *, output_dir: str = "outputs") -> "Run":
         """A run on disk, finished or still going, by its folder or its name under ``outputs/``.
 
         Raises:

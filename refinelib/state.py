@@ -1,7 +1,5 @@
 """A run's live objects, its log of steps, and its whole state: put into checkpoints and restored exactly."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import random

@@ -5,8 +5,6 @@
 The run folder holds everything that notebooks and commands read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

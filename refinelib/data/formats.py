@@ -4,8 +4,6 @@ Those of YOLO and LabelMe are handed to :class:`CocoPeople` as COCO content; mas
 them, are read as they are.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

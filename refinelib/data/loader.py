@@ -1,7 +1,5 @@
 """Batches of a store on the device: which ROIs, in what order, how augmented."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

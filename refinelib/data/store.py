@@ -11,8 +11,6 @@ A store is a folder that can be copied to another machine; the images are not ne
     files.npz      the files that it was made from, their sizes and times
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import warnings
@@ -106,7 +104,7 @@ class Store:
         self._plain = np.asarray(self.images), np.asarray(self.coverage)
 
     @classmethod
-    def open(cls, folder: str | Path, max_images: int | None = None) -> Store:
+    def open(cls, folder: str | Path, max_images: int | None = None) -> "Store":
         """Open a store, wherever it was built; no image and no annotation is needed.
 
         Args:
@@ -171,7 +169,7 @@ class Store:
             self._mean = (total / (255 * len(self))).astype(np.float32)
         return self._mean
 
-    def first_images(self, count: int | None) -> Store:
+    def first_images(self, count: int | None) -> "Store":
         """The ROIs of the source's first ``count`` images, as if built with ``max_images=count``.
 
         ``skipped`` and ``examples`` stay those of the whole store.

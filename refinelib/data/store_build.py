@@ -1,7 +1,5 @@
 """Builds a store: several processes decode each image once into known rows."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing
@@ -214,7 +212,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _decoded(rows: _Rows, workers: int | None) -> Iterator[_Decoded]:
+def _decoded(rows: "_Rows", workers: int | None) -> Iterator["_Decoded"]:
     """All images in order, decoded by several processes, or as many as the source says."""
     workers = getattr(rows.source, "workers", None) or workers or usable_cores()
     workers = min(workers, -(-len(rows) // 8))

@@ -15,8 +15,6 @@ all of it bit for bit unchanged.
                                    -> report: one row, which the host reads later
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ Masks are scored on ROIs, and pasted back into their images against the truth at
 scores COCO results of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import csv
@@ -238,7 +236,7 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     return Evaluation(report, people, results, found.masks, confusion, predictor.name, settings)
 
 
-def _columns(on_roi: dict[str, Tensor], in_image: ImageMetrics, store: Store) -> dict[str, Any]:
+def _columns(on_roi: dict[str, Tensor], in_image: "ImageMetrics", store: Store) -> dict[str, Any]:
     """One row a ROI: its ids and box, its figures on the ROI, its figures in the image."""
     people: dict[str, Any] = {"annotation_id": store.annotation_ids, "image_id": store.image_ids}
     people |= {name: store.boxes[:, i] for i, name in enumerate(("x0", "y0", "x1", "y1"))}

@@ -1,7 +1,5 @@
 """Use what was trained: an image and boxes in, masks in image coordinates out."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import copy
@@ -106,7 +104,7 @@ def load(
     output_dir: str = "outputs",
     flip: bool | None = None,
     refit: bool | None = None,
-) -> Predictor:
+) -> "Predictor":
     """The model of a run, of a release or of a checkpoint file, ready to predict.
 
     Args:
@@ -187,7 +185,7 @@ class Predictor:
         """The run's, or that of a checkpoint file that lies in no run."""
         return self.path.parents[1].name if self.path.parent.name == "checkpoints" else self.path.stem
 
-    def with_options(self, flip: bool | None = None, refit: bool | None = None) -> Predictor:
+    def with_options(self, flip: bool | None = None, refit: bool | None = None) -> "Predictor":
         """The same model with flip test and refitted boxes on or off; None: as it is."""
         other = copy.copy(self)
         given = {"flip": flip, "refit": refit}

@@ -9,8 +9,6 @@
 The class probabilities are exact products of the two branches (output.hierarchical_log_probs).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Many runs at once: recipes x values x seeds, each run in a process of its own, shared out over the GPUs."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

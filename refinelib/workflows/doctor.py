@@ -3,8 +3,6 @@
 Every part is imported where it is looked at: a part that is missing is a finding.
 """
 
-from __future__ import annotations
-
 import platform
 import shutil
 import sys

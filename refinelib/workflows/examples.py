@@ -1,7 +1,5 @@
 """Runs for a notebook: those that are named; else the newest there is, else a tiny one trained now."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 from collections.abc import Callable, Iterable, Mapping

@@ -6,8 +6,6 @@ after each phase, each in one step. The same call therefore continues a sequence
 phases are kept, and the phase that was interrupted resumes from its checkpoint.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

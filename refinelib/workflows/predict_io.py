@@ -1,7 +1,5 @@
 """Masks of an image or of a folder of images: what they are made from, and the files that they leave."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import itertools
@@ -51,7 +49,7 @@ class Inputs(NamedTuple):
     left_out: str = ""  # the image's annotations that are not used, by reason; what is unusual about it
     source: str = "synthetic"  # the image's file
 
-    def with_boxes(self, boxes: Sequence[Sequence[float]]) -> Inputs:
+    def with_boxes(self, boxes: Sequence[Sequence[float]]) -> "Inputs":
         """The same image with other boxes; one that stays in its place keeps its category.
 
         Example:
