@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import pydantic
 from pydantic.fields import FieldInfo
 
-from refinelib.files import PathLike, parse_yaml, read_yaml, shipped, shown
+from refinelib.files import PathLike, parse_yaml, read_yaml, retold, shipped, shown
 from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option, limits_in_words
 
 ROLES = ("run", "data", "model", "training", "inference")
@@ -362,10 +362,8 @@ def load_recipe(recipe: str, *, derived: tuple[str, ...] = ()) -> dict[str, Any]
         known = recipe_names()
         nearest = _nearest(recipe, [*known, *RECIPE_ALIASES])
         raise SettingsError(f"there is no recipe {shown(recipe)}{nearest}; there are {', '.join(known)}")
-    try:
+    with retold(SettingsError, ""):
         content = read_yaml(file)
-    except (OSError, ValueError) as error:
-        raise SettingsError(str(error)) from None
     if not isinstance(content, dict):
         raise SettingsError(f"{file} must hold one `name: value` a line, and holds {type(content).__name__}")
     values = {str(name): value for name, value in content.items()}

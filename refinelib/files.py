@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -63,6 +64,17 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def numbered(name: str) -> Iterator[str]:
+    """Names to choose the first free one from: the name, then with ``-2``, ``-3`` and so on after it.
+
+    Example:
+        >>> names = numbered("best")
+        >>> next(names), next(names)
+        ('best', 'best-2')
+    """
+    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -161,6 +173,19 @@ def reason(error: BaseException, length: int = 200) -> str:
         return f"{getattr(error, 'problem', 'wrong')} in line {mark.line + 1}"
     text = " ".join(str(error)[: 10 * length].split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+@contextlib.contextmanager
+def retold(kind: Callable[[str], Exception], before: str, after: str = "") -> Iterator[None]:
+    """Turns what reading a damaged file raises into another error, with words before and after the reason.
+
+    Raises:
+        kind: in place of OSError, ValueError, TypeError and KeyError.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise kind(f"{before}{reason(error, 1000)}{after}") from None
 
 
 # -- bytes -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from refinelib import build, checkpoints
 from refinelib.config import Settings, absolute
-from refinelib.files import PathLike, dumps, read_json, write_atomically
+from refinelib.files import PathLike, dumps, read_json, retold, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
 from refinelib.guard.faults import Injector
 from refinelib.guard.monitor import Row
@@ -186,10 +186,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         near = sorted(str(path.parent) for path in Path(folder).glob("**/report.json"))
         such = f"such as {near[0]}" if near else "outputs/<run>/incidents/<step>"
         raise IncidentError(f"{folder} holds no report.json: give an incident's folder, {such}")
-    try:
+    with retold(IncidentError, f"{file} cannot be read: "):
         report: dict[str, Any] = read_json(file)
-    except (OSError, ValueError) as error:
-        raise IncidentError(f"{file} cannot be read: {error}") from None
     lacking = [name for name in _NEEDED if not isinstance(report, dict) or name not in report]
     if lacking:
         raise IncidentError(f"{file} is no incident's report: it lacks {', '.join(lacking)}")

@@ -14,7 +14,7 @@ import torch
 
 from refinelib import checkpoints
 from refinelib.config import Settings, SettingsError, resolve
-from refinelib.files import shown
+from refinelib.files import retold, shown
 from refinelib.guard import faults
 from refinelib.guard.rewind import DivergedError
 from refinelib.runs import Run
@@ -184,10 +184,8 @@ def refuse_wrong_values(settings: Settings) -> None:
         SettingsError: the faults to plant cannot be read.
         CheckpointError: ``init_from`` names no checkpoint.
     """
-    try:
+    with retold(SettingsError, f"inject = {shown(settings.inject)}: "):
         faults.parse(settings.inject or "")
-    except ValueError as error:
-        raise SettingsError(f"inject = {shown(settings.inject)}: {error}") from None
     if settings.init_from:
         checkpoints.find(settings.init_from, output_dir=settings.output_dir)
 

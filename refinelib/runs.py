@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import itertools
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ from typing import Any
 import refinelib
 from refinelib import config, files
 from refinelib.config import Settings, absolute, names_with_role
-from refinelib.files import PathLike, dumps, exclusive, read_json, reason, shipped, write_atomically
+from refinelib.files import PathLike, dumps, exclusive, numbered, read_json, retold, shipped, write_atomically
 
 #: Folder of debug runs in the folder of all runs.
 DEBUG_DIR = "debug-runs"
@@ -63,8 +62,7 @@ class Run:
             if found:
                 return found[-1]
             raise RunError(f"there is no run named {name!r} under {root} to resume: start it without resume")
-        for number in itertools.count(1):
-            folder = root / (name if number == 1 else f"{name}-{number}")
+        for folder in map(root.joinpath, numbered(name)):
             if is_free(folder):
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     failed = folder.rename(root / f".{folder.name}.failed-{os.getpid()}")
@@ -234,13 +232,11 @@ class Run:
             RunError: it is missing or damaged.
         """
         file = self.folder / "config.json"
-        try:
+        with retold(RunError, f"the settings in {file} cannot be read: "):
             found: dict[str, Any] = read_json(file)
             if not isinstance(found["settings"], dict):
                 raise ValueError("it is damaged")
-            return found
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(f"the settings in {file} cannot be read: {reason(error)}") from None
+        return found
 
     def settings(self) -> Settings:
         """The settings the run was made with.
@@ -248,11 +244,8 @@ class Run:
         Raises:
             RunError: they are damaged, or another version's.
         """
-        try:
+        with retold(RunError, f"{self.folder / 'config.json'} holds settings that this version lacks: "):
             return Settings(**self.config()["settings"])
-        except ValueError as error:
-            file = self.folder / "config.json"
-            raise RunError(f"{file} holds settings that this version lacks: {reason(error)}") from None
 
     def status(self) -> dict[str, Any]:
         """What ``status.json`` holds: state, step, epoch, best, metrics.
@@ -266,11 +259,8 @@ class Run:
         file = self.folder / "status.json"
         with contextlib.suppress(OSError, ValueError):
             found = read_json(file)
-            if (
-                isinstance(found, dict)
-                and isinstance(found.get("state", ""), str)
-                and files.are_numbers(found)
-            ):
+            plain = isinstance(found, dict) and isinstance(found.get("state", ""), str)
+            if plain and files.are_numbers(found):
                 return found | self._end_of_killed(found) if files.was_killed(self.folder, found) else found
         raise RunError(f"{file} is damaged or missing: put {{}} into it, and resume=true continues")
 

@@ -87,8 +87,7 @@ class Evaluation:
             writer.writerow(self.people)
             for row in zip(*(column.tolist() for column in self.people.values()), strict=True):
                 writer.writerow(["" if value != value else value for value in row])
-        entries = ",\n".join(dumps(entry) for entry in self.results)
-        write_atomically(coco, f"[\n{entries}\n]\n")
+        write_results(coco, self.results)
         columns = {f"people.{name}": column for name, column in self.people.items()}
         with replacing(folder / ARRAYS, "wb") as file:
             np.savez_compressed(file, confusion=self.confusion, **columns)
@@ -327,12 +326,9 @@ def annotated_images(
         for first in range(0, len(slots), MOST_TOGETHER):
             some = slots[first : first + MOST_TOGETHER]
             ids, categories, boxes, areas = map(np.array, zip(*(known[slot] for slot in some), strict=True))
-            of_each: Any = {
-                "slots": np.array(some),
-                "scored": np.isin(some, rois),
-                "areas": areas.astype(float),
-            }
+            of_each: Any = {"slots": np.array(some), "scored": np.isin(some, rois)}
             of_each |= {"annotation_ids": ids.tolist(), "category_ids": categories.tolist()}
+            of_each["areas"] = areas.astype(float)
             yield AnnotatedImage(**of_image, **of_each, boxes=torch.as_tensor(boxes, dtype=torch.float64))
 
 
@@ -534,6 +530,12 @@ def coco_entry(image_id: Any, category_id: Any, segmentation: dict[str, Any], sc
     """
     ids = {"image_id": image_id, "category_id": category_id}
     return {**ids, "segmentation": segmentation, "score": round(score, 6)}
+
+
+def write_results(file: Path, entries: Iterable[CocoEntry]) -> Path:
+    """Write masks in COCO's results format, a line each; returns the file."""
+    write_atomically(file, "[\n" + ",\n".join(map(dumps, entries)) + "\n]\n")
+    return file
 
 
 def average_precision(truth: Sequence[CocoEntry], results: Sequence[CocoEntry]) -> dict[str, float | None]:

@@ -136,9 +136,8 @@ def load(
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
     model.load_state_dict(saved["average"] or saved["model"])
-    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"]).with_options(
-        flip, refit
-    )
+    predictor = Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"])
+    return predictor.with_options(flip, refit)
 
 
 class Predictor:
@@ -174,11 +173,8 @@ class Predictor:
         self.model: Any = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
-        self.flip, self.refit, self.weights = (
-            settings.flip_test,
-            settings.refit_box,
-            settings.decision_weights,
-        )
+        self.flip, self.refit = settings.flip_test, settings.refit_box
+        self.weights = settings.decision_weights
 
     @property
     def name(self) -> str:

@@ -23,8 +23,8 @@ from refinelib.data.annotations import decode_segmentation, read_annotations, re
 from refinelib.data.coco import ImageFolder, Parts, common_end, files_in, name_parts, plain_parts, xyxy
 from refinelib.data.formats import IMAGES
 from refinelib.data.sources import SceneError, Tally, box_of, counted, wrong_box
-from refinelib.files import PathLike, dumps, shown, write_atomically
-from refinelib.metrics.evaluate import checked_folder, coco_entry, encode
+from refinelib.files import PathLike, dumps, numbered, retold, shown, write_atomically
+from refinelib.metrics.evaluate import checked_folder, coco_entry, encode, write_results
 from refinelib.metrics.predict import Predictor, as_boxes
 from refinelib.plots.masks import overlay as with_masks
 
@@ -154,10 +154,8 @@ class Annotations:
             DataError: the file cannot be read, or is not listed.
         """
         people = self.people
-        try:
+        with retold(DataError, f"{self.file} lists "):
             index = index_of(image, self.names) if index is None else index
-        except DataError as error:
-            raise DataError(f"{self.file} lists {error}") from None
         number = self.numbers[index]
         size = people.images[number]["height"], people.images[number]["width"]
         notes = list[tuple[str, str]]()
@@ -274,17 +272,10 @@ def save_masks(
     return [*files, write_results(folder / f"{inputs.name}_coco.json", entries)]
 
 
-def write_results(file: Path, entries: Iterable[dict[str, Any]]) -> Path:
-    """Write masks in COCO's results format, a line each; returns the file."""
-    write_atomically(file, "[\n" + ",\n".join(map(dumps, entries)) + "\n]\n")
-    return file
-
-
 def _own_folder(root: Path, inputs: Inputs) -> Path:
     """The image's folder in ``root``, made if there is none."""
     mark = dumps({"image": inputs.source}) + "\n"
-    for number in itertools.count(1):
-        folder = root / (inputs.name if number == 1 else f"{inputs.name}-{number}")
+    for folder in map(root.joinpath, numbered(inputs.name)):
         file = folder / "image.json"
         if file.is_file() and file.read_text("utf-8") == mark:
             break
