@@ -258,7 +258,7 @@ class Run:
         """
         file = self.folder / "status.json"
         with contextlib.suppress(OSError, ValueError):
-            found = read_json(file)
+            found: dict[str, Any] = read_json(file)
             plain = isinstance(found, dict) and isinstance(found.get("state", ""), str)
             if plain and files.are_numbers(found):
                 return found | self._end_of_killed(found) if files.was_killed(self.folder, found) else found
