@@ -68,6 +68,12 @@ def absolute(value: PathLike) -> Path:
         raise SettingsError(f"{shown(str(value))} is no path: there is no user of that name") from None
 
 
+def existing(value: PathLike) -> Path:
+    """A path as it is given, where something is there; else its :func:`absolute` form."""
+    path = Path(os.path.expanduser(value))
+    return path if os.path.exists(path) else absolute(value)
+
+
 # -- the settings ------------------------------------------------------------------------------------
 class _Values(pydantic.BaseModel):
     """Values as papermill, YAML or a command line bring them, read as their fields mean them."""
@@ -357,7 +363,7 @@ def load_recipe(recipe: str, *, derived: tuple[str, ...] = ()) -> dict[str, Any]
     """
     file = recipe_files().get(recipe)
     if recipe.endswith((".yaml", ".yml")):
-        file = Path(recipe) if os.path.exists(recipe) else absolute(recipe)
+        file = existing(recipe)
     if file is None or not os.path.isfile(file):
         known = recipe_names()
         nearest = _nearest(recipe, [*known, *RECIPE_ALIASES])

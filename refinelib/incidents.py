@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import build, checkpoints
-from refinelib.config import Settings, absolute
+from refinelib.config import Settings, absolute, existing
 from refinelib.files import PathLike, dumps, read_json, retold, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
 from refinelib.guard.faults import Injector
@@ -161,8 +161,7 @@ def find(incident: PathLike | None = None, *, output_dir: str = "outputs") -> Pa
         IncidentError: the folder given holds none.
     """
     if incident is not None:
-        named = Path(incident).expanduser(), absolute(incident)
-        folder = next((path for path in named if path.is_dir()), Path(incident))
+        folder = existing(incident)
         read_report(folder)
         return folder
     root = absolute(output_dir)

@@ -144,7 +144,10 @@ class TrainingState:
     def __init__(self, settings: Settings, run: Run, sources: Mapping[str, Source] = {}) -> None:
         self.settings, self.run = settings, run
         self.device = build_device(settings)
-        _seed_everything(settings)
+        random.seed(settings.seed)
+        np.random.seed(settings.seed)
+        torch.manual_seed(settings.seed)
+        set_determinism(settings)
         if self.device.index is not None:
             torch.cuda.set_device(self.device)  # graphs and compiled kernels use the current one
         data = {split: source.fingerprint() for split, source in sources.items()}
@@ -330,10 +333,3 @@ class TrainingState:
         checkpoints.check_weights(self.model, saved, path)
         guard = {"optimizer": saved["guard"]["optimizer"]["state"], "guard": saved["guard"]["state"]}
         checkpoints.refuse_nonfinite(path, {"average": saved["average"], **guard})
-
-
-def _seed_everything(settings: Settings) -> None:
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
-    set_determinism(settings)

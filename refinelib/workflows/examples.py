@@ -9,7 +9,7 @@ from typing import Any
 from IPython import display
 
 from refinelib import checkpoints, trainer
-from refinelib.config import Settings, absolute, load_recipe, resolve
+from refinelib.config import Settings, absolute, existing, load_recipe, resolve
 from refinelib.files import is_locked
 from refinelib.plots import widgets
 from refinelib.plots.style import recorded_settings
@@ -49,7 +49,7 @@ def named(runs: Iterable[str | Run] | str | None, *, only_ok: bool = False) -> l
 
 
 def _listed(table: str, only_ok: bool) -> list[str]:
-    file = Path(table) if Path(table).is_file() else absolute(table)
+    file = existing(table)
     try:
         with open(file, newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))

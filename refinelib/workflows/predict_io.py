@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from refinelib.config import absolute
+from refinelib.config import existing
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.data.annotations import decode_segmentation, read_annotations, read_people
 from refinelib.data.coco import ImageFolder, Parts, common_end, files_in, name_parts, plain_parts, xyxy
@@ -92,7 +92,7 @@ def read_inputs(
         drawn = source.instances().boxes.tolist()
         inputs = Inputs(source.scene(0).image, drawn, [1] * len(drawn), "synthetic")
     else:
-        path = Path(os.path.abspath(_existing(image)))
+        path = Path(os.path.abspath(existing(image)))
         if annotations is None:
             notes = list[tuple[str, str]]()
             pixels = decode_image(path, upright=exif == "apply", notes=notes)
@@ -106,11 +106,6 @@ def read_inputs(
         raise DataError(f"{annotations} has no person's box that can be used in {image}{why}: give boxes")
     as_boxes(inputs.boxes, inputs.pixels.shape[:2])
     return inputs
-
-
-def _existing(file: PathLike) -> Path:
-    path = Path(os.path.expanduser(file))
-    return path if os.path.exists(path) else absolute(path)
 
 
 class Annotations:
@@ -128,7 +123,7 @@ class Annotations:
     """
 
     def __init__(self, file: PathLike, *, category: str = "person") -> None:
-        self.file = _existing(file)
+        self.file = existing(file)
         content = read_annotations(self.file)
         for one in content["annotations"]:
             if isinstance(one, dict):
