@@ -30,14 +30,10 @@ LOOK = 0.5
 class Follower(Run):
     """A run as the ranks see it that do not write it (:mod:`refinelib.ranks`): records go nowhere."""
 
-    def event(self, kind: str, message: str, **fields: Any) -> None:
-        """Keep what only this process knows, for rank 0 to write."""
-        self.slowed += [message] * (kind == "speed")
-
     def _write_nothing(self, *_: Any, **fields: Any) -> None:
         """Rank 0 writes it."""
 
-    record_settings = update = metrics = rewind_records = _write_nothing
+    record_settings = update = metrics = event = rewind_records = _write_nothing
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

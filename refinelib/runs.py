@@ -42,7 +42,6 @@ class Run:
         self.name = self.folder.name
         self._status: dict[str, Any] = {}
         self._waiting: dict[str, list[str]] = {}  # lines by file, and the status, that are not on disk yet
-        self.slowed: list[str] = []  # messages of this process since they were last joined with the others'
         self._warned = False
         self._tensorboard: Any = None
         self._purge_step: int | None = None
@@ -149,7 +148,6 @@ class Run:
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Append a line to ``events.jsonl``."""
-        self.slowed += [message] * (kind == "speed")
         self._append("events.jsonl", {"kind": kind, "message": message, "time": _now(), **fields})
 
     def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:

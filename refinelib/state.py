@@ -143,6 +143,7 @@ class TrainingState:
 
     def __init__(self, settings: Settings, run: Run, sources: Mapping[str, Source] = {}) -> None:
         self.settings, self.run = settings, run
+        self.slowed: list[str] = []  # messages of this rank since they were last joined with the others'
         self.device = build_device(settings)
         random.seed(settings.seed)
         np.random.seed(settings.seed)
@@ -191,6 +192,7 @@ class TrainingState:
     def say(self, kind: str, message: str, **fields: Any) -> None:
         """Record an event, at the present step if no other is given; some kinds are printed too."""
         self.run.event(kind, message, **{"step": self.step, **fields})
+        self.slowed += [message] * (kind == "speed")
         if kind in ("speed", "inject") and self.leads:
             with contextlib.suppress(BrokenPipeError):
                 print(f"{self.run.name}: {message}", flush=True)

@@ -244,12 +244,12 @@ class Trainer(TrainingState):
 
     def join_messages(self) -> None:
         """Record what slowed other ranks down than this one."""
-        first, *others = ranks.gathered(self.run.slowed)
+        first, *others = ranks.gathered(self.slowed)
         for rank, messages in enumerate(others, 1):
             for message in dict.fromkeys(messages):
                 if message not in first:
                     self.say("speed", f"rank {rank}: {message}")
-        self.run.slowed.clear()
+        self.slowed.clear()
 
     def stop(self, plan: Plan) -> None:
         """Keep the very step that was reached, and leave."""

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,9 +25,9 @@ from refinelib.data.sources import SceneError, Tally, box_of, counted, wrong_box
 from refinelib.files import PathLike, dumps, numbered, retold, shown, write_atomically
 from refinelib.metrics.evaluate import checked_folder, coco_entry, encode, write_results
 from refinelib.metrics.predict import Predictor, as_boxes
+from refinelib.plots.masks import Pixels
 from refinelib.plots.masks import overlay as with_masks
 
-Pixels = NDArray[Any]
 NO_BOX = "annotation without box or mask"
 NO_BOXES = "image without a box in the annotations"
 BAD_BOXES = "image whose boxes cannot be used"
