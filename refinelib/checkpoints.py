@@ -19,8 +19,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from refinelib.config import absolute
-from refinelib.files import PathLike, file_digest, opened_zip, read_json, reason, replacing, shown
+from refinelib.config import absolute, existing
+from refinelib.files import PathLike, file_digest, opened_zip, read_json, reason, replacing, retold, shown
 from refinelib.registry import REFINEMENTS
 from refinelib.runs import Run, RunError
 
@@ -352,8 +352,8 @@ def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
     Raises:
         CheckpointError: there is none, or it is a release file that its card does not describe.
     """
-    released, files = zoo() / f"{source}.pt", (Path(source), absolute(source))
-    if file := next((path for path in files if path.is_file()), None):
+    released = zoo() / f"{source}.pt"
+    if (file := existing(source)).is_file():
         return _described(file)
     try:
         run = Run.open(source, output_dir=output_dir)
@@ -375,12 +375,10 @@ def _described(path: Path) -> Path:
         CheckpointError: it has another SHA-256, or the card is damaged.
     """
     card = path.with_suffix(".json")
-    try:
-        content = read_json(card)
-    except FileNotFoundError:
+    if not card.is_file():
         return path
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the card {card} cannot be read ({reason(error)}): copy it again") from None
+    with retold(CheckpointError, f"the card {card} cannot be read (", "): copy it again"):
+        content = read_json(card)
     said = content.get("sha256") if isinstance(content, dict) else None  # another program's, else
     if said is not None and said != (found := file_digest(path)):
         wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"

@@ -30,6 +30,8 @@ LINE, PIECE = 1 << 20, 4 << 20
 #: Bytes that the arrays of an .npz may take together.
 ARRAYS = 256 << 20
 PathLike = str | os.PathLike[str]
+Causes = type[Exception] | tuple[type[Exception], ...]
+_DAMAGE = (OSError, ValueError, TypeError, KeyError)
 
 
 # -- the package's own -------------------------------------------------------------------------------
@@ -176,15 +178,17 @@ def reason(error: BaseException, length: int = 200) -> str:
 
 
 @contextlib.contextmanager
-def retold(kind: Callable[[str], Exception], before: str, after: str = "") -> Iterator[None]:
-    """Turns what reading a damaged file raises into another error, with words before and after the reason.
+def retold(
+    kind: Callable[[str], Exception], before: str, after: str = "", *, causes: Causes = _DAMAGE
+) -> Iterator[None]:
+    """Turns some errors, those of reading a damaged file, into another one, in words before and after theirs.
 
     Raises:
-        kind: in place of OSError, ValueError, TypeError and KeyError.
+        kind: in place of the ``causes``.
     """
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except causes as error:
         raise kind(f"{before}{reason(error, 1000)}{after}") from None
 
 

@@ -117,15 +117,12 @@ def load(incident: PathLike, *, device: str = "auto") -> tuple[dict[str, Any], S
     """
     folder = Path(incident)
     report = read_report(folder)
-    try:
+    wrong = f"the incident {folder} cannot be replayed: "
+    with retold(IncidentError, wrong, causes=checkpoints.CheckpointError):
         batch = checkpoints.load(folder / "batch.pt", needs=("images", "labels"))
         state = checkpoints.load(folder / "state.pt", needs=("model", "scale", "random", "training"))
+    with retold(IncidentError, f"{wrong}it was left by another version, whose settings this one lacks: "):
         settings = Settings(**report["settings"]).model_copy(update={"device": device})
-    except checkpoints.CheckpointError as error:
-        raise IncidentError(f"the incident {folder} cannot be replayed: {error}") from None
-    except ValueError as error:
-        lacks = "was left by another version, whose settings this one lacks"
-        raise IncidentError(f"the incident {folder} {lacks}: {error}") from None
     target = build.build_device(settings)
     if target.type == "cpu" and report["device"] == "cpu":
         torch.set_num_threads(report["threads"])  # the order of sums depends on it

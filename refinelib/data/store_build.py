@@ -84,7 +84,7 @@ def open_store(
             return Store.open(store, max_images)
     made = {"source": source.name, "split": source.split, "max_images": max_images, **sizes}
     info = StoreInfo(**made, fingerprint=fingerprint)
-    try:
+    with files.retold(DataError, f"the store {folder} cannot be written: ", causes=OSError):
         root.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder, progress):
             changed = changed_files(folder, source) if folder.exists() else 0
@@ -92,8 +92,6 @@ def open_store(
                 print(f"{changed} of the files of {folder.name} have changed: builds it again", flush=True)
             if changed or not folder.exists():
                 _build(source, folder, info, workers, progress)
-    except OSError as error:
-        raise DataError(f"the store {folder} cannot be written: {error}") from error
     built = Store.open(folder)
     if progress:
         with suppress(BrokenPipeError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from IPython import display
 
 from refinelib import checkpoints, trainer
 from refinelib.config import Settings, absolute, existing, load_recipe, resolve
-from refinelib.files import is_locked
+from refinelib.files import is_locked, retold
 from refinelib.plots import widgets
 from refinelib.plots.style import recorded_settings
 from refinelib.runs import DEBUG_DIR, Run, RunError, newest, places
@@ -50,11 +51,8 @@ def named(runs: Iterable[str | Run] | str | None, *, only_ok: bool = False) -> l
 
 def _listed(table: str, only_ok: bool) -> list[str]:
     file = existing(table)
-    try:
-        with open(file, newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, ValueError, csv.Error) as error:
-        raise RunError(f"the table {file} cannot be read: {error}") from None
+    with retold(RunError, f"the table {file} cannot be read: ", causes=(OSError, ValueError, csv.Error)):
+        rows = list(csv.DictReader(io.StringIO(file.read_text("utf-8"))))
     kept = [row for row in rows if row.get("folder") and (not only_ok or row.get("state") == "ok")]
     if not kept:
         raise RunError(f"the table {file} lists no run{' that ended as ok' * only_ok}")
