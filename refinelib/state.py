@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from refinelib import checkpoints, ranks
 from refinelib.build import build_device, build_step, device_name, random_state, set_determinism
@@ -44,7 +43,7 @@ Take = Callable[[list[int], Rows], None]
 
 
 class StepLog:
-    """Turns reports into rows, and rows into lines of ``metrics.jsonl`` and ``events.jsonl``.
+    """Turns the rows of reports (``reports``) into lines of ``metrics.jsonl`` and ``events.jsonl``.
 
     Args:
         run: where lines go.
@@ -66,16 +65,6 @@ class StepLog:
         #: When the next line's first step began: validation and checkpoints do not slow it down.
         self.started = time.perf_counter()
 
-    # -- from the device
-    def add(self, report: Tensor, step: int, epoch: int) -> None:
-        """Take a step's report, which may still be computed on the device."""
-        self.reports.add(report, step, epoch)
-
-    def read(self, *, wait: bool) -> list[Row]:
-        """The rows that have arrived, with ``wait`` all there are: :meth:`Reports.read`."""
-        return self.reports.read(wait=wait)
-
-    # -- into the log
     def record(self, row: Row) -> None:
         """Take a row into the epoch's means, the events and, with enough of them, a line."""
         self.monitor.update(row)
