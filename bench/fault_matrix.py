@@ -185,7 +185,7 @@ def advance(trainer: Trainer) -> None:
     trainer.model.train()
     report = trainer.train_step(plan, at_step)
     trainer.step += 1
-    trainer.log.add(report, trainer.step, epoch + 1)
+    trainer.log.reports.add(report, trainer.step, epoch + 1)
     trainer.process_reports(plan, wait=True)
 
 

@@ -35,8 +35,6 @@ Example:
     True
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command ``refinelib``: fetch data, train, score, predict, export, replay."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """From settings to the objects that use them: the one place where a setting's name meets its object."""
 
-from __future__ import annotations
-
 import copy
 import os
 from typing import Any, NamedTuple

@@ -5,13 +5,11 @@ tensors. Its ``checksum`` is the SHA-256 of all of them in a fixed order, which 
 that was cut short or changed.
 """
 
-from __future__ import annotations
-
-import collections
 import hashlib
+import io
 import json
 import os
-import pickletools
+import pickle
 import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +19,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from refinelib.config import absolute
-from refinelib.files import PathLike, file_digest, opened_zip, read_json, reason, replacing, shown
+from refinelib.config import absolute, existing
+from refinelib.files import PathLike, file_digest, opened_zip, read_json, reason, replacing, retold, shown
 from refinelib.registry import REFINEMENTS
 from refinelib.runs import Run, RunError
 
@@ -180,14 +178,33 @@ def load(path: PathLike, *, needs: Collection[str] = ()) -> dict[str, Any]:
 
 
 # -- what a file may hold ----------------------------------------------------------------------------
-#: Bytes a value of each type of storage that a file may name, and what else it may name.
+#: Bytes a value of each type of storage that a file may name, and what it may name to be called.
 _KINDS = {1: "Byte Char Bool", 2: "Half BFloat16 Short", 4: "Float Int", 8: "Double Long"}
 _STORAGES = {f"torch {kind}Storage": size for size, kinds in _KINDS.items() for kind in kinds.split()}
-_OTHERS = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")
-#: How ``torch.save`` names a storage: ("storage", type, member, device, values).
-_NAMING = ("MARK", "BINUNICODE", "GLOBAL", "BINUNICODE", "BINUNICODE", "INT", "TUPLE")
+_CALLED = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")
 #: Largest pickle of names and plain values, and deepest nesting; the largest model has a tenth and a fifth.
 _PICKLE, _DEPTH = 2 << 20, 32
+
+
+class _Claims(pickle._Unpickler):
+    """Reads a pickle without torch: a type of storage is a number here, and what is called gives None.
+
+    Raises:
+        Exception: it names anything else, calls a type, or a storage has not the size of its member.
+    """
+
+    sizes: dict[str, int]  # of the members
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Bytes a value, or what may be called."""
+        kind = f"{module} {name}"
+        return (lambda *_: None) if kind in _CALLED else _STORAGES[kind]
+
+    def persistent_load(self, pid: Any) -> None:
+        """What ``torch.save`` says of a storage: a word, type, member, device, number of values."""
+        _, kind, member, _, count = pid
+        if self.sizes.get(f"data/{member}") != count * kind:
+            raise ValueError(f"the storage {member} has another size than it claims")
 
 
 def _claims_fit(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bool:
@@ -208,25 +225,10 @@ def _claims_fit(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bool:
     # Without the zip's mark in front, torch would read the file as one of before 2020.
     if not inside or not fits or file.read(4) != b"PK\x03\x04":
         return False
-    memo: dict[int, tuple[str, Any]] = {}
-    last: collections.deque[tuple[str, Any]] = collections.deque(maxlen=len(_NAMING))
-    unused_types = 0
-    for code, value, _ in pickletools.genops(archive.read(root + "data.pkl")):
-        if code.name in ("BINPUT", "LONG_BINPUT"):
-            memo[int(value or 0)] = last[-1]
-        elif code.name == "BINPERSID":
-            operations, (_, _, kind, member, _, count, _) = zip(*last, strict=True)
-            if operations != _NAMING or sizes.get(f"data/{member}") != count * _STORAGES.get(kind, -1):
-                return False
-            unused_types -= 1
-        else:
-            name = "INT" if code.name in ("BININT", "BININT1", "BININT2", "LONG1") else code.name
-            last.append(memo[int(value or 0)] if code.name in ("BINGET", "LONG_BINGET") else (name, value))
-            name, value = last[-1]
-            if name == "GLOBAL" and value not in _STORAGES and value not in _OTHERS:
-                return False
-            unused_types += name == "GLOBAL" and value in _STORAGES
-    return not unused_types  # a type that names no storage could be called with a size
+    claims = _Claims(io.BytesIO(archive.read(root + "data.pkl")))
+    claims.sizes = sizes
+    claims.load()
+    return True
 
 
 def _is_plain(value: Any, room: list[int], depth: int = 0) -> bool:
@@ -350,8 +352,8 @@ def find(source: PathLike, *, output_dir: str = "outputs") -> Path:
     Raises:
         CheckpointError: there is none, or it is a release file that its card does not describe.
     """
-    released, files = zoo() / f"{source}.pt", (Path(source), absolute(source))
-    if file := next((path for path in files if path.is_file()), None):
+    released = zoo() / f"{source}.pt"
+    if (file := existing(source)).is_file():
         return _described(file)
     try:
         run = Run.open(source, output_dir=output_dir)
@@ -373,12 +375,10 @@ def _described(path: Path) -> Path:
         CheckpointError: it has another SHA-256, or the card is damaged.
     """
     card = path.with_suffix(".json")
-    try:
-        content = read_json(card)
-    except FileNotFoundError:
+    if not card.is_file():
         return path
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the card {card} cannot be read ({reason(error)}): copy it again") from None
+    with retold(CheckpointError, f"the card {card} cannot be read (", "): copy it again"):
+        content = read_json(card)
     said = content.get("sha256") if isinstance(content, dict) else None  # another program's, else
     if said is not None and said != (found := file_digest(path)):
         wrong = f"{path} has the SHA-256 {found}, its card {card.name} says {shown(said)}"

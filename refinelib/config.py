@@ -17,8 +17,6 @@ inference how a finished model's masks are decided; no training step uses it
 Losses, refinements and data sets bring their settings with them (:mod:`refinelib.registry`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools
@@ -33,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import pydantic
 from pydantic.fields import FieldInfo
 
-from refinelib.files import PathLike, parse_yaml, read_yaml, shipped, shown
+from refinelib.files import PathLike, parse_yaml, read_yaml, retold, shipped, shown
 from refinelib.registry import DATASETS, LOSSES, REFINEMENTS, Option, limits_in_words
 
 ROLES = ("run", "data", "model", "training", "inference")
@@ -68,6 +66,12 @@ def absolute(value: PathLike) -> Path:
         return project_root() / Path(value).expanduser()
     except RuntimeError:
         raise SettingsError(f"{shown(str(value))} is no path: there is no user of that name") from None
+
+
+def existing(value: PathLike) -> Path:
+    """A path as it is given, where something is there; else its :func:`absolute` form."""
+    path = Path(os.path.expanduser(value))
+    return path if os.path.exists(path) else absolute(value)
 
 
 # -- the settings ------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ class Settings(_Values):
     target_decision_weight: float = _infer(1.0, "factor on the target's probability", ge=0.1, le=10.0)
     nontarget_decision_weight: float = _infer(1.0, "factor on other people's probability", ge=0.1, le=10.0)
 
-    def __new__(cls, **_: Any) -> Settings:
+    def __new__(cls, **_: Any) -> "Settings":
         """An instance of the class that has the registered parts' settings as well."""
         return super().__new__(settings_class() if cls is Settings else cls)
 
@@ -219,7 +223,7 @@ class Settings(_Values):
         return value
 
     @pydantic.model_validator(mode="after")
-    def _fit_together(self) -> Settings:
+    def _fit_together(self) -> "Settings":
         own = list(DATASETS.options(self.data))
         found = [o.name for o in DATASETS.options() if o not in own and getattr(self, o.name) != o.default]
         others = [*dict.fromkeys(found)]  # several data sets share one
@@ -359,15 +363,13 @@ def load_recipe(recipe: str, *, derived: tuple[str, ...] = ()) -> dict[str, Any]
     """
     file = recipe_files().get(recipe)
     if recipe.endswith((".yaml", ".yml")):
-        file = Path(recipe) if os.path.exists(recipe) else absolute(recipe)
+        file = existing(recipe)
     if file is None or not os.path.isfile(file):
         known = recipe_names()
         nearest = _nearest(recipe, [*known, *RECIPE_ALIASES])
         raise SettingsError(f"there is no recipe {shown(recipe)}{nearest}; there are {', '.join(known)}")
-    try:
+    with retold(SettingsError, ""):
         content = read_yaml(file)
-    except (OSError, ValueError) as error:
-        raise SettingsError(str(error)) from None
     if not isinstance(content, dict):
         raise SettingsError(f"{file} must hold one `name: value` a line, and holds {type(content).__name__}")
     values = {str(name): value for name, value in content.items()}

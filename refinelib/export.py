@@ -27,8 +27,6 @@ formulations for GPUs are in no file.
 Every file has the same metadata, a JSON text under the name :data:`METADATA`: see :func:`metadata`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

@@ -4,12 +4,11 @@ For damaged content every reader raises ValueError, in a sentence that names the
 be opened OSError. Nothing of the package is imported.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -31,6 +30,8 @@ LINE, PIECE = 1 << 20, 4 << 20
 #: Bytes that the arrays of an .npz may take together.
 ARRAYS = 256 << 20
 PathLike = str | os.PathLike[str]
+Causes = type[Exception] | tuple[type[Exception], ...]
+_DAMAGE = (OSError, ValueError, TypeError, KeyError)
 
 
 # -- the package's own -------------------------------------------------------------------------------
@@ -65,6 +66,17 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def numbered(name: str) -> Iterator[str]:
+    """Names to choose the first free one from: the name, then with ``-2``, ``-3`` and so on after it.
+
+    Example:
+        >>> names = numbered("best")
+        >>> next(names), next(names)
+        ('best', 'best-2')
+    """
+    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -163,6 +175,21 @@ def reason(error: BaseException, length: int = 200) -> str:
         return f"{getattr(error, 'problem', 'wrong')} in line {mark.line + 1}"
     text = " ".join(str(error)[: 10 * length].split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+@contextlib.contextmanager
+def retold(
+    kind: Callable[[str], Exception], before: str, after: str = "", *, causes: Causes = _DAMAGE
+) -> Iterator[None]:
+    """Turns some errors, those of reading a damaged file, into another one, in words before and after theirs.
+
+    Raises:
+        kind: in place of the ``causes``.
+    """
+    try:
+        yield
+    except causes as error:
+        raise kind(f"{before}{reason(error, 1000)}{after}") from None
 
 
 # -- bytes -------------------------------------------------------------------------------------------

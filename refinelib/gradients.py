@@ -6,8 +6,6 @@ forward and, term by term, backward through ``torch.autograd.grad``. No ``.grad`
 state is touched: a run is bit for bit the same with and without the probe.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@
 All three open without this package; the two ``.pt`` with ``torch.load(file, weights_only=True)``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math
@@ -23,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from refinelib import build, checkpoints
-from refinelib.config import Settings, absolute
-from refinelib.files import PathLike, dumps, read_json, write_atomically
+from refinelib.config import Settings, absolute, existing
+from refinelib.files import PathLike, dumps, read_json, retold, write_atomically
 from refinelib.guard.diagnose import Finding, Step, examine, take, tensors
 from refinelib.guard.faults import Injector
 from refinelib.guard.monitor import Row
@@ -119,15 +117,12 @@ def load(incident: PathLike, *, device: str = "auto") -> tuple[dict[str, Any], S
     """
     folder = Path(incident)
     report = read_report(folder)
-    try:
+    wrong = f"the incident {folder} cannot be replayed: "
+    with retold(IncidentError, wrong, causes=checkpoints.CheckpointError):
         batch = checkpoints.load(folder / "batch.pt", needs=("images", "labels"))
         state = checkpoints.load(folder / "state.pt", needs=("model", "scale", "random", "training"))
+    with retold(IncidentError, f"{wrong}it was left by another version, whose settings this one lacks: "):
         settings = Settings(**report["settings"]).model_copy(update={"device": device})
-    except checkpoints.CheckpointError as error:
-        raise IncidentError(f"the incident {folder} cannot be replayed: {error}") from None
-    except ValueError as error:
-        lacks = "was left by another version, whose settings this one lacks"
-        raise IncidentError(f"the incident {folder} {lacks}: {error}") from None
     target = build.build_device(settings)
     if target.type == "cpu" and report["device"] == "cpu":
         torch.set_num_threads(report["threads"])  # the order of sums depends on it
@@ -163,8 +158,7 @@ def find(incident: PathLike | None = None, *, output_dir: str = "outputs") -> Pa
         IncidentError: the folder given holds none.
     """
     if incident is not None:
-        named = Path(incident).expanduser(), absolute(incident)
-        folder = next((path for path in named if path.is_dir()), Path(incident))
+        folder = existing(incident)
         read_report(folder)
         return folder
     root = absolute(output_dir)
@@ -188,10 +182,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         near = sorted(str(path.parent) for path in Path(folder).glob("**/report.json"))
         such = f"such as {near[0]}" if near else "outputs/<run>/incidents/<step>"
         raise IncidentError(f"{folder} holds no report.json: give an incident's folder, {such}")
-    try:
+    with retold(IncidentError, f"{file} cannot be read: "):
         report: dict[str, Any] = read_json(file)
-    except (OSError, ValueError) as error:
-        raise IncidentError(f"{file} cannot be read: {error}") from None
     lacking = [name for name in _NEEDED if not isinstance(report, dict) or name not in report]
     if lacking:
         raise IncidentError(f"{file} is no incident's report: it lacks {', '.join(lacking)}")

@@ -1,7 +1,5 @@
 """Start one run on several processes of this host with ``torchrun``, and follow it from its folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -16,7 +14,7 @@ import torch
 
 from refinelib import checkpoints
 from refinelib.config import Settings, SettingsError, fields, resolve
-from refinelib.files import shown
+from refinelib.files import retold, shown
 from refinelib.guard import faults
 from refinelib.guard.rewind import DivergedError
 from refinelib.registry import DATASETS
@@ -33,14 +31,10 @@ LOOK = 0.5
 class Follower(Run):
     """A run as the ranks see it that do not write it (:mod:`refinelib.ranks`): records go nowhere."""
 
-    def event(self, kind: str, message: str, **fields: Any) -> None:
-        """Keep what only this process knows, for rank 0 to write."""
-        self.slowed += [message] * (kind == "speed")
-
     def _write_nothing(self, *_: Any, **fields: Any) -> None:
         """Rank 0 writes it."""
 
-    record_settings = update = metrics = rewind_records = _write_nothing
+    record_settings = update = metrics = event = rewind_records = _write_nothing
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -57,7 +51,7 @@ class Interruption:
     was ignored (``nohup``) stays ignored.
     """
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> "Interruption":
         self.deferred = False
         self.requested: set[int] = set()  # the signals that came in the loop
         self._previous: dict[int, Any] = {}
@@ -187,10 +181,8 @@ def refuse_wrong_values(settings: Settings) -> None:
         SettingsError: the faults to plant cannot be read.
         CheckpointError: ``init_from`` names no checkpoint.
     """
-    try:
+    with retold(SettingsError, f"inject = {shown(settings.inject)}: "):
         faults.parse(settings.inject or "")
-    except ValueError as error:
-        raise SettingsError(f"inject = {shown(settings.inject)}: {error}") from None
     if settings.init_from:
         checkpoints.find(settings.init_from, output_dir=settings.output_dir)
 

@@ -9,8 +9,6 @@ Rank 0 writes the run's files; all share the validation. A process that ``torchr
 of one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import math
@@ -61,7 +59,7 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: str, timeout: float) -> Iterator[Watch]:
+def joined(device: str, timeout: float) -> Iterator["Watch"]:
     """Join the processes that ``torchrun`` started, if it did; leave them at the end.
 
     Args:

@@ -4,8 +4,6 @@ A part brings its settings with it as :class:`Option`. :mod:`refinelib.config` t
 so that a new part needs no other line in the package.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

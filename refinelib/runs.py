@@ -1,10 +1,7 @@
 """The run folder: what a run leaves behind, written so that a crash at any moment leaves it readable."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
-import itertools
 import json
 import os
 import platform
@@ -20,7 +17,7 @@ from typing import Any
 import refinelib
 from refinelib import config, files
 from refinelib.config import Settings, absolute, names_with_role
-from refinelib.files import PathLike, dumps, exclusive, read_json, reason, shipped, write_atomically
+from refinelib.files import PathLike, dumps, exclusive, numbered, read_json, retold, shipped, write_atomically
 
 #: Folder of debug runs in the folder of all runs.
 DEBUG_DIR = "debug-runs"
@@ -45,13 +42,12 @@ class Run:
         self.name = self.folder.name
         self._status: dict[str, Any] = {}
         self._waiting: dict[str, list[str]] = {}  # lines by file, and the status, that are not on disk yet
-        self.slowed: list[str] = []  # messages of this process since they were last joined with the others'
         self._warned = False
         self._tensorboard: Any = None
         self._purge_step: int | None = None
 
     @classmethod
-    def start(cls, settings: Settings) -> Run:
+    def start(cls, settings: Settings) -> "Run":
         """A new folder for this run; with ``resume`` the newest one of its name and settings.
 
         No folder of a run that took a step is ever written over: the next free number is appended to the
@@ -65,8 +61,7 @@ class Run:
             if found:
                 return found[-1]
             raise RunError(f"there is no run named {name!r} under {root} to resume: start it without resume")
-        for number in itertools.count(1):
-            folder = root / (name if number == 1 else f"{name}-{number}")
+        for folder in map(root.joinpath, numbered(name)):
             if is_free(folder):
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     failed = folder.rename(root / f".{folder.name}.failed-{os.getpid()}")
@@ -79,7 +74,7 @@ class Run:
         return cls(folder)
 
     @classmethod
-    def open(cls, run: PathLike, *, output_dir: str = "outputs") -> Run:
+    def open(cls, run: PathLike, *, output_dir: str = "outputs") -> "Run":
         """A run on disk, finished or still going, by its folder or its name under ``outputs/``.
 
         Raises:
@@ -153,7 +148,6 @@ class Run:
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Append a line to ``events.jsonl``."""
-        self.slowed += [message] * (kind == "speed")
         self._append("events.jsonl", {"kind": kind, "message": message, "time": _now(), **fields})
 
     def rewind_records(self, step: int, epoch: int, *, events: bool = True) -> None:
@@ -236,13 +230,11 @@ class Run:
             RunError: it is missing or damaged.
         """
         file = self.folder / "config.json"
-        try:
+        with retold(RunError, f"the settings in {file} cannot be read: "):
             found: dict[str, Any] = read_json(file)
             if not isinstance(found["settings"], dict):
                 raise ValueError("it is damaged")
-            return found
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(f"the settings in {file} cannot be read: {reason(error)}") from None
+        return found
 
     def settings(self) -> Settings:
         """The settings the run was made with.
@@ -250,11 +242,8 @@ class Run:
         Raises:
             RunError: they are damaged, or another version's.
         """
-        try:
+        with retold(RunError, f"{self.folder / 'config.json'} holds settings that this version lacks: "):
             return Settings(**self.config()["settings"])
-        except ValueError as error:
-            file = self.folder / "config.json"
-            raise RunError(f"{file} holds settings that this version lacks: {reason(error)}") from None
 
     def status(self) -> dict[str, Any]:
         """What ``status.json`` holds: state, step, epoch, best, metrics.
@@ -267,12 +256,9 @@ class Run:
         """
         file = self.folder / "status.json"
         with contextlib.suppress(OSError, ValueError):
-            found = read_json(file)
-            if (
-                isinstance(found, dict)
-                and isinstance(found.get("state", ""), str)
-                and files.are_numbers(found)
-            ):
+            found: dict[str, Any] = read_json(file)
+            plain = isinstance(found, dict) and isinstance(found.get("state", ""), str)
+            if plain and files.are_numbers(found):
                 return found | self._end_of_killed(found) if files.was_killed(self.folder, found) else found
         raise RunError(f"{file} is damaged or missing: put {{}} into it, and resume=true continues")
 

@@ -1,7 +1,5 @@
 """A run's live objects, its log of steps, and its whole state: put into checkpoints and restored exactly."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import random
@@ -14,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from refinelib import checkpoints, ranks
 from refinelib.build import build_device, build_step, device_name, random_state, set_determinism
@@ -46,7 +43,7 @@ Take = Callable[[list[int], Rows], None]
 
 
 class StepLog:
-    """Turns reports into rows, and rows into lines of ``metrics.jsonl`` and ``events.jsonl``.
+    """Turns the rows of reports (``reports``) into lines of ``metrics.jsonl`` and ``events.jsonl``.
 
     Args:
         run: where lines go.
@@ -68,16 +65,6 @@ class StepLog:
         #: When the next line's first step began: validation and checkpoints do not slow it down.
         self.started = time.perf_counter()
 
-    # -- from the device
-    def add(self, report: Tensor, step: int, epoch: int) -> None:
-        """Take a step's report, which may still be computed on the device."""
-        self.reports.add(report, step, epoch)
-
-    def read(self, *, wait: bool) -> list[Row]:
-        """The rows that have arrived, with ``wait`` all there are: :meth:`Reports.read`."""
-        return self.reports.read(wait=wait)
-
-    # -- into the log
     def record(self, row: Row) -> None:
         """Take a row into the epoch's means, the events and, with enough of them, a line."""
         self.monitor.update(row)
@@ -145,8 +132,12 @@ class TrainingState:
 
     def __init__(self, settings: Settings, run: Run, sources: Mapping[str, Source] = {}) -> None:
         self.settings, self.run = settings, run
+        self.slowed: list[str] = []  # messages of this rank since they were last joined with the others'
         self.device = build_device(settings)
-        _seed_everything(settings)
+        random.seed(settings.seed)
+        np.random.seed(settings.seed)
+        torch.manual_seed(settings.seed)
+        set_determinism(settings)
         if self.device.index is not None:
             torch.cuda.set_device(self.device)  # graphs and compiled kernels use the current one
         data = {split: source.fingerprint() for split, source in sources.items()}
@@ -190,6 +181,7 @@ class TrainingState:
     def say(self, kind: str, message: str, **fields: Any) -> None:
         """Record an event, at the present step if no other is given; some kinds are printed too."""
         self.run.event(kind, message, **{"step": self.step, **fields})
+        self.slowed += [message] * (kind == "speed")
         if kind in ("speed", "inject") and self.leads:
             with contextlib.suppress(BrokenPipeError):
                 print(f"{self.run.name}: {message}", flush=True)
@@ -332,10 +324,3 @@ class TrainingState:
         checkpoints.check_weights(self.model, saved, path)
         guard = {"optimizer": saved["guard"]["optimizer"]["state"], "guard": saved["guard"]["state"]}
         checkpoints.refuse_nonfinite(path, {"average": saved["average"], **guard})
-
-
-def _seed_everything(settings: Settings) -> None:
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
-    set_determinism(settings)

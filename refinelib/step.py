@@ -7,8 +7,6 @@
 The graph holds the whole step, the guard's decision included, without host-device synchronisation.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -5,8 +5,6 @@
 The run folder holds everything that notebooks and commands read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -162,7 +160,7 @@ class Trainer(TrainingState):
                 while end - per_epoch <= self.step < end and not self.stopping(interruption):
                     report = self.train_step(plan, self.step % per_epoch)
                     self.step += 1
-                    self.log.add(report, self.step, epoch + 1)
+                    self.log.reports.add(report, self.step, epoch + 1)
                     self.process_reports(plan, wait=self.step == end)  # may set self.step back
                     if self.step < end:  # at an epoch's end the checkpoint comes with a snapshot
                         self.rewinder.maybe_snapshot(self.step)
@@ -198,7 +196,7 @@ class Trainer(TrainingState):
         Afterwards ``step`` may be smaller. After an incident the guard suspends updates until the host has
         examined the weights before that step; the steps in between are taken again.
         """
-        rows = self.log.read(wait=wait)
+        rows = self.log.reports.read(wait=wait)
         self.stop_requested |= any(row.stop for row in rows)
         for place, row in enumerate(rows):
             self.log.record(row)
@@ -209,7 +207,7 @@ class Trainer(TrainingState):
             reason = self.rewinder.see(row)
             if reason is not None:
                 # Steps that were taken before this report was read; none after an incident.
-                for late in [] if incident else [*rows[place + 1 :], *self.log.read(wait=True)]:
+                for late in [] if incident else [*rows[place + 1 :], *self.log.reports.read(wait=True)]:
                     if not late.report["updates_suspended"]:
                         self.log.record(late)
                     if late.report["incident"]:
@@ -246,12 +244,12 @@ class Trainer(TrainingState):
 
     def join_messages(self) -> None:
         """Record what slowed other ranks down than this one."""
-        first, *others = ranks.gathered(self.run.slowed)
+        first, *others = ranks.gathered(self.slowed)
         for rank, messages in enumerate(others, 1):
             for message in dict.fromkeys(messages):
                 if message not in first:
                     self.say("speed", f"rank {rank}: {message}")
-        self.run.slowed.clear()
+        self.slowed.clear()
 
     def stop(self, plan: Plan) -> None:
         """Keep the very step that was reached, and leave."""

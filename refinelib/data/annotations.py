@@ -1,7 +1,5 @@
 """The persons of a COCO instances file, in whatever dress a tool wrote it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """Persons that are in memory: numpy arrays, lists, or a PyTorch data set of images and masks."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -40,7 +38,7 @@ DATA_RULE = "give (images, masks), (images, masks, boxes), items, a torch Datase
 IDS = 1 << 16
 
 
-def sources_of(data: Any, settings: Settings) -> tuple[Settings, dict[str, ArrayPeople]]:
+def sources_of(data: Any, settings: Settings) -> tuple[Settings, dict[str, "ArrayPeople"]]:
     """The splits of data in memory, and the settings of a run on them; see :class:`ArrayPeople`.
 
     Args:

@@ -6,8 +6,6 @@ alone (and what is pasted into it on its neighbour in the batch): a skipped step
 incident get the same pixels. Compiled and plain kernels differ in rounding only.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """COCO person annotations and their images as a source."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -4,8 +4,6 @@ Those of YOLO and LabelMe are handed to :class:`CocoPeople` as COCO content; mas
 them, are read as they are.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -24,7 +22,7 @@ from refinelib.data import sources
 from refinelib.data.annotations import Content, whole
 from refinelib.data.coco import CocoPeople, files_in
 from refinelib.data.sources import DataError, InstancesBuilder, Mask, Masks, Scene, SceneError, persons_in
-from refinelib.files import JSON, PathLike, read_json, read_yaml, shown
+from refinelib.files import JSON, PathLike, read_json, read_yaml, retold, shown
 
 DAMAGED = "annotation file that cannot be read"
 NO_PICTURE = "labels without image"
@@ -117,10 +115,8 @@ class YoloPeople(_Files):
     def __init__(self, data: PathLike, split: str = "val", **options: Any) -> None:
         file = Path(os.path.expanduser(data))
         file = file if os.path.isfile(file) else file / "data.yaml"
-        try:
+        with retold(DataError, "", "; give its folder, or a file like it"):
             content = read_yaml(file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{error}; give its folder, or a file like it") from None
         content = content if isinstance(content, dict) else {}
         names, root, places = content.get("names"), content.get("path") or ".", content.get(split)
         names = dict(enumerate(names)) if isinstance(names, list) else names

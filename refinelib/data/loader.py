@@ -1,7 +1,5 @@
 """Batches of a store on the device: which ROIs, in what order, how augmented."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,7 +43,6 @@ class BatchLoader:
         accumulate: micro-batches in a step.
         mode: augmentation, see :func:`refinelib.data.augment.draw`.
         seed: of order and augmentation.
-        resident: false: stream in any case.
 
     Example:
         >>> from refinelib.config import Settings
@@ -67,7 +64,6 @@ class BatchLoader:
         accumulate: int = 1,
         mode: str = "off",
         seed: int = 0,
-        resident: bool = True,
     ) -> None:
         self.store, self.device, self.mode, self.seed = store, device, mode, seed
         self.batch_size, self.accumulate = batch_size, accumulate
@@ -78,7 +74,7 @@ class BatchLoader:
         self.steps_per_epoch = max(1, len(store) // (batch_size * accumulate))
         self._augmented: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = self.augmented
         self.resident: tuple[Tensor, ...] | None = None
-        if resident and device.type == "cuda":
+        if device.type == "cuda":
             size = len(store) * (store.images[0].nbytes + store.coverage[0].nbytes)
             if size < torch.cuda.get_device_properties(device).total_memory / 4:
                 self.resident = tuple(x.to(device) for x in store.as_tensors())

@@ -4,8 +4,6 @@ A source lists its ROIs before any image is decoded (``instances``), and decodes
 every person at a time (``scene``).
 """
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -235,7 +233,7 @@ class Tally:
         (Counter({'missing image': 1}), {'missing image': 'there is no 1.png'})
     """
 
-    def __init__(self, *parts: Instances | Tally) -> None:
+    def __init__(self, *parts: "Instances | Tally") -> None:
         self.skipped, self.notes, self.examples = Counter[str](), Counter[str](), dict[str, str]()
         for part in parts:
             self.skipped.update(part.skipped)

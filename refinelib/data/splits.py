@@ -1,7 +1,5 @@
 """From settings to the stores of the train and the val split; the data sets by name."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Mapping, Sequence

@@ -11,11 +11,10 @@ A store is a folder that can be copied to another machine; the images are not ne
     files.npz      the files that it was made from, their sizes and times
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import warnings
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,7 +105,7 @@ class Store:
         self._plain = np.asarray(self.images), np.asarray(self.coverage)
 
     @classmethod
-    def open(cls, folder: str | Path, max_images: int | None = None) -> Store:
+    def open(cls, folder: str | Path, max_images: int | None = None) -> "Store":
         """Open a store, wherever it was built; no image and no annotation is needed.
 
         Args:
@@ -118,19 +117,18 @@ class Store:
         """
         folder = Path(folder)
         info = read_info(folder)
-        try:
+        with _checked(folder, "index.npz cannot be read: "):
             index = files.read_npz(folder / "index.npz", _SHAPES)
-        except (OSError, ValueError) as error:
-            raise _damaged(folder, f"index.npz cannot be read ({error})") from None
-        rows = {"images.u8": (*info.canvas, 3), "coverage.u8": (*info.mask_canvas, info.channels)}
-        for name, shape in rows.items():
-            wanted = info.rois * int(np.prod(shape))
-            found = (folder / name).stat().st_size if (folder / name).is_file() else 0
-            if found != wanted:
-                raise _damaged(folder, f"{name} has {found} of {wanted} bytes")
-        mean = index["mean_coverage"]
-        if len(index["boxes"]) != info.rois or mean.shape[:2] != info.mask_canvas:
-            raise _damaged(folder, f"index.npz does not have {info.rois} rows, or a mean of another size")
+        with _checked(folder):
+            rows = {"images.u8": (*info.canvas, 3), "coverage.u8": (*info.mask_canvas, info.channels)}
+            for name, shape in rows.items():
+                wanted = info.rois * int(np.prod(shape))
+                found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+                if found != wanted:
+                    raise ValueError(f"{name} has {found} of {wanted} bytes")
+            mean = index["mean_coverage"]
+            if len(index["boxes"]) != info.rois or mean.shape[:2] != info.mask_canvas:
+                raise ValueError(f"index.npz does not have {info.rois} rows, or a mean of another size")
         columns = {name: index[name].astype(COLUMNS[name], copy=False) for name in COLUMNS if name in _SHAPES}
         return cls(folder, info, columns, mean).first_images(max_images)
 
@@ -171,7 +169,7 @@ class Store:
             self._mean = (total / (255 * len(self))).astype(np.float32)
         return self._mean
 
-    def first_images(self, count: int | None) -> Store:
+    def first_images(self, count: int | None) -> "Store":
         """The ROIs of the source's first ``count`` images, as if built with ``max_images=count``.
 
         ``skipped`` and ``examples`` stay those of the whole store.
@@ -230,11 +228,9 @@ def read_info(folder: Path) -> StoreInfo:
     file = folder / "store.json"
     if not file.is_file():
         raise DataError(f"there is no store in {folder}: a store is a folder with store.json and its arrays")
-    try:
+    with _checked(folder, "store.json cannot be read: "):
         content = files.read_json(file, limit=MOST_INFO)
         version = content["format"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _damaged(folder, f"store.json cannot be read ({error})") from None
     if version not in (1, FORMAT):
         rule = f"this version reads format {FORMAT}: delete the folder, and it is built again from the images"
         raise DataError(f"the store {folder} has format {files.shown(version)}, {rule}")
@@ -242,9 +238,11 @@ def read_info(folder: Path) -> StoreInfo:
         return StoreInfo.model_validate(content)
     except ValidationError as error:
         names = sorted({str(problem["loc"][0]) for problem in error.errors()})
-        raise _damaged(folder, f"store.json has no usable {', '.join(names)}") from None
+    with _checked(folder):
+        raise ValueError(f"store.json has no usable {', '.join(names)}")
 
 
-def _damaged(folder: Path, what: str) -> DataError:
-    rule = "copy it again, or delete the folder, and it is built again from the images"
-    return DataError(f"the store {folder} is damaged: {what}; {rule}")
+def _checked(folder: Path, what: str = "") -> AbstractContextManager[None]:
+    """Turns what is wrong with a store's files into a DataError."""
+    rule = "; copy it again, or delete the folder, and it is built again from the images"
+    return files.retold(DataError, f"the store {folder} is damaged: {what}", rule)

@@ -1,7 +1,5 @@
 """Builds a store: several processes decode each image once into known rows."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing
@@ -86,7 +84,7 @@ def open_store(
             return Store.open(store, max_images)
     made = {"source": source.name, "split": source.split, "max_images": max_images, **sizes}
     info = StoreInfo(**made, fingerprint=fingerprint)
-    try:
+    with files.retold(DataError, f"the store {folder} cannot be written: ", causes=OSError):
         root.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder, progress):
             changed = changed_files(folder, source) if folder.exists() else 0
@@ -94,8 +92,6 @@ def open_store(
                 print(f"{changed} of the files of {folder.name} have changed: builds it again", flush=True)
             if changed or not folder.exists():
                 _build(source, folder, info, workers, progress)
-    except OSError as error:
-        raise DataError(f"the store {folder} cannot be written: {error}") from error
     built = Store.open(folder)
     if progress:
         with suppress(BrokenPipeError):
@@ -214,7 +210,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _decoded(rows: _Rows, workers: int | None) -> Iterator[_Decoded]:
+def _decoded(rows: "_Rows", workers: int | None) -> Iterator["_Decoded"]:
     """All images in order, decoded by several processes, or as many as the source says."""
     workers = getattr(rows.source, "workers", None) or workers or usable_cores()
     workers = min(workers, -(-len(rows) // 8))

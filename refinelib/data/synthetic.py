@@ -4,8 +4,6 @@ A :class:`Pen` lays one surface over another on a canvas of codes. The look of a
 that one pass over the image (:func:`paint`) paints all of them: texture, light, optics.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import zlib

@@ -5,8 +5,6 @@ bit, or within rounding where the run was compiled), and once with every operati
 pays for that.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

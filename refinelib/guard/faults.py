@@ -16,8 +16,6 @@ number, whose norm is not finite) or ``spike`` (a thousand times what it was). S
 log.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

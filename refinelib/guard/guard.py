@@ -15,8 +15,6 @@ all of it bit for bit unchanged.
                                    -> report: one row, which the host reads later
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Mapping
@@ -230,7 +228,7 @@ class Guard:
         if self.kept:
             own = torch.where(measure.ruined(self.kept, self.buffers), math.nan, own)
         loss = measure.mean_of_processes(own) if loss is None else own
-        decision: StepDecision = self._decide(loss.reshape(()), *self.measure(), self._rate())
+        decision: StepDecision = self._decide(loss.reshape(()), *measured(self.parameters), self._rate())
         self._update_weights(decision)
         for buffer, kept in zip(self.buffers, self.kept or [], strict=True):
             buffer.copy_(torch.where(decision.skip, kept, buffer))
@@ -263,10 +261,6 @@ class Guard:
         """Undo :meth:`compile`."""
         self._decide, self._update_average = self.decide, _update_average
 
-    def measure(self) -> tuple[Tensor, Tensor]:
-        """See :func:`measured`; the gradients are still scaled."""
-        return measured(self.parameters)
-
     def _rate(self) -> Tensor | None:
         """The largest rate of the groups, float32; none where a schedule gives it."""
         if self.schedule is not None:
@@ -282,8 +276,8 @@ class Guard:
 
         Args:
             loss: scalar, unscaled.
-            norms: float32 ``[parameters]``, from :meth:`measure`.
-            largest: float32 ``[parameters]``, from :meth:`measure`.
+            norms: float32 ``[parameters]``, from :func:`measured`; the gradients are still scaled.
+            largest: float32 ``[parameters]``, likewise.
             rate: learning rate where there is no schedule, float32.
         """
         state = dict(zip(self.state, self.memory.unbind(), strict=True))
@@ -311,9 +305,8 @@ class Guard:
         signed = (state["signed"] != 0) | (loss <= 0)
         spike = torch.stack([torch.where(signed, unusual[2], unusual[0]), unusual[1]])
         # No further than the mean moved: an outlier changes it little.
-        size = state["loss_size"] + (1 / (seen + 1)).clamp(min=1 / WINDOW) * (
-            torch.minimum(values[2].abs(), center[2].abs() + limit[2]) - state["loss_size"]
-        )
+        near = torch.minimum(values[2].abs(), center[2].abs() + limit[2])
+        size = state["loss_size"] + (1 / (seen + 1)).clamp(min=1 / WINDOW) * (near - state["loss_size"])
         unknown = state["loss_size"] == 0
         size = torch.where(unknown, values[2].abs(), size)
         deviation = torch.where(unknown & (seen > 0), values[2].abs(), spread[2])

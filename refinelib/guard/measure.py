@@ -1,7 +1,5 @@
 """What a decision is made of: sizes of gradients, values compared with their past, the loss scale."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

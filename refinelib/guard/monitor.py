@@ -1,7 +1,5 @@
 """Watches the steps' reports: readable events, and whether the loss has diverged."""
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics

@@ -1,7 +1,5 @@
 """Optimizers and schedules: what a guard steps, how far a step moves a weight, what is kept on the host."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

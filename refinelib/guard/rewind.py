@@ -10,8 +10,6 @@ Where it does recur, and after too many skips in a row, training continues with 
 trouble, at a lower learning rate.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable
@@ -69,7 +67,7 @@ class Snapshot:
 
     @classmethod
     @torch.no_grad()
-    def take(cls, step: int, guard: Guard) -> Snapshot:
+    def take(cls, step: int, guard: Guard) -> "Snapshot":
         """Copy the state after step number ``step``."""
         tensors = {name: x.clone() for name, x in guard.tensors().items()}
         return cls(step, tensors, guard.memory.clone(), plain=PlainState(guard.optimizer, guard.scheduler))

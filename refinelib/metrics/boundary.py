@@ -9,8 +9,6 @@ Conventions, for every function here:
 * Nothing but :func:`point_surfaces` waits for the device.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

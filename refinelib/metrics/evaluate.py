@@ -4,8 +4,6 @@ Masks are scored on ROIs, and pasted back into their images against the truth at
 scores COCO results of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import csv
@@ -89,8 +87,7 @@ class Evaluation:
             writer.writerow(self.people)
             for row in zip(*(column.tolist() for column in self.people.values()), strict=True):
                 writer.writerow(["" if value != value else value for value in row])
-        entries = ",\n".join(dumps(entry) for entry in self.results)
-        write_atomically(coco, f"[\n{entries}\n]\n")
+        write_results(coco, self.results)
         columns = {f"people.{name}": column for name, column in self.people.items()}
         with replacing(folder / ARRAYS, "wb") as file:
             np.savez_compressed(file, confusion=self.confusion, **columns)
@@ -238,7 +235,7 @@ def _score(predictor: Predictor, source: Source, store: Store, max_images: int |
     return Evaluation(report, people, results, found.masks, confusion, predictor.name, settings)
 
 
-def _columns(on_roi: dict[str, Tensor], in_image: ImageMetrics, store: Store) -> dict[str, Any]:
+def _columns(on_roi: dict[str, Tensor], in_image: "ImageMetrics", store: Store) -> dict[str, Any]:
     """One row a ROI: its ids and box, its figures on the ROI, its figures in the image."""
     people: dict[str, Any] = {"annotation_id": store.annotation_ids, "image_id": store.image_ids}
     people |= {name: store.boxes[:, i] for i, name in enumerate(("x0", "y0", "x1", "y1"))}
@@ -329,12 +326,9 @@ def annotated_images(
         for first in range(0, len(slots), MOST_TOGETHER):
             some = slots[first : first + MOST_TOGETHER]
             ids, categories, boxes, areas = map(np.array, zip(*(known[slot] for slot in some), strict=True))
-            of_each: Any = {
-                "slots": np.array(some),
-                "scored": np.isin(some, rois),
-                "areas": areas.astype(float),
-            }
+            of_each: Any = {"slots": np.array(some), "scored": np.isin(some, rois)}
             of_each |= {"annotation_ids": ids.tolist(), "category_ids": categories.tolist()}
+            of_each["areas"] = areas.astype(float)
             yield AnnotatedImage(**of_image, **of_each, boxes=torch.as_tensor(boxes, dtype=torch.float64))
 
 
@@ -536,6 +530,12 @@ def coco_entry(image_id: Any, category_id: Any, segmentation: dict[str, Any], sc
     """
     ids = {"image_id": image_id, "category_id": category_id}
     return {**ids, "segmentation": segmentation, "score": round(score, 6)}
+
+
+def write_results(file: Path, entries: Iterable[CocoEntry]) -> Path:
+    """Write masks in COCO's results format, a line each; returns the file."""
+    write_atomically(file, "[\n" + ",\n".join(map(dumps, entries)) + "\n]\n")
+    return file
 
 
 def average_precision(truth: Sequence[CocoEntry], results: Sequence[CocoEntry]) -> dict[str, float | None]:

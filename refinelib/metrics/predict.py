@@ -1,7 +1,5 @@
 """Use what was trained: an image and boxes in, masks in image coordinates out."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import copy
@@ -106,7 +104,7 @@ def load(
     output_dir: str = "outputs",
     flip: bool | None = None,
     refit: bool | None = None,
-) -> Predictor:
+) -> "Predictor":
     """The model of a run, of a release or of a checkpoint file, ready to predict.
 
     Args:
@@ -138,9 +136,8 @@ def load(
     settings = Settings(**saved["settings"]).model_copy(update={"device": device})
     model = build_model(settings)
     model.load_state_dict(saved["average"] or saved["model"])
-    return Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"]).with_options(
-        flip, refit
-    )
+    predictor = Predictor(model, settings, path=path, mean_coverage=saved["mean_coverage"])
+    return predictor.with_options(flip, refit)
 
 
 class Predictor:
@@ -176,18 +173,15 @@ class Predictor:
         self.model: Any = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.eval().requires_grad_(False)
         self.settings, self.path, self.mean_coverage = settings, path, mean_coverage
-        self.flip, self.refit, self.weights = (
-            settings.flip_test,
-            settings.refit_box,
-            settings.decision_weights,
-        )
+        self.flip, self.refit = settings.flip_test, settings.refit_box
+        self.weights = settings.decision_weights
 
     @property
     def name(self) -> str:
         """The run's, or that of a checkpoint file that lies in no run."""
         return self.path.parents[1].name if self.path.parent.name == "checkpoints" else self.path.stem
 
-    def with_options(self, flip: bool | None = None, refit: bool | None = None) -> Predictor:
+    def with_options(self, flip: bool | None = None, refit: bool | None = None) -> "Predictor":
         """The same model with flip test and refitted boxes on or off; None: as it is."""
         other = copy.copy(self)
         given = {"flip": flip, "refit": refit}

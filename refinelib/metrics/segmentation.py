@@ -8,8 +8,6 @@ A metric is added by one line: ``METRICS.add(name, Metric(function, "title"))``.
 tables of people have it from then on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Masks are boolean ``[..., H, W]``; distances are in pixels between pixel centres
 otherwise. Everything here runs on the tensor's own device and reads nothing back from it.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor

@@ -4,8 +4,6 @@ Some have a second formulation for GPUs, or for compiled code there; both give t
 rounding (tests/modeling/test_layers.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ one sample. All of them compute in float32 whatever comes in.
 A loss is added by one line: ``LOSSES.add(name, LossTerm(function), Option(f"{name}_weight", ...))``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple

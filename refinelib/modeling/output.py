@@ -1,7 +1,5 @@
 """What the model returns, and the class probabilities that follow from it."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from collections.abc import Iterable
 from functools import cache

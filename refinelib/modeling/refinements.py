@@ -13,8 +13,6 @@ their head's output where they have one.
 A refinement is added by one line: ``REFINEMENTS.add(name, Refinement(module, ...), Option(switch, ...))``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

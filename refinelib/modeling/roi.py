@@ -5,8 +5,6 @@ reach outside the image. Both directions are separable, ``out = Wy @ in @ Wx^T``
 run in float64: neither autocast nor a reduced matmul precision (TF32) can blur them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -9,8 +9,6 @@
 The class probabilities are exact products of the two branches (output.hierarchical_log_probs).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -135,9 +133,8 @@ class HierarchicalUNet(nn.Module):
         """Make the modules that are switched on; all others are None."""
         registered = {option.name: option.default for option in REFINEMENTS.options()}
         if unknown := options.keys() - registered.keys():
-            raise TypeError(
-                f"no refinement has the option {unknown.pop()!r}; there are {', '.join(registered)}"
-            )
+            there = ", ".join(registered)
+            raise TypeError(f"no refinement has the option {unknown.pop()!r}; there are {there}")
         options = registered | options
         self.refinements: list[Refinement] = []
         for name, part in REFINEMENTS.items():

@@ -5,8 +5,6 @@ that shows itself at the end of a notebook cell. A run that is still going is dr
 that was not finite is a gap in its line and a cross at the panel's upper edge.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 Those of an epoch's end (updates, distributions, term_shares) need ``found.epoch_statistics`` of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures and tables of incident.ipynb: one incident, from its folder and from its step replayed."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Pictures of instances and their masks: image, truth, prediction, error."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

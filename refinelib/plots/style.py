@@ -1,7 +1,5 @@
 """What every figure has in common: colours, titles, axes, legends, tables, and how it is saved."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import os

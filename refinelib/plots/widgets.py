@@ -4,8 +4,6 @@ Everything is drawn by the functions that draw the static figures. Where nobody 
 nbval) no widget is made, so an executed notebook holds no widget state.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """Many runs at once: recipes x values x seeds, each run in a process of its own, shared out over the GPUs."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json
@@ -13,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -21,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from refinelib.config import Settings, SettingsError, fields, resolve
-from refinelib.files import shipped
+from refinelib.files import numbered, shipped
 from refinelib.launch import Interruption, options, say, start
 from refinelib.plots import style
 from refinelib.runs import Run, newest
@@ -101,7 +99,7 @@ def plan(
                 rule = "the batch shares out the GPUs: give cuda, and choose some by CUDA_VISIBLE_DEVICES"
                 raise SettingsError(f"device = {settings.device}: {rule}")
             label = "".join(f"-{name}{_text(getattr(settings, name))}" for name in varied)
-            name = next(name for name in _numbered(settings.run_name + label) if name not in jobs)
+            name = next(name for name in numbered(settings.run_name + label) if name not in jobs)
             if name != settings.run_name:
                 given["run"] = name
                 settings = resolve(recipe, **given)
@@ -128,10 +126,6 @@ def _text(value: Any) -> str:
         return str(value).replace("+", "")  # 1e+20
     words = ("off", "on")[value] if isinstance(value, bool) else value
     return "-" + ("x".join(map(str, words)) if isinstance(words, tuple) else str(words).lower())
-
-
-def _numbered(name: str) -> Iterator[str]:
-    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
 # -- training ----------------------------------------------------------------------------------------
@@ -322,7 +316,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def save(outcomes: Sequence[Outcome]) -> Path:
     """Write the rows as a new file ``batch.csv``, ``batch-2.csv``, ... beside the run folders."""
     root = outcomes[0].job.root
-    rows, files = records(outcomes, root), (root / f"{name}.csv" for name in _numbered("batch"))
+    rows, files = records(outcomes, root), (root / f"{name}.csv" for name in numbered("batch"))
     file = next(file for file in files if not file.exists())
     with open(file, "x", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, rows[0])

@@ -4,8 +4,6 @@ A check never raises for what it finds; it returns a :class:`Check`. ``notebooks
 and keeps what they found in ``checks.json`` of the run's folder.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import tempfile

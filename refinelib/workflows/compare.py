@@ -3,8 +3,6 @@
 Runs that differ in ``seed`` alone are a group, with one colour and one mean.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -3,12 +3,12 @@
 Every part is imported where it is looked at: a part that is missing is a finding.
 """
 
-from __future__ import annotations
-
 import platform
+import re
 import shutil
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -65,14 +65,10 @@ def _packages(_: Given) -> Iterator[Found]:
     except metadata.PackageNotFoundError:
         yield Found("packages", "refinelib is not installed in this Python", "run pip install -e . in it")
         return
-    extras = ["", *(metadata.metadata("refinelib").get_all("Provides-Extra") or [])]
-    found: dict[str, list[str]] = {extra: [] for extra in extras}
-    wrong = list[str]()
+    found, wrong = defaultdict[str, list[str]](list), list[str]()
     for one in needed:
-        extra = next(
-            (name for name in extras if not one.marker or one.marker.evaluate({"extra": name})), None
-        )
-        if extra is None:
+        extra = "".join(re.findall(r"extra == .([\w-]+)", str(one.marker)))
+        if one.marker and not one.marker.evaluate({"extra": extra}):
             continue  # for another system
         try:
             version = metadata.version(one.name)
@@ -81,7 +77,7 @@ def _packages(_: Given) -> Iterator[Found]:
             version, fits = "missing", False
         found[extra].append(f"{one.name} {version}")
         wrong += [f"{one.name} {version}, not {one.specifier}"] if not (fits or extra) else []
-    text = "; ".join(wrong) or f"all {len(found.pop(''))} are there"
+    text = "; ".join(wrong) or f"all {len(found[''])} are there"
     yield Found("packages", text, "run pip install -e . again" if wrong else "")
     for extra, names in found.items():
         if extra not in ("", *DEVELOPERS):

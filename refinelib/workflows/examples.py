@@ -1,9 +1,8 @@
 """Runs for a notebook: those that are named; else the newest there is, else a tiny one trained now."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
+import io
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 from IPython import display
 
 from refinelib import checkpoints, trainer
-from refinelib.config import Settings, absolute, load_recipe, resolve
-from refinelib.files import is_locked
+from refinelib.config import Settings, absolute, existing, load_recipe, resolve
+from refinelib.files import is_locked, retold
 from refinelib.plots import widgets
 from refinelib.plots.style import recorded_settings
 from refinelib.runs import DEBUG_DIR, Run, RunError, newest, places
@@ -51,12 +50,9 @@ def named(runs: Iterable[str | Run] | str | None, *, only_ok: bool = False) -> l
 
 
 def _listed(table: str, only_ok: bool) -> list[str]:
-    file = Path(table) if Path(table).is_file() else absolute(table)
-    try:
-        with open(file, newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, ValueError, csv.Error) as error:
-        raise RunError(f"the table {file} cannot be read: {error}") from None
+    file = existing(table)
+    with retold(RunError, f"the table {file} cannot be read: ", causes=(OSError, ValueError, csv.Error)):
+        rows = list(csv.DictReader(io.StringIO(file.read_text("utf-8"))))
     kept = [row for row in rows if row.get("folder") and (not only_ok or row.get("state") == "ok")]
     if not kept:
         raise RunError(f"the table {file} lists no run{' that ended as ok' * only_ok}")

@@ -4,8 +4,6 @@ A file that is not whole has the name ``.NAME.part``. The same command continues
 everything is there.
 """
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -6,9 +6,6 @@ after each phase, each in one step. The same call therefore continues a sequence
 phases are kept, and the phase that was interrupted resumes from its checkpoint.
 """
 
-from __future__ import annotations
-
-import itertools
 import os
 import re
 import statistics
@@ -20,7 +17,7 @@ from typing import Any, NamedTuple
 from refinelib import checkpoints
 from refinelib.config import Settings, SettingsError, absolute, names_with_role, plain_values, resolve
 from refinelib.data import open_splits
-from refinelib.files import dumps, exclusive, owner, read_json, was_killed, write_atomically
+from refinelib.files import dumps, exclusive, numbered, owner, read_json, was_killed, write_atomically
 from refinelib.metrics import predict
 from refinelib.runs import Run, RunError, is_free
 from refinelib.trainer import train
@@ -205,8 +202,7 @@ def _train(made: Plan, state: State, entry: State, source: str | None, on_epoch:
         return Run(begun)
     resume = bool(entry["run"]) and Run(begun).has_checkpoint
     if not resume:
-        free = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-        entry["run"] = next(folder for folder in free if is_free(made.folder / folder))
+        entry["run"] = next(folder for folder in numbered(name) if is_free(made.folder / folder))
     entry.update(NOT_BEGUN, state="running", run=entry["run"], settings=settings.model_dump(mode="json"))
     _write(made.folder, state, state="running", phase=name, last_error=None, **owner())
     start = f"{entry['run']} resumes from its checkpoint" if resume else f"starts from {source or 'scratch'}"
@@ -251,10 +247,8 @@ def finite(trained: Run) -> Check:
     wrong += [f"the loss of epoch {epoch} is not finite" for epoch in lost]
     for file in sorted((trained.folder / "checkpoints").glob("*.pt")):
         saved = checkpoints.load(file)
-        weights = [*saved["model"].items(), *(saved["average"] or {}).items()]
-        wrong += [
-            f"{name} in {file.name} is not finite" for name, x in weights if not bool(x.isfinite().all())
-        ]
+        broken = [name for part in ("model", "average") for name in checkpoints.nonfinite(saved[part])]
+        wrong += [f"{name} in {file.name} is not finite" for name in broken]
     return Check("finite", not wrong, [*wrong, f"every loss and weight is; {skipped}"][0])
 
 

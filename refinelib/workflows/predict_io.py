@@ -1,7 +1,5 @@
 """Masks of an image or of a folder of images: what they are made from, and the files that they leave."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import itertools
@@ -15,22 +13,21 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from refinelib.config import absolute
+from refinelib.config import existing
 from refinelib.data import DataError, SyntheticPeople, decode_image
 from refinelib.data.annotations import decode_segmentation, read_annotations, read_people
 from refinelib.data.coco import ImageFolder, Parts, common_end, files_in, name_parts, plain_parts, xyxy
 from refinelib.data.formats import IMAGES
 from refinelib.data.sources import SceneError, Tally, box_of, counted, wrong_box
-from refinelib.files import PathLike, dumps, shown, write_atomically
-from refinelib.metrics.evaluate import checked_folder, coco_entry, encode
+from refinelib.files import PathLike, dumps, numbered, retold, shown, write_atomically
+from refinelib.metrics.evaluate import checked_folder, coco_entry, encode, write_results
 from refinelib.metrics.predict import Predictor, as_boxes
+from refinelib.plots.masks import Pixels
 from refinelib.plots.masks import overlay as with_masks
 
-Pixels = NDArray[Any]
 NO_BOX = "annotation without box or mask"
 NO_BOXES = "image without a box in the annotations"
 BAD_BOXES = "image whose boxes cannot be used"
@@ -51,7 +48,7 @@ class Inputs(NamedTuple):
     left_out: str = ""  # the image's annotations that are not used, by reason; what is unusual about it
     source: str = "synthetic"  # the image's file
 
-    def with_boxes(self, boxes: Sequence[Sequence[float]]) -> Inputs:
+    def with_boxes(self, boxes: Sequence[Sequence[float]]) -> "Inputs":
         """The same image with other boxes; one that stays in its place keeps its category.
 
         Example:
@@ -94,7 +91,7 @@ def read_inputs(
         drawn = source.instances().boxes.tolist()
         inputs = Inputs(source.scene(0).image, drawn, [1] * len(drawn), "synthetic")
     else:
-        path = Path(os.path.abspath(_existing(image)))
+        path = Path(os.path.abspath(existing(image)))
         if annotations is None:
             notes = list[tuple[str, str]]()
             pixels = decode_image(path, upright=exif == "apply", notes=notes)
@@ -108,11 +105,6 @@ def read_inputs(
         raise DataError(f"{annotations} has no person's box that can be used in {image}{why}: give boxes")
     as_boxes(inputs.boxes, inputs.pixels.shape[:2])
     return inputs
-
-
-def _existing(file: PathLike) -> Path:
-    path = Path(os.path.expanduser(file))
-    return path if os.path.exists(path) else absolute(path)
 
 
 class Annotations:
@@ -130,7 +122,7 @@ class Annotations:
     """
 
     def __init__(self, file: PathLike, *, category: str = "person") -> None:
-        self.file = _existing(file)
+        self.file = existing(file)
         content = read_annotations(self.file)
         for one in content["annotations"]:
             if isinstance(one, dict):
@@ -156,10 +148,8 @@ class Annotations:
             DataError: the file cannot be read, or is not listed.
         """
         people = self.people
-        try:
+        with retold(DataError, f"{self.file} lists "):
             index = index_of(image, self.names) if index is None else index
-        except DataError as error:
-            raise DataError(f"{self.file} lists {error}") from None
         number = self.numbers[index]
         size = people.images[number]["height"], people.images[number]["width"]
         notes = list[tuple[str, str]]()
@@ -276,17 +266,10 @@ def save_masks(
     return [*files, write_results(folder / f"{inputs.name}_coco.json", entries)]
 
 
-def write_results(file: Path, entries: Iterable[dict[str, Any]]) -> Path:
-    """Write masks in COCO's results format, a line each; returns the file."""
-    write_atomically(file, "[\n" + ",\n".join(map(dumps, entries)) + "\n]\n")
-    return file
-
-
 def _own_folder(root: Path, inputs: Inputs) -> Path:
     """The image's folder in ``root``, made if there is none."""
     mark = dumps({"image": inputs.source}) + "\n"
-    for number in itertools.count(1):
-        folder = root / (inputs.name if number == 1 else f"{inputs.name}-{number}")
+    for folder in map(root.joinpath, numbered(inputs.name)):
         file = folder / "image.json"
         if file.is_file() and file.read_text("utf-8") == mark:
             break

@@ -81,7 +81,7 @@ def advance(trainer, count):
         plan = trainer.loader.plan(trainer.step // trainer.loader.steps_per_epoch)
         report = trainer.train_step(plan, trainer.step % trainer.loader.steps_per_epoch)
         trainer.step += 1
-        trainer.log.add(report, trainer.step, 1)
+        trainer.log.reports.add(report, trainer.step, 1)
         trainer.process_reports(plan, wait=True)
 
 
@@ -324,7 +324,7 @@ def test_a_damaged_state_is_updated_no_further_until_it_is_restored(trainer):
         *({name: x for name, x in found.items() if not name.startswith(ruled)} for found in (before, after))
     )
     trainer.step += 1
-    trainer.log.add(report, trainer.step, 1)
+    trainer.log.reports.add(report, trainer.step, 1)
     trainer.process_reports(plan, wait=True)
     assert trainer.rewinder.rewinds == 1 and all(
         bool(x.isfinite().all()) for x in trainer.guard.tensors().values()

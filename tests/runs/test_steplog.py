@@ -26,8 +26,8 @@ def report(log, **values):
 
 def take(log, reports):
     for step, values in enumerate(reports, 1):
-        log.add(report(log, **values), step, 1)
-    for row in log.read(wait=False):  # on a CPU all of them
+        log.reports.add(report(log, **values), step, 1)
+    for row in log.reports.read(wait=False):  # on a CPU all of them
         log.record(row)
 
 
@@ -64,6 +64,6 @@ def test_a_probe_takes_whole_rows_and_unread_steps_can_be_dropped(log):
     ((steps, reports),) = taken
     assert steps == [1] and reports.shape == (1, len(log.names) + len(REPORT) + 2)
     assert reports.dtype == np.float64 and reports[0, -2:].tolist() == [1, 2]
-    log.add(report(log), 2, 1)
+    log.reports.add(report(log), 2, 1)
     log.reports.forget()
-    assert log.read(wait=True) == []
+    assert log.reports.read(wait=True) == []
