@@ -228,7 +228,7 @@ class Guard:
         if self.kept:
             own = torch.where(measure.ruined(self.kept, self.buffers), math.nan, own)
         loss = measure.mean_of_processes(own) if loss is None else own
-        decision: StepDecision = self._decide(loss.reshape(()), *measured(self.parameters), self._rate())
+        decision: StepDecision = self._decide(loss.reshape(()), *self.measure(), self._rate())
         self._update_weights(decision)
         for buffer, kept in zip(self.buffers, self.kept or [], strict=True):
             buffer.copy_(torch.where(decision.skip, kept, buffer))
@@ -269,6 +269,10 @@ class Guard:
         numbers = [torch.as_tensor(0.0 if rate is None else rate).to(self.memory) for rate in rates]
         return torch.stack(numbers).amax().float()
 
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """See :func:`measured`; the gradients are still scaled."""
+        return measured(self.parameters)
+
     def decide(
         self, loss: Tensor, norms: Tensor, largest: Tensor, rate: Tensor | None = None
     ) -> StepDecision:
@@ -276,8 +280,8 @@ class Guard:
 
         Args:
             loss: scalar, unscaled.
-            norms: float32 ``[parameters]``, from :func:`measured`; the gradients are still scaled.
-            largest: float32 ``[parameters]``, likewise.
+            norms: float32 ``[parameters]``, from :meth:`measure`.
+            largest: float32 ``[parameters]``, from :meth:`measure`.
             rate: learning rate where there is no schedule, float32.
         """
         state = dict(zip(self.state, self.memory.unbind(), strict=True))
