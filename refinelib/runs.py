@@ -307,7 +307,11 @@ class Run:
         rows = {"run": f"{self.name}: {state}{f' ({more})' if more else ''}"}
         rows |= {name: "none" if value is None else f"{value:.3f}" for name, value in numbers.items()}
         rows["skipped steps"] = f"{status.get('skipped_steps', 0)} of {status.get('step', 0)}"
-        rows |= {name: str(self.folder / name) for name in ("checkpoints", "figures")}
+        rows |= {
+            name: str(self.folder / name)
+            for name in ("checkpoints", "figures")
+            if any(self.folder.glob(f"{name}/*"))
+        }
         return "\n".join(f"{name:20} {text}" for name, text in rows.items())
 
     def fits(self, settings: Settings, *, exactly: bool = False) -> bool:

@@ -140,6 +140,10 @@ class Trainer(TrainingState):
             self.restore()
         total = settings.epochs * per_epoch
         self.run.update(epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
+        if self.leads:
+            since = f", from step {self.step + 1} on" if self.step else ""
+            with contextlib.suppress(BrokenPipeError):
+                print(f"{self.run.folder}: {settings.epochs} epochs of {per_epoch} steps{since}", flush=True)
         for fault in faults.beyond(settings.inject, total):
             self.say("inject", f"the planted fault {fault} never comes: the run has {total} steps")
         self.rewinder.start(self.step)
