@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +183,7 @@ def load(path: PathLike, *, needs: Collection[str] = ()) -> dict[str, Any]:
 _KINDS = {1: "Byte Char Bool", 2: "Half BFloat16 Short", 4: "Float Int", 8: "Double Long"}
 _STORAGES = {f"torch {kind}Storage": size for size, kinds in _KINDS.items() for kind in kinds.split()}
 _CALLED = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")
+_PROTOCOL_2 = {ord(operation.code) for operation in pickletools.opcodes if operation.proto <= 2}
 #: Largest pickle of names and plain values, and deepest nesting; the largest model has a tenth and a fifth.
 _PICKLE, _DEPTH = 2 << 20, 32
 
@@ -193,6 +195,8 @@ class _Claims(pickle._Unpickler):
         Exception: it names anything else, calls a type, or a storage has not the size of its member.
     """
 
+    # As torch.save writes them; a later protocol makes a bytearray of as many bytes as the file claims.
+    dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if code in _PROTOCOL_2}
     sizes: dict[str, int]  # of the members
 
     def find_class(self, module: str, name: str) -> Any:
@@ -375,7 +379,7 @@ def _described(path: Path) -> Path:
         CheckpointError: it has another SHA-256, or the card is damaged.
     """
     card = path.with_suffix(".json")
-    if not card.is_file():
+    if not card.exists():
         return path
     with retold(CheckpointError, f"the card {card} cannot be read (", "): copy it again"):
         content = read_json(card)

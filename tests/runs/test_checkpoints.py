@@ -200,6 +200,7 @@ HOSTILE = {
     "storage called": pickled(b"ctorch\nFloatStorage\n" + HUGE + b"\x85R"),
     "storage made": pickled(b"ctorch\nFloatStorage\n" + HUGE + b"\x85\x81"),
     "bytearray": pickled(b"cbuiltins\nbytearray\n" + HUGE + b"\x85R"),
+    "claimed bytearray": pickled(b"\x96" + (4 << 30).to_bytes(8, "little")),
     "long text": pickled(b"X\xff\xff\xff\xffabc"),
     "long pickle": pickled(b"]" * (5 << 20)),
     "second pickle": rezipped(lambda name, old: old, more="/DATA.PKL"),
