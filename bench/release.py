@@ -58,11 +58,8 @@ def pack(run: Run, *, name: str, licence: str = LICENCE, report: str | None = No
     weights = out / f"{name}.pt"
     if weights.exists():
         raise ValueError(f"there is a release {weights}: take it away, or give another --name")
-    parts, packed = (
-        ("model", "average", "settings", "mean_coverage", "position"),
-        checkpoints.find(run.folder),
-    )
-    saved, config = checkpoints.load(packed, needs=parts), run.config()
+    packed, config = checkpoints.find(run.folder), run.config()
+    saved = checkpoints.load(packed, needs=("model", "average", "settings", "mean_coverage", "position"))
     values = {key: value for key, value in saved["settings"].items() if key not in OWN}
     epoch, settings = saved["position"]["epoch"], Settings(**{key: short(values[key]) for key in values})
     measured = {line["epoch"]: line["metrics"] for line in run.validations()}.get(epoch, {})

@@ -31,7 +31,8 @@ LINE, PIECE = 1 << 20, 4 << 20
 ARRAYS = 256 << 20
 PathLike = str | os.PathLike[str]
 Causes = type[Exception] | tuple[type[Exception], ...]
-_DAMAGE = (OSError, ValueError, TypeError, KeyError)
+#: What reading a damaged file raises, where its content is used as well.
+DAMAGE = (OSError, ValueError, TypeError, KeyError)
 
 
 # -- the package's own -------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def reason(error: BaseException, length: int = 200) -> str:
 
 @contextlib.contextmanager
 def retold(
-    kind: Callable[[str], Exception], before: str, after: str = "", *, causes: Causes = _DAMAGE
+    kind: Callable[[str], Exception], before: str, after: str = "", *, causes: Causes = (OSError, ValueError)
 ) -> Iterator[None]:
     """Turns some errors, those of reading a damaged file, into another one, in words before and after theirs.
 

@@ -230,7 +230,7 @@ class Run:
             RunError: it is missing or damaged.
         """
         file = self.folder / "config.json"
-        with retold(RunError, f"the settings in {file} cannot be read: "):
+        with retold(RunError, f"the settings in {file} cannot be read: ", causes=files.DAMAGE):
             found: dict[str, Any] = read_json(file)
             if not isinstance(found["settings"], dict):
                 raise ValueError("it is damaged")
@@ -307,11 +307,8 @@ class Run:
         rows = {"run": f"{self.name}: {state}{f' ({more})' if more else ''}"}
         rows |= {name: "none" if value is None else f"{value:.3f}" for name, value in numbers.items()}
         rows["skipped steps"] = f"{status.get('skipped_steps', 0)} of {status.get('step', 0)}"
-        rows |= {
-            name: str(self.folder / name)
-            for name in ("checkpoints", "figures")
-            if any(self.folder.glob(f"{name}/*"))
-        }
+        filled = [name for name in ("checkpoints", "figures") if any(self.folder.glob(f"{name}/*"))]
+        rows |= {name: str(self.folder / name) for name in filled}
         return "\n".join(f"{name:20} {text}" for name, text in rows.items())
 
     def fits(self, settings: Settings, *, exactly: bool = False) -> bool:

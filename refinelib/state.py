@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import random
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -182,9 +183,15 @@ class TrainingState:
         """Record an event, at the present step if no other is given; some kinds are printed too."""
         self.run.event(kind, message, **{"step": self.step, **fields})
         self.slowed += [message] * (kind == "speed")
-        if kind in ("speed", "inject") and self.leads:
+        if kind in ("speed", "inject"):
+            self.tell(f"{self.run.name}: {message}")
+
+    def tell(self, text: str, write: Callable[[str], object] = print) -> None:
+        """Print a line, from one rank; where nobody reads any more the run goes on."""
+        if self.leads:
             with contextlib.suppress(BrokenPipeError):
-                print(f"{self.run.name}: {message}", flush=True)
+                write(text)
+                sys.stdout.flush()
 
     @contextlib.contextmanager
     def best_effort(self, what: str) -> Iterator[None]:

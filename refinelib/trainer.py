@@ -140,10 +140,8 @@ class Trainer(TrainingState):
             self.restore()
         total = settings.epochs * per_epoch
         self.run.update(epochs=settings.epochs, steps=total, step=self.step, rois=len(self.train_store))
-        if self.leads:
-            since = f", from step {self.step + 1} on" if self.step else ""
-            with contextlib.suppress(BrokenPipeError):
-                print(f"{self.run.folder}: {settings.epochs} epochs of {per_epoch} steps{since}", flush=True)
+        since = f", from step {self.step + 1} on" if self.step else ""
+        self.tell(f"{self.run.folder}: {settings.epochs} epochs of {per_epoch} steps{since}")
         for fault in faults.beyond(settings.inject, total):
             self.say("inject", f"the planted fault {fault} never comes: the run has {total} steps")
         self.rewinder.start(self.step)
@@ -171,11 +169,9 @@ class Trainer(TrainingState):
                     bar.update(self.step - bar.n)
                 if self.step != end or not self.end_epoch(epoch, started):
                     continue  # interrupted; or a rewind: some of the epoch's steps are taken again
-                if self.leads:
-                    with contextlib.suppress(BrokenPipeError):  # nobody reads any more: the run goes on
-                        bar.write(self.epoch_line(epoch, time.perf_counter() - started))
-                    if on_epoch is not None:
-                        on_epoch(self.run)
+                self.tell(self.epoch_line(epoch, time.perf_counter() - started), bar.write)
+                if self.leads and on_epoch is not None:
+                    on_epoch(self.run)
         self.report_writes(final=True)
         self.raise_unless_trained()
         if self.leads:

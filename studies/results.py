@@ -115,16 +115,21 @@ def source_of(
     return CocoPeople(annotations, images, split="val", allow_outside=allow_images_outside)
 
 
-def hidden_images(source: Source, licences: str | Sequence[int] | None = None) -> list[int]:
+def hidden_images(source: Source, licences: str | int | list[int] | None = None) -> list[int]:
     """Ids of the images of a COCO file whose ``license`` is none of these numbers; none given: no image.
 
     Args:
         source: of :func:`source_of`.
-        licences: numbers, or a text with commas.
+        licences: numbers, one number, or a text with commas.
     """
     if not licences or not isinstance(source, CocoPeople):
         return []
-    shown = {int(one) for one in (licences.split(",") if isinstance(licences, str) else licences)}
+    given = (
+        licences
+        if isinstance(licences, Sequence) and not isinstance(licences, str)
+        else str(licences).split(",")
+    )
+    shown = {int(one) for one in given}
     return [image["id"] for image in source.read()["images"] if image.get("license") not in shown]
 
 

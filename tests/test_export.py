@@ -94,7 +94,11 @@ def test_a_file_of_any_format_gives_the_predictors_probabilities(format, checkpo
 
 
 @pytest.mark.parametrize(  # of onnx the consumer's test does it
-    "format", ["safetensors", "torchscript", pytest.param("pt2", marks=pytest.mark.slow)]
+    "format",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "pt2" else ())
+        for name in sorted(set(export.FORMATS) - {"onnx"})
+    ],
 )
 def test_with_the_other_refinements_on_and_off_too(format, checkpoint):
     needs(*export.FORMATS[format].packages)

@@ -14,8 +14,7 @@ A store is a folder that can be copied to another machine; the images are not ne
 import hashlib
 import re
 import warnings
-from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,18 +116,17 @@ class Store:
         """
         folder = Path(folder)
         info = read_info(folder)
-        with _checked(folder, "index.npz cannot be read: "):
+        with files.retold(partial(_damaged, folder), "index.npz cannot be read: "):
             index = files.read_npz(folder / "index.npz", _SHAPES)
-        with _checked(folder):
-            rows = {"images.u8": (*info.canvas, 3), "coverage.u8": (*info.mask_canvas, info.channels)}
-            for name, shape in rows.items():
-                wanted = info.rois * int(np.prod(shape))
-                found = (folder / name).stat().st_size if (folder / name).is_file() else 0
-                if found != wanted:
-                    raise ValueError(f"{name} has {found} of {wanted} bytes")
-            mean = index["mean_coverage"]
-            if len(index["boxes"]) != info.rois or mean.shape[:2] != info.mask_canvas:
-                raise ValueError(f"index.npz does not have {info.rois} rows, or a mean of another size")
+        rows = {"images.u8": (*info.canvas, 3), "coverage.u8": (*info.mask_canvas, info.channels)}
+        for name, shape in rows.items():
+            wanted = info.rois * int(np.prod(shape))
+            found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+            if found != wanted:
+                raise _damaged(folder, f"{name} has {found} of {wanted} bytes")
+        mean = index["mean_coverage"]
+        if len(index["boxes"]) != info.rois or mean.shape[:2] != info.mask_canvas:
+            raise _damaged(folder, f"index.npz does not have {info.rois} rows, or a mean of another size")
         columns = {name: index[name].astype(COLUMNS[name], copy=False) for name in COLUMNS if name in _SHAPES}
         return cls(folder, info, columns, mean).first_images(max_images)
 
@@ -228,7 +226,7 @@ def read_info(folder: Path) -> StoreInfo:
     file = folder / "store.json"
     if not file.is_file():
         raise DataError(f"there is no store in {folder}: a store is a folder with store.json and its arrays")
-    with _checked(folder, "store.json cannot be read: "):
+    with files.retold(partial(_damaged, folder), "store.json cannot be read: ", causes=files.DAMAGE):
         content = files.read_json(file, limit=MOST_INFO)
         version = content["format"]
     if version not in (1, FORMAT):
@@ -238,11 +236,9 @@ def read_info(folder: Path) -> StoreInfo:
         return StoreInfo.model_validate(content)
     except ValidationError as error:
         names = sorted({str(problem["loc"][0]) for problem in error.errors()})
-    with _checked(folder):
-        raise ValueError(f"store.json has no usable {', '.join(names)}")
+        raise _damaged(folder, f"store.json has no usable {', '.join(names)}") from None
 
 
-def _checked(folder: Path, what: str = "") -> AbstractContextManager[None]:
-    """Turns what is wrong with a store's files into a DataError."""
-    rule = "; copy it again, or delete the folder, and it is built again from the images"
-    return files.retold(DataError, f"the store {folder} is damaged: {what}", rule)
+def _damaged(folder: Path, what: str) -> DataError:
+    rule = "copy it again, or delete the folder, and it is built again from the images"
+    return DataError(f"the store {folder} is damaged: {what}; {rule}")

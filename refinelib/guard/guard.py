@@ -165,7 +165,7 @@ class Guard:
         if self.fused and self.schedule is not None:  # the kernel reads the schedule's rate on the device
             for group in optimizer.param_groups:
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(device)
-        self.root_sizes = measure.root_sizes(self.parameters).to(device)
+        self.root_sizes = measure.root_sizes(self.parameters)
         self.uncompile()
 
         names = ["applied", "skipped", "skips_in_a_row", "scale", "headroom_peak", "good_in_a_row"]

@@ -1,5 +1,6 @@
 """Losses of any sign and size: what is healthy, what is a spike, what has diverged."""
 
+import itertools
 import math
 
 import pytest
@@ -29,6 +30,8 @@ def losses(kind, count=400, seed=0):
 
 LOSSES = ["positive", "signed", "swinging", "swinging slowly", "constant", "zero", "zero, then not"]
 LOSSES += ["critic", "tiny", "enormous"]
+#: Of those that are not skipped; the others under ``slow``.
+QUICK = [("positive", "clip"), ("critic", "clip"), ("signed", "note")]
 
 
 def push(guard, values, norms=None):
@@ -44,7 +47,10 @@ def push(guard, values, norms=None):
 
 @pytest.mark.parametrize(
     ("kind", "on_spike"),
-    [(kind, "skip") for kind in LOSSES] + [("positive", "clip"), ("critic", "clip"), ("signed", "note")],
+    [
+        pytest.param(kind, way, marks=() if way == "skip" or (kind, way) in QUICK else pytest.mark.slow)
+        for kind, way in itertools.product(LOSSES, ("skip", "clip", "note"))
+    ],
 )
 def test_healthy_losses_of_any_kind_are_no_spikes_and_a_spike_is_one(kind, on_spike):
     for seed in range(2):

@@ -355,6 +355,7 @@ def test_images_under_other_licences_are_hidden(source, coco_files):
         coco_files.content["images"][-1].update(licence)
     coco = coco_files.source()
     assert results.hidden_images(coco, "1, 4") == results.hidden_images(coco, [1, 4]) == [2, 3]
+    assert results.hidden_images(coco, 1) == [2, 3]  # as papermill -p gives a single one
     assert results.hidden_images(coco) == results.hidden_images(source, [1]) == []
 
 
