@@ -132,9 +132,13 @@ def _evaluate(save: str | None, **options: Any) -> int:
 
     if save:
         checked_folder(save)  # before the work, not after it
-    predictor = _loaded(options)
+    run, predictor = options["run"], _loaded(options)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
+        print(f"{run} is scored on {predictor.device}, some images a second on a CPU", flush=True)
         found = measure(predictor, **options, progress=sys.stderr.isatty())
+        for name in ("target_iou", "boundary_iou", "miou"):
+            low, high = found.report["intervals"][name]
+            print(f"{name:20} {found.report[name]:.3f}  95 % interval [{low:.3f}, {high:.3f}]")
     print(dumps(found.report, indent=2), flush=True)  # first: it is worth more than the files
     for file in found.save(save) if save else ():
         print(f"wrote {file}", file=sys.stderr)

@@ -79,7 +79,7 @@ def fresh_model(settings: Settings, device: torch.device) -> HierarchicalUNet:
 def build_model(settings: Settings) -> HierarchicalUNet:
     """The model a run trains, with fresh weights from the global random state."""
     canvas, masks = canvas_size(settings.roi_size, settings.context), mask_canvas(settings, settings.context)
-    own = settings.pick("width", "coarse_width", "coarse_depth", "roi_size", "blend_init")
+    own = settings.pick("width", "coarse_width", "coarse_depth", "roi_size", "conv_gain", "blend_init")
     refinements = settings.pick(*(option.name for option in REFINEMENTS.options()))
     return HierarchicalUNet(canvas=canvas, mask_canvas=masks, **own, **refinements)
 

@@ -28,7 +28,7 @@ from refinelib.guard.faults import Injector
 from refinelib.guard.monitor import Row
 from refinelib.modeling import IGNORED
 from refinelib.modeling.losses import MaskLoss
-from refinelib.runs import DEBUG_DIR, find_runs, places
+from refinelib.runs import DEBUG_DIR, Run, find_runs, places
 from refinelib.step import Stepper
 
 #: Of the folder's layout, and of the weights in it: an incident goes with the checkpoints of its time.
@@ -148,14 +148,17 @@ def _step(settings: Settings, model: nn.Module, loss: MaskLoss, injector: Inject
     return Step(model, loss, loss.per_sample, describe=describe, **given)
 
 
-def find(incident: PathLike | None = None, *, output_dir: str = "outputs") -> Path | None:
-    """The folder of an incident; without one given, the newest of the run that last had one.
+def find(
+    incident: PathLike | None = None, run: PathLike | None = None, *, output_dir: str = "outputs"
+) -> Path | None:
+    """The folder of an incident; without one given, the newest of a run, or of the run that last had one.
 
     Debug runs and smoke runs come after the others. What another version left is passed over, unless it is
     given.
 
     Raises:
-        IncidentError: the folder given holds none.
+        IncidentError: the folder given holds none, or the run given.
+        RunError: there is no such run.
     """
     if incident is not None:
         folder = existing(incident)
@@ -163,11 +166,16 @@ def find(incident: PathLike | None = None, *, output_dir: str = "outputs") -> Pa
         return folder
     root = absolute(output_dir)
     folders = dict.fromkeys([*places(output_dir), root / DEBUG_DIR, root / "smoke"])
-    for run in (run for folder in folders for run in reversed(find_runs(folder))):
-        for report in sorted(run.folder.glob("incidents/*/report.json"), reverse=True):
+    runs = [Run.open(run, output_dir=output_dir)] if run is not None else None
+    for one in runs or (one for folder in folders for one in reversed(find_runs(folder))):
+        for report in sorted(one.folder.glob("incidents/*/report.json"), reverse=True):
             with contextlib.suppress(IncidentError):
                 read_report(report.parent)
                 return report.parent
+    if runs:
+        raise IncidentError(
+            f"{runs[0].folder} has no incident: none of its steps was skipped, or none was recorded"
+        )
     return None
 
 

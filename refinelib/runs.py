@@ -309,6 +309,11 @@ class Run:
         rows["skipped steps"] = f"{status.get('skipped_steps', 0)} of {status.get('step', 0)}"
         filled = [name for name in ("checkpoints", "figures") if any(self.folder.glob(f"{name}/*"))]
         rows |= {name: str(self.folder / name) for name in filled}
+        if incidents := sorted(self.folder.glob("incidents/*/report.json")):
+            rows["incidents"] = f"{len(incidents)}; look into one: refinelib replay {incidents[-1].parent}"
+        last = newest(self.folder.parent, self.started_as()) if state != "ok" else None
+        if last and last.name != self.name:
+            rows["newest of this name"] = f"{last.name}: {last.status().get('state', 'unknown')}"
         return "\n".join(f"{name:20} {text}" for name, text in rows.items())
 
     def fits(self, settings: Settings, *, exactly: bool = False) -> bool:

@@ -277,7 +277,9 @@ class TrainingState:
         for problem in problems:
             self.say("checkpoint", problem)
         self.rewinder.load_state_dict(saved["recovery"], self.load_snapshots(saved))
-        self.say("resume", f"resumed from {path.name} at step {step}")
+        then, now = saved["settings"]["epochs"], self.settings.epochs
+        changed = f"; it ends after {now} epochs, and was to end after {then}" if now != then else ""
+        self.say("resume", f"resumed from {path.name} at step {step}{changed}")
         validations = self.run.validations()
         self.last_metrics = validations[-1]["metrics"] if validations else {}
         shown = {"best": self.best, "metrics": self.last_metrics or None}

@@ -80,6 +80,7 @@ HUGE, LONG = 10**5000, "x" * 10**6
         ({"loss_scale_floor": 1e6, "loss_scale_init": 4.0}, ["loss_scale_floor"]),
         ({"recipe": 5}, ["there is no recipe '5'"]),
         ({"recipe": "stabel"}, ["did you mean 'stable'"]),
+        ({"lerning_rate": 1e-3}, ["did you mean 'lr'"]),
         ({"recipe": "~nobody-at-all/a.yaml"}, ["no user"]),
         ({"recipe": "\0.yaml"}, ["no recipe"]),
         *[({name: LONG}, [name]) for name in ("lr", "amp", "use_contour_detection", "recipe")],

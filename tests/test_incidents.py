@@ -305,6 +305,12 @@ def test_the_newest_incident_of_the_run_that_last_had_one(runs, tmp_path):
     assert find(output_dir=str(tmp_path)) is None
     with pytest.raises(IncidentError, match="no report.json"):
         find(tmp_path)
+    for folder in folders:
+        assert find(run=folder.parents[1]) == find(run=folder.parents[1].name, output_dir=root) == folder
+    (tmp_path / "healthy").mkdir()
+    (tmp_path / "healthy" / "status.json").write_text('{"state": "ok"}')
+    with pytest.raises(IncidentError, match="healthy has no incident"):
+        find(run=tmp_path / "healthy")
 
 
 def test_an_incident_of_an_older_version_is_passed_over_unless_it_is_asked_for(folder, tmp_path):

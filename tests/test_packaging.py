@@ -84,6 +84,12 @@ def installed(built, tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_script_beside_the_clone_imports_the_package(tmp_path):
+    (tmp_path / "refinelib").symlink_to(ROOT, target_is_directory=True)  # a clone has this name
+    code = "import refinelib; print(refinelib.__version__)"
+    assert run(sys.executable, "-c", code, cwd=tmp_path) == f"{refinelib.__version__}\n"
+
+
 @pytest.mark.slow
 def test_the_wheel_has_recipes_notebooks_and_types(built):
     names = set(zipfile.ZipFile(*built.glob("*.whl")).namelist())

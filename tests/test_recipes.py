@@ -103,6 +103,7 @@ def observed(settings, tmp_path) -> dict:
         seed=settings.seed,
     )
     schedule, plan, cast = guard.schedule, loader.plan(0), build.autocast(settings, device)
+    first = model.stem[0][0].weight.detach()
     spans = [(at.max() - at.min()).item() for at in model.coordinates[0]]
     seen = {
         "recipe": Run.start(settings.model_copy(update={"output_dir": str(tmp_path)})).name,
@@ -119,6 +120,9 @@ def observed(settings, tmp_path) -> dict:
         "width": model.person_head.in_channels / 256,
         "coarse_width": model.target.downs[1][0][0].out_channels / (160 * settings.width),
         "coarse_depth": len(model.target.downs[0]) - 1,
+        "conv_gain": float(
+            f"{first.abs().max() * first[0].numel() ** 0.5:.1g}"
+        ),  # uniform, +-1 / sqrt(inputs)
         "roi_size": tuple(
             round(2 * (side - 1) / span) for side, span in zip(model.canvas, spans, strict=True)
         ),
@@ -191,7 +195,7 @@ def test_changing_any_modelled_value_changes_what_is_seen(tmp_path):
         "lr": 1e-3, "min_lr": 1e-9, "warmup_epochs": 2, "epochs": 50, "weight_decay": 0.5, "grad_clip": 9.0,
         "optimizer": "adam", "amp": "bf16", "ema_decay": 0.5, "batch_size": 3, "accumulate": 2,
         "augment": "full", "width": 0.125, "coarse_width": 2.0, "coarse_depth": 2, "roi_size": 32,
-        "mask_size": 32, "blend_init": 0.2, "loss_context": 0.0,
+        "mask_size": 32, "conv_gain": 3.0, "blend_init": 0.2, "loss_context": 0.0,
         "edge_gain_init": 0.3, "distance_threshold_init": 0.4,
         "active_contour_weight": 0.7, "boundary_aware_weight": 0.7, "contour_weight": 0.7,
         "distance_weight": 0.7, "active_contour_smoothness": 0.7, "boundary_weight": 7.0,

@@ -32,7 +32,7 @@ from refinelib.modeling import IGNORED, NON_TARGET, TARGET
 from refinelib.modeling.roi import centre_window, crop_rois, labels_from_coverage
 
 #: What the score in COCO results is.
-SCORE = "mean probability of the person over the pixels of the mask"
+SCORE = "expected IoU of the mask, from the probabilities of its pixels"
 #: Files of a saved evaluation for programs to read, beside those for people.
 ARRAYS, REST = "evaluation.npz", "evaluation.json"
 #: Persons of an image that are worked on at a time; what a predictor returns is in memory for all of them.
@@ -543,7 +543,7 @@ def average_precision(truth: Sequence[CocoEntry], results: Sequence[CocoEntry]) 
 
     Boxes were given, so there is one result a person and none is a false find: AP falls where a mask
     does not overlap its person enough, and the more, the surer the model was of it. The score ranks results
-    across images, so it is the mean probability inside the mask and not 1.0 for all, which would leave the
+    across images, so it is the IoU to be expected of the mask and not 1.0 for all, which would leave the
     order to chance.
 
     Args:

@@ -74,6 +74,8 @@ class HierarchicalUNet(nn.Module):
         canvas: input pixels of the whole crop (height, width), which has the box in its middle;
             none: the box is the whole crop.
         mask_canvas: size of the masks written (height, width); none: that of the input.
+        conv_gain: factor on the first weights of convolutions whose output is normalised. It changes no
+            output; their gradients are divided by it (Salimans & Kingma, 2016, section 2.1).
         blend_init: blending weight of each refinement at the start.
         **options: of the refinements (:data:`~refinelib.registry.REFINEMENTS`), by the settings' names, such
             as ``use_contour_detection``; for what is left out, the registered defaults hold.
@@ -99,6 +101,7 @@ class HierarchicalUNet(nn.Module):
         roi_size: tuple[int, int] = (64, 64),
         canvas: tuple[int, int] | None = None,
         mask_canvas: tuple[int, int] | None = None,
+        conv_gain: float = 1.0,
         blend_init: float = 0.1,
         **options: Any,
     ) -> None:
@@ -127,6 +130,10 @@ class HierarchicalUNet(nn.Module):
         inputs = {"fine": c, "half": widths[1], "quarter": widths[2], "image": 3}
         scale = max(1, round(2 * self.mask_canvas[0] / self.canvas[0]))
         self._add_refinements(options, inputs, hidden=c, scale=scale, blend_init=blend_init)
+        with torch.no_grad():
+            for layer in self.modules():
+                if isinstance(layer, layers.Conv) and layer.bias is None:  # a normalisation follows
+                    layer.weight *= conv_gain
         self.register_buffer("coordinates", self._coordinates(roi_size), persistent=False)
 
     def _add_refinements(self, options: dict[str, Any], channels: dict[str, int], **known: Any) -> None:

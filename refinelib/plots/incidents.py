@@ -120,7 +120,8 @@ def _by_layer(
         bottom.axvline(found.forward.index(first), color=BLACK, linestyle="--")
     style.style_axes(top, f"{what}, in forward order: input, modules, losses")
     style.legend(top)
-    style.style_axes(bottom, "share of its elements that is not finite")
+    any_bad = any(share for _, share in values)
+    style.style_axes(bottom, "share of its elements that is not finite" + ("" if any_bad else ": none"))
     _name_parts(bottom, [layer.name for layer in found.forward])
     return figure
 

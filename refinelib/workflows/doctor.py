@@ -53,6 +53,8 @@ def examine(overrides: dict[str, Any] | None = None) -> Iterator[Found]:
             yield from look(overrides or {})
         except Exception as error:  # whatever is broken is what is looked for
             fix = "give other settings with -p" if isinstance(error, ValueError) else "mend this first"
+            if isinstance(error, ModuleNotFoundError):
+                fix = f"run {sys.executable} -m pip install {error.name}"
             yield Found(look.__name__[1:], reason(error, 400), fix)
 
 

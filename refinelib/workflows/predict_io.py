@@ -292,6 +292,7 @@ def check(path: Path, out: Path, boxes: Sequence[str], annotations: PathLike | N
         raise DataError(f"boxes are needed: {rule}")
     if boxes and path.is_dir():
         raise DataError(f"--boxes are those of one image, and {path} is a folder: give --annotations for it")
+    existing(path)
     if checked_folder(out).is_dir() and any(out.iterdir()) and not overwrite:
         rule = "give an empty folder, or --overwrite to replace earlier predictions of the same images"
         raise ValueError(f"{out} holds files: {rule}")
@@ -328,7 +329,7 @@ def predict_images(
     Raises:
         DataError: there is no image with a box that can be read.
     """
-    tally, entries, images = Tally(), list[dict[str, Any]](), 0
+    tally, entries, images, beyond = Tally(), list[dict[str, Any]](), 0, 0
     category, exif = category or predictor.settings.category, exif or predictor.settings.exif
     if path.is_dir() and annotations is not None:
         found = _inputs(path, Annotations(annotations, category=category), exif, tally, progress)
@@ -341,10 +342,15 @@ def predict_images(
         files = save_masks(out, inputs, masks, scores, drawn)
         entries += json.loads(files[-1].read_text("utf-8"))
         images += 1
+        height, width = inputs.pixels.shape[:2]
+        beyond += sum(min(box[:2]) < 0 or box[2] > width or box[3] > height for box in inputs.boxes)
     if not images:
         reasons = counted(tally.skipped, tally.examples) or "the annotations list none"
         raise DataError(f"no image of {path} could be predicted: {reasons}")
-    lines = [f"{len(entries)} masks in {images} images: {write_results(out / RESULTS, entries)}"]
+    written = f"a folder for each image, {write_results(out / RESULTS, entries).name}"
+    lines = [f"masks: {len(entries)}, images: {images}; in {out}: {written}"]
+    if beyond:
+        lines.append(f"boxes that reach beyond their image, whose masks end at its edge: {beyond}")
     left = tally.skipped.items()
     return "\n".join(lines + [f"left out: {n} x {name}: {tally.examples[name]}" for name, n in left])
 

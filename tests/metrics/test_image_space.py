@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from limits import in_memory, in_time
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -136,7 +138,22 @@ def test_pasted_labels_and_score():
     assert (found.top, found.left, tuple(found.labels.shape)) == (1, 2, (8, 8))
     assert (found.labels[:, :4] == 1).all() and (found.labels[:, 4:] == 2).all()
     patch = torch.nn.functional.interpolate(probs, size=(8, 8), mode="bilinear")[0, 1]
-    assert found.score.item() == pytest.approx(patch[:, :4].mean().item(), abs=1e-6)
+    inside, whole = patch[:, :4].sum().item(), patch.sum().item()
+    assert inside < whole  # some of the target is expected beyond its mask
+    assert found.score.item() == pytest.approx(inside / (8 * 4 + whole - inside), abs=1e-6)
+
+
+@given(st.integers(0, 2**31))
+def test_the_score_is_the_expected_intersection_over_the_expected_union(seed):
+    rng = torch.Generator().manual_seed(seed)
+    probs = torch.rand(1, 3, 5, 5, generator=rng).softmax(dim=1)
+    ignored = torch.rand(5, 5, generator=rng) < 0.3
+    (found,) = paste_labels(probs, torch.tensor([[0.0, 0.0, 5.0, 5.0]]), (5, 5), ignored)
+    mask = (found.labels == 1) & ~ignored
+    truths = (torch.rand(20_000, 5, 5, generator=rng) < probs[0, 1]) & ~ignored  # as the probabilities say
+    union = (truths | mask).sum(dim=(1, 2)).float().mean()
+    expected = (truths & mask).sum(dim=(1, 2)).float().mean() / union.clamp(min=1)
+    assert found.score.item() == pytest.approx(expected.item(), abs=0.02)
 
 
 # -- many images -----------------------------------------------------------------------------------

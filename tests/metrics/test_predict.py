@@ -163,9 +163,9 @@ def test_bad_input_gets_a_sentence(run):
             predictor.predict(image, boxes)
     with pytest.raises(DataError, match="look normalised"):
         predictor.predict(image, [[0.1, 0.1, 0.5, 0.9]])
-    with pytest.raises(DataError, match="box 1 is .*, a box outside the image: give rows"):
+    with pytest.raises(DataError, match="box 1 is .*, a box outside the image: give x0"):
         predictor.predict(image, [[0, 0, 9, 9], [60, 0, 90, 9]])
-    with pytest.raises(DataError, match=r"boxes = \[\[0, 0, 9, 9\], \[0, 0, 9\]\]: give rows"):
+    with pytest.raises(DataError, match=r"boxes = \[\[0, 0, 9, 9\], \[0, 0, 9\]\]: give x0"):
         predictor.predict(image, [[0, 0, 9, 9], [0, 0, 9]])
     with pytest.raises(ValueError, match=r"and is float32 \[50, 60, 3\]"):
         predictor.predict(torch.zeros(50, 60, 3, dtype=torch.bfloat16), [[0, 0, 9, 9]])

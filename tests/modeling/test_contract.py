@@ -674,3 +674,26 @@ def test_compiled_model_is_finite_and_equals_eager(device, options, precision):
         )
         if precision == "fp32":
             assert (gradients[0] - gradients[1]).norm() <= 2e-2 * gradients[0].norm() + 1e-4, kind
+
+
+@pytest.mark.parametrize("gain", (0.5, 8.0))
+def test_a_gain_on_normalised_weights_divides_their_gradients_and_changes_no_output(gain):
+    image, gradients, outputs = images(2, *SIZE)["noise"], [], []
+    for factor in (1.0, gain):
+        torch.manual_seed(0)
+        model = HierarchicalUNet(width=0.0625, roi_size=SIZE, conv_gain=factor).double()
+        for module in model.modules():
+            if isinstance(module, layers.GroupNorm):
+                module.eps = 0.0  # which is what keeps it from being exact
+        logits = model(image.double()).logits
+        logits.square().sum().backward()
+        outputs.append(logits.detach())
+        gradients.append({name: one.grad for name, one in model.named_parameters()})
+    torch.testing.assert_close(outputs[1], outputs[0])
+    normalised = {
+        f"{at}.weight" for at, m in model.named_modules() if isinstance(m, layers.Conv) and m.bias is None
+    }
+    assert len(normalised) > 20
+    for name, before in gradients[0].items():
+        factor = gain if name in normalised else 1.0
+        torch.testing.assert_close(gradients[1][name] * factor, before, msg=name)

@@ -53,7 +53,7 @@ def test_a_folder_with_annotations(weights, people, tmp_path, capsys):
     out, places = tmp_path / "out", (people.images, "--annotations", people.annotations)
     assert predict(weights, *places, "--out", out, "--overlays") == 0
     told = capsys.readouterr().out
-    assert told.startswith(f"3 masks in 2 images: {out / RESULTS}\n")
+    assert told.startswith(f"masks: 3, images: 2; in {out}: a folder for each image, {RESULTS}\n")
     for line in (
         "left out: 1 x image without a box in the annotations: ",
         "left out: 1 x unreadable image: ",
@@ -82,20 +82,23 @@ def test_an_image_with_boxes(weights, people, tmp_path, capsys):
     boxes = ("--boxes", "5,5,25,35", "30,5,50,35.5")
     assert predict(weights, people.images / "a.png", *boxes, "--out", out) == 0
     assert len(json.loads((out / RESULTS).read_text())) == 2
-    assert not (out / "a" / "a_overlay.png").exists() and capsys.readouterr().out.startswith("2 masks in 1")
+    assert not (out / "a" / "a_overlay.png").exists() and capsys.readouterr().out.startswith(
+        "masks: 2, images: 1; "
+    )
     one = ("--annotations", people.annotations, "--out", tmp_path / "listed")
     assert predict(weights, people.images / "b.png", *one) == 0
     (entry,) = json.loads((tmp_path / "listed" / RESULTS).read_text())
     assert entry["image_id"] == 2
 
 
-def test_a_box_may_begin_outside_the_image(weights, people, tmp_path):
+def test_a_box_may_begin_outside_the_image(weights, people, tmp_path, capsys):
     image, areas = people.images / "a.png", {}
     for name, box in (("outside", "-5,-.5,25,35"), ("as one word", "--boxes=-5,-.5,25,35")):
         words = [box] if box.startswith("--") else ["--boxes", box, "5,5,25,35"]
         assert predict(weights, image, *words, "--out", tmp_path / name) == 0
         areas[name] = json.loads((tmp_path / name / RESULTS).read_text())[0]["segmentation"]
     assert areas["outside"] == areas["as one word"]
+    assert "whose masks end at its edge: 1\n" in capsys.readouterr().out
 
 
 def test_earlier_predictions_among_the_images_are_not_counted(weights, people, tmp_path, capsys):
@@ -127,9 +130,9 @@ def test_images_are_read_as_the_run_reads_them(weights, people, tmp_path):
         ("a.png", (), "boxes are needed: give --boxes x0,y0,x1,y1 in pixels, or --annotations"),
         (".", (), "boxes are needed"),
         (".", ("--boxes", "1,2,4,6"), "--boxes are those of one image"),
-        ("a.png", ("--boxes", "1,2,3"), "give rows of x0, y0, x1, y1 in pixels"),
-        ("a.png", ("--boxes", "1,2,1,6"), "a box of no area: give rows"),
-        ("a.png", ("--boxes", "100,2,105,7"), "a box outside the image: give rows"),
+        ("a.png", ("--boxes", "1,2,3"), "give x0, y0, x1, y1 in pixels"),
+        ("a.png", ("--boxes", "1,2,1,6"), "a box of no area: give x0"),
+        ("a.png", ("--boxes", "100,2,105,7"), "such as 10,20,110,220; the image has 60 x 40 pixels"),
         ("cut.jpg", ("--boxes", "1,2,6,7"), "cut.jpg"),
         ("nowhere.png", ("--boxes", "1,2,6,7"), "nowhere.png"),
         ("a.png", ("--annotations", "nowhere.json"), "nowhere.json"),

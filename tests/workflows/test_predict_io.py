@@ -59,13 +59,13 @@ def test_boxes_from_a_coco_file(coco_files):
 @pytest.mark.parametrize(
     "boxes, sentence",
     [
-        ("[[1, 2, 3]]", "give rows of x0, y0, x1, y1"),
-        ("ten", "give rows of x0, y0, x1, y1"),
-        (5, "give rows of x0, y0, x1, y1"),
+        ("[[1, 2, 3]]", "give x0, y0, x1, y1"),
+        ("ten", "give x0, y0, x1, y1"),
+        (5, "give x0, y0, x1, y1"),
         ([[10, 5, 2, 9]], "box 0 is"),
         ([[1, 2, 3, float("nan")]], "box 0 is"),
-        ([[0, 0, 5, 5], [70, 0, 90, 9]], "box 1 is .*, a box outside the image: give rows"),
-        ([[0, 0, 5, 5], [1, 2, 3]], r"boxes = .*, \[1, 2, 3\]\]: give rows"),
+        ([[0, 0, 5, 5], [70, 0, 90, 9]], "box 1 is .*, a box outside the image: give x0"),
+        ([[0, 0, 5, 5], [1, 2, 3]], r"boxes = .*, \[1, 2, 3\]\]: give x0"),
         ([[0.1, 0.2, 0.5, 1.0], [0, 0, 0.3, 0.3]], "look normalised.*width, 60, and y by its height, 40"),
     ],
 )
@@ -409,6 +409,6 @@ def test_wrong_types_beside_the_image_do_not_matter(photo, tmp_path):
     [[[10**400, 0, 5, 5]], "[" * 10_000, {1: 2, 3: 4, 5: 6, 7: 8}, "9" * 100_000, "\0", [[1, 2, 3, {}]]],
 )
 def test_boxes_of_any_kind_get_a_sentence(photo, boxes):
-    with pytest.raises(DataError, match="give rows of x0, y0, x1, y1") as error:
+    with pytest.raises(DataError, match="give x0, y0, x1, y1") as error:
         read_inputs(photo, boxes)
     assert len(str(error.value)) < 1000
