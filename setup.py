@@ -10,8 +10,8 @@ from setuptools.command.build_py import build_py
 class BuildWithRecipes(build_py):
     """Copies them as the wheel is built.
 
-    As packages with a folder of their own they would make an editable install an import hook, which is asked
-    after the working folder: a script beside the clone would import the clone's folder in place of the package.
+    As packages with a folder of their own they would make an editable install an import hook, which comes
+    after the working folder: a script beside the clone would import the clone's folder, not the package.
     """
 
     def run(self) -> None:

@@ -164,12 +164,7 @@ class Settings(_Values):
     width: float = _model(1.0, "channels relative to the full model of 24 M parameters", ge=0.0625, le=2.0)
     coarse_width: float = _model(1.0, "extra factor on the two coarsest scales' channels", ge=0.25, le=4.0)
     coarse_depth: int = _model(1, "residual blocks of each scale below full resolution", ge=1, le=8)
-    conv_gain: float = _model(
-        1.0,
-        "factor on the first weights of normalised convolutions, whose gradients it divides",
-        ge=0.1,
-        le=100.0,
-    )
+    conv_gain: float = _model(1.0, "first scale of normalised weights; divides gradients", ge=0.01, le=100.0)
     blend_init: float = _model(0.1, "first blending weight of each refinement (learned)", gt=0.0, le=1.0)
 
     # -- training
@@ -525,8 +520,6 @@ def _sentence(names: Mapping[str, FieldInfo], problem: Mapping[str, Any]) -> str
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:
-    names = {name: name for name in names}
-    if "lr" in names:
-        names["learning_rate"] = "lr"  # far from it letter by letter
-    match = difflib.get_close_matches(word[:100].lower(), names, n=1, cutoff=0.6)
-    return f"; did you mean {names[match[0]]!r}?" if match else ""
+    near = difflib.get_close_matches(word[:100].lower(), [*names, "learning_rate"], n=1, cutoff=0.6)
+    match = "lr" if near == ["learning_rate"] else "".join(near)  # far from it letter by letter
+    return f"; did you mean {match!r}?" if match else ""
