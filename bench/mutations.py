@@ -23,6 +23,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from children import end_with_me
+
 ROOT = Path(__file__).resolve().parents[1]
 #: What each operator becomes.
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
@@ -53,6 +55,8 @@ def plain(tree: ast.Module) -> ast.Module:
             node.returns = None
             for one in (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs):
                 one.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Name("object", ast.Load())
     return tree
 
 
@@ -84,6 +88,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=40, help="of changes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    end_with_me()
     source = (ROOT / options.file).read_text()
     numbers = list(range(len(list(places(plain(ast.parse(source)))))))
     random.Random(options.seed).shuffle(numbers)

@@ -1,5 +1,6 @@
 """Pictures of instances and their masks: image, truth, prediction, error."""
 
+import contextlib
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -14,10 +15,10 @@ from refinelib.data import Store
 from refinelib.files import by_epoch, read_npz
 from refinelib.metrics.boundary import contour
 from refinelib.modeling import IGNORED, TARGET
-from refinelib.modeling.roi import labels_from_coverage
+from refinelib.modeling.roi import canvas_size, centre_window, labels_from_coverage, mask_canvas_size
 from refinelib.plots import style
 from refinelib.plots.style import CLASSES, ERRORS, PALETTE, Figure, RunLike
-from refinelib.runs import Run
+from refinelib.runs import Run, RunError
 
 Pixels = NDArray[Any]
 Samples = dict[str, Pixels]
@@ -46,7 +47,7 @@ def sample_grid(run: RunLike, epoch: int | None = None, kinds: Names = KINDS, pe
     run = style.opened(run)
     rows: Rows = []
     if (found := read_samples(run, epoch)) is not None:
-        epoch, samples = found
+        epoch, samples = found[0], judged(run, found[1])
         for kind in kinds:
             tiles = [sample_tiles(samples, i) for i in np.flatnonzero(samples["kind"] == kind)[:per_kind]]
             rows += [(kind, sum(tiles[i : i + 2], [])) for i in range(0, len(tiles), 2)]
@@ -123,6 +124,22 @@ def read_samples(run: Run, epoch: int | None = None) -> tuple[int, Samples] | No
         except (OSError, ValueError) as error:
             warnings.warn(f"the masks of epoch {number} were passed over: {error}", stacklevel=2)
     return None
+
+
+def judged(run: Run, samples: Samples) -> Samples:
+    """Of each crop the part that counted in the run's losses: what a mask says beyond was never taught."""
+    own: dict[str, Any] = {}
+    with contextlib.suppress(RunError):
+        own = run.config()["settings"]
+    if own.get("loss_context") is None:
+        return samples
+    seen = canvas_size(own["roi_size"], own["loss_context"])
+    masks = mask_canvas_size(own["mask_size"], own["roi_size"], seen)
+    cut = {
+        name: centre_window(torch.from_numpy(samples[name]), masks).numpy() for name in ("labels", "probs")
+    }
+    image = centre_window(torch.from_numpy(samples["image"]).movedim(-1, 1), seen)
+    return samples | cut | {"image": image.movedim(1, -1).numpy()}
 
 
 def shape_of(samples: Samples) -> Shape:

@@ -11,7 +11,7 @@ import numpy as np
 
 from refinelib.config import names_with_role
 from refinelib.plots import style
-from refinelib.plots.masks import Rows, picture_grid, read_samples, sample_tiles, shape_of
+from refinelib.plots.masks import Rows, judged, picture_grid, read_samples, sample_tiles, shape_of
 from refinelib.plots.style import BLACK, PALETTE, Figure, recorded_settings, table
 from refinelib.registry import METRICS
 from refinelib.runs import Run, find_runs
@@ -195,7 +195,7 @@ def pictures(runs: Sequence[Run], count: int = 6) -> Figure:
         if (read := read_samples(run)) is None:
             missing.append(name)
             continue
-        found[name] = samples = read[1]
+        found[name] = samples = judged(run, read[1])
         fixed = np.flatnonzero(samples["kind"] == "fixed")
         places[name] = {(samples["image_id"][i], samples["annotation_id"][i]): int(i) for i in fixed}
     title = f"the same instances in {len(runs)} runs"

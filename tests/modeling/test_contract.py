@@ -252,6 +252,15 @@ def test_cap_holds_the_value_and_keeps_the_gradients_direction():
     assert math.isnan(losses.capped(torch.tensor(math.nan), 10.0)) and losses.capped(x, None) is x
 
 
+def test_a_cap_holds_for_the_refinements_losses_alone():
+    labels = label_maps(*SIZE)["blob"][None]
+    wrong = MaskOutput(-20 * perfect_logits(labels))
+    for cap in (0.01, None):
+        loss = MaskLoss({"ce": 1.0, "boundary_aware": 1.0}, cap=cap)
+        costs = loss.per_sample(wrong, labels)
+        assert costs["ce"] > 1 and (costs["boundary_aware"] > 1) == (cap is None), (cap, costs)
+
+
 def test_an_absent_class_neither_costs_nor_pulls_in_dice():
     labels = label_maps(*SIZE)["blob"][None]
     assert losses.dice(hierarchical_log_probs(perfect_logits(labels)), labels).item() < 1e-3

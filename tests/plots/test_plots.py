@@ -197,6 +197,17 @@ def test_the_box_is_outlined_where_the_crop_is_larger(tmp_path: Path, canvas, si
     assert all(bounds == pytest.approx((1 / 6, 1 / 6, 2 / 3, 2 / 3)) for bounds in outlines)
 
 
+def test_what_lies_beyond_the_losses_is_not_shown(tmp_path: Path):
+    around = {"context": 0.5, "loss_context": 0.25, "roi_size": 32, "mask_size": 32}
+    run = make_run(tmp_path / "run", epochs=1, canvas=(48, 48), size=(32, 32), **around)
+    figure = plots.sample_grid(run)
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    with np.load(run.folder / "samples" / "epoch_0001.npz") as file:
+        assert (shown[0] == file["image"][0][4:-4, 4:-4]).all() and shown[1].shape == (40, 40, 3)
+    boxes = [patch.get_bbox().bounds for axes in figure.axes for patch in axes.patches]
+    assert boxes[0] == pytest.approx((0.1, 0.1, 0.8, 0.8))
+
+
 def test_an_epoch_without_samples_is_refused_with_those_there_are(finished: Run):
     with pytest.raises(ValueError, match=r"no masks of epoch 9; there are 1, 2, 3"):
         plots.sample_grid(finished, 9)
