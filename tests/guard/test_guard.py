@@ -556,3 +556,19 @@ def test_no_gradients_move_a_weight_further_than_the_bound_and_a_damage_does(
     guard.check_state(since)
     found = [] if kind == "sgd" else ["second.bias"]  # SGD's update has no bound
     assert bool(guard.state["damaged"]) == bool(found) and guard.moved(since) == found
+
+
+@given(st.lists(st.floats(0.5, 1.5), min_size=5, max_size=60), st.sampled_from([-1.0, 1.0]))
+@settings(max_examples=25, deadline=None)
+def test_the_size_of_a_loss_is_a_running_mean_of_its_magnitude(values, sign):
+    model, guard = make()
+    mean, seen = 0.0, 0
+    for value in values:
+        guard.zero_grad()
+        loss = model(batches(1)[0])
+        guard.scale(loss * 1e-3).backward()
+        guard.step(torch.tensor(sign * value))
+        mean, seen = mean + (value - mean) / (seen + 1), seen + 1
+    # A value far from the mean counts less; of as many as these none is forgotten.
+    assert min(values) <= float(guard.state["loss_size"]) <= max(values)
+    assert float(guard.state["loss_size"]) == pytest.approx(mean, rel=0.3)
