@@ -259,9 +259,17 @@ def test_a_planted_fault_that_never_comes_is_told_at_the_start(tiny, capsys):
 
 
 def test_starts_from_another_runs_weights(tiny):
-    first = train(tiny("phase1", run="first", epochs=1, lr=1e-3))
+    first = train(tiny("phase1", run="first", epochs=1, ema_decay=0.0, lr=1e-3))
     second = train(
-        tiny("phase4", run="second", init_from=str(first.folder), epochs=1, lr=1e-12, min_lr=1e-12)
+        tiny(
+            "phase4",
+            run="second",
+            init_from=str(first.folder),
+            epochs=1,
+            ema_decay=0.0,
+            lr=1e-12,
+            min_lr=1e-12,
+        )
     )
     weights, before = final_weights(second), final_weights(first)
     for name, value in before.items():
