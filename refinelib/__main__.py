@@ -136,10 +136,11 @@ def _evaluate(save: str | None, **options: Any) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one JSON object
         print(f"{run} is scored on {predictor.device}, some images a second on a CPU", flush=True)
         found = measure(predictor, **options, progress=sys.stderr.isatty())
-        for name in ("target_iou", "boundary_iou", "miou"):
-            low, high = found.report["intervals"][name]
-            print(f"{name:20} {found.report[name]:.3f}  95 % interval [{low:.3f}, {high:.3f}]")
     print(dumps(found.report, indent=2), flush=True)  # first: it is worth more than the files
+    for name in ("target_iou", "boundary_iou", "miou"):
+        ends = found.report["intervals"][name] or ()
+        value, *interval = (x if x is None else round(x, 3) for x in (found.report[name], *ends))
+        print(f"{name}: {value}, 95 % interval {interval or 'unknown'}", file=sys.stderr)
     for file in found.save(save) if save else ():
         print(f"wrote {file}", file=sys.stderr)
     return 0

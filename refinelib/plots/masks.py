@@ -128,18 +128,15 @@ def read_samples(run: Run, epoch: int | None = None) -> tuple[int, Samples] | No
 
 def judged(run: Run, samples: Samples) -> Samples:
     """Of each crop the part that counted in the run's losses: what a mask says beyond was never taught."""
-    own: dict[str, Any] = {}
-    with contextlib.suppress(RunError):
+    with contextlib.suppress(RunError, KeyError, TypeError, ValueError):  # an old run's, or a damaged file
         own = run.config()["settings"]
-    if own.get("loss_context") is None:
-        return samples
-    seen = canvas_size(own["roi_size"], own["loss_context"])
-    masks = mask_canvas_size(own["mask_size"], own["roi_size"], seen)
-    cut = {
-        name: centre_window(torch.from_numpy(samples[name]), masks).numpy() for name in ("labels", "probs")
-    }
-    image = centre_window(torch.from_numpy(samples["image"]).movedim(-1, 1), seen)
-    return samples | cut | {"image": image.movedim(1, -1).numpy()}
+        seen = canvas_size(own["roi_size"], own["loss_context"])
+        masks = mask_canvas_size(own["mask_size"], own["roi_size"], seen)
+        arrays = {name: torch.from_numpy(samples[name]) for name in ("labels", "probs", "image")}
+        image = centre_window(arrays.pop("image").movedim(-1, 1), seen)
+        cut = {name: centre_window(x, masks).numpy() for name, x in arrays.items()}
+        return samples | cut | {"image": image.movedim(1, -1).numpy()}
+    return samples
 
 
 def shape_of(samples: Samples) -> Shape:
