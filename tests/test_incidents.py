@@ -72,6 +72,7 @@ def test_replay_is_the_same_step_and_names_what_was_planted(runs, fault):
     (folder,) = (run.folder / "incidents").iterdir()
     report = json.loads((folder / "report.json").read_text())
     finding = replay(folder)
+    assert f"refinelib replay {folder}" in run.summary()
     assert finding.same_step and finding.phase == phase and finding.module.startswith(module)
     assert finding.places == places and finding.samples == [report["people"][place] for place in places]
     assert finding.planted == [fault] and f"planted by inject: {fault}" in finding.sentence

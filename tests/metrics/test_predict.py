@@ -226,7 +226,11 @@ def test_evaluate_gives_the_model_beside_two_yardsticks(run, coco):
 def test_evaluate_from_the_shell_prints_one_json_object(run, coco, capsys):
     words = ["evaluate", str(run.folder), "--images", str(coco), "--annotations"]
     assert main([*words, str(coco / "people.json")]) == 0
-    assert json.loads(capsys.readouterr().out)["rois"] > 0
+    told = capsys.readouterr()
+    report = json.loads(told.out)
+    assert report["rois"] > 0
+    for name in ("target_iou", "boundary_iou", "miou"):
+        assert f"\n{name}: {round(report[name], 3)}, 95 % interval [" in told.err
     assert main([*words, str(coco / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
 

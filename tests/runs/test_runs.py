@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +167,11 @@ def test_a_run_that_says_running_and_holds_no_lock_was_killed(tmp_path, capsys):
         assert run.status()["state"] == "running" and main(["summary", str(run.folder)]) == 0
     assert main(["summary", str(run.folder)]) == 1
     told = "killed (stopped after epoch 1 of 5, step 20 of 100; there is no checkpoint, so start it again)"
-    assert told in capsys.readouterr().out
+    assert told in (shown := capsys.readouterr().out) and "newest of this name" not in shown
+    second = Run.start(settings(tmp_path))
+    second.update(state="ok")
+    assert f"newest of this name  {second.name}: ok\n" in f"{run.summary()}\n"
+    shutil.rmtree(second.folder)
     (run.folder / "checkpoints" / "last.pt").touch()
     assert run.status()["last_error"].endswith("; -p resume true goes on")
     run.update(host="another")
