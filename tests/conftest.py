@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background; tests interrupt runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 STARTED = time.monotonic()
 
 
