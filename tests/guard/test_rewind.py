@@ -477,3 +477,30 @@ def test_going_back_keeps_the_count_of_skips_and_the_place_in_the_data(tiny):
     assert steps == sorted(set(steps)) and run.status()["step"] == run.status()["steps"]
     weights = final_weights(run)
     assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+@pytest.mark.parametrize("message, kept", [("CUDA error: out of memory", True), ("a shape does not fit", False)])
+def test_a_snapshot_without_room_is_not_taken_and_the_run_goes_on(trainer, monkeypatch, message, kept):
+    advance(trainer, 2)
+    rewinder = trainer.rewinder
+    rewinder.start(2)
+    own, checked = trainer.guard.check_state, []
+
+    def full(*anything, **named):
+        raise RuntimeError(message)
+
+    def check(*references):
+        checked.append(len(references))
+        if references:
+            full()
+        own()
+
+    monkeypatch.setattr(Snapshot, "take", full)
+    monkeypatch.setattr(trainer.guard, "check_state", check)
+    if kept:
+        rewinder.maybe_snapshot(3, after=1)
+        assert checked == [1, 0]  # without the differences, which need as much memory
+        assert [one.step for one in rewinder.snapshots] == [2]
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            rewinder.maybe_snapshot(3, after=1)
