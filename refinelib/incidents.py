@@ -166,16 +166,15 @@ def find(
         return folder
     root = absolute(output_dir)
     folders = dict.fromkeys([*places(output_dir), root / DEBUG_DIR, root / "smoke"])
-    runs = [Run.open(run, output_dir=output_dir)] if run is not None else None
-    for one in runs or (one for folder in folders for one in reversed(find_runs(folder))):
+    given = None if run is None else Run.open(run, output_dir=output_dir)
+    for one in [given] if given else (one for folder in folders for one in reversed(find_runs(folder))):
         for report in sorted(one.folder.glob("incidents/*/report.json"), reverse=True):
             with contextlib.suppress(IncidentError):
                 read_report(report.parent)
                 return report.parent
-    if runs:
-        raise IncidentError(
-            f"{runs[0].folder} has no incident: none of its steps was skipped, or none was recorded"
-        )
+    if given:
+        why = "none of its steps was skipped, or none was recorded"
+        raise IncidentError(f"{given.folder} has no incident: {why}")
     return None
 
 

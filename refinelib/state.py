@@ -183,7 +183,7 @@ class TrainingState:
         """Record an event, at the present step if no other is given; some kinds are printed too."""
         self.run.event(kind, message, **{"step": self.step, **fields})
         self.slowed += [message] * (kind == "speed")
-        if kind in ("speed", "inject"):
+        if kind in ("speed", "inject", "resume"):
             self.tell(f"{self.run.name}: {message}")
 
     def tell(self, text: str, write: Callable[[str], object] = print) -> None:

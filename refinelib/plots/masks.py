@@ -18,7 +18,7 @@ from refinelib.modeling import IGNORED, TARGET
 from refinelib.modeling.roi import canvas_size, centre_window, labels_from_coverage, mask_canvas_size
 from refinelib.plots import style
 from refinelib.plots.style import CLASSES, ERRORS, PALETTE, Figure, RunLike
-from refinelib.runs import Run, RunError
+from refinelib.runs import Run
 
 Pixels = NDArray[Any]
 Samples = dict[str, Pixels]
@@ -128,8 +128,8 @@ def read_samples(run: Run, epoch: int | None = None) -> tuple[int, Samples] | No
 
 def judged(run: Run, samples: Samples) -> Samples:
     """Of each crop the part that counted in the run's losses: what a mask says beyond was never taught."""
-    with contextlib.suppress(RunError, KeyError, TypeError, ValueError):  # an old run's, or a damaged file
-        own = run.config()["settings"]
+    own = style.recorded_settings(run)
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # an old run's, or a damaged file
         seen = canvas_size(own["roi_size"], own["loss_context"])
         masks = mask_canvas_size(own["mask_size"], own["roi_size"], seen)
         arrays = {name: torch.from_numpy(samples[name]) for name in ("labels", "probs", "image")}

@@ -479,7 +479,9 @@ def test_going_back_keeps_the_count_of_skips_and_the_place_in_the_data(tiny):
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
-@pytest.mark.parametrize("message, kept", [("CUDA error: out of memory", True), ("a shape does not fit", False)])
+@pytest.mark.parametrize(
+    "message, kept", [("CUDA error: out of memory", True), ("a shape does not fit", False)]
+)
 def test_a_snapshot_without_room_is_not_taken_and_the_run_goes_on(trainer, monkeypatch, message, kept):
     advance(trainer, 2)
     rewinder = trainer.rewinder

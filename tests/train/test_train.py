@@ -375,7 +375,7 @@ def test_public_names_stay_functions_after_first_use():
         assert callable(getattr(refinelib, name)) and callable(getattr(refinelib, name)), name
 
 
-def test_resume_refuses_other_settings_and_leaves_the_run_as_it_was(tiny):
+def test_resume_refuses_other_settings_and_leaves_the_run_as_it_was(tiny, capsys):
     train(tiny(run="mine", epochs=2))
     with pytest.raises(
         checkpoints.CheckpointError, match="lr was .*, is .*optimizer was adamw, is adam|optimizer.*lr"
@@ -384,6 +384,7 @@ def test_resume_refuses_other_settings_and_leaves_the_run_as_it_was(tiny):
     assert Run.open(tiny().path(tiny().output_dir) / "mine").status()["state"] == "ok"
     longer = train(tiny(run="mine", epochs=3, resume=True))
     assert longer.status()["state"] == "ok" and [e["epoch"] for e in longer.epochs()] == [1, 2, 3]
+    assert "; it ends after 3 epochs, and was to end after 2\n" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("shallow_here")
