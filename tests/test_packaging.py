@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -31,6 +32,10 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
+
+
+def tracked_files() -> list[str]:
+    return run("git", "ls-files", cwd=ROOT).splitlines()
 
 
 def test_an_import_of_the_package_imports_nothing_heavy():
@@ -68,10 +73,16 @@ def test_a_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
 # -- built ---------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the source distribution and the wheel that is made of it."""
+    """A folder with the source distribution and the wheel that is made of it.
+
+    They are built of a copy: setuptools also packs what an earlier ``*.egg-info`` names.
+    """
     pytest.importorskip("build", reason="no wheel is built: there is no package build; make env installs it")
-    folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    folder, source = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("source")
+    for name in tracked_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder)
     return folder
 
 
@@ -134,8 +145,7 @@ def test_the_source_distributions_tests_run(built, tmp_path):
     with tarfile.open(*built.glob("*.tar.gz")) as archive:
         archive.extractall(tmp_path, filter="data")
     (folder,) = tmp_path.iterdir()
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    missing = [name for name in tracked.stdout.splitlines() if not (folder / name).exists()]
+    missing = [name for name in tracked_files() if not (folder / name).exists()]
     assert not missing, "name them in MANIFEST.in"
     files = ("tests/test_environment.py", "tests/runs/test_steplog.py")
     options = ("-q", "-p", "no:cacheprovider", "-m", "not slow")
