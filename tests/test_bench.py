@@ -45,6 +45,7 @@ def column(tmp_path_factory):
     return matrix, matrix.column("cpu", "off", "adamw", str(tmp_path_factory.mktemp("matrix")))
 
 
+@pytest.mark.slow
 def test_every_fault_in_full_precision_is_survived_exact_and_attributed(column):
     matrix, cells = column
     assert [cell["kind"] for cell in cells] == list(matrix.KINDS)
@@ -55,6 +56,7 @@ def test_every_fault_in_full_precision_is_survived_exact_and_attributed(column):
     assert f"{len(cells)} of {len(cells)} cells good" in text and "**not" not in text
 
 
+@pytest.mark.slow
 def test_the_matrix_notices_what_is_wrong(column):
     """A step that was called skipped and moved something; one that names another place; one that left NaN."""
     matrix, cells = column
@@ -94,6 +96,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["pool", "run", "exit"])
 def test_a_bench_that_is_ended_ends_what_it_started(tmp_path, how):
     file, runs = tmp_path / "parent.py", tmp_path / "runs"

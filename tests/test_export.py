@@ -243,6 +243,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_consumer_draws_the_predictors_mask(checkpoint, tmp_path):
     """Of the pixels inside a box at most 1 in 1000 may differ.
 

@@ -191,6 +191,7 @@ def test_a_replay_leaves_running_statistics_and_random_state(folder):
 
 
 # -- kept ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_each_kind_is_kept_once_and_the_trajectory_is_that_of_a_run_that_keeps_none(tiny):
     faults = "grad:nan@3:stem;grad:nan@4:stem;input:inf@6;loss:nan@8"
     kept = train(tiny(run="kept", inject=faults, epochs=4, batch_size=2))

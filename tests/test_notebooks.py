@@ -158,6 +158,7 @@ def test_figures_are_saved_and_shown_once_and_nothing_untidy_is_kept(trained: Pa
     assert "widgets" not in notebook.metadata
 
 
+@pytest.mark.slow
 def test_a_wrong_parameter_stops_papermill_before_anything_is_trained(tmp_path: Path):
     """What else is refused, and how: test_config.py."""
     given = ("-p", "learning_rate", "1e-3", "-p", "output_dir", tmp_path / "runs")

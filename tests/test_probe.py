@@ -44,7 +44,7 @@ def trained(settings, steps: int = 3) -> tuple[Trainer, torch.Tensor]:
     return trainer, report[len(trainer.loss.names) :]
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp", ["off", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_run_is_bitwise_the_same_with_the_probe_on_and_off(tiny, amp):
     on, off = (train(tiny(amp=amp, probe_every=every, ema_decay=0.9)) for every in (1, 0))
     assert len(list((on.folder / "gradients").iterdir())) == 2 and not (off.folder / "gradients").exists()

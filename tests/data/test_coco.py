@@ -803,6 +803,7 @@ def test_a_picture_of_another_size_is_not_decoded(coco_files, tmp_path, monkeypa
         decode_image(image, (50, 60))
 
 
+@pytest.mark.slow
 def test_outlines_of_millions_of_pixels_are_no_mask():
     """pycocotools takes memory for each of them and does not look if it got any: it ended the process."""
     code = """

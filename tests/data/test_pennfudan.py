@@ -227,6 +227,7 @@ def test_names_that_are_not_unicode(files, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_mask_of_noise_is_thousands_of_people(files, monkeypatch):
     """Decoded together they would take 13 GB; looked for one after the other, half a minute."""
     monkeypatch.setattr(scenes, "MASK_BYTES", 1 << 20)

@@ -341,6 +341,7 @@ def test_without_locks_builders_race_and_one_result_stays(tmp_path, gate, monkey
     assert content(open_store(Untouchable(8), root=tmp_path / "s", **SMALL)) == content(reference)
 
 
+@pytest.mark.slow
 @fork
 def test_killed_half_way_and_started_again(tmp_path, gate):
     source = Logged(20, gate, stop=9)

@@ -89,6 +89,7 @@ def test_two_faults_of_the_same_share_have_steps_of_their_own():
     assert abs(len(one & other) - 0.04 * STEPS) < 5 * math.sqrt(0.04 * STEPS)
 
 
+@pytest.mark.slow
 def test_a_share_takes_the_same_steps_in_every_process():
     code = "from refinelib.guard.faults import parse; (f,) = parse('input:nan@5%'); "
     code += "print([s for s in range(1, 2001) if f.due(s)])"
@@ -103,6 +104,7 @@ def test_a_share_takes_the_same_steps_in_every_process():
         assert done.stdout.strip() == str(due("input:nan@5%", 2000))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shallow_here")
 def test_a_share_survives_a_resume(tiny, monkeypatch):
     inject = "grad:nan@20%:stem;input:inf@10%"

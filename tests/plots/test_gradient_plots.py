@@ -61,7 +61,7 @@ def judged(run: Run):
 @pytest.mark.parametrize(
     "inject, module, inside",
     [
-        ("grad:spike@20:boundary.trunk", "boundary", True),
+        pytest.param("grad:spike@20:boundary.trunk", "boundary", True, marks=pytest.mark.slow),
         pytest.param("grad:nan@20:contour", "contour", True, marks=pytest.mark.slow),
         pytest.param("activation:spike@20:boundary", "boundary", False, marks=pytest.mark.slow),
         pytest.param("activation:spike@20:distance", "distance", False, marks=pytest.mark.slow),
@@ -105,6 +105,7 @@ def test_a_healthy_run_is_not_blamed(runs):
     assert gradient_plots.episodes_table(seen) == "No module left its usual level."
 
 
+@pytest.mark.slow
 def test_a_spoilt_loss_is_not_laid_on_a_module(runs):
     assert judged(runs("loss:spike@20"))[1].startswith(
         "**The loss itself is where it starts**, since step 20"
@@ -165,6 +166,7 @@ def pixels(figure) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inject",
     [

@@ -112,7 +112,13 @@ def test_the_live_panel_is_shown_once_and_then_replaced_in_place(tmp_path, watch
 
 
 @pytest.mark.parametrize(
-    "inject, state", [("", "ok"), ("loss:nan@1:always", "diverged"), ("kernel", "interrupted")], ids=str
+    "inject, state",
+    [
+        pytest.param("", "ok", marks=pytest.mark.slow),
+        ("loss:nan@1:always", "diverged"),
+        pytest.param("kernel", "interrupted", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_the_live_panel_shows_how_the_run_ended(tmp_path, watched, monkeypatch, inject, state):
     from IPython import display as ipython_display
@@ -139,6 +145,7 @@ def test_the_live_panel_shows_how_the_run_ended(tmp_path, watched, monkeypatch, 
     assert all(f"[{state}, epoch {epoch} of 2" in title for title in titles[-2:])
 
 
+@pytest.mark.slow
 def test_in_a_watched_kernel_the_panel_is_two_pictures_and_the_sliders_are_widgets(trained, monkeypatch):
     """A real kernel, told that a Jupyter server started it; what the page holds afterwards."""
     monkeypatch.setenv("JPY_SESSION_NAME", "watched.ipynb")

@@ -416,6 +416,7 @@ train(settings, on_epoch=limit)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_write_its_last_checkpoint_goes_on_to_its_end_and_says_so(tiny, tmp_path):
     """After the first epoch no file may be longer than 6 KB: no checkpoint, no samples, no records."""
     settings = tiny(run="full", epochs=3, log_every=1)
@@ -519,6 +520,7 @@ train(Settings(**json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_half_written_files_of_killed_processes_do_not_pile_up(tiny, tmp_path):
     settings = tiny(run="killed", epochs=3)
     done = subprocess.run([sys.executable, "-c", HALF, settings.model_dump_json()], capture_output=True)

@@ -85,11 +85,21 @@ def changed(file, change):
             lambda c: c["model"].__setitem__("stem.0.0.weight", c["model"]["stem.0.0.weight"] * torch.nan),
             "are not finite",
         ),
-        (lambda c: next(iter(c["average"].values())).fill_(torch.inf), "not finite"),
-        (lambda c: c["guard"]["optimizer"]["state"][0]["exp_avg"].fill_(torch.nan), "not finite"),
-        (lambda c: c["guard"]["state"]["loss_center"].fill_(torch.nan), "not finite"),
+        pytest.param(
+            lambda c: next(iter(c["average"].values())).fill_(torch.inf), "not finite", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda c: c["guard"]["optimizer"]["state"][0]["exp_avg"].fill_(torch.nan),
+            "not finite",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda c: c["guard"]["state"]["loss_center"].fill_(torch.nan),
+            "not finite",
+            marks=pytest.mark.slow,
+        ),
         (lambda c: c["model"].pop("stem.0.0.weight"), "do not fit"),
-        (lambda c: c.update(people="others"), "other people"),
+        pytest.param(lambda c: c.update(people="others"), "other people", marks=pytest.mark.slow),
         (lambda c: c.pop("guard"), "last.pt"),
     ],
 )

@@ -78,6 +78,7 @@ def test_half_precision_makes_flat_pixels_of_ramps():
     assert bad == {torch.float32: False, torch.float16: True, torch.bfloat16: True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["gate", "length"])
 def test_gate_and_length_pass_the_nan_on_to_the_network(settings, crops, part):
     """On one-bin crops in fp16; each by itself, and the same step in ours is finite."""
@@ -184,6 +185,7 @@ def test_half_layers_are_half_precision_layers(layer):
         assert torch.equal(layer(x), plain)
 
 
+@pytest.mark.slow
 def test_the_first_attempt_skips_and_halves_and_ours_does_not(settings, crops):
     first = faulty.attempt(settings, crops, crops, steps=24)
     ours = faulty.attempt(settings, crops, crops, steps=24, faults=())
@@ -214,6 +216,7 @@ def test_a_healthy_step_below_the_last_scale_kills_the_first_attempt_and_not_our
     assert survivor.steps[-1]["loss_scale"] >= settings.loss_scale_floor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remedy", faulty.REMEDIES)
 def test_every_remedy_is_switched_on(settings, crops, remedy):
     run = faulty.attempt(settings, crops, crops, steps=6, remedy=remedy)
@@ -225,6 +228,7 @@ def test_every_remedy_is_switched_on(settings, crops, remedy):
     assert draw.contrast(run.steps) < 0.4, "none of them touches the sampler"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", faulty.FAULTS)
 def test_every_fault_is_a_switch_of_its_own(settings, crops, fault):
     """Each shows its own symptom and no other, and alone leaves the weights finite."""

@@ -203,6 +203,7 @@ def test_wrong_arguments_get_a_sentence(folder, tmp_path, monkeypatch, capsys, a
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_from_the_shell_with_everything(folder, coco_files, tmp_path):
     for seed in range(2):
         scene = SyntheticPeople(2, split="val").scene(seed)

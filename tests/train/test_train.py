@@ -237,6 +237,7 @@ def test_every_step_bad_never_writes_nan(tiny):
     assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_the_name_to_the_next_one(tiny, tmp_path):
     with pytest.raises(checkpoints.CheckpointError, match="no run 'outputs/phase1'"):
         train(tiny("phase2", init_from="outputs/phase1"))
@@ -315,6 +316,7 @@ def test_a_failure_is_recorded_in_a_sentence(tiny, tmp_path):
     assert status["state"] == "failed" and "nowhere" in status["last_error"]
 
 
+@pytest.mark.slow
 def test_stable_starts_between_1_5_and_2(tiny):
     for seed in range(3):
         run = train(tiny("stable", epochs=1, seed=seed, batch_size=2, max_images=4))

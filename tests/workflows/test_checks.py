@@ -187,6 +187,7 @@ def test_a_run_that_fails_is_named_and_its_status_says_so(settings, tmp_path, mo
         checks.record([check._replace(figures={})])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("half_here")
 def test_a_loss_scale_that_is_still_too_high_is_no_fault_of_the_model(tmp_path):
     """fp16: its first gradients overflow; a run skips such steps, halves the scale and is healthy."""

@@ -238,6 +238,7 @@ def test_a_killed_sequence_continues_where_it_was(tmp_path, stores, tiny):
     assert [run.name for run in phases.runs(folder)] == ["phase1", "phase2", "phase3"]
 
 
+@pytest.mark.slow
 def test_a_rejected_phase_ends_the_sequence_until_the_margin_is_wider(tiny, monkeypatch):
     """A score that collapses: validation is made to give a worse one in phase 2."""
     real = loop.Trainer.validate
@@ -284,6 +285,7 @@ def test_a_phase_that_fails_is_recorded_and_resumed(tiny, monkeypatch):
     assert any(event["kind"] == "resume" for event in Run(folder / "phase2").events())
 
 
+@pytest.mark.slow
 def test_one_phase_alone_starts_from_a_run_anywhere(tiny, tmp_path):
     phases.run(tiny(phases="1", name="first", epochs=1))
     folder = phases.run(tiny(phase=2, init_from="first/phase1", epochs=1))
@@ -298,6 +300,7 @@ def test_one_phase_alone_starts_from_a_run_anywhere(tiny, tmp_path):
         phases.raise_if_failed(nowhere)
 
 
+@pytest.mark.slow
 def test_a_first_phase_that_failed_before_a_step_starts_again_as_it_was_meant(tiny, tmp_path):
     nowhere = phases.run(tiny(phase=2, init_from="first/phase1", epochs=1))
     with pytest.raises(phases.PhaseError, match="did you mean .*earlier/phase1"):

@@ -31,7 +31,11 @@ def test_a_recipe_is_trained_and_summarised(tmp_path, stores, capsys):
     [
         ({"lrr": 1}, "no setting 'lrr'; did you mean 'lr'"),
         ({"data": "coco"}, "no train annotations of COCO are given: give data_dir"),
-        ({"inject": "loss:nan@1:always", "epochs": 3, "max_consecutive_skips": 2}, "train: diverged: "),
+        pytest.param(
+            {"inject": "loss:nan@1:always", "epochs": 3, "max_consecutive_skips": 2},
+            "train: diverged: ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_wrong_is_a_sentence_and_an_exit_code(tmp_path, stores, capsys, more, told):
