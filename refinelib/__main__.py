@@ -50,7 +50,7 @@ def command_line() -> argparse.ArgumentParser:
     model.add_argument("--output-dir", default="outputs", help="where runs are looked for by name")
     boxed = argparse.ArgumentParser(add_help=False)
     boxed.add_argument(
-        "--refit", action=switch, help="fit each box to a first mask and predict again, or not"
+        "--refit", action=switch, help="replace a box that its first mask does not fit, or not"
     )
     device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, or one GPU as cuda:1")
     reading.add_argument("--annotations", help="COCO JSON of the people in the images")

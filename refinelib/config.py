@@ -196,7 +196,7 @@ class Settings(_Values):
 
     # -- inference
     flip_test: bool = _infer(False, "average each crop's probabilities with its mirror image's")
-    refit_box: bool = _infer(False, "fit each box to a first mask, then predict again: for inexact boxes")
+    refit_box: bool = _infer(False, "replace a box that its first mask does not fit, then predict again")
     target_decision_weight: float = _infer(1.0, "factor on the target's probability", ge=0.1, le=10.0)
     nontarget_decision_weight: float = _infer(1.0, "factor on other people's probability", ge=0.1, le=10.0)
 
@@ -394,7 +394,7 @@ def recipe_files() -> dict[str, Path]:
 
 def _smoke(settings: Settings) -> dict[str, Any]:
     """What smoke size changes: everything that costs time, nothing that chooses what runs."""
-    most = {"width": 0.0625, "epochs": 2, "batch_size": 4, "max_images": 8}
+    most = {"width": 0.0625, "epochs": 2, "batch_size": 4, "max_images": 5}
     values: dict[str, Any] = {name: min(getattr(settings, name) or size, size) for name, size in most.items()}
     for name in ("roi_size", "mask_size"):
         values[name] = tuple(min(side, 32) for side in getattr(settings, name))

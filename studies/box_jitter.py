@@ -12,6 +12,7 @@ from torch import Tensor
 from refinelib.data import Source
 from refinelib.metrics.evaluate import AnnotatedImage, Predict, score_in_images
 from refinelib.metrics.predict import Pasted, paste_labels
+from refinelib.modeling.roi import box_iou
 
 #: Noise of a box's centre and of the logarithm of its sides, as shares of its sides.
 SIGMAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2)
@@ -39,13 +40,6 @@ def jitter_boxes(boxes: Tensor, normal: Tensor, sigma: float) -> Tensor:
     centre = (low + high) / 2 + sigma * sides * normal[:, :2]
     half = sides * (sigma * normal[:, 2:]).exp() / 2
     return torch.cat([centre - half, centre + half], dim=1)
-
-
-def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes ``[N, 4]`` and ``[N, 4]`` pair by pair, ``[N]``."""
-    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
-    areas = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1)
-    return overlap / (areas - overlap)
 
 
 def jitter_curve(

@@ -433,8 +433,11 @@ def attempt(
 def attempts(
     settings: Settings, learn: Crops, judge: Crops, jobs: Mapping[str, dict[str, Any]]
 ) -> Iterator[tuple[str, Attempt]]:
-    """Several of :func:`attempt`, ``{name: keywords}``, in order; on a CPU side by side, a core each."""
-    if build_device(settings).type != "cpu":
+    """Several of :func:`attempt`, ``{name: keywords}``, in order; on a CPU side by side, a core each.
+
+    In smoke size a new process would take longer than its run.
+    """
+    if settings.smoke or build_device(settings).type != "cpu":
         yield from ((name, attempt(settings, learn, judge, **job)) for name, job in jobs.items())
         return
     # Bytes, not tensors: those would travel through shared memory, of which a container has little.

@@ -82,8 +82,8 @@ def test_names_known_elsewhere(known, recipe):
 
 #: Settings of recipes that are seen in tests of the run, not in what is built: tests/train, tests/metrics.
 ELSEWHERE = {
-    "data", "max_images", "init_from", "flip_test", "target_decision_weight", "nontarget_decision_weight",
-    "validate_every", "save_every", "probe_every",
+    "data", "max_images", "init_from", "flip_test", "refit_box", "target_decision_weight",
+    "nontarget_decision_weight", "validate_every", "save_every", "probe_every",
 }  # fmt: skip
 
 

@@ -26,12 +26,14 @@ from refinelib.data.store_build import usable_cores
 from refinelib.files import PathLike, replacing, shown
 from refinelib.guard.measure import ran_out
 from refinelib.metrics.segmentation import SegmentationMetrics, metrics_device
-from refinelib.modeling import TARGET
+from refinelib.modeling import TARGET, roi
 from refinelib.modeling.roi import centre_window, crop_rois, expand_boxes, labels_from_coverage, paste_patches
 from refinelib.runs import Run, RunError
 
 #: Mask pixels of a first prediction that a box is fitted to, at least.
 LEAST_PERSON = 16
+#: A box is replaced by the one around its first mask where these overlap by less (IoU).
+REFIT_BELOW = 0.8
 
 #: Crops that a model gets at a time.
 CROPS_AT_ONCE = 32
@@ -191,11 +193,11 @@ class Predictor:
     def located(self, image: Any, boxes: Any) -> tuple[Tensor, Tensor]:
         """Class probabilities, and the boxes in whose grids they are.
 
-        The boxes are the given ones, or with :attr:`refit` those around the persons' masks in a first
-        prediction, without flip test: over the box with as much around it as the losses counted
-        (``loss_context``). A box that is off by a tenth of its sides, as a detector's may be, then costs a
-        third less, an exact one two points of target IoU more (bench/quality.md). Where the first mask has
-        hardly a pixel, the given box stays.
+        The boxes are the given ones, but with :attr:`refit` where the person's mask does not fit: where the
+        box around it overlaps the given one by less than ``REFIT_BELOW``, it takes its place, and the mask is
+        predicted again. That mask is looked for over the box with as much around it as the losses counted
+        (``loss_context``). Where it has hardly a pixel, the given box stays. What it gains and costs:
+        bench/quality.md.
 
         Args:
             image: as :meth:`probs` takes it.
@@ -204,19 +206,25 @@ class Predictor:
         Returns:
             float32 ``[N, 3, *mask_size]`` on the CPU, and float64 ``[N, 4]`` xyxy.
         """
-        pixels, boxes = _rgb(image), as_boxes(boxes)
-        if self.refit and len(boxes):
-            first, parts = self.with_options(flip=False), boxes.split(CROPS_AT_ONCE)
-            boxes = torch.cat([first.fitted(pixels, part) for part in parts])
-        return self.probs(pixels, boxes), boxes
+        pixels, size, used = _rgb(image), self.settings.mask_size, as_boxes(boxes).clone()
+        found = [torch.zeros(0, 3, *size)]
+        for part in used.split(CROPS_AT_ONCE):  # views of `used`
+            probs = self.roi_probs(self.crops(pixels, part))
+            if self.refit:
+                fitted = self.fitted(probs, part)
+                off = roi.box_iou(fitted, part) < REFIT_BELOW
+                if bool(off.any()):
+                    part[off] = fitted[off]
+                    probs[off.to(probs.device)] = self.roi_probs(self.crops(pixels, part[off]))
+            found.append(centre_window(probs, size).cpu())
+        return torch.cat(found), used
 
-    def fitted(self, image: Any, boxes: Tensor) -> Tensor:
-        """The boxes around the masks of given boxes, float64 ``[N, 4]`` xyxy; see :meth:`located`."""
+    def fitted(self, probs: Tensor, boxes: Tensor) -> Tensor:
+        """The boxes around the masks in given boxes, ``[N, 4]`` xyxy; ``probs`` as of :meth:`roi_probs`."""
         settings, size = self.settings, self.settings.mask_size
         counted = settings.context if settings.loss_context is None else settings.loss_context
         window = mask_canvas(settings, counted)
-        labels = self.roi_probs(self.crops(image, boxes)).argmax(dim=1)
-        persons = (centre_window(labels, window) == TARGET).cpu().numpy()
+        persons = (centre_window(probs.argmax(dim=1), window) == TARGET).cpu().numpy()
         region = expand_boxes(boxes, (window[0] / size[0], window[1] / size[1]))
         cell = (region[:, 2:] - region[:, :2]) / torch.tensor([window[1], window[0]])
         seen = persons.sum(axis=(1, 2)) >= LEAST_PERSON
@@ -241,11 +249,7 @@ class Predictor:
         Raises:
             ValueError: an image that is not RGB, or boxes that are not what they should be.
         """
-        pixels, found = _rgb(image), [torch.zeros(0, 3, *self.settings.mask_size)]
-        for part in as_boxes(boxes).split(CROPS_AT_ONCE):
-            probs = self.roi_probs(self.crops(pixels, part))
-            found.append(centre_window(probs, self.settings.mask_size).cpu())
-        return torch.cat(found)
+        return self.with_options(refit=False).located(image, boxes)[0]
 
     def crops(self, image: Any, boxes: Any) -> Tensor:
         """What the model gets: normalised crops of the boxes with their context.

@@ -136,6 +136,18 @@ def expand_boxes(boxes: Tensor, factor_hw: tuple[float, float]) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of xyxy boxes ``[N, 4]`` and ``[N, 4]`` pair by pair, ``[N]``.
+
+    Example:
+        >>> box_iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
+        tensor([0.3333])
+    """
+    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
+    area, other = ((boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (a, b))
+    return overlap / (area + other - overlap)
+
+
 def centre_window(x: Tensor, size: Size) -> Tensor:
     """The middle ``size = (h, w)`` of ``[..., H, W]``, a view: on a canvas, the person's box.
 

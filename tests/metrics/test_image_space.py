@@ -36,7 +36,7 @@ from refinelib.metrics.evaluate import (
 )
 from refinelib.metrics.predict import Pasted, Predictor, paste_labels
 from refinelib.modeling.roi import crop_rois
-from studies.box_jitter import box_iou, jitter_boxes, jitter_curve, noise
+from studies.box_jitter import jitter_boxes, jitter_curve, noise
 from studies.results import read_evaluation
 
 CPU = torch.device("cpu")
@@ -388,12 +388,6 @@ def test_noise_is_a_persons_own_and_has_the_size_it_says():
     np.testing.assert_allclose(centres.mean(0), [120, 100], atol=0.6)
     np.testing.assert_allclose((sides / torch.tensor([40.0, 100])).log().std(0), [0.1, 0.1], rtol=0.05)
     torch.testing.assert_close(jitter_boxes(boxes, normal, 0.0), boxes)
-
-
-def test_box_iou_by_hand():
-    a = torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 4]])
-    b = torch.tensor([[5.0, 0, 15, 10], [6, 6, 8, 8]])
-    assert box_iou(a, b).tolist() == pytest.approx([50 / 150, 0])
 
 
 def test_the_curve_falls_and_begins_at_the_true_boxes():

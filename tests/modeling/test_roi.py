@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from refinelib.modeling import roi
 from refinelib.modeling.roi import (
+    box_iou,
     canvas_size,
     centre_window,
     crop_rois,
@@ -342,3 +343,9 @@ def test_labels_are_the_largest_share_the_earlier_where_equal():
     got = labels_from_coverage(torch.from_numpy(np.stack([t, o], -1).astype(np.uint8)))
     assert got.dtype == torch.int64 and got.shape == (256, 256)
     assert np.array_equal(got.numpy()[possible], want[possible])
+
+
+def test_box_iou_by_hand():
+    a = torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 4]])
+    b = torch.tensor([[5.0, 0, 15, 10], [6, 6, 8, 8]])
+    assert box_iou(a, b).tolist() == pytest.approx([50 / 150, 0])
