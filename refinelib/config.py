@@ -394,7 +394,7 @@ def recipe_files() -> dict[str, Path]:
 
 def _smoke(settings: Settings) -> dict[str, Any]:
     """What smoke size changes: everything that costs time, nothing that chooses what runs."""
-    most = {"width": 0.0625, "epochs": 2, "batch_size": 4, "max_images": 5}
+    most = {"width": 0.0625, "epochs": 2, "batch_size": 4, "max_images": 8}
     values: dict[str, Any] = {name: min(getattr(settings, name) or size, size) for name, size in most.items()}
     for name in ("roi_size", "mask_size"):
         values[name] = tuple(min(side, 32) for side in getattr(settings, name))
