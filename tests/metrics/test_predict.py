@@ -132,10 +132,13 @@ def test_a_box_that_is_off_is_fitted_to_the_person_and_one_that_fits_stays(data)
     replaced = bool(box_iou(fitted, boxes) < REFIT_BELOW)
     event("replaced" if replaced else "kept")
     assert torch.equal(found, fitted[0] if replaced else boxes[0])
+    both, (_, second) = predictor.located(image, [off, true])
+    plain = predictor.with_options(refit=False)
+    assert torch.allclose(both[0], probs[0]) and second.tolist() == true.tolist()
+    assert torch.allclose(both[1], plain.probs(image, true)[0])
     covered = predictor.predict(image, [off])[0]
     assert covered[y0 : y0 + height, x0 : x0 + width].mean() > (0.9 if replaced else 0.7)
 
-    plain = predictor.with_options(refit=False)
     same, (kept,) = plain.located(image, [off])
     assert np.allclose(kept, off) and torch.equal(same, plain.probs(image, [off]))
     image[:] = np.round(MEAN)  # nobody: the given box stays
