@@ -32,8 +32,9 @@ from refinelib.runs import Run, RunError
 
 #: Mask pixels of a first prediction that a box is fitted to, at least.
 LEAST_PERSON = 16
-#: A box is replaced by the one around its first mask where these overlap by less (IoU).
-REFIT_BELOW = 0.8
+#: A box is replaced by the one around its first mask where these overlap by less (IoU), or where a larger
+#: share of that mask lies outside the given box.
+FITS, OUTSIDE = 0.8, 0.05
 
 #: Crops that a model gets at a time.
 CROPS_AT_ONCE = 32
@@ -193,11 +194,9 @@ class Predictor:
     def located(self, image: Any, boxes: Any) -> tuple[Tensor, Tensor]:
         """Class probabilities, and the boxes in whose grids they are.
 
-        The boxes are the given ones, but with :attr:`refit` where the person's mask does not fit: where the
-        box around it overlaps the given one by less than ``REFIT_BELOW``, it takes its place, and the mask is
-        predicted again. That mask is looked for over the box with as much around it as the losses counted
-        (``loss_context``). Where it has hardly a pixel, the given box stays. What it gains and costs:
-        bench/quality.md.
+        The boxes are the given ones, but with :attr:`refit` where the person's mask does not fit: the box
+        around it (:meth:`fitted`) takes the place of the given one, and the mask is predicted again. What
+        that gains and costs: bench/quality.md.
 
         Args:
             image: as :meth:`probs` takes it.
@@ -212,25 +211,36 @@ class Predictor:
             probs = self.roi_probs(self.crops(pixels, part))
             if self.refit:
                 fitted = self.fitted(probs, part)
-                off = roi.box_iou(fitted, part) < REFIT_BELOW
+                off = (fitted != part).any(dim=1)
                 if bool(off.any()):
-                    part[off] = fitted[off]
+                    part[:] = fitted
                     probs[off.to(probs.device)] = self.roi_probs(self.crops(pixels, part[off]))
             found.append(centre_window(probs, size).cpu())
         return torch.cat(found), used
 
     def fitted(self, probs: Tensor, boxes: Tensor) -> Tensor:
-        """The boxes around the masks in given boxes, ``[N, 4]`` xyxy; ``probs`` as of :meth:`roi_probs`."""
+        """The given boxes, those that their masks do not fit replaced by the ones around these masks.
+
+        A mask is looked for over the box with as much around it as the losses counted (``loss_context``). It
+        does not fit where the box around it overlaps the given one by less than ``FITS`` (IoU), or where a
+        larger share of it than ``OUTSIDE`` lies outside of that. A mask of hardly a pixel says nothing.
+
+        Args:
+            probs: of the boxes, as :meth:`roi_probs` gives them.
+            boxes: float64 ``[N, 4]`` xyxy.
+        """
         settings, size = self.settings, self.settings.mask_size
         counted = settings.context if settings.loss_context is None else settings.loss_context
         window = mask_canvas(settings, counted)
-        persons = (centre_window(probs.argmax(dim=1), window) == TARGET).cpu().numpy()
+        masks = centre_window(probs.argmax(dim=1), window).cpu() == TARGET
+        pixels, inside = (x.sum(dim=(1, 2)) for x in (masks, centre_window(masks, size)))
+        seen = pixels >= LEAST_PERSON
         region = expand_boxes(boxes, (window[0] / size[0], window[1] / size[1]))
         cell = (region[:, 2:] - region[:, :2]) / torch.tensor([window[1], window[0]])
-        seen = persons.sum(axis=(1, 2)) >= LEAST_PERSON
-        extents = [box_of(x) if enough else (0,) * 4 for x, enough in zip(persons, seen, strict=True)]
+        extents = [box_of(x.numpy()) if some else (0,) * 4 for x, some in zip(masks, seen, strict=True)]
         around = region[:, :2].repeat(1, 2) + torch.tensor(extents) * cell.repeat(1, 2)
-        return torch.where(torch.from_numpy(seen)[:, None], around, boxes)
+        off = seen & ((roi.box_iou(around, boxes) < FITS) | (pixels - inside > OUTSIDE * pixels))
+        return torch.where(off[:, None], around, boxes)
 
     def probs(self, image: Any, boxes: Any) -> Tensor:
         """Class probabilities in each box's own grid.
