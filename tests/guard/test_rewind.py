@@ -404,7 +404,6 @@ def test_a_finite_damage_that_comes_once_has_changed_nothing(tiny, monkeypatch, 
     assert gradients[0].steps.tolist() == gradients[1].steps.tolist()
 
 
-@pytest.mark.slow
 def test_a_loss_that_explodes_in_the_first_steps_is_not_ok(tiny):
     """It is 1000 times as high from the third step on, whatever is restored."""
     settings = tiny(
@@ -431,7 +430,6 @@ def test_a_run_that_applied_fewer_than_half_of_its_steps_is_not_ok(tiny):
         train(tiny(epochs=4, batch_size=3, inject=faults, max_incidents=0))
 
 
-@pytest.mark.slow
 def test_resume_then_rewind_is_what_the_run_left_alone_does(tiny, monkeypatch):
     """Stopped once and resumed before the trouble: the snapshots are in the checkpoint's company."""
     faults = ";".join(f"loss:nan@{step}" for step in range(62, 67))
