@@ -104,6 +104,7 @@ def observed(settings, tmp_path) -> dict:
     )
     schedule, plan, cast = guard.schedule, loader.plan(0), build.autocast(settings, device)
     first = model.stem[0][0].weight.detach()
+    bound = first.abs().max() * first[0].numel() ** 0.5  # weights are uniform, +-1 / sqrt(inputs)
     spans = [(at.max() - at.min()).item() for at in model.coordinates[0]]
     seen = {
         "recipe": Run.start(settings.model_copy(update={"output_dir": str(tmp_path)})).name,
@@ -120,9 +121,7 @@ def observed(settings, tmp_path) -> dict:
         "width": model.person_head.in_channels / 256,
         "coarse_width": model.target.downs[1][0][0].out_channels / (160 * settings.width),
         "coarse_depth": len(model.target.downs[0]) - 1,
-        "conv_gain": float(
-            f"{first.abs().max() * first[0].numel() ** 0.5:.1g}"
-        ),  # uniform, +-1 / sqrt(inputs)
+        "conv_gain": float(f"{bound:.1g}"),
         "roi_size": tuple(
             round(2 * (side - 1) / span) for side, span in zip(model.canvas, spans, strict=True)
         ),

@@ -129,7 +129,8 @@ def read_samples(run: Run, epoch: int | None = None) -> tuple[int, Samples] | No
 def judged(run: Run, samples: Samples) -> Samples:
     """Of each crop the part that counted in the run's losses: what a mask says beyond was never taught."""
     own = style.recorded_settings(run)
-    with contextlib.suppress(KeyError, TypeError, ValueError):  # an old run's, or a damaged file
+    # Nothing is cut where all of it counted, in an old run's samples, or where the file is damaged.
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         seen = canvas_size(own["roi_size"], own["loss_context"])
         masks = mask_canvas_size(own["mask_size"], own["roi_size"], seen)
         arrays = {name: torch.from_numpy(samples[name]) for name in ("labels", "probs", "image")}

@@ -118,7 +118,7 @@ def test_a_box_that_is_off_is_fitted_to_the_person_and_one_that_fits_stays(data)
     x0, y0 = draw(st.integers(0, 60)), draw(st.integers(0, 60))
     image = np.full((200, 240, 3), np.round(MEAN), np.uint8)
     image[y0 : y0 + height, x0 : x0 + width] = 255
-    image[:, 180:] = 255  # others, too far away to be seen
+    image[:, 200:] = 255  # others, too far away to be seen: a box and a quarter of it end at 193
     true = np.array([x0, y0, x0 + width, y0 + height], float)
     sides = np.array([width, height, width, height])
     off = true + sides * np.array(draw(st.lists(st.floats(-0.15, 0.15), min_size=4, max_size=4)))
@@ -133,14 +133,14 @@ def test_a_box_that_is_off_is_fitted_to_the_person_and_one_that_fits_stays(data)
     else:
         assert box_iou(*torch.tensor(np.array([[off], [true]]))) > FITS - 0.15  # a cell at each side
     covered = predictor.predict(image, [off])[0]
-    assert covered[y0 : y0 + height, x0 : x0 + width].mean() > (0.9 if replaced else 0.8)
+    assert covered[y0 : y0 + height, x0 : x0 + width].mean() > (0.9 if replaced else 0.85)
     both, (_, second) = predictor.located(image, [off, true])
     plain = predictor.with_options(refit=False)
     assert torch.allclose(both[0], probs[0]) and second.tolist() == true.tolist()
     assert torch.allclose(both[1], plain.probs(image, true)[0])
-    covered = predictor.predict(image, [off])[0]
-    assert covered[y0 : y0 + height, x0 : x0 + width].mean() > (0.9 if replaced else 0.7)
-
+    loose, cut = true + sides * [-0.1, -0.1, 0.1, 0.1], true + sides * [0, 0.15, 0, 0]
+    # One overlaps too little; the other enough, but leaves a part of the person outside.
+    assert (np.abs(predictor.located(image, [loose, cut])[1].numpy() - true) <= 1.01 * cell).all()
     same, (kept,) = plain.located(image, [off])
     assert np.allclose(kept, off) and torch.equal(same, plain.probs(image, [off]))
     image[:] = np.round(MEAN)  # nobody: the given box stays
