@@ -64,7 +64,7 @@ def test_relations_between_recipes():
         return {k: v for k, v in resolve(name).model_dump().items() if k not in ("recipe", *SWITCHES)}
 
     stable = body("stable")
-    later = {**stable, "epochs": 5}
+    later = {**stable, "epochs": 5, "validate_every": 1}
     assert body("phase1") == stable and body("phase2") == body("phase3") == body("phase4") == later
     assert body("finetune") == {**later, "lr": 1e-6, "min_lr": 1e-6, "init_from": "phase4"}
     debug, rescue = resolve("debug"), resolve("rescue")

@@ -33,8 +33,8 @@ from refinelib.runs import Run, RunError
 #: Mask pixels of a first prediction that a box is fitted to, at least.
 LEAST_PERSON = 16
 #: A box is replaced by the one around its first mask where these overlap by less (IoU), or where a larger
-#: share of that mask lies outside the given box.
-FITS, OUTSIDE = 0.8, 0.05
+#: share of that mask lies outside the given box; no larger share of the second mask may lie outside its own.
+FITS, OUTSIDE = 0.75, 0.05
 
 #: Crops that a model gets at a time.
 CROPS_AT_ONCE = 32
@@ -195,8 +195,8 @@ class Predictor:
         """Class probabilities, and the boxes in whose grids they are.
 
         The boxes are the given ones, but with :attr:`refit` where the person's mask does not fit: the box
-        around it (:meth:`fitted`) takes the place of the given one, and the mask is predicted again. What
-        that gains and costs: bench/quality.md.
+        around it takes the place of the given one and the mask is predicted again, unless that mask leaves
+        its new box too. What this gains and costs: bench/quality.md.
 
         Args:
             image: as :meth:`probs` takes it.
@@ -210,20 +210,22 @@ class Predictor:
         for part in used.split(CROPS_AT_ONCE):  # views of `used`
             probs = self.roi_probs(self.crops(pixels, part))
             if self.refit:
-                fitted = self.fitted(probs, part)
-                off = (fitted != part).any(dim=1)
+                around, outside = self.around(probs, part)
+                off = (roi.box_iou(around, part) < FITS) | (outside > OUTSIDE)
                 if bool(off.any()):
-                    part[:] = fitted
-                    probs[off.to(probs.device)] = self.roi_probs(self.crops(pixels, part[off]))
+                    again = self.roi_probs(self.crops(pixels, around[off]))
+                    # A mask that leaves its new box too has run into something else than the person.
+                    held = self.around(again, around[off])[1] <= OUTSIDE
+                    off[off.clone()] = held
+                    part[off], probs[off.to(probs.device)] = around[off], again[held.to(probs.device)]
             found.append(centre_window(probs, size).cpu())
         return torch.cat(found), used
 
-    def fitted(self, probs: Tensor, boxes: Tensor) -> Tensor:
-        """The given boxes, those that their masks do not fit replaced by the ones around these masks.
+    def around(self, probs: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """The boxes around the masks, and the share of each mask that lies outside the given box.
 
-        A mask is looked for over the box with as much around it as the losses counted (``loss_context``). It
-        does not fit where the box around it overlaps the given one by less than ``FITS`` (IoU), or where a
-        larger share of it than ``OUTSIDE`` lies outside of that. A mask of hardly a pixel says nothing.
+        A mask is looked for over the box with as much around it as the losses counted (``loss_context``). One
+        of hardly a pixel says nothing: its box is the given one, and no share of it is outside.
 
         Args:
             probs: of the boxes, as :meth:`roi_probs` gives them.
@@ -239,8 +241,8 @@ class Predictor:
         cell = (region[:, 2:] - region[:, :2]) / torch.tensor([window[1], window[0]])
         extents = [box_of(x.numpy()) if some else (0,) * 4 for x, some in zip(masks, seen, strict=True)]
         around = region[:, :2].repeat(1, 2) + torch.tensor(extents) * cell.repeat(1, 2)
-        off = seen & ((roi.box_iou(around, boxes) < FITS) | (pixels - inside > OUTSIDE * pixels))
-        return torch.where(off[:, None], around, boxes)
+        outside = (pixels - inside) / pixels.clamp(min=1)
+        return torch.where(seen[:, None], around, boxes), torch.where(seen, outside, 0)
 
     def probs(self, image: Any, boxes: Any) -> Tensor:
         """Class probabilities in each box's own grid.

@@ -145,6 +145,9 @@ def test_a_box_that_is_off_is_fitted_to_the_person_and_one_that_fits_stays(data)
     assert np.allclose(kept, off) and torch.equal(same, plain.probs(image, [off]))
     image[:] = np.round(MEAN)  # nobody: the given box stays
     assert torch.equal(predictor.located(image, [off])[1], plain.located(image, [off])[1])
+    image[:] = 255  # a mask without an end, which leaves the second box too: the given one stays
+    for found, expected in zip(predictor.located(image, [off]), plain.located(image, [off]), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_prediction_is_the_same_alone_and_in_a_batch_and_as_in_validation(run):
