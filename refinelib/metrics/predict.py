@@ -216,8 +216,8 @@ class Predictor:
                     again = self.roi_probs(self.crops(pixels, around[off]))
                     # A mask that leaves its new box too has run into something else than the person.
                     held = self.around(again, around[off])[1] <= OUTSIDE
-                    off[off.clone()] = held
-                    part[off], probs[off.to(probs.device)] = around[off], again[held.to(probs.device)]
+                    kept, on = off.nonzero()[held, 0], probs.device
+                    part[kept], probs[kept.to(on)] = around[kept], again[held.to(on)]
             found.append(centre_window(probs, size).cpu())
         return torch.cat(found), used
 
