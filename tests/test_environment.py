@@ -4,8 +4,11 @@ import os
 import re
 import subprocess
 import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata
 
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from refinelib.config import project_root
 
@@ -47,6 +50,18 @@ def test_constraints_pin_exactly_and_name_no_place():
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9_.\-]+==[\w.]+", line), line
     assert "torch" in _pins()
+
+
+def test_every_pin_installs_on_the_oldest_python():
+    """Its first patch release, too, as Linux distributions keep one for years."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=") + ".0"
+    installed = {}
+    for name in _pins():
+        with suppress(PackageNotFoundError):  # of an extra that is not installed here
+            installed[name] = metadata(name).get("Requires-Python") or ""
+    assert len(installed) > 100
+    assert [name for name, rule in installed.items() if not SpecifierSet(rule).contains(oldest)] == []
 
 
 def test_conda_installs_the_same():
