@@ -30,7 +30,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 #: Files that stand side by side: the right one uses the left one.
 SIDE_BY_SIDE = [("files", "registry"), ("runs", "checkpoints")]
 #: Lines of one file, files, and lines in all: lowered with every line that goes, raised for a feature only.
-MOST_LINES, MOST_FILES, MOST_IN_ALL = 320, 65, 10545
+MOST_LINES, MOST_FILES, MOST_IN_ALL = 320, 65, 10544
 
 
 def room_of(path: Path) -> str:

@@ -241,8 +241,7 @@ class Predictor:
         cell = (region[:, 2:] - region[:, :2]) / torch.tensor([window[1], window[0]])
         extents = [box_of(x.numpy()) if some else (0,) * 4 for x, some in zip(masks, seen, strict=True)]
         around = region[:, :2].repeat(1, 2) + torch.tensor(extents) * cell.repeat(1, 2)
-        outside = (pixels - inside) / pixels.clamp(min=1)
-        return torch.where(seen[:, None], around, boxes), torch.where(seen, outside, 0)
+        return torch.where(seen[:, None], around, boxes), torch.where(seen, 1 - inside / pixels, 0)
 
     def probs(self, image: Any, boxes: Any) -> Tensor:
         """Class probabilities in each box's own grid.
