@@ -129,11 +129,15 @@ def metrics_table(runs: Sequence[Run]) -> str:
 
 
 # -- figures ---------------------------------------------------------------------------------------
-def curves(runs: Sequence[Run]) -> Figure:
+def curves(runs: Sequence[Run], in_sequence: bool = False) -> Figure:
     """Loss, gradient norm, target IoU and boundary IoU by epoch, a line a run, in the colour of its group.
 
     Runs that differ in their loss terms or in a weight of one have no total to compare: the panel shows the
     sum of the terms that all of them have, without weights.
+
+    Args:
+        runs: in the order of their colours.
+        in_sequence: each run starts from the weights of the one before: its epochs are drawn after those.
     """
     figure = style.new_figure(f"{len(runs)} runs", 6.8)
     shared = _shared_terms(runs)
@@ -142,23 +146,23 @@ def curves(runs: Sequence[Run]) -> Figure:
             title += ": the terms that all runs have, unweighted"
             unit = textwrap.fill(" + ".join(map(style.words, shared)) or "no term", 36)
         axes.set_yscale("log" if key == "grad_norm" else "linear")
+        before = 0
         for number, (name, members) in enumerate(groups(runs).items()):
             color = PALETTE[number % len(PALETTE)]
             for run in members:
                 lines = [line | (line.get("metrics") or {}) for line in run.epochs()]
                 if shared is not None:
                     lines = [line | {"train_loss": _sum_of(line, shared)} for line in lines]
-                points = [(line["epoch"], line[key]) for line in lines if key in line]
+                points = [(before + line["epoch"], line[key]) for line in lines if key in line]
+                before += lines[-1]["epoch"] if in_sequence and lines else 0
                 label = name if run is members[0] else "_"
                 style.draw_line(axes, [x for x, _ in points], [y for _, y in points], color, label=label)
                 if (state := state_of(run)) in ENDS:
                     # A run that died before there was anything to draw has its cross at the panel's left.
                     known = [point for point in points if point[1] is not None]
-                    place = {} if known else {"transform": axes.transAxes}
-                    at = known[-1] if known else (0.02, 0.5)
+                    at, place = (known[-1], {}) if known else ((0.02, 0.5), {"transform": axes.transAxes})
                     look = {"color": color, "mec": BLACK, "markersize": 9, "gid": state, **place}
-                    marker, label = ENDS[state]
-                    axes.plot(*at, marker, linestyle="", label=label, **look)
+                    axes.plot(*at, ENDS[state][0], linestyle="", label=ENDS[state][1], **look)
         if key in METRICS:
             axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # no score is below 0
         style.style_axes(axes, title, "epoch", unit)

@@ -111,6 +111,17 @@ def test_totals_of_different_losses_are_not_compared(runs, tmp_path):
     assert panel.lines[0].get_ydata()[-1] == pytest.approx(shared)
 
 
+def test_phases_follow_each_other(runs):
+    chain = [runs[0], runs[2], runs[4]]
+    apart, joined = compare.curves(chain), compare.curves(chain, in_sequence=True)
+    ends = np.cumsum([0, *(run.epochs()[-1]["epoch"] for run in chain)])
+    for panel, other in zip(joined.axes, apart.axes, strict=True):
+        drawn = {line.get_label(): line.get_xdata() for line in panel.lines}
+        alone = {line.get_label(): line.get_xdata() for line in other.lines}
+        for run, before in zip(chain, ends, strict=False):
+            assert np.array_equal(drawn[run.name], np.asarray(alone[run.name]) + before)
+
+
 def test_no_axis_of_scores_goes_below_0(runs):
     for run in runs:  # a run that has learnt nothing yet
         lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
